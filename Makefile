@@ -1,0 +1,32 @@
+# make search: install, then the whole job on the built-in data.   make test: install, then all tests.
+PYTHON ?= python3
+BIN = .venv/bin
+export NO_ALBUMENTATIONS_UPDATE = 1
+
+.PHONY: search test install lint types check clean
+
+search: .venv/installed
+	$(BIN)/python tune/search.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+install: .venv/installed
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+check: lint types test
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
