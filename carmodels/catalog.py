@@ -1,0 +1,174 @@
+"""Every choice a configuration can name, as rows of data. Adding a row is all it takes to add a choice.
+
+The tests run over all rows, so a new row is tested by existing; `space.py` says which ones a search draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network of timm's, by its timm name (the key in `BACKBONES`)."""
+
+    millions: float  # parameters without a classifier, for the table and for ordering by size
+    multiple: int = 1  # image_size must be a multiple of this
+    sized: bool = False  # True: built for one image size, which timm is told at creation
+    note: str = ""
+
+
+BACKBONES: dict[str, Backbone] = {
+    "xception41": Backbone(24.9, note="the competitor's family (Chollet, 2017)"),
+    "legacy_xception": Backbone(20.8, note="the competitor's own network, Keras weights"),
+    "efficientnet_b0": Backbone(4.0, note="Tan and Le, 2019"),
+    "efficientnet_b1": Backbone(6.5),
+    "efficientnet_b2": Backbone(7.7),
+    "efficientnet_b3": Backbone(10.7),
+    "efficientnet_b4": Backbone(17.5),
+    "tf_efficientnetv2_s": Backbone(20.2, note="Tan and Le, 2021"),
+    "convnext_atto": Backbone(3.4, note="Liu et al., 2022"),
+    "convnext_femto": Backbone(4.8),
+    "convnext_pico": Backbone(8.5),
+    "convnext_nano": Backbone(15.0),
+    "convnext_tiny": Backbone(27.8),
+    "convnext_small": Backbone(49.5),
+    "swin_tiny_patch4_window7_224": Backbone(27.5, multiple=32, sized=True, note="Liu et al., 2021"),
+    "swin_base_patch4_window7_224": Backbone(86.7, multiple=32, sized=True),
+    "vit_small_patch16_224": Backbone(21.7, multiple=16, sized=True, note="Dosovitskiy et al., 2021"),
+    "resnet50": Backbone(23.5, note="He et al., 2016"),
+    "test_efficientnet": Backbone(0.1, note="timm's smallest; the demo's"),
+    "test_resnet": Backbone(0.4, note="likewise"),
+    "mobilenetv1_100": Backbone(3.2, note="Howard et al., 2017"),
+    "mobilenetv2_035": Backbone(0.4, note="Sandler et al., 2018"),
+    "mobilenetv2_100": Backbone(2.2),
+    "mobilenetv3_small_050": Backbone(0.6, note="Howard et al., 2019"),
+    "mobilenetv3_small_100": Backbone(1.5),
+    "mobilenetv3_large_100": Backbone(4.2),
+    "lcnet_035": Backbone(0.4, note="Cui et al., 2021"),
+    "lcnet_050": Backbone(0.6),
+    "lcnet_100": Backbone(1.7),
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The block that is repeated `head_depth` times between pooled features and the classifier.
+
+    A block is linear, BatchNorm, activation, dropout; depth 0 is a plain linear classifier.
+    """
+
+    width: int  # features a block puts out
+    activation: str  # a class of torch.nn
+
+
+HEADS: dict[str, Head] = {
+    "relu256": Head(width=256, activation="ReLU"),
+    "gelu512": Head(width=512, activation="GELU"),
+}
+
+
+@dataclass(frozen=True)
+class Unfreeze:
+    """When the backbone's layer groups start to learn; the head always does."""
+
+    head_only_epochs: int | None  # epochs before any group opens; None: never
+    all_open_at: float = 0.0  # share of the schedule by which all groups are open, one by one from the top
+
+
+UNFREEZE: dict[str, Unfreeze] = {
+    "frozen": Unfreeze(head_only_epochs=None),
+    "full": Unfreeze(head_only_epochs=0),
+    "once": Unfreeze(head_only_epochs=2),
+    "gradual": Unfreeze(head_only_epochs=1, all_open_at=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One albumentations transform on 8-bit pictures, by class name and arguments."""
+
+    transform: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How a training picture is varied: a crop (or all of it) brought to image_size, then the steps."""
+
+    crop: tuple[float, float] | None  # share of the area a random crop keeps; None: the whole picture
+    steps: tuple[Step, ...] = ()
+
+
+_FLIP = Step("HorizontalFlip", {"p": 0.5})
+
+AUGMENTS: dict[str, Augment] = {
+    "none": Augment(crop=None),
+    "shift": Augment(  # the competitor's: flips and small shifts
+        crop=None,
+        steps=(_FLIP, Step("Affine", {"translate_percent": (-0.1, 0.1), "border_mode": 4, "p": 1.0})),
+    ),
+    "crop": Augment(crop=(0.6, 1.0), steps=(_FLIP,)),
+    "color": Augment(
+        crop=(0.6, 1.0),
+        steps=(
+            _FLIP,
+            Step(
+                "ColorJitter", {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.05, "p": 0.8}
+            ),
+        ),
+    ),
+    "strong": Augment(
+        crop=(0.35, 1.0),
+        steps=(
+            _FLIP,
+            Step(
+                "ColorJitter", {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.05, "p": 0.8}
+            ),
+            Step("ToGray", {"p": 0.1}),
+            Step(
+                "CoarseDropout",
+                {
+                    "num_holes_range": (1, 1),
+                    "hole_height_range": (0.1, 0.35),
+                    "hole_width_range": (0.1, 0.35),
+                    "p": 0.5,
+                },
+            ),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to show a picture to a trained model; test-time augmentation averages over views."""
+
+    steps: tuple[Step, ...] = ()  # before the picture is brought to size
+    scale: float = 1.0  # image_size is multiplied by this (backbones built for one size keep theirs)
+
+
+VIEWS: dict[str, View] = {
+    "plain": View(),
+    "flip": View(steps=(Step("HorizontalFlip", {"p": 1.0}),)),
+    "larger": View(scale=1.25),
+    "larger_flip": View(steps=(Step("HorizontalFlip", {"p": 1.0}),), scale=1.25),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate moves."""
+
+    kind: str  # "cosine", "plateau" or "constant"
+    warmup: float = 0.0  # share of the schedule over which the rate rises from zero
+    factor: float = 1.0  # plateau: the rate is multiplied by this ...
+    patience: int = 0  # ... after so many epochs without a better val loss
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "cosine": Schedule("cosine", warmup=0.1),
+    "plateau": Schedule("plateau", factor=0.25, patience=2),
+    "constant": Schedule("constant"),
+}

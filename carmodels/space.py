@@ -1,0 +1,390 @@
+"""What a trial is made of (`TrialConfig`), what an epoch gives (`EpochMetrics`), what is searched (`Space`).
+
+This is the one place to edit a space; `--set NAME=...` overrides a range or a fixed value for one search.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Protocol
+
+from carmodels.catalog import AUGMENTS, BACKBONES, HEADS, SCHEDULES, UNFREEZE
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+METRIC_NAMES = ("accuracy", "log_loss", "macro_f1")
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """Everything that decides a trial's weights, and nothing else. Checked when made (ValueError)."""
+
+    backbone: str
+    image_size: int  # side, pixels
+    epochs: int  # whole schedule
+    head_depth: int = 0  # blocks of the kind `head` before the classifier, 0 to 3
+    head: str = "relu256"
+    dropout: float = 0.25  # in each block of the head
+    unfreeze: str = "full"
+    lr: float = 1e-3  # peak rate, of the head; backbone groups have layer_decay times less, group by group
+    layer_decay: float = 1.0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.02
+    schedule: str = "cosine"
+    batch_size: int = 32  # pictures
+    augment: str = "crop"
+    label_smoothing: float = 0.0
+    mixup: float = 0.0  # alpha of the Beta distribution, 0: off (Zhang et al., 2018)
+    cutmix: float = 0.0  # likewise (Yun et al., 2019)
+    ema: float = 0.0  # decay of the weights' moving average per step, 0: off
+    clip_norm: float = 1.0  # largest norm of the gradient, 0: off
+    class_weights: bool = False  # weigh the loss by inverse class frequency
+    patience: int = 0  # epochs without a better metric before training ends, 0: off
+    metric: str = "accuracy"  # chooses the epoch whose weights are kept
+    seed: int = 0
+    data: str = ""  # fingerprint of the data set
+    split: str = ""  # hash of the split
+    fold: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in _ROWS.items():
+            _check_member(name, getattr(self, name), known)
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r} must be a number from {low:g} to {high:g}")
+        multiple = BACKBONES[self.backbone].multiple
+        if self.image_size % multiple:
+            raise ValueError(
+                f"image_size={self.image_size} must be a multiple of {multiple} for {self.backbone}"
+            )
+
+    @property
+    def id(self) -> str:
+        """12 hex digits of the content: equal for equal draws, and the name of every file a trial leaves."""
+        content = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    @property
+    def title(self) -> str:
+        """Short name for people: backbone, size, head and strategy."""
+        return f"{self.backbone} {self.image_size}px head{self.head_depth} {self.unfreeze}"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrialConfig:
+        """Raises ValueError for a key that is no field."""
+        for name in values:
+            _check_member("configuration key", name, _FIELDS)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """What one epoch of training gives to whoever watches."""
+
+    epoch: int  # the first is 1
+    train_loss: float
+    val_loss: float
+    val_accuracy: float
+    value: float  # the configuration's metric on val
+    seconds: float  # training and validation
+    ending: str = ""  # why this was the last epoch: schedule, patience or diverged
+
+
+_FIELDS = tuple(f.name for f in fields(TrialConfig))
+_ROWS: dict[str, tuple[str, ...]] = {
+    "backbone": tuple(BACKBONES),
+    "head": tuple(HEADS),
+    "unfreeze": tuple(UNFREEZE),
+    "schedule": tuple(SCHEDULES),
+    "augment": tuple(AUGMENTS),
+    "optimizer": OPTIMIZERS,
+    "metric": METRIC_NAMES,
+}
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "image_size": (16, 2048),
+    "epochs": (1, 10_000),
+    "head_depth": (0, 3),
+    "dropout": (0.0, 0.95),
+    "lr": (1e-8, 10.0),
+    "layer_decay": (0.01, 1.0),
+    "weight_decay": (0.0, 10.0),
+    "batch_size": (2, 65_536),
+    "label_smoothing": (0.0, 0.9),
+    "mixup": (0.0, 10.0),
+    "cutmix": (0.0, 10.0),
+    "ema": (0.0, 0.99999),
+    "clip_norm": (0.0, 1e6),
+    "patience": (0, 10_000),
+    "seed": (0, 2**31 - 1),
+}
+
+
+def _check_member(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is not known; choose from {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A dimension with a few values, drawn only where `when` = (other dimension, its values) holds."""
+
+    options: tuple[Any, ...]
+    when: tuple[str, tuple[Any, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Range:
+    """A dimension of real numbers from low to high, drawn only where `when` holds."""
+
+    low: float
+    high: float
+    log: bool = False
+    when: tuple[str, tuple[Any, ...]] | None = None
+
+
+Dimension = Choice | Range
+
+
+@dataclass(frozen=True)
+class Space:
+    """Dimensions in the order they are drawn, and the fields of `TrialConfig` that every trial shares."""
+
+    dimensions: Mapping[str, Dimension]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    trials: int = 20  # a search's number of configurations where neither --trials nor --hours is given
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """The backbones a trial can draw."""
+        return self._values("backbone")
+
+    @property
+    def image_sizes(self) -> tuple[int, ...]:
+        """The sizes a trial can draw, pixels."""
+        return self._values("image_size")
+
+    def _values(self, name: str) -> tuple[Any, ...]:
+        dimension = self.dimensions.get(name)
+        return dimension.options if isinstance(dimension, Choice) else (self.fixed[name],)
+
+    def drawn(self, values: Mapping[str, Any]) -> dict[str, Dimension]:
+        """The dimensions that a configuration with these values has drawn; conditions leave some out."""
+        return {
+            n: d for n, d in self.dimensions.items() if d.when is None or values.get(d.when[0]) in d.when[1]
+        }
+
+    def with_backbones(self, keep: tuple[str, ...]) -> Space:
+        """The space with only these backbones, in the catalog's order. Raises ValueError if none is left."""
+        options = tuple(b for b in self.backbones if b in keep)
+        if not options:
+            raise ValueError(f"no backbone of the space is left of {', '.join(self.backbones)}")
+        return replace(self, dimensions={**self.dimensions, "backbone": Choice(options)})
+
+    def with_override(self, text: str) -> Space:
+        """The space with `NAME=V`, `NAME=V1,V2,...` or `NAME=LOW:HIGH` in place of what it says of NAME.
+
+        Raises ValueError for an unknown name, a value of the wrong type or one that no configuration accepts.
+        """
+        name, _, written = text.partition("=")
+        if name not in _FIELDS or name in _OWNED or not written:
+            raise ValueError(
+                f"--set {text}: expected NAME=V, NAME=V1,V2 or NAME=LOW:HIGH with NAME one of {_SETTABLE}"
+            )
+        old = self.dimensions.get(name)
+        others = {n: d for n, d in self.dimensions.items() if n != name}
+        fixed = {n: v for n, v in self.fixed.items() if n != name}
+        if ":" in written:
+            low, high = (_parse(name, part) for part in written.split(":", 1))
+            if not (isinstance(low, float) and isinstance(high, float) and low < high):
+                raise ValueError(f"--set {text}: LOW:HIGH is for a real number, with LOW below HIGH")
+            log = old.log if isinstance(old, Range) else low > 0 and high / low >= 10
+            new: Dimension = Range(low, high, log, old.when if old else None)
+        else:
+            options = tuple(_parse(name, part) for part in written.split(","))
+            if len(options) == 1:
+                return replace(self, dimensions=others, fixed={**fixed, name: options[0]})._checked(text)
+            new = Choice(options, old.when if old else None)
+        dimensions = {n: new if n == name else d for n, d in self.dimensions.items()} | {name: new}
+        return replace(self, dimensions=dimensions, fixed=fixed)._checked(text)
+
+    def _checked(self, text: str) -> Space:
+        """Itself, once every value makes a configuration; ValueError otherwise."""
+        for name, dimension in self.dimensions.items():
+            values = dimension.options if isinstance(dimension, Choice) else (dimension.low, dimension.high)
+            for value in values:
+                if name != "image_size":
+                    _try_value(self, name, value, text)
+        for size in self.image_sizes:
+            for backbone in self.backbones:
+                _try_value(
+                    replace(self, fixed={**self.fixed, "backbone": backbone}), "image_size", size, text
+                )
+        return self
+
+
+def _try_value(space: Space, name: str, value: Any, text: str) -> None:
+    start = {"backbone": space.backbones[0], "image_size": 224, "epochs": 1}
+    try:
+        TrialConfig.from_dict({**start, **space.fixed, name: value})
+    except ValueError as error:
+        raise ValueError(f"--set {text}: {error}") from None
+
+
+_OWNED = ("seed", "data", "split", "fold", "metric")  # set by the search itself
+_SETTABLE = ", ".join(name for name in _FIELDS if name not in _OWNED)
+_TYPES = {f.name: str(f.type) for f in fields(TrialConfig)}
+
+
+def _parse(name: str, text: str) -> Any:
+    """A field's value from its text, by the field's type; ValueError names the field."""
+    kind = _TYPES[name]
+    try:
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        value = {"int": int, "float": float}.get(kind, str)(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"--set {name}: {text!r} is no {kind}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"--set {name}: {text!r} must be finite")
+    return value
+
+
+class Draws(Protocol):
+    """The part of an Optuna trial that a draw needs."""
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
+
+
+def suggest(trial: Draws, space: Space) -> dict[str, Any]:
+    """Draw a configuration's fields; a dimension whose condition does not hold is not drawn.
+
+    Returns the fixed values; with Ray's OptunaSearch the drawn ones are added by it.
+    """
+    values: dict[str, Any] = dict(space.fixed)
+    for name, dimension in space.dimensions.items():
+        if dimension.when is not None and values.get(dimension.when[0]) not in dimension.when[1]:
+            continue
+        if isinstance(dimension, Choice):
+            values[name] = trial.suggest_categorical(name, dimension.options)
+        else:
+            values[name] = trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
+    return values
+
+
+def baseline(space: Space) -> TrialConfig:
+    """The competitor's own recipe, as near as the space can come to it.
+
+    Xception (else the largest backbone of the space) at 224 px (else the nearest size), pooled features into
+    one hidden layer with BatchNorm and dropout, Adam at 1e-3, head first and then everything at once, the
+    rate reduced on a plateau, flips and small shifts.
+    """
+    backbones = space.backbones
+    xception = [b for b in ("legacy_xception", "xception41") if b in backbones]
+    backbone = xception[0] if xception else max(backbones, key=lambda b: BACKBONES[b].millions)
+    return TrialConfig.from_dict(
+        {
+            **space.fixed,
+            "backbone": backbone,
+            "image_size": min(space.image_sizes, key=lambda size: (abs(size - 224), size)),
+            "head": "relu256",
+            "head_depth": 1,
+            "dropout": 0.25,
+            "optimizer": "adam",
+            "lr": 1e-3,
+            "weight_decay": 0.0,
+            "layer_decay": 1.0,
+            "unfreeze": "once",
+            "schedule": "plateau",
+            "augment": "shift",
+            "label_smoothing": 0.0,
+            "mixup": 0.0,
+            "cutmix": 0.0,
+            "ema": 0.0,
+            "clip_norm": 0.0,
+            "patience": 0,
+        }
+    )
+
+
+_OPEN = ("full", "once", "gradual")
+_HEADED = (1, 2, 3)
+
+SPACES: dict[str, Space] = {
+    "demo": Space(
+        dimensions={
+            "backbone": Choice(("test_efficientnet", "test_resnet")),
+            "image_size": Choice((32, 48, 64, 96)),
+            "unfreeze": Choice(("frozen", "full", "once", "gradual")),
+            "lr": Range(2e-4, 2e-2, log=True),
+            "head_depth": Choice((0, 1, 2)),
+            "dropout": Range(0.0, 0.5, when=("head_depth", _HEADED)),
+            "layer_decay": Range(0.6, 1.0, when=("unfreeze", _OPEN)),
+            "augment": Choice(("shift", "crop", "color")),
+        },
+        fixed={"epochs": 8, "batch_size": 32},
+        trials=24,
+    ),
+    "cpu": Space(
+        dimensions={
+            "backbone": Choice(
+                (
+                    "mobilenetv2_035",
+                    "mobilenetv2_100",
+                    "mobilenetv1_100",
+                    "mobilenetv3_small_100",
+                    "mobilenetv3_large_100",
+                    "lcnet_050",
+                    "lcnet_100",
+                    "efficientnet_b0",
+                )
+            ),
+            "image_size": Choice((64, 96, 128, 160, 192)),
+            "unfreeze": Choice(("frozen", "full", "once", "gradual")),
+            "lr": Range(2e-4, 1e-2, log=True),
+            "head_depth": Choice((0, 1, 2)),
+            "dropout": Range(0.0, 0.5, when=("head_depth", _HEADED)),
+            "layer_decay": Range(0.5, 1.0, when=("unfreeze", _OPEN)),
+            "augment": Choice(("shift", "crop", "color")),
+            "label_smoothing": Choice((0.0, 0.1)),
+        },
+        fixed={"epochs": 8, "batch_size": 32},
+    ),
+    "gpu": Space(
+        dimensions={
+            "backbone": Choice(
+                (
+                    "legacy_xception",
+                    "efficientnet_b0",
+                    "efficientnet_b2",
+                    "efficientnet_b3",
+                    "efficientnet_b4",
+                    "tf_efficientnetv2_s",
+                    "convnext_nano",
+                    "convnext_tiny",
+                    "convnext_small",
+                    "swin_tiny_patch4_window7_224",
+                    "swin_base_patch4_window7_224",
+                    "vit_small_patch16_224",
+                    "resnet50",
+                )
+            ),
+            "image_size": Choice((224, 288, 352, 416)),
+            "unfreeze": Choice(("frozen", "full", "once", "gradual")),
+            "lr": Range(3e-5, 3e-3, log=True),
+            "head_depth": Choice((0, 1, 2)),
+            "dropout": Range(0.0, 0.5, when=("head_depth", _HEADED)),
+            "layer_decay": Range(0.5, 1.0, when=("unfreeze", _OPEN)),
+            "augment": Choice(("crop", "color", "strong")),
+            "label_smoothing": Choice((0.0, 0.1)),
+            "mixup": Choice((0.0, 0.2)),
+            "ema": Choice((0.0, 0.998), when=("unfreeze", _OPEN)),
+        },
+        fixed={"epochs": 12, "batch_size": 32},
+        trials=100,
+    ),
+}

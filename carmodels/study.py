@@ -1,0 +1,248 @@
+"""A study's folder: the one owner of the file names under `results/`, and of what each file holds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from carmodels.catalog import BACKBONES
+from carmodels.files import append_line, write_whole
+from carmodels.predictions import METRICS, Predictions
+from carmodels.space import EpochMetrics, TrialConfig
+
+LABELLED = ("val", "audit")  # a finished trial leaves probabilities for these, and for `test` if there is one
+
+
+class Status(StrEnum):
+    """How a trial ended."""
+
+    FINISHED = "finished"  # by its own schedule or its own patience
+    STOPPED = "stopped"  # by the scheduler or the clock
+    DIVERGED = "diverged"  # its loss was no longer finite
+    FAILED = "failed"  # an error
+    INTERRUPTED = "interrupted"  # by the user or a dying machine; to be run again
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One line of trials.jsonl: a trial and how it ended."""
+
+    trial_id: str
+    config: TrialConfig
+    status: Status
+    epochs_run: int
+    value: float | None  # the study's metric on val at the best epoch
+    seconds: float
+    reason: str  # why it ended, a sentence
+    stage: str = "search"  # or "retrain"
+    note: str = ""  # e.g. that this is the competitor's recipe
+    at: float = 0.0  # seconds from the study's start to this trial's end
+    curve: tuple[EpochMetrics, ...] = ()
+
+    def to_json(self) -> str:
+        """One line, without a line end."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> TrialRecord:
+        """Raises ValueError for a line that is no record."""
+        try:
+            values = json.loads(line)
+            curve = tuple(EpochMetrics(**epoch) for epoch in values.pop("curve"))
+            config = TrialConfig.from_dict(values.pop("config"))
+            return cls(config=config, status=Status(values.pop("status")), curve=curve, **values)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"no trial record: {error}") from error
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's folder and what is in it. Paths are where a file is or will be."""
+
+    folder: Path
+
+    @property
+    def trials_file(self) -> Path:
+        return self.folder / "trials.jsonl"
+
+    @property
+    def table_file(self) -> Path:
+        return self.folder / "trials.csv"
+
+    @property
+    def best_file(self) -> Path:
+        return self.folder / "best.json"
+
+    @property
+    def ensemble_file(self) -> Path:
+        return self.folder / "ensemble.json"
+
+    @property
+    def submission_file(self) -> Path:
+        return self.folder / "submission.csv"
+
+    @property
+    def ray_folder(self) -> Path:
+        return self.folder / "ray"
+
+    @property
+    def optuna_file(self) -> Path:
+        return self.folder / "optuna.db"
+
+    def predictions_file(self, trial_id: str, split: str, view: str = "plain") -> Path:
+        middle = split if view == "plain" else f"{split}.{view}"
+        return self.folder / "predictions" / f"{trial_id}.{middle}.npz"
+
+    def weights_file(self, trial_id: str) -> Path:
+        return self.folder / "weights" / f"{trial_id}.safetensors"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a study was begun here."""
+        return (self.folder / "study.json").is_file()
+
+    def begin(self, facts: Mapping[str, Any], splits: Iterable[tuple[str, str, int]]) -> None:
+        """Write study.json and splits.csv, the latter from rows of (split, id, class index or -1)."""
+        for name in ("predictions", "weights"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        _write_csv(self.folder / "splits.csv", ("split", "id", "label"), splits)
+        write_json(self.folder / "study.json", facts)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """study.json. Raises ValueError naming the folder where there is none."""
+        path = self.folder / "study.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{self.folder} is no study: it holds no study.json; give a folder under results/"
+            )
+        return read_json(path)
+
+    @property
+    def metric(self) -> str:
+        return self.facts["metric"]
+
+    def labels(self, split: str) -> dict[str, int]:
+        """Class index by id for a labelled split."""
+        with (self.folder / "splits.csv").open(newline="", encoding="utf-8") as file:
+            return {row["id"]: int(row["label"]) for row in csv.DictReader(file) if row["split"] == split}
+
+    def append(self, record: TrialRecord) -> None:
+        """Add a trial to trials.jsonl: one write, on disk before this returns."""
+        append_line(self.trials_file, record.to_json())
+
+    def records(self) -> list[TrialRecord]:
+        """Every trial in the order of first lines; a trial's last line wins, a torn line is skipped."""
+        return list(self._read()[0].values())
+
+    def damaged_lines(self) -> list[int]:
+        """Numbers of the lines of trials.jsonl that are no records (the first line is 1)."""
+        return self._read()[1]
+
+    def _read(self) -> tuple[dict[str, TrialRecord], list[int]]:
+        found: dict[str, TrialRecord] = {}
+        damaged: list[int] = []
+        if self.trials_file.is_file():
+            lines = self.trials_file.read_text(encoding="utf-8", errors="replace").splitlines()
+            for number, line in enumerate(lines, start=1):
+                try:
+                    record = TrialRecord.from_json(line)
+                    found[record.trial_id] = record
+                except ValueError:
+                    damaged.append(number)
+        return found, damaged
+
+    def leaderboard(self) -> list[TrialRecord]:
+        """Finished trials, best on val first."""
+        sign = -1 if METRICS[self.metric].mode == "max" else 1
+        finished = (r for r in self.records() if r.status is Status.FINISHED)
+        ranked = [(sign * r.value, r) for r in finished if r.value is not None]
+        return [record for _, record in sorted(ranked, key=lambda pair: pair[0])]
+
+    def predictions(self, trial_id: str, split: str, view: str = "plain") -> Predictions:
+        """Raises ValueError where the file is damaged, OSError where it is missing."""
+        return Predictions.load(self.predictions_file(trial_id, split, view))
+
+    def write_table(self) -> None:
+        """Write trials.csv: a row a trial, finished ones first, best first; a column a hyperparameter."""
+        finished = self.leaderboard()
+        others = sorted((r for r in self.records() if r not in finished), key=lambda r: (r.status, r.at))
+        rows = [_table_row(rank, r) for rank, r in enumerate(finished, start=1)]
+        rows += [_table_row(None, r) for r in others]
+        names = tuple(rows[0]) if rows else ("rank", "trial_id", "status")
+        _write_csv(self.table_file, names, (tuple(row.values()) for row in rows))
+
+    def keep_weights(self, count: int, *, also: Iterable[str] = ()) -> None:
+        """Delete the search's weights, save those of its best `count` finished trials and of `also`."""
+        best = [r.trial_id for r in self.leaderboard() if r.stage == "search"][:count]
+        kept = {*best, *also}
+        for record in self.records():
+            if record.stage == "search" and record.trial_id not in kept:
+                self.weights_file(record.trial_id).unlink(missing_ok=True)
+
+
+def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
+    value = record.value
+    best = min(record.curve, key=lambda e: abs(e.value - value)) if record.curve and value is not None else None
+    config = asdict(record.config)
+    for name in ("data", "split"):
+        config.pop(name)
+    return {
+        "rank": rank or "",
+        "trial_id": record.trial_id,
+        "stage": record.stage,
+        "status": str(record.status),
+        "value": "" if value is None else round(value, 5),
+        "val_accuracy": round(best.val_accuracy, 5) if best else "",
+        "val_loss": round(best.val_loss, 5) if best else "",
+        "best_epoch": best.epoch if best else "",
+        "epochs_run": record.epochs_run,
+        "seconds": round(record.seconds, 1),
+        "parameters_millions": BACKBONES[record.config.backbone].millions,
+        **config,
+        "note": record.note,
+        "reason": record.reason,
+    }
+
+
+def _write_csv(path: Path, names: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON, whole or not at all; NaN and infinity become null."""
+    write_whole(path, json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError naming a file that is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,160 @@
+"""Configurations are checked and named by their content; spaces draw what their conditions allow."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, replace
+
+import optuna
+import pytest
+
+from carmodels.catalog import BACKBONES
+from carmodels.space import SPACES, Choice, Range, Space, TrialConfig, baseline, suggest
+
+CONFIG = TrialConfig(backbone="lcnet_035", image_size=64, epochs=4)
+
+
+def draw(space: Space, count: int, seed: int = 0) -> list[dict[str, object]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    return [suggest(study.ask(), space) for _ in range(count)]
+
+
+def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
+    other = {
+        "backbone": "resnet50",
+        "image_size": 96,
+        "epochs": 5,
+        "head_depth": 1,
+        "head": "gelu512",
+        "dropout": 0.1,
+        "unfreeze": "frozen",
+        "lr": 1e-4,
+        "layer_decay": 0.5,
+        "optimizer": "sgd",
+        "weight_decay": 0.0,
+        "schedule": "plateau",
+        "batch_size": 16,
+        "augment": "none",
+        "label_smoothing": 0.1,
+        "mixup": 0.2,
+        "cutmix": 0.2,
+        "ema": 0.9,
+        "clip_norm": 0.0,
+        "class_weights": True,
+        "patience": 2,
+        "metric": "log_loss",
+        "seed": 1,
+        "data": "x",
+        "split": "y",
+        "fold": 0,
+    }
+    assert set(other) == {f.name for f in fields(TrialConfig)}
+    ids = {replace(CONFIG, **{name: value}).id for name, value in other.items()}
+    assert len(ids | {CONFIG.id}) == len(other) + 1
+    assert TrialConfig.from_dict(asdict(CONFIG)).id == CONFIG.id
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "resnet_5000"}, "backbone='resnet_5000' is not known; choose from"),
+        (
+            {"unfreeze": "sometimes"},
+            "unfreeze='sometimes' is not known; choose from frozen, full, once, gradual",
+        ),
+        ({"lr": -1.0}, "lr=-1.0 must be a number from 1e-08 to 10"),
+        ({"lr": float("nan")}, "lr=nan must be a number"),
+        ({"head_depth": 4}, "head_depth=4 must be a number from 0 to 3"),
+        ({"image_size": "64"}, "image_size='64' must be a number"),
+        (
+            {"backbone": "swin_tiny_patch4_window7_224", "image_size": 100},
+            "image_size=100 must be a multiple of 32 for swin_tiny_patch4_window7_224",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        replace(CONFIG, **change)
+
+
+def test_a_misspelt_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="configuration key='learning_rate' is not known"):
+        TrialConfig.from_dict({**asdict(CONFIG), "learning_rate": 1e-3})
+
+
+@pytest.mark.parametrize("preset", SPACES)
+def test_every_draw_of_a_preset_is_a_configuration(preset: str) -> None:
+    for values in draw(SPACES[preset], 60):
+        config = TrialConfig.from_dict(values)
+        assert config.backbone in SPACES[preset].backbones
+
+
+@pytest.mark.parametrize("preset", SPACES)
+def test_a_dimension_that_is_not_used_is_not_drawn(preset: str) -> None:
+    drawn = draw(SPACES[preset], 60)
+    assert {"dropout" in v for v in drawn} == {True, False}
+    for values in drawn:
+        assert ("dropout" in values) == (values["head_depth"] > 0)
+        assert ("layer_decay" in values) == (values["unfreeze"] != "frozen")
+
+
+@pytest.mark.parametrize("preset", SPACES)
+def test_the_competitors_recipe_is_in_reach_of_every_preset(preset: str) -> None:
+    space, recipe = SPACES[preset], baseline(SPACES[preset])
+    assert (recipe.optimizer, recipe.lr, recipe.unfreeze, recipe.schedule) == (
+        "adam",
+        1e-3,
+        "once",
+        "plateau",
+    )
+    assert (recipe.head_depth, recipe.augment, recipe.patience) == (1, "shift", 0)
+    assert recipe.epochs == space.fixed["epochs"]
+    assert abs(recipe.image_size - 224) == min(abs(size - 224) for size in space.image_sizes)
+    largest = max(space.backbones, key=lambda b: BACKBONES[b].millions)
+    assert recipe.backbone == ("legacy_xception" if preset == "gpu" else largest)
+
+
+def test_an_override_replaces_a_range_a_choice_or_a_fixed_value() -> None:
+    space = SPACES["cpu"]
+    assert space.with_override("image_size=64,128").image_sizes == (64, 128)
+    assert space.with_override("lr=1e-5:1e-3").dimensions["lr"] == Range(1e-5, 1e-3, log=True)
+    assert space.with_override("layer_decay=0.7:0.9").dimensions["layer_decay"].when is not None
+    fixed = space.with_override("unfreeze=full")
+    assert "unfreeze" not in fixed.dimensions
+    assert fixed.fixed["unfreeze"] == "full"
+    assert space.with_override("class_weights=true").fixed["class_weights"] is True
+    drawn = space.with_override("batch_size=16,64")
+    assert drawn.dimensions["batch_size"] == Choice((16, 64))
+    assert "batch_size" not in drawn.fixed
+    assert {v["unfreeze"] for v in draw(fixed, 5)} == {"full"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour=red", "--set colour=red: expected NAME=V"),
+        ("lr", "--set lr: expected NAME=V"),
+        ("seed=3", "--set seed=3: expected"),
+        ("lr=fast", "--set lr: 'fast' is no float"),
+        ("lr=nan", "--set lr: 'nan' must be finite"),
+        ("epochs=2.5", "--set epochs: '2.5' is no int"),
+        ("image_size=8,64", "--set image_size=8,64: image_size=8 must be a number from 16"),
+        ("backbone=lcnet_035,vgg", "--set backbone=lcnet_035,vgg: backbone='vgg' is not known"),
+        ("lr=1e-2:1e-3", "--set lr=1e-2:1e-3: LOW:HIGH is for a real number, with LOW below HIGH"),
+        ("epochs=2:8", "--set epochs=2:8: LOW:HIGH is for a real number"),
+        ("class_weights=maybe", "--set class_weights: 'maybe' is no bool"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_the_way_out(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        SPACES["cpu"].with_override(text)
+
+
+def test_a_size_that_some_backbone_cannot_take_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="multiple of 32 for swin"):
+        SPACES["gpu"].with_override("image_size=224,420")
+
+
+def test_backbones_can_be_left_out_but_not_all() -> None:
+    assert SPACES["demo"].with_backbones(("test_resnet",)).backbones == ("test_resnet",)
+    with pytest.raises(ValueError, match="no backbone of the space is left"):
+        SPACES["demo"].with_backbones(())
