@@ -1,0 +1,280 @@
+"""Pictures decoded once: files of any kind to upright RGB, kept shrunk and 8-bit in one memory-mapped file.
+
+Every worker of a node reads the same file through the page cache, so a further worker costs no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import imagehash
+import numpy as np
+from filelock import FileLock
+from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from carmodels.files import write_whole
+
+cv2.setNumThreads(0)  # OpenCV takes every core of the machine otherwise, in each worker that imports this
+
+CACHE_VERSION = 1  # raise it whenever the bytes in the cache would come out differently
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # by content, whatever the file is called
+SPARE = 1.25  # the cache's shorter side over the largest image size: a crop of 64 % is not enlarged
+DUPLICATE_BITS = 6  # of 64; on cars9 all three pairs up to 6 are the same photograph, at 8 it is one in five
+# what Pillow lets out on damaged files, as found by trying some thousands
+_PARSER_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, struct.error)
+_CHUNK = 64  # pictures decoded before they are written out, which bounds memory
+
+Progress = Callable[[int, int], None]  # pictures done, pictures in all
+
+
+class BrokenPicture(ValueError):
+    """The file is missing, empty, of another kind or damaged; the message is the reason alone."""
+
+
+class DamagedCache(ValueError):
+    """The cache folder is missing, incomplete or altered."""
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The picture at `path` as upright 8-bit RGB, transparent parts on white (as shops show cut-out cars).
+
+    Raises BrokenPicture, or ValueError for a picture of more than 178 megapixels (Pillow's bomb limit).
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return _as_rgb(image)
+    except FileNotFoundError:
+        raise BrokenPicture("the file is missing") from None
+    except UnidentifiedImageError:
+        raise BrokenPicture(_unknown_kind(path)) from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{str(path)!r} is too large: {error}; remove or shrink it") from None
+    except _PARSER_ERRORS as error:
+        _raise_machine_trouble(error)
+        raise BrokenPicture(f"it cannot be decoded: {error}") from None
+
+
+def _raise_machine_trouble(error: Exception) -> None:
+    """Too few file handles or too little memory say nothing about the file that was being read."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise error
+
+
+def _unknown_kind(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(8)
+    return f"not a JPEG, PNG, WebP or BMP picture: it begins with {start!r}" if start else "the file is empty"
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def shrink(image: Image.Image, max_size: int) -> np.ndarray:
+    """(H, W, 3) uint8 whose shorter side is 1.25 * max_size pixels, or less where the picture is smaller.
+
+    Lanczos, since resizing again to what a trial asks for is then closest to resizing the original: 3 dB
+    better than an area average at max_size.
+    """
+    scale = min(1.0, SPARE * max_size / min(image.size))
+    if scale < 1.0:
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return np.asarray(image)
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits that near-duplicates nearly share (`imagehash.phash`); the cache's max_size plays no part."""
+    return int(str(imagehash.phash(image.resize((64, 64), Image.Resampling.BOX))), 16)
+
+
+def near_duplicate_groups(hashes: np.ndarray) -> np.ndarray:
+    """hashes (N,) uint64 -> (N,) int64: the first row of the group that each row belongs to.
+
+    Rows are linked where at most `DUPLICATE_BITS` bits differ; a group is what hangs together by links.
+    """
+    distinct, inverse = np.unique(hashes, return_inverse=True)
+    pairs = np.concatenate([np.empty((0, 2), np.int64), *_close_pairs(distinct)])
+    links = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(distinct),) * 2)
+    group = connected_components(links, directed=False)[1][inverse]
+    _, first, inverse = np.unique(group, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def _close_pairs(hashes: np.ndarray, block: int = 256) -> Iterator[np.ndarray]:
+    for start in range(0, len(hashes), block):
+        distance = np.bitwise_count(hashes[start : start + block, None] ^ hashes[None, start:])
+        yield np.argwhere(distance <= DUPLICATE_BITS) + start
+
+
+class ImageCache:
+    """Read-only pictures in a folder that `open_images` made; pickles as its path and re-opens there.
+
+    `rows` (P,) gives the row of each path the cache was made from, -1 for a broken one; `broken` the reason,
+    by position; `hashes` (N,) and `groups` (N,) are as in `near_duplicate_groups`. Raises DamagedCache.
+    """
+
+    def __init__(self, path: Path) -> None:
+        index = _read_checked(path / "index.json")
+        self.path = path
+        self.broken: dict[int, str] = dict(index["broken"])
+        self.hashes = np.array(index["hashes"], dtype=np.uint64)
+        self.groups = np.array(index["groups"], dtype=np.int64)
+        self._shapes: list[tuple[int, int]] = [(height, width) for height, width in index["shapes"]]
+        self._ends = np.cumsum([0] + [height * width * 3 for height, width in self._shapes]).tolist()
+        self._pixels = _map_pixels(path / "pixels.bin", self._ends[-1])
+        good = np.array(
+            [position not in self.broken for position in range(len(self) + len(self.broken))], bool
+        )
+        self.rows = np.where(good, np.cumsum(good) - 1, -1)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """(H, W, 3) uint8, a view of the file."""
+        start, end = self._ends[row], self._ends[row + 1]
+        return self._pixels[start:end].reshape(*self._shapes[row], 3)
+
+    def __reduce__(self) -> tuple[type[ImageCache], tuple[Path]]:
+        return ImageCache, (self.path,)
+
+
+def _map_pixels(path: Path, size: int) -> np.ndarray:
+    found = path.stat().st_size if path.is_file() else -1
+    if found != size:
+        raise DamagedCache(
+            f"{str(path)!r} holds {found} bytes, not {size}: open the data set again to rebuild it"
+        )
+    if size == 0:
+        return np.empty(0, np.uint8)  # an empty file cannot be mapped
+    return np.asarray(np.memmap(path, np.uint8, mode="r"))  # slicing a plain array is faster than a memmap
+
+
+def open_images(
+    paths: Sequence[Path], folder: Path, max_size: int, on_progress: Progress | None
+) -> ImageCache:
+    """The cache of `paths` at `folder`, built if it is missing or damaged; one process builds, others wait.
+
+    `folder` must name the content of the files and `max_size`, since an intact cache is taken as it is.
+    """
+    with contextlib.suppress(DamagedCache):
+        return ImageCache(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        with contextlib.suppress(DamagedCache):
+            return ImageCache(folder)
+        unfinished = folder.with_name(f"{folder.name}.tmp")
+        for leftover in (unfinished, folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            _build(paths, unfinished, max_size, on_progress or (lambda done, total: None))
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return ImageCache(folder)
+
+
+def _build(paths: Sequence[Path], folder: Path, max_size: int, on_progress: Progress) -> None:
+    shapes, hashes, broken = [], [], []
+    with (folder / "pixels.bin").open("wb") as file:
+        for position, found in enumerate(_decode_all(paths, max_size)):
+            if isinstance(found, BrokenPicture):
+                broken.append((position, str(found)))
+            else:
+                pixels, code = found
+                shapes.append(pixels.shape[:2])
+                hashes.append(code)
+                file.write(pixels.data)
+            on_progress(position + 1, len(paths))
+        file.flush()
+        os.fsync(file.fileno())
+    groups = near_duplicate_groups(np.array(hashes, dtype=np.uint64)).tolist()
+    _write_checked(
+        folder / "index.json", {"shapes": shapes, "hashes": hashes, "groups": groups, "broken": broken}
+    )
+
+
+def _decode_all(paths: Sequence[Path], max_size: int) -> Iterator[tuple[np.ndarray, int] | BrokenPicture]:
+    def decode(path: Path) -> tuple[np.ndarray, int] | BrokenPicture:
+        try:
+            image = read_picture(path)
+        except BrokenPicture as reason:
+            return reason
+        return shrink(image, max_size), perceptual_hash(image)
+
+    with (
+        ThreadPoolExecutor() as pool,
+        warnings.catch_warnings(),
+    ):  # threads do: Pillow decodes without the GIL
+        warnings.simplefilter(
+            "ignore"
+        )  # odd metadata, and sizes between half and the whole of the bomb limit
+        for start in range(0, len(paths), _CHUNK):
+            yield from pool.map(decode, paths[start : start + _CHUNK])
+
+
+def file_digests(paths: Sequence[Path], manifest: Path) -> list[str]:
+    """SHA-256 of each file's bytes in hex, "" for one that cannot be read.
+
+    `manifest` remembers digests by path, size and modification time, so that unchanged files are not read.
+    """
+    known: dict[str, list[Any]] = {}
+    with contextlib.suppress(DamagedCache):
+        known = _read_checked(manifest)
+
+    def entry(path: Path) -> list[Any]:
+        try:
+            stat = path.stat()
+            old = known.get(str(path), [None, None, ""])
+            if old[:2] == [stat.st_size, stat.st_mtime_ns]:
+                return old
+            with path.open("rb") as file:
+                return [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
+        except OSError as error:
+            _raise_machine_trouble(error)
+            return [None, None, ""]
+
+    with ThreadPoolExecutor() as pool:
+        entries = dict(zip(map(str, paths), pool.map(entry, paths), strict=True))
+    if entries != known:
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        _write_checked(manifest, entries)
+    return [entries[str(path)][2] for path in paths]
+
+
+def _write_checked(path: Path, value: Any) -> None:
+    """Write JSON below a line that holds its SHA-256; whole or not at all."""
+    body = json.dumps(value).encode()
+    write_whole(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+
+
+def _read_checked(path: Path) -> Any:
+    try:
+        digest, _, body = path.read_bytes().partition(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedCache(f"{str(path)!r} is missing: open the data set again to rebuild it") from None
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise DamagedCache(f"{str(path)!r} is damaged: open the data set again to rebuild it")
+    return json.loads(body)
