@@ -1,0 +1,317 @@
+"""Training one configuration (`fit`) and showing pictures to a trained model (`predict`)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
+
+from carmodels.batches import Loader
+from carmodels.catalog import AUGMENTS, BACKBONES, SCHEDULES, UNFREEZE, VIEWS, Schedule
+from carmodels.data import Split, Splits
+from carmodels.models import Classifier, Weights, build, open_groups, optimizer_groups
+from carmodels.predictions import METRICS, Predictions, accuracy, log_loss
+from carmodels.space import EpochMetrics, TrialConfig
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model, with the weights of its best epoch."""
+
+    config: TrialConfig
+    model: Classifier
+    history: tuple[EpochMetrics, ...]
+    best: EpochMetrics | None  # None where the first epoch already diverged
+
+    @property
+    def ending(self) -> str:
+        """Why training ended: `schedule`, `patience` or `diverged`."""
+        return self.history[-1].ending
+
+
+def fit(
+    config: TrialConfig,
+    splits: Splits,
+    *,
+    weights: Weights,
+    on_epoch: Callable[[EpochMetrics], None] = lambda metrics: None,
+    device: str = "cpu",
+    processes: int = 0,
+) -> Fitted:
+    """Train by the configuration's schedule and keep the epoch that is best by its metric on val.
+
+    `on_epoch` is called once an epoch. A non-finite loss ends training with `ending` = "diverged". On a CPU,
+    the same configuration gives the same numbers to the bit for the same number of threads.
+    """
+    run = _Run(config, splits, weights=weights, device=torch.device(device), processes=processes)
+    history: list[EpochMetrics] = []
+    best: EpochMetrics | None = None
+    best_state: dict[str, torch.Tensor] = {}
+    for epoch in range(1, config.epochs + 1):
+        started = time.monotonic()
+        train_loss, probs = run.epoch(epoch)
+        metrics = _measure(config, epoch, train_loss, probs, run.val_labels, time.monotonic() - started)
+        if not metrics.ending and (
+            best is None or METRICS[config.metric].gain(metrics.value, best.value) > 0
+        ):
+            best = metrics
+            best_state = {
+                name: value.detach().cpu().clone() for name, value in run.tested.state_dict().items()
+            }
+        metrics = replace(metrics, ending=_ending(config, metrics, best))
+        history.append(metrics)
+        on_epoch(metrics)
+        if metrics.ending:
+            break
+    if best_state:
+        run.model.load_state_dict(best_state)
+    return Fitted(config, run.model, tuple(history), best)
+
+
+def _ending(config: TrialConfig, metrics: EpochMetrics, best: EpochMetrics | None) -> str:
+    if metrics.ending:
+        return metrics.ending
+    if metrics.epoch == config.epochs:
+        return "schedule"
+    late = best is not None and metrics.epoch - best.epoch >= config.patience
+    return "patience" if config.patience and late else ""
+
+
+def _measure(
+    config: TrialConfig, epoch: int, train_loss: float, probs: np.ndarray, labels: np.ndarray, seconds: float
+) -> EpochMetrics:
+    metric = METRICS[config.metric]
+    if not (math.isfinite(train_loss) and np.isfinite(probs).all()):
+        certain_and_wrong = metric.score(np.array([[0.0, 1.0]]), np.array([0]))
+        return EpochMetrics(epoch, train_loss, math.nan, 0.0, certain_and_wrong, seconds, ending="diverged")
+    value = metric.score(probs, labels)
+    return EpochMetrics(epoch, train_loss, log_loss(probs, labels), accuracy(probs, labels), value, seconds)
+
+
+class _Run:
+    """The moving parts of one training run."""
+
+    def __init__(
+        self, config: TrialConfig, splits: Splits, *, weights: Weights, device: torch.device, processes: int
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.device = config, device
+        self.model = build(config, classes=len(splits.classes), weights=weights).to(device)
+        self.model = self.model.to(memory_format=torch.channels_last)
+        self.average = (
+            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            if config.ema
+            else None
+        )
+        self.train_loader = Loader(
+            splits.images,
+            splits.train,
+            image_size=config.image_size,
+            batch_size=config.batch_size,
+            augment=AUGMENTS[config.augment],
+            seed=config.seed,
+            processes=processes,
+            shuffle=True,
+            drop_last=len(splits.train) > config.batch_size,
+        )
+        self.val_labels = _labels(splits.val)
+        self.val_loader = Loader(
+            splits.images, splits.val, image_size=config.image_size, batch_size=2 * config.batch_size
+        )
+        self.optimizer = _optimizer(self.model, config, fused=device.type in ("cpu", "cuda"))
+        self.schedule = _Schedule(
+            SCHEDULES[config.schedule], self.optimizer, config.epochs * len(self.train_loader)
+        )
+        self.loss = nn.CrossEntropyLoss(
+            weight=_class_weights(splits).to(device) if config.class_weights else None,
+            label_smoothing=config.label_smoothing,
+        )
+        self.mix = _mixer(config, len(splits.classes))
+        self.precision = autocast(device)
+        half = device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+
+    @property
+    def tested(self) -> Classifier:
+        """The model that is scored and kept: the moving average where there is one."""
+        return cast(Classifier, self.average.module) if self.average is not None else self.model
+
+    def epoch(self, number: int) -> tuple[float, np.ndarray]:
+        """One pass over train and one over val: mean loss, and (N, C) probabilities of val."""
+        row = UNFREEZE[self.config.unfreeze]
+        groups = len(self.model.groups)
+        self.model.set_open(open_groups(row, epoch=number, epochs=self.config.epochs, groups=groups))
+        self.model.train()
+        total = torch.zeros((), device=self.device)  # stays there: reading it each step would wait for it
+        for batch in self.train_loader.epoch(number):
+            total += self._step(batch.images, batch.labels)
+        train_loss = float(total) / len(self.train_loader)
+        if not math.isfinite(train_loss):
+            return train_loss, np.full((1, 1), np.nan, np.float32)
+        probs = _probabilities(self.tested, self.val_loader, self.device)
+        if np.isfinite(probs).all():
+            self.schedule.epoch_ended(log_loss(probs, self.val_labels))
+        return train_loss, probs
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        images = self.model.normalise(images.to(self.device, non_blocking=True))
+        targets = labels.to(self.device, non_blocking=True)
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.precision():
+            logits = self.model(images)
+        loss = self.loss(logits.float(), targets)
+        self.scaler.scale(loss).backward()
+        if self.config.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step_ended()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return loss.detach()
+
+
+def autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A context for the forward pass: bf16 on GPUs that have it natively, else fp16; float32 on CPUs."""
+    if device.type != "cuda":
+        return nullcontext
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def _optimizer(model: Classifier, config: TrialConfig, *, fused: bool) -> torch.optim.Optimizer:
+    groups = optimizer_groups(model, config)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=fused)
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
+    return kind(groups, lr=config.lr, fused=fused)
+
+
+class _Schedule:
+    """A row of SCHEDULES at work: told of every step and epoch's val loss, it sets the learning rate."""
+
+    def __init__(self, row: Schedule, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        warmup = max(1, round(row.warmup * steps))
+
+        def factor(step: int) -> float:
+            rising = min(1.0, (step + 1) / warmup) if row.warmup else 1.0
+            if row.kind != "cosine" or step < warmup:
+                return rising
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+        self._plateau = None
+        self._by_step = None
+        if row.kind == "plateau":
+            self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer, factor=row.factor, patience=row.patience
+            )
+        else:
+            self._by_step = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    def step_ended(self) -> None:
+        if self._by_step is not None:
+            self._by_step.step()
+
+    def epoch_ended(self, val_loss: float) -> None:
+        if self._plateau is not None:
+            self._plateau.step(val_loss)
+
+
+def _mixer(config: TrialConfig, classes: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """Mixup and cutmix on a batch of normalised pictures; one of them at random where both are on."""
+    mixes: list[nn.Module] = []
+    if config.mixup:
+        mixes.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
+    if config.cutmix:
+        mixes.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def _labels(split: Split) -> np.ndarray:
+    """(N,) class indices of a split that has them."""
+    assert split.labels is not None, f"{split.name} has no labels"
+    return split.labels
+
+
+def _class_weights(splits: Splits) -> torch.Tensor:
+    """(C,) inverse class frequencies of train, with mean 1 over the pictures."""
+    counts = np.bincount(_labels(splits.train), minlength=len(splits.classes))
+    return torch.tensor(counts.sum() / (len(counts) * np.maximum(counts, 1)), dtype=torch.float32)
+
+
+@torch.inference_mode()
+def _probabilities(model: Classifier, loader: Loader, device: torch.device) -> np.ndarray:
+    """(N, C) float32 in the order of the loader's split."""
+    model.eval()
+    precision = autocast(device)
+    parts: list[torch.Tensor] = []
+    for batch in loader.epoch(0):
+        with precision():
+            logits = model(
+                batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+            )
+        parts.append(logits.float().softmax(dim=1))
+    return torch.cat(parts).cpu().numpy()
+
+
+def predict(
+    model: Classifier,
+    splits: Splits,
+    split: Split,
+    *,
+    config: TrialConfig,
+    view: str = "plain",
+    device: str = "cpu",
+    processes: int = 0,
+) -> Predictions:
+    """A trained model's probabilities for every picture of a split, seen through one row of VIEWS."""
+    loader = Loader(
+        splits.images,
+        split,
+        image_size=view_size(config, view),
+        batch_size=2 * config.batch_size,
+        view=VIEWS[view],
+        processes=processes,
+    )
+    probs = _probabilities(model.to(device), loader, torch.device(device))
+    return Predictions(split.ids, splits.classes, probs)
+
+
+def view_size(config: TrialConfig, view: str) -> int:
+    """Side in pixels at which a view shows its pictures; backbones built for one size keep theirs."""
+    row = BACKBONES[config.backbone]
+    if row.sized:
+        return config.image_size
+    return max(row.multiple, round(config.image_size * VIEWS[view].scale / row.multiple) * row.multiple)
+
+
+def seconds_per_epoch(
+    config: TrialConfig, splits: Splits, *, weights: Weights, device: str = "cpu", steps: int = 4
+) -> float:
+    """What an epoch of this configuration costs with everything open, from a few timed steps here."""
+    row = UNFREEZE["full"]
+    run = _Run(config, splits, weights=weights, device=torch.device(device), processes=0)
+    groups = len(run.model.groups)
+    run.model.set_open(open_groups(row, epoch=1, epochs=config.epochs, groups=groups))
+    run.model.train()
+    batches: Iterator = iter(run.train_loader.epoch(1))
+    taken: list[float] = []
+    for batch, _ in zip(batches, range(steps), strict=False):
+        started = time.monotonic()
+        float(run._step(batch.images, batch.labels))
+        taken.append(time.monotonic() - started)
+    step = float(np.median(taken[1:] or taken))
+    forward_share = 0.35  # of a training step; val is shown once an epoch, forward only
+    return step * (len(run.train_loader) + forward_share * len(splits.val) / config.batch_size)

@@ -1,0 +1,197 @@
+"""Training is reproducible, learns, notices when it fails and keeps its best epoch; no option is ignored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from carmodels.catalog import AUGMENTS, SCHEDULES, UNFREEZE, VIEWS
+from carmodels.data import Splits
+from carmodels.models import Weights
+from carmodels.predictions import METRICS, accuracy
+from carmodels.space import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
+from carmodels.training import _Run, fit, predict, seconds_per_epoch
+
+
+def curve(history: tuple[EpochMetrics, ...]) -> list[tuple[float, ...]]:
+    return [(m.epoch, m.train_loss, m.val_loss, m.val_accuracy, m.value) for m in history]
+
+
+def test_the_same_seed_gives_the_same_numbers_to_the_bit_and_another_seed_does_not(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    config = replace(config, head_depth=1, mixup=0.2, cutmix=0.5, ema=0.9, augment="strong")
+    first = fit(config, splits, weights=weights)
+    fit(replace(config, unfreeze="frozen", seed=5), splits, weights=weights)
+    again = fit(config, splits, weights=weights)
+    assert curve(first.history) == curve(again.history)
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert curve(fit(replace(config, seed=1), splits, weights=weights).history) != curve(first.history)
+
+
+def test_training_learns_far_beyond_chance(config: TrialConfig, splits: Splits, weights: Weights) -> None:
+    fitted = fit(replace(config, image_size=48, epochs=6), splits, weights=weights)
+    assert fitted.best.val_accuracy > 0.35  # ten classes
+    assert fitted.history[-1].train_loss < fitted.history[0].train_loss
+    assert fitted.ending == "schedule"
+
+
+@pytest.mark.parametrize("strategy", UNFREEZE)
+def test_what_a_strategy_keeps_frozen_does_not_move(
+    strategy: str, config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    run = _Run(
+        replace(config, unfreeze=strategy, epochs=4),
+        splits,
+        weights=weights,
+        device=torch.device("cpu"),
+        processes=0,
+    )
+    stem = run.model.backbone.state_dict()
+    before = {n: v.clone() for n, v in stem.items()}
+    run.epoch(1)
+    still = all(torch.equal(v, before[n]) for n, v in run.model.backbone.state_dict().items())
+    assert still == (strategy != "full")
+    run.epoch(3)
+    still = all(torch.equal(v, before[n]) for n, v in run.model.backbone.state_dict().items())
+    assert still == (strategy == "frozen")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"optimizer": name} for name in OPTIMIZERS),
+        *({"schedule": name} for name in SCHEDULES),
+        *({"augment": name} for name in AUGMENTS),
+        {"head": "gelu512"},
+        {"head_depth": 2, "dropout": 0.5},
+        {"label_smoothing": 0.2},
+        {"mixup": 0.4},
+        {"cutmix": 0.4},
+        {"mixup": 0.4, "cutmix": 0.4},
+        {"ema": 0.5},
+        {"clip_norm": 0.01, "optimizer": "sgd"},
+        {"weight_decay": 0.5},
+        {"layer_decay": 0.5},
+        {"lr": 1e-2},
+        {"batch_size": 16},
+        {"unfreeze": "frozen"},
+    ],
+    ids=str,
+)
+def test_every_option_reaches_training(
+    change: dict[str, object], config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    base = replace(config, epochs=1, head_depth=1, image_size=32)
+    changed = replace(base, **change)
+    outcome = curve(fit(changed, splits, weights=weights).history)
+    assert np.isfinite(outcome).all()
+    if changed != base:
+        assert outcome != curve(fit(base, splits, weights=weights).history)
+
+
+def test_class_weights_weigh_the_rare_class_up(splits: Splits, weights: Weights, config: TrialConfig) -> None:
+    keep = np.flatnonzero((splits.train.labels != 0) | (np.arange(len(splits.train)) % 4 == 0))
+    rare = replace(
+        splits,
+        train=replace(
+            splits.train,
+            ids=tuple(splits.train.ids[i] for i in keep),
+            labels=splits.train.labels[keep],
+            rows=splits.train.rows[keep],
+        ),
+    )
+    run = _Run(
+        replace(config, class_weights=True), rare, weights=weights, device=torch.device("cpu"), processes=0
+    )
+    counts = np.bincount(rare.train.labels)
+    np.testing.assert_allclose(run.loss.weight.numpy() * counts, np.full(10, counts.sum() / 10), rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_training_as_diverged(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    explosive = {"optimizer": "sgd", "lr": 10.0, "weight_decay": 10.0, "schedule": "constant", "clip_norm": 0.0}
+    wild = replace(config, epochs=5, batch_size=8, **explosive)
+    fitted = fit(wild, splits, weights=weights)
+    assert fitted.ending == "diverged"
+    assert len(fitted.history) < 5
+    assert fitted.history[-1].value == 0.0
+
+
+def test_patience_ends_training_when_nothing_gets_better(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    still = replace(config, lr=1e-8, epochs=6, patience=2, unfreeze="frozen", augment="none")
+    fitted = fit(still, splits, weights=weights)
+    assert fitted.ending == "patience"
+    assert len(fitted.history) == fitted.best.epoch + 2
+
+
+@pytest.mark.parametrize("metric", METRIC_NAMES)
+def test_the_best_epoch_by_the_metric_is_kept(
+    metric: str, config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    seen: list[EpochMetrics] = []
+    uneasy = replace(config, metric=metric, epochs=4, lr=2e-2, schedule="constant")
+    fitted = fit(uneasy, splits, weights=weights, on_epoch=seen.append)
+    assert tuple(seen) == fitted.history
+    extreme = max if METRICS[metric].mode == "max" else min
+    assert fitted.best.value == extreme(m.value for m in seen)
+    kept = predict(fitted.model, splits, splits.val, config=uneasy)
+    assert METRICS[metric].score(kept.probs, splits.val.labels) == pytest.approx(fitted.best.value, abs=1e-6)
+
+
+def test_cosine_warms_up_and_ends_at_zero_and_plateau_falls_when_val_loss_stays(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    def rates(schedule: str, epochs: int) -> list[float]:
+        run = _Run(
+            replace(config, schedule=schedule, epochs=epochs, lr=1e-2),
+            splits,
+            weights=weights,
+            device=torch.device("cpu"),
+            processes=0,
+        )
+        seen = []
+        for _ in range(epochs):
+            for _ in range(len(run.train_loader)):
+                seen.append(run.optimizer.param_groups[0]["lr"])
+                run.optimizer.step()
+                run.schedule.step_ended()
+            run.schedule.epoch_ended(1.0)
+        return [*seen, run.optimizer.param_groups[0]["lr"]]
+
+    cosine = rates("cosine", 5)
+    assert cosine[0] < 0.6e-2 < max(cosine)
+    assert max(cosine) == pytest.approx(1e-2)
+    assert cosine[-1] == pytest.approx(0.0, abs=1e-6)
+    plateau = rates("plateau", 6)
+    assert plateau[0] == 1e-2
+    assert plateau[-1] == pytest.approx(0.25e-2)
+    assert set(rates("constant", 3)) == {1e-2}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_view_keeps_ids_with_their_pictures(
+    view: str, config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    fitted = fit(replace(config, epochs=4, image_size=48), splits, weights=weights)
+    shown = predict(fitted.model, splits, splits.val, config=fitted.config, view=view)
+    assert shown.ids == splits.val.ids
+    assert accuracy(shown.probs, splits.val.labels) > 0.25  # ten classes: a mix-up would be at chance
+    again = predict(fitted.model, splits, splits.val, config=fitted.config, view=view)
+    np.testing.assert_array_equal(shown.probs, again.probs)
+
+
+def test_the_cost_of_an_epoch_grows_with_the_picture(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    small, large = (
+        seconds_per_epoch(replace(config, image_size=size), splits, weights=weights) for size in (16, 128)
+    )
+    assert 0 < small < large
