@@ -1,0 +1,286 @@
+"""The whole job as a user runs it: real Ray, a small drawn data set, scripts in their own processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+import pytest
+
+from carmodels.models import Weights
+from carmodels.predictions import Predictions
+from carmodels.study import Status, Study
+from tune import search
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--set", "epochs=3", "--set", "image_size=32,48", "--preset", "demo")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the runs of these tests happen, away from the project and the user's own cache."""
+
+    folder: Path
+    data: Path
+    weights: str
+
+    @property
+    def study(self) -> Study:
+        return Study(self.folder / "results" / "cars")
+
+    def command(self, script: str, *arguments: str) -> list[str]:
+        return [sys.executable, str(ROOT / "tune" / script), *arguments]
+
+    def search(self, *arguments: str) -> list[str]:
+        options = ("--data", str(self.data), "--weights", self.weights, "--cache", str(self.folder / "cache"))
+        return self.command("search.py", *options, *SMALL, *arguments)
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            text=True,
+            capture_output=True,
+            timeout=280,
+            check=False,
+            env=environment(),
+        )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "150", "NO_ALBUMENTATIONS_UPDATE": "1"}
+
+
+@pytest.fixture(scope="module")
+def place(drawn: Path, tmp_path_factory: pytest.TempPathFactory, weights: Weights) -> Place:
+    return Place(tmp_path_factory.mktemp("place"), drawn, weights.source)
+
+
+@pytest.fixture(scope="module")
+def whole(place: Place) -> str:
+    """What a run of the whole job prints."""
+    result = place.run(place.search("--trials", "6", "--study", "cars"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout
+
+
+def table(study: Study) -> list[dict[str, str]]:
+    with study.table_file.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.usefixtures("whole")
+def test_every_configuration_has_a_row_and_the_recipe_ran_its_whole_schedule(place: Place) -> None:
+    rows = table(place.study)
+    assert [r["stage"] for r in rows].count("search") == 6
+    assert [r["stage"] for r in rows].count("retrain") == 3
+    recipe = [r for r in rows if r["note"].startswith("the competitor's recipe")]
+    assert [(r["status"], r["epochs_run"]) for r in recipe] == [("finished", "3")]
+    finished = [float(r["value"]) for r in rows if r["status"] == "finished"]
+    assert finished == sorted(finished, reverse=True)
+    assert all(r["reason"] for r in rows)
+
+
+@pytest.mark.usefixtures("whole")
+def test_every_finished_trial_leaves_its_probabilities_by_id(place: Place) -> None:
+    study = place.study
+    for record in study.leaderboard():
+        for split in ("val", "audit", "test"):
+            predictions = study.predictions(record.trial_id, split)
+            assert predictions.probs.shape[1] == 10
+            if split != "test":
+                assert set(predictions.ids) == set(study.labels(split))
+
+
+@pytest.mark.usefixtures("whole")
+def test_the_submission_has_the_sample_files_ids_order_and_header(place: Place) -> None:
+    with (
+        place.study.submission_file.open(newline="") as ours,
+        (place.data / "sample-submission.csv").open() as sample,
+    ):
+        rows, asked = list(csv.reader(ours)), list(csv.reader(sample))
+    assert rows[0] == asked[0]
+    assert [r[0] for r in rows] == [r[0] for r in asked]
+    assert {r[1] for r in rows[1:]} <= {str(i) for i in range(10)}
+    assert len({r[1] for r in rows[1:]}) > 1
+
+
+@pytest.mark.usefixtures("whole")
+def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_audit(place: Place) -> None:
+    study = place.study
+    result = json.loads(study.ensemble_file.read_text())
+    assert sum(m["weight"] for m in result["members"]) == pytest.approx(1)
+    labels = study.labels("audit")
+    probs = 0
+    for member in result["members"]:
+        shown = [
+            Predictions.load(study.predictions_file(member["trial_id"], "audit", view))
+            .aligned(list(labels))
+            .probs
+            for view in result["tta"]["views"]
+        ]
+        probs = probs + member["weight"] * sum(shown) / len(shown)
+    right = (probs.argmax(1) == list(labels.values())).mean()
+    assert result["audit"]["ensemble"]["value"] == pytest.approx(right)
+    assert result["audit"]["looks"] == 1
+    assert {"single", "recipe", "gain_over_recipe", "gain_over_single"} <= set(result["audit"])
+
+
+@pytest.mark.usefixtures("whole")
+def test_the_study_says_what_was_run_on_what(place: Place) -> None:
+    facts = place.study.facts
+    assert facts["command"].startswith("python tune/search.py --data ")
+    assert facts["pictures"]["test"] == 20
+    assert facts["class_names"][0] != "0"
+    assert {"torch", "ray", "optuna", "timm"} <= set(facts["versions"])
+    best = json.loads(place.study.best_file.read_text())
+    assert len(best["retrained"]) == 3
+
+
+def test_the_output_is_a_line_a_trial_and_the_answer(whole: str) -> None:
+    assert "10 classes (" in whole
+    assert "Ray dashboard: http://127.0.0.1:" in whole
+    assert sum(" px" not in line and "ran its 3 epochs" in line for line in whole.splitlines()) >= 4
+    assert "competitor's recipe" in whole
+    assert "Submission: " in whole
+    assert len(whole.splitlines()) < 60
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_study_that_exists_is_refused_in_one_line(place: Place) -> None:
+    result = place.run(place.search("--trials", "3", "--study", "cars"))
+    assert result.returncode == 2
+    assert result.stderr.strip().startswith(
+        f"error: {place.study.folder} holds a study already; give --resume"
+    )
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.usefixtures("whole")
+def test_resuming_keeps_what_is_there_and_goes_on_to_the_number_asked_for(place: Place) -> None:
+    before = {r.trial_id: r for r in place.study.records()}
+    result = place.run(place.search("--trials", "8", "--study", "cars", "--resume", "--until", "search"))
+    assert result.returncode == 0, result.stderr
+    assert "Resumed: 6 trials kept, 0 queued again." in result.stdout
+    after = {r.trial_id: r for r in place.study.records()}
+    assert {i: after[i] for i in before} == before
+    assert len([r for r in after.values() if r.stage == "search"]) == 8
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{place.study.optuna_file}")
+    trials = optuna.load_study(study_name=None, storage=storage).trials
+    assert len(trials) == 7  # the recipe is not the sampler's
+    assert all(t.state.is_finished() for t in trials)
+
+
+@pytest.mark.usefixtures("whole")
+def test_another_search_is_not_resumed_into_the_same_folder(place: Place) -> None:
+    result = place.run(place.search("--study", "cars", "--resume", "--set", "lr=1e-4:1e-3"))
+    assert result.returncode == 2
+    assert "error: --resume: space was" in result.stderr
+
+
+@pytest.mark.usefixtures("whole")
+def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
+    folder = str(place.study.folder)
+    worst = place.study.leaderboard()[-1]
+    cache = ("--cache", str(place.folder / "cache"))
+    result = place.run(
+        place.command(
+            "retrain.py", folder, "--trial", worst.trial_id, "--seeds", "1", "--epochs", "1", *cache
+        )
+    )
+    assert result.returncode == 0, result.stderr
+    (new,) = [
+        r for r in place.study.records() if r.note == f"seed 1 of {worst.trial_id}" and r.epochs_run == 1
+    ]
+    assert new.config.backbone == worst.config.backbone
+    out = place.folder / "mine.csv"
+    result = place.run(
+        place.command("ensemble.py", folder, "--top", "1", "--tta", "1", "--out", str(out), *cache)
+    )
+    assert result.returncode == 0, result.stderr
+    assert "audit was looked at 2 times" in result.stdout
+    assert out.read_text() == place.study.submission_file.read_text()
+
+
+def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Place) -> None:
+    study = Study(place.folder / "results" / "cut")
+    command = place.search("--trials", "4", "--study", "cut", "--until", "search")
+    process = subprocess.Popen(
+        command,
+        cwd=place.folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    deadline = time.time() + 200
+    while time.time() < deadline and not study.records():
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, output + errors
+    assert "--resume goes on" in output
+    assert "Traceback" not in errors
+    cut = {r.trial_id for r in study.records() if r.status is Status.INTERRUPTED}
+    kept = {r.trial_id: r for r in study.records() if r.status is not Status.INTERRUPTED}
+    assert cut
+    assert kept
+    assert study.table_file.is_file()
+    result = place.run([*command, "--resume"])
+    assert result.returncode == 0, result.stderr
+    assert f"{len(cut)} queued again" in result.stdout
+    records = {r.trial_id: r for r in study.records()}
+    assert len(records) == 4
+    assert {i: records[i] for i in kept} == kept
+    assert not [r for r in records.values() if r.status is Status.INTERRUPTED]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trials", "0"], "--trials 0 must be at least 1"),
+        (["--hours", "nan"], "--hours nan must be above 0 and below a year"),
+        (["--hours", "-1"], "--hours -1.0 must be above 0"),
+        (["--seed", "-3"], "--seed -3 must be from 0 to 2147483647"),
+        (["--workers", "4000"], "--workers 4000 is more than the"),
+        (["--gpus-per-trial", "1.5"], "--gpus-per-trial 1.5 must be a share of one GPU, like 0.5"),
+        (["--study", "../x"], "--study '../x' must be a plain name"),
+        (["--weights", "/no/such"], "--weights /no/such is no folder"),
+        (["--set", "colour=red"], "--set colour=red: expected NAME=V"),
+        (["--resume", "--study", "never"], "--resume: there is no study at"),
+        (["--data", "/no/such", "--weights", "none"], "/no/such"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_option_is_one_line_that_names_the_value(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert search.main(arguments) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "results").exists()
+
+
+def test_backbones_without_weights_are_left_out_by_name(weights: Weights) -> None:
+    space, left_out = search.chosen_space("cpu", ["backbone=test_resnet,resnet50"], weights)
+    assert space.backbones == ("test_resnet",)
+    assert left_out == ["resnet50"]
+    with pytest.raises(ValueError, match="no weights for any of resnet50"):
+        search.chosen_space("cpu", ["backbone=resnet50"], weights)

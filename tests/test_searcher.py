@@ -1,0 +1,127 @@
+"""Draws are valid, never the same twice and within the limit; Optuna hears how each trial ended."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from carmodels.space import SPACES, Choice, EpochMetrics, Space, TrialConfig, baseline
+from carmodels.study import Status, TrialRecord
+from tune.searcher import Draws, Queue
+
+STAMP = {"seed": 3, "metric": "accuracy", "data": "d", "split": "s"}
+SPACE = SPACES["demo"]
+
+
+def made(space: Space = SPACE, **changes: Any) -> Draws:
+    options: dict[str, Any] = {
+        "stamp": STAMP,
+        "metric": "accuracy",
+        "mode": "max",
+        "seed": 0,
+        "limit": None,
+        "draw_until": math.inf,
+    }
+    return Draws(space, **{**options, **changes})
+
+
+def result(value: float, epoch: int, **more: Any) -> dict[str, Any]:
+    return {"accuracy": value, "epoch": epoch, "training_iteration": epoch, **more}
+
+
+def record(config: TrialConfig, status: Status, value: float | None, note: str = "") -> TrialRecord:
+    curve = tuple(EpochMetrics(e, 1.0, 1.0, e / 10, e / 10, 1.0) for e in (1, 2, 3))
+    return TrialRecord(config.id, config, status, 3, value, 3.0, "", note=note, curve=curve)
+
+
+def states(draws: Draws) -> list[TrialState]:
+    return [t.state for t in draws._ot_study.trials]
+
+
+def test_draws_are_configurations_with_the_stamp_and_never_the_same_twice() -> None:
+    draws = made()
+    configs = [TrialConfig.from_dict(draws.suggest(str(i))) for i in range(30)]
+    assert len({c.id for c in configs}) == 30
+    assert {(c.seed, c.data, c.split) for c in configs} == {(3, "d", "s")}
+
+
+def test_a_space_that_is_used_up_ends_the_search() -> None:
+    tiny = Space({"backbone": Choice(("lcnet_035",)), "image_size": Choice((32, 48))}, {"epochs": 2})
+    draws = made(tiny)
+    drawn = [draws.suggest(str(i)) for i in range(3)]
+    assert {d["image_size"] for d in drawn[:2]} == {32, 48}
+    assert drawn[2] == Searcher.FINISHED
+
+
+def test_queued_configurations_go_first_and_count_towards_the_limit() -> None:
+    first = replace(baseline(SPACE), **STAMP)
+    draws = made(limit=3, queue=[first])
+    handed = [draws.suggest(str(i)) for i in range(4)]
+    assert TrialConfig.from_dict(handed[0]) == first
+    assert handed[3] == Searcher.FINISHED
+    draws.on_trial_result("0", result(0.5, 1))  # not one of Optuna's: nothing to tell it
+    draws.on_trial_complete("0", result(0.5, 1))
+    assert len(states(draws)) == 2
+
+
+def test_nothing_is_drawn_after_the_time() -> None:
+    assert made(draw_until=time.time() - 1).suggest("0") == Searcher.FINISHED
+
+
+def test_optuna_is_told_how_each_trial_ended() -> None:
+    draws = made()
+    for i in range(4):
+        draws.suggest(str(i))
+        draws.on_trial_result(str(i), result(0.1, 1))
+    draws.on_trial_complete("0", result(0.6, 8, status="finished", best_value=0.7))
+    draws.on_trial_complete("1", result(0.2, 2))
+    draws.on_trial_complete("2", None, error=True)
+    draws.on_trial_complete("3", result(0.0, 2, status="diverged", best_value=0.0))
+    trials = draws._ot_study.trials
+    assert states(draws) == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE]
+    assert [t.value for t in trials] == [0.7, 0.2, None, 0.0]
+    assert trials[1].intermediate_values == {1: 0.1, 2: 0.2}
+
+
+def test_a_restart_leaves_optuna_with_the_recorded_trials_and_none_running(tmp_path: Path) -> None:
+    before = made()
+    configs = [TrialConfig.from_dict(before.suggest(str(i))) for i in range(5)]
+    ends = (Status.FINISHED, Status.STOPPED, Status.FAILED, Status.DIVERGED)
+    known = [record(c, s, 0.3 if s is Status.FINISHED else None) for c, s in zip(configs, ends, strict=False)]
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/optuna.db")
+    draws = made(known=known, limit=7, storage=storage)
+    assert states(draws) == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE]
+    assert [t.params["lr"] for t in draws._ot_study.trials] == [c.lr for c in configs[:4]]
+    new = []
+    while (drawn := draws.suggest(str(len(new)))) != Searcher.FINISHED:
+        new.append(TrialConfig.from_dict(drawn))
+    assert len(new) == 3
+    assert not {c.id for c in new} & {c.id for c in configs[:4]}
+
+
+def test_equal_records_give_equal_draws() -> None:
+    config = TrialConfig.from_dict(made().suggest("0"))
+    known = [record(config, Status.FINISHED, 0.3)]
+    one, other = (TrialConfig.from_dict(made(known=known).suggest("x")) for _ in range(2))
+    assert one == other != config
+
+
+def test_a_recipe_from_outside_the_space_is_not_taught_to_the_sampler() -> None:
+    recipe = replace(baseline(SPACE), **STAMP)
+    assert not states(made(known=[record(recipe, Status.FINISHED, 0.9, note="the competitor's recipe")]))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_queue_hands_out_what_it_holds_and_ends(count: int) -> None:
+    configs = [TrialConfig(backbone="lcnet_035", image_size=32, epochs=2, seed=i) for i in range(count)]
+    queue = Queue(configs, metric="accuracy", mode="max")
+    assert [TrialConfig.from_dict(queue.suggest(str(i))) for i in range(count)] == configs
+    assert queue.suggest("x") == Searcher.FINISHED

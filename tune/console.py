@@ -1,0 +1,180 @@
+"""What the scripts print: a line for each trial that ends, how things stand meanwhile, a table at the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.status import Status as Spinner
+from rich.table import Table
+
+from carmodels.predictions import METRICS
+from carmodels.study import Status, Study, TrialRecord
+from tune.stages import Clock
+from tune.trials import Recorder, Watch
+
+QUIET_SECONDS = 60.0  # between two lines on how things stand, where the output is no terminal
+_AUDITED = {
+    "ensemble": "ensemble",
+    "single": "best single trial",
+    "recipe": "competitor's recipe",
+    "gain_over_recipe": "gain over the recipe",
+}
+_COLOURS = {Status.FINISHED: "green", Status.STOPPED: "yellow", Status.FAILED: "red", Status.DIVERGED: "red"}
+
+
+class Screen:
+    """Prints for people: a moving status line on a terminal, plain lines now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._spinner: Spinner | None = None
+        self._last_word = time.monotonic()
+
+    def say(self, text: str, style: str = "") -> None:
+        """One line, whatever it holds; long ones are not cut."""
+        self.console.print(text, style=style, markup=False)
+
+    def watch(self, study: Study, clock: Clock, trials: int | None) -> Watch:
+        """What a run calls as trials end and time goes by."""
+        metric = study.metric
+        ended: list[TrialRecord] = study.records()
+
+        def on_record(record: TrialRecord) -> None:
+            ended.append(record)
+            value = "-" if record.value is None else f"{record.value:.4f}"
+            self.say(
+                f"{len(ended):>4}  {value:>7}  {record.status:<11} {record.config.title:<52}"
+                f" {record.seconds:6.0f} s  {record.reason}",
+                _COLOURS.get(record.status, ""),
+            )
+
+        def on_step(recorder: Recorder) -> None:
+            self._status(_standing(ended, recorder, metric, clock, trials))
+
+        return Watch(on_record, on_step)
+
+    def _status(self, text: str) -> None:
+        if self.console.is_terminal:
+            if self._spinner is None:
+                self._spinner = self.console.status(text)
+                self._spinner.start()
+            self._spinner.update(text)
+        elif time.monotonic() - self._last_word >= QUIET_SECONDS:
+            self._last_word = time.monotonic()
+            self.say(f"      {text}")
+
+    def rest(self) -> None:
+        """Take the status line away."""
+        if self._spinner is not None:
+            self._spinner.stop()
+            self._spinner = None
+
+    def decoding(self) -> tuple[Progress, Any]:
+        """A progress bar for the data cache, and the function that moves it."""
+        columns = (TextColumn("Decoding pictures, once for all trials"), BarColumn(), TaskProgressColumn())
+        progress = Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        )
+        task = progress.add_task("decode", total=None)
+        return progress, lambda done, total: progress.update(task, completed=done, total=total)
+
+    def table(self, study: Study, rows: int = 10) -> None:
+        """The best finished trials, with their names and scores."""
+        table = Table(title=f"{study.metric} on val, best first", title_justify="left")
+        names = (
+            "rank",
+            "trial",
+            study.metric,
+            "backbone",
+            "px",
+            "head",
+            "strategy",
+            "lr",
+            "augment",
+            "epochs",
+            "s",
+            "note",
+        )
+        for name in names:
+            table.add_column(
+                name, justify="right" if name in {"rank", study.metric, "px", "lr", "epochs", "s"} else "left"
+            )
+        for rank, record in enumerate(study.leaderboard(), start=1):
+            if rank <= rows or record.note.startswith("the competitor"):
+                table.add_row(str(rank), *_cells(record))
+        Console(width=max(self.console.width, 150), highlight=False, markup=False).print(table)
+
+    def answer(self, results: dict[str, Any], study: Study) -> None:
+        """What the ensemble is made of and scores on audit, what searching gained, the submission's path."""
+        audit, shown = results["audit"], _plain if results["metric"] == "log_loss" else _percent
+        self.say("Ensemble:")
+        for member in results["members"]:
+            self.say(f"  {member['weight']:.2f}  {member['trial_id']}  {member['title']} ({member['stage']})")
+        self.say(f"{results['metric']} on audit ({audit['pictures']} pictures kept aside, 95 % intervals):")
+        for name, words in _AUDITED.items():
+            if name in audit:
+                self.say(f"  {words:<24}{shown(audit[name])}", "bold" if name == "ensemble" else "")
+        if audit["looks"] > 1:
+            self.say(
+                f"  (audit was looked at {audit['looks']} times in this study: quote the first)", "yellow"
+            )
+        if "submission" in results:
+            self.say(f"Submission: {study.submission_file} ({results['submission']['rows']} rows).")
+
+
+def _cells(record: TrialRecord) -> tuple[str, ...]:
+    config = record.config
+    return (
+        record.trial_id,
+        f"{record.value:.4f}",
+        config.backbone,
+        str(config.image_size),
+        str(config.head_depth),
+        config.unfreeze,
+        f"{config.lr:.1e}",
+        config.augment,
+        str(record.epochs_run),
+        f"{record.seconds:.0f}",
+        record.note,
+    )
+
+
+def _standing(
+    ended: list[TrialRecord], recorder: Recorder, metric: str, clock: Clock, trials: int | None
+) -> str:
+    """How things stand, in a line."""
+    sign = 1 if METRICS[metric].mode == "max" else -1
+    finished = [(r.value, r) for r in ended if r.status is Status.FINISHED and r.value is not None]
+    best = max(finished, key=lambda pair: sign * pair[0], default=None)
+    goal = f" of {trials}" if trials and recorder.stage == "search" else ""
+    parts = [f"{recorder.stage}: {len(ended)}{goal} trials ended, {len(recorder.running)} running"]
+    if best:
+        value, record = best
+        parts.append(f"best {value:.4f} ({record.config.title})")
+    running = [f"{len(c)}/{recorder.configs[i].epochs}" for i, c in recorder.running.items()]
+    if running:
+        parts.append("epochs " + " ".join(running))
+    if not math.isinf(clock.seconds):
+        parts.append(f"{duration(clock.left)} left")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 12 min, 3.5 h."""
+    seconds = max(0.0, seconds)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _percent(interval: dict[str, float]) -> str:
+    value, low, high = (100 * interval[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} % ({low:.1f} to {high:.1f})"
+
+
+def _plain(interval: dict[str, float]) -> str:
+    return f"{interval['value']:.4f} ({interval['low']:.4f} to {interval['high']:.4f})"

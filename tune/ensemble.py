@@ -1,0 +1,58 @@
+"""python tune/ensemble.py results/demo
+
+Choose an ensemble of a study's finished trials on val, score it once on audit, write the submission.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from carmodels.catalog import VIEWS
+from carmodels.study import Study
+from tune import setup, stages
+from tune.console import Screen
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
+    p.add_argument(
+        "--top", type=int, default=12, metavar="K", help="best trials of the search to choose from (12)"
+    )
+    p.add_argument(
+        "--tta",
+        type=int,
+        default=len(VIEWS),
+        metavar="N",
+        help=f"most views a picture ({len(VIEWS)}; 1: off)",
+    )
+    p.add_argument("--out", type=Path, metavar="CSV", help="a further place to write the submission to")
+    setup.add_machine_options(p)
+    return p
+
+
+def run(options: argparse.Namespace, screen: Screen) -> int:
+    """Ensemble and print the answer."""
+    if options.top < 1:
+        raise ValueError(f"--top {options.top} must be at least 1")
+    if not 1 <= options.tta <= len(VIEWS):
+        raise ValueError(f"--tta {options.tta} must be from 1 to {len(VIEWS)}, the number of views there are")
+    study = Study(options.study.expanduser().absolute())
+    job = setup.reopened(study, options, screen)
+    with setup.ray_running(options.address, job.workers, screen):
+        clock = stages.Clock(time.time())
+        results = stages.ensemble(job, clock=clock, say=screen.say, top=options.top, views=options.tta)
+    screen.answer(results, study)
+    if options.out and "submission" in results:
+        shutil.copyfile(study.submission_file, options.out)
+        screen.say(f"Copied to {options.out}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(setup.guarded(run, parser().parse_args()))

@@ -1,0 +1,54 @@
+"""python tune/retrain.py results/demo --seeds 3
+
+Train the best configuration of a study (or the one named) again from new seeds, over its whole schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from carmodels.study import Study
+from tune import setup, stages
+from tune.console import Screen
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
+    p.add_argument("--trial", metavar="ID", help="the trial whose configuration is retrained (the best)")
+    p.add_argument("--seeds", type=int, default=3, metavar="N", help="how many new seeds (3)")
+    p.add_argument("--epochs", type=int, metavar="N", help="length of the schedule (that of the search)")
+    setup.add_machine_options(p)
+    return p
+
+
+def run(options: argparse.Namespace, screen: Screen) -> int:
+    """Retrain and print the table."""
+    for name in ("seeds", "epochs"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    study = Study(options.study.expanduser().absolute())
+    clock = stages.Clock(time.time())
+    job = setup.reopened(study, options, screen)
+    with setup.ray_running(options.address, job.workers, screen):
+        completed = stages.retrain(
+            job,
+            clock=clock,
+            watch=screen.watch(study, clock, None),
+            say=screen.say,
+            trial_id=options.trial,
+            seeds=options.seeds,
+            epochs=options.epochs,
+        )
+    screen.rest()
+    screen.table(study)
+    return 0 if completed else 130
+
+
+if __name__ == "__main__":
+    sys.exit(setup.guarded(run, parser().parse_args()))

@@ -1,0 +1,105 @@
+"""Which trials go on: asynchronous successive halving that explains itself and knows the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+from carmodels.study import TrialRecord
+
+REDUCTION_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """Until when a stage may run, in seconds of time.time()."""
+
+    draw_until: float  # no new trial after this
+    end: float  # a trial that cannot end by this is stopped at its next epoch
+
+
+class Scheduler(AsyncHyperBandScheduler):
+    """ASHA (Li et al., 2020) with reasons for its stops, a clock, and trials that always run to their end.
+
+    A result that carries `status` is a trial's last and is never stopped. Ray calls this object in the driver
+    only.
+    """
+
+    _metric: str  # Ray allows None, until it is told by TuneConfig; here it is always given
+    _metric_op: float  # likewise: 1 for max, -1 for min
+
+    def __init__(
+        self,
+        *,
+        metric: str,
+        mode: str,
+        epochs: int,
+        grace_period: int,
+        deadline: Deadline,
+        protect: Iterable[str] = (),
+    ) -> None:
+        super().__init__(
+            time_attr="epoch",
+            metric=metric,
+            mode=mode,
+            max_t=epochs,
+            grace_period=min(grace_period, epochs),
+            reduction_factor=REDUCTION_FACTOR,
+            stop_last_trials=False,
+        )
+        self.reasons: dict[str, str] = {}  # Ray's trial id -> why it was stopped
+        self._deadline = deadline
+        self._protect = frozenset(protect)
+
+    def replay(self, records: Iterable[TrialRecord]) -> None:
+        """Fill the rungs with what an earlier run of the same study has seen, in its order."""
+        for record in records:
+            trial: Any = SimpleNamespace(trial_id=record.trial_id)  # all that a bracket asks of a trial
+            for epoch in record.curve:
+                sign = self._metric_op if np.isfinite(epoch.value) else np.nan
+                self._brackets[0].on_result(trial, epoch.epoch, sign * epoch.value)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """CONTINUE or STOP, and for the latter a sentence in `reasons`."""
+        if result.get("status"):
+            return TrialScheduler.CONTINUE
+        epoch, epochs = result["epoch"], trial.config["epochs"]
+        reason = self._too_late(result["seconds"], epoch, epochs)
+        if not reason and epoch < epochs:
+            peers = self._peers(trial, epoch)
+            action = super().on_trial_result(tune_controller, trial, result)
+            if action == TrialScheduler.STOP and result["config_id"] not in self._protect:
+                reason = self._reason(result[self._metric], peers, epoch)
+        if reason:
+            self.reasons[trial.trial_id] = reason
+        return TrialScheduler.STOP if reason else TrialScheduler.CONTINUE
+
+    def _too_late(self, seconds: float, epoch: int, epochs: int) -> str:
+        """Why the clock stops this trial; empty while what is left of it fits in, by its pace so far."""
+        now = time.time()
+        left = seconds / epoch * (epochs - epoch)
+        if now < self._deadline.draw_until or now + left <= self._deadline.end:
+            return ""
+        return f"the time for searching was up after epoch {epoch} of {epochs}"
+
+    def _peers(self, trial: Any, epoch: int) -> list[float]:
+        """Values that earlier trials had at the rung this result will be held against."""
+        for milestone, recorded in self._brackets[0]._rungs:
+            if epoch >= milestone:
+                return [] if trial.trial_id in recorded else [v * self._metric_op for v in recorded.values()]
+        return []
+
+    def _reason(self, value: float, peers: list[float], epoch: int) -> str:
+        share = 1 - 1 / REDUCTION_FACTOR
+        cutoff = np.nanquantile(peers, share if self._mode == "max" else 1 - share)
+        better = sum(v > value if self._mode == "max" else v < value for v in peers)
+        return (
+            f"rung at epoch {epoch}: {value:.4f} against a cut-off of {cutoff:.4f}, "
+            f"rank {better + 1} of {len(peers) + 1}"
+        )

@@ -1,0 +1,328 @@
+"""python tune/search.py --data ../car-pictures --hours 4
+
+Search for the best image classifier that the hardware and the hours can buy: search, retrain the best,
+ensemble the top trials, write the submission. Without arguments it draws a small data set of its own and
+shows the whole job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import torch
+from platformdirs import user_cache_path
+
+from carmodels import demo
+from carmodels.data import Splits
+from carmodels.models import Weights
+from carmodels.predictions import METRICS
+from carmodels.space import SPACES, Space
+from carmodels.study import Study
+from tune import setup, stages
+from tune.console import Screen, duration
+from tune.trials import Job
+
+STAGES = ("search", "retrain", "ensemble")
+DEFAULT_HOURS = {"cpu": 0.25, "cuda": 4.0}
+DEMO_HOURS = 0.15  # the demo ends by its number of trials; this is for slow machines
+DEMO_WEIGHTS = Path(demo.__file__).with_name("weights")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--data", metavar="DIR|ZIP", help="pictures by class, or the competition's files; left out: a demo"
+    )
+    p.add_argument(
+        "--preset", choices=tuple(SPACES), help="what to search over (gpu where there is CUDA, else cpu)"
+    )
+    p.add_argument("--weights", metavar="hub|none|DIR", help="where pretrained weights come from (hub)")
+    p.add_argument("--study", metavar="NAME", help="name of the folder under --results (that of the data)")
+    p.add_argument("--results", metavar="DIR", default="results", help="where studies are kept (results)")
+    p.add_argument("--trials", type=int, metavar="N", help="configurations in all, resumed ones included")
+    p.add_argument("--hours", type=float, metavar="H", help="bounds the whole command, retraining and all")
+    p.add_argument(
+        "--metric", choices=tuple(METRICS), default="accuracy", help="what is searched for (accuracy)"
+    )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=...",
+        help="V, V1,V2,... or LOW:HIGH for a dimension",
+    )
+    setup.add_machine_options(p)
+    p.add_argument("--seed", type=int, default=0, help="of the split, the draws and the training (0)")
+    p.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    again = p.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with a study that exists")
+    again.add_argument("--overwrite", action="store_true", help="delete a study that exists and start anew")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job; returns the exit code."""
+    return setup.guarded(run, parser().parse_args(arguments))
+
+
+def run(options: argparse.Namespace, screen: Screen) -> int:
+    """The whole job, top to bottom."""
+    begun = time.time()
+    check_numbers(options)
+    bare = options.data is None
+    device = setup.device()
+    preset = options.preset or ("demo" if bare else {"cuda": "gpu", "cpu": "cpu"}[device])
+    workers = setup.chosen_workers(options, device)
+    weights = Weights.parse(options.weights or (str(DEMO_WEIGHTS) if bare else "hub"))
+    space, left_out = chosen_space(preset, options.set, weights)
+    if left_out:
+        screen.say(f"Left out of the space, no weights for them: {', '.join(left_out)}.")
+    study = Study(
+        (Path(options.results).expanduser() / (options.study or default_name(options.data))).absolute()
+    )
+    overwrite = options.overwrite or (bare and options.study is None and not options.resume)
+    check_folder(study, resume=options.resume, overwrite=overwrite)
+    data = Path(options.data).expanduser().absolute() if options.data else demo_data(screen)
+    weights.fetch(space.backbones)
+    splits = setup.open_data(data, options.cache, max(space.image_sizes), options.seed, screen)
+    clock, trials = budget(options, space, device, bare, begun)
+    facts = {"data": str(data), **describe(options, preset, space, weights, splits)}
+    begin(study, facts, splits, resume=options.resume, overwrite=overwrite)
+    describe_data(splits, screen)
+    screen.say(
+        f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
+        f"on {facts['hardware']['device']}, "
+        + (f"{trials} trials" if trials else "as many trials as fit")
+        + (f", {duration(clock.seconds)} in all." if clock.seconds < float("inf") else ".")
+    )
+    with setup.ray_running(options.address, workers, screen):
+        return go(Job(study, splits, weights, workers), space, options, clock, trials, screen)
+
+
+def go(
+    job: Job,
+    space: Space,
+    options: argparse.Namespace,
+    clock: stages.Clock,
+    trials: int | None,
+    screen: Screen,
+) -> int:
+    """The stages, one after the other, up to --until."""
+    stamp = {
+        "seed": options.seed,
+        "metric": options.metric,
+        "data": job.splits.fingerprint,
+        "split": job.splits.split_hash,
+    }
+    watch = screen.watch(job.study, clock, trials)
+    completed = stages.search(
+        job, space, stamp=stamp, trials=trials, clock=clock, seed=options.seed, watch=watch, say=screen.say
+    )
+    if completed and options.until != "search":
+        completed = stages.retrain(job, clock=clock, watch=watch, say=screen.say)
+    screen.rest()
+    if not completed:
+        screen.table(job.study)
+        screen.say(
+            f"Interrupted. The same command with --resume goes on; the table is {job.study.table_file}."
+        )
+        return 130
+    results = stages.ensemble(job, clock=clock, say=screen.say) if options.until == "ensemble" else None
+    screen.table(job.study)
+    if results:
+        screen.answer(results, job.study)
+    screen.say(f"Every trial: {job.study.table_file}. All of it took {duration(time.time() - clock.begun)}.")
+    return 0
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raises ValueError for a number or a name that makes no sense."""
+    if options.trials is not None and options.trials < 1:
+        raise ValueError(f"--trials {options.trials} must be at least 1")
+    if options.hours is not None and not 0 < options.hours < 24 * 365:
+        raise ValueError(f"--hours {options.hours} must be above 0 and below a year")
+    if not 0 <= options.seed < 2**31:
+        raise ValueError(f"--seed {options.seed} must be from 0 to 2147483647")
+    if options.study is not None and not re.fullmatch(r"\w[\w.-]*", options.study):
+        raise ValueError(
+            f"--study {options.study!r} must be a plain name of letters, digits, '.', '_' and '-'"
+        )
+
+
+def demo_data(screen: Screen) -> Path:
+    """Draw the built-in data set, unless it is drawn already."""
+    folder = user_cache_path("carmodels") / "demo"
+    screen.say("No --data given: this is the demo, ten classes of drawn cars in the competition's layout.")
+    demo.draw_demo(folder)
+    return folder
+
+
+def default_name(data: str | None) -> str:
+    """The study's name where none is given: that of the data."""
+    return re.sub(r"[^\w.-]", "_", Path(data).expanduser().resolve().stem) if data else "demo"
+
+
+def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[Space, list[str]]:
+    """The preset with the overrides, less the backbones without weights, and the names of those."""
+    space = SPACES[preset]
+    for text in overrides:
+        space = space.with_override(text)
+    left_out = [name for name in space.backbones if not weights.has(name)]
+    if len(left_out) == len(space.backbones):
+        raise ValueError(
+            f"--weights {weights.source}: no weights for any of {', '.join(left_out)}; "
+            "name the files <timm name>.safetensors, or give --set backbone=NAME, --weights hub "
+            "or --weights none"
+        )
+    return space.with_backbones(tuple(b for b in space.backbones if b not in left_out)), left_out
+
+
+def check_folder(study: Study, *, resume: bool, overwrite: bool) -> None:
+    """Raises ValueError where the study's folder and --resume or --overwrite do not go together."""
+    if resume and not study.exists:
+        raise ValueError(f"--resume: there is no study at {study.folder}; leave --resume out to begin one")
+    if study.exists and not (resume or overwrite):
+        raise ValueError(
+            f"{study.folder} holds a study already; give --resume to go on with it, "
+            "--overwrite to delete it, or another --study NAME"
+        )
+
+
+def begin(study: Study, facts: dict[str, Any], splits: Splits, *, resume: bool, overwrite: bool) -> None:
+    """Begin the study, or check that what is resumed is the same search of the same data."""
+    if resume:
+        before = study.facts
+        for name in ("preset", "space", "seed", "metric", "weights", "fingerprint", "split_hash"):
+            if before[name] != facts[name]:
+                raise ValueError(
+                    f"--resume: {name} was {before[name]} in {study.folder} and is {facts[name]} now; "
+                    "give the options of the first run, or another --study NAME"
+                )
+        return
+    if overwrite and study.exists:
+        shutil.rmtree(study.folder)
+    rows = [
+        (split.name, picture, -1 if split.labels is None else int(split.labels[i]))
+        for split in (splits.train, splits.val, splits.audit, splits.test)
+        for i, picture in enumerate(split.ids)
+    ]
+    study.begin(facts, rows)
+
+
+def budget(
+    options: argparse.Namespace, space: Space, device: str, bare: bool, begun: float
+) -> tuple[stages.Clock, int | None]:
+    """The clock of the whole command, and the number of configurations where one is set."""
+    if options.hours is not None:
+        return stages.Clock(begun, 3600 * options.hours), options.trials
+    if options.trials is not None:
+        return stages.Clock(begun), options.trials
+    if bare:
+        return stages.Clock(begun, 3600 * DEMO_HOURS), space.trials
+    return stages.Clock(begun, 3600 * DEFAULT_HOURS[device]), None
+
+
+def describe(
+    options: argparse.Namespace, preset: str, space: Space, weights: Weights, splits: Splits
+) -> dict[str, Any]:
+    """study.json: what was asked for, of which data, with which versions, on what machine."""
+    packages = (
+        "torch",
+        "torchvision",
+        "timm",
+        "ray",
+        "optuna",
+        "albumentations",
+        "numpy",
+        "opencv-python-headless",
+    )
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": " ".join(["python tune/search.py", *_written(options)]),
+        "begun": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "preset": preset,
+        "space": {
+            "dimensions": {
+                n: {"kind": type(d).__name__, **_listed(asdict(d))} for n, d in space.dimensions.items()
+            },
+            "fixed": dict(space.fixed),
+        },
+        "seed": options.seed,
+        "metric": options.metric,
+        "weights": weights.source,
+        "fingerprint": splits.fingerprint,
+        "split_hash": splits.split_hash,
+        "classes": list(splits.classes),
+        "class_names": list(splits.class_names),
+        "pictures": {s.name: len(s) for s in (splits.train, splits.val, splits.audit, splits.test)},
+        "excluded": [asdict(e) for e in splits.excluded],
+        "test_duplicates": [list(pair) for pair in splits.test_duplicates],
+        "versions": {
+            "python": platform.python_version(),
+            **{p: importlib.metadata.version(p) for p in packages},
+        },
+        "max_size": max(space.image_sizes),
+        "hardware": {"device": gpus[0] if gpus else _processor(), "gpus": gpus, "cores": os.cpu_count()},
+    }
+
+
+def _listed(value: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, all the way down, so that what is read back from JSON compares equal."""
+    return {k: _as_list(v) for k, v in value.items()}
+
+
+def _as_list(value: Any) -> Any:
+    return [_as_list(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _written(options: argparse.Namespace) -> Iterator[str]:
+    """The options that differ from their defaults, as typed."""
+    for name, value in vars(options).items():
+        flag = "--" + name.replace("_", "-")
+        for item in value if isinstance(value, list) else [value]:
+            if item is True:
+                yield flag
+            elif item not in (None, False) and item != parser().get_default(name):
+                yield f"{flag} {item}"
+
+
+def _processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def describe_data(splits: Splits, screen: Screen) -> None:
+    """What was found, what was left out, what looks alike."""
+    sizes = ", ".join(f"{s.name} {len(s)}" for s in (splits.train, splits.val, splits.audit, splits.test))
+    screen.say(f"{len(splits.classes)} classes ({', '.join(splits.class_names)}); pictures: {sizes}.")
+    for lost in splits.excluded[:5]:
+        screen.say(f"Left out: {lost.path} ({lost.reason}).", "yellow")
+    if len(splits.excluded) > 5:
+        screen.say(f"... {len(splits.excluded)} pictures left out in all; study.json lists them.", "yellow")
+    if splits.test_duplicates:
+        screen.say(
+            f"{len(splits.test_duplicates)} test pictures look like labelled ones; study.json lists them."
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""The stages of the whole job, each from study folder to study folder: search, retrain, ensemble."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import optuna
+import ray
+import torch
+from ray.tune.schedulers import FIFOScheduler
+
+from carmodels.catalog import UNFREEZE, VIEWS
+from carmodels.predictions import (
+    METRICS,
+    Predictions,
+    fit_temperature,
+    paired_gain,
+    score_interval,
+    select_ensemble,
+    with_temperature,
+)
+from carmodels.space import Space, TrialConfig, baseline
+from carmodels.study import Status, Study, TrialRecord, read_json, write_json
+from carmodels.submission import write_submission
+from carmodels.training import seconds_per_epoch
+from tune.scheduler import Deadline, Scheduler
+from tune.searcher import Draws, Queue
+from tune.trials import Job, Watch, run_trials
+from tune.views import Members, judge_views
+
+Say = Callable[[str], None]
+
+SEARCH_SHARE = 0.70  # of the whole time, by when the search has ended
+RETRAIN_SHARE = 0.93  # likewise for retraining; the rest is the ensemble's
+DRAW_SHARE = 0.92  # of the search's time, after which running trials may end but none begins
+BASELINE_SHARE = 0.2  # of the search's core-time that the competitor's recipe may take
+RECIPE = "the competitor's recipe"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When the command began and how long it may take."""
+
+    begun: float  # time.time()
+    seconds: float = math.inf
+
+    def at(self, share: float) -> float:
+        """The moment, in time.time(), when this share of the time is over."""
+        return self.begun + share * self.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.begun + self.seconds - time.time()
+
+
+def search(
+    job: Job,
+    space: Space,
+    *,
+    stamp: dict[str, Any],
+    trials: int | None,
+    clock: Clock,
+    seed: int,
+    watch: Watch,
+    say: Say,
+) -> bool:
+    """Search the space within `trials` configurations and its share of the clock; False if interrupted."""
+    study, metric = job.study, stamp["metric"]
+    mode = METRICS[metric].mode
+    records = [r for r in study.records() if r.stage == "search"]
+    known = [r for r in records if r.status is not Status.INTERRUPTED]
+    again = [r for r in records if r.status is Status.INTERRUPTED]
+    notes = {r.trial_id: r.note for r in records if r.note}
+    queue = [r.config for r in again]
+    if not notes:
+        recipe, note = _affordable_baseline(job, space, stamp, clock)
+        queue.insert(0, recipe)
+        notes[recipe.id] = note
+        say(f"First trial: {note}: {recipe.title}, {recipe.epochs} epochs.")
+    if records:
+        say(f"Resumed: {len(known)} trials kept, {len(again)} queued again.")
+    end = clock.at(SEARCH_SHARE)
+    draw_until = time.time() + DRAW_SHARE * (end - time.time())
+    scheduler = Scheduler(
+        metric=metric,
+        mode=mode,
+        epochs=int(space.fixed["epochs"]),
+        grace_period=grace_period(int(space.fixed["epochs"])),
+        deadline=Deadline(draw_until, end),
+        protect=notes,
+    )
+    scheduler.replay(known)
+    study.optuna_file.unlink(missing_ok=True)  # it repeats what trials.jsonl says, and is rebuilt from that
+    draws = Draws(
+        space,
+        stamp=stamp,
+        metric=metric,
+        mode=mode,
+        seed=seed,
+        limit=trials,
+        draw_until=draw_until,
+        queue=queue,
+        known=known,
+        storage=optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}"),
+    )
+    completed = run_trials(
+        job,
+        stage="search",
+        begun=clock.begun,
+        end=end + 0.25 * (clock.at(RETRAIN_SHARE) - end),
+        search_alg=draws,
+        scheduler=scheduler,
+        notes=notes,
+        watch=watch,
+    )
+    study.write_table()
+    return completed
+
+
+def grace_period(epochs: int) -> int:
+    """Epochs before a trial can be stopped: those in which a slow starter trains only its head, plus one."""
+    head_only = max(row.head_only_epochs or 0 for row in UNFREEZE.values())
+    return min(epochs, head_only + 1)
+
+
+def _affordable_baseline(
+    job: Job, space: Space, stamp: dict[str, Any], clock: Clock
+) -> tuple[TrialConfig, str]:
+    """The competitor's recipe for at most BASELINE_SHARE of the search, and a note of what that changed."""
+    wanted = replace(baseline(space), **stamp)
+    limit = BASELINE_SHARE * (clock.at(SEARCH_SHARE) - time.time()) * job.workers.count
+    if math.isinf(limit):
+        return wanted, RECIPE
+    sizes = sorted((s for s in space.image_sizes if s <= wanted.image_size), reverse=True)
+    measured = ray.remote(_epoch_costs).options(num_cpus=job.workers.cpus, num_gpus=job.workers.gpus)
+    candidates = [replace(wanted, image_size=size) for size in sizes]
+    costs = ray.get(measured.remote(job, candidates, limit))
+    for config, seconds in zip(candidates, costs, strict=False):
+        if seconds * config.epochs <= limit:
+            changed = "" if config == wanted else f" at {config.image_size} instead of {wanted.image_size} px"
+            return config, f"{RECIPE}{changed}"
+    epochs = max(1, min(wanted.epochs, int(limit / costs[-1])))
+    config = replace(candidates[-1], epochs=epochs)
+    return config, (
+        f"{RECIPE} at {config.image_size} instead of {wanted.image_size} px "
+        f"for {epochs} instead of {wanted.epochs} epochs"
+    )
+
+
+def _epoch_costs(job: Job, candidates: Sequence[TrialConfig], limit: float) -> list[float]:
+    """Seconds an epoch takes, for each configuration up to the first that ends within `limit` seconds."""
+    torch.set_num_threads(job.workers.cpus)
+    costs: list[float] = []
+    for config in candidates:
+        costs.append(seconds_per_epoch(config, job.splits, weights=job.weights, device=job.workers.device))
+        if costs[-1] * config.epochs <= limit:
+            break
+    return costs
+
+
+def retrain(
+    job: Job,
+    *,
+    clock: Clock,
+    watch: Watch,
+    say: Say,
+    trial_id: str | None = None,
+    seeds: int = 3,
+    epochs: int | None = None,
+) -> bool:
+    """Train the best (or the named) configuration from new seeds, side by side; False if interrupted."""
+    study = job.study
+    chosen = _chosen(study, trial_id)
+    wanted = epochs or chosen.config.epochs
+    per_epoch = 1.1 * chosen.seconds / chosen.epochs_run
+    seeds, planned = _fitting(
+        seeds, wanted, per_epoch, clock.at(RETRAIN_SHARE) - time.time(), job.workers.count
+    )
+    if not seeds:
+        say("Retraining is left out: the time that is left does not hold one run of it.")
+        return True
+    first = chosen.config.seed + 1
+    configs = [replace(chosen.config, seed=first + i, epochs=planned) for i in range(seeds)]
+    done = {r.trial_id for r in study.records() if r.status is Status.FINISHED}
+    queue = [c for c in configs if c.id not in done]
+    say(
+        f"Retraining {chosen.config.title} ({chosen.trial_id}) with {len(queue)} new seeds, "
+        f"{planned} epochs each."
+    )
+    metric = chosen.config.metric
+    completed = run_trials(
+        job,
+        stage="retrain",
+        begun=clock.begun,
+        end=clock.at(RETRAIN_SHARE) + 0.3 * (clock.at(1) - clock.at(RETRAIN_SHARE))
+        if clock.seconds < math.inf
+        else math.inf,
+        search_alg=Queue(queue, metric=metric, mode=METRICS[metric].mode),
+        scheduler=FIFOScheduler(),
+        notes={c.id: f"seed {c.seed} of {chosen.trial_id}" for c in configs},
+        watch=watch,
+    )
+    finished = [r for r in study.leaderboard() if r.trial_id in {c.id for c in configs}]
+    study.write_table()
+    write_json(
+        study.best_file,
+        {
+            "trial_id": chosen.trial_id,
+            "config": asdict(replace(chosen.config, epochs=planned)),
+            "metric": metric,
+            "val": chosen.value,
+            "retrained": {r.trial_id: {"seed": r.config.seed, "val": r.value} for r in finished},
+        },
+    )
+    return completed
+
+
+def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
+    candidates = [r for r in study.leaderboard() if r.stage == "search"]
+    if trial_id is not None:
+        candidates = [r for r in candidates if r.trial_id == trial_id]
+        if not candidates:
+            raise ValueError(
+                f"--trial {trial_id}: no finished trial of {study.folder} has this id; see trials.csv"
+            )
+    if not candidates:
+        raise ValueError(
+            f"{study.folder} has no finished trial; give the search more time (--hours) and --resume"
+        )
+    return candidates[0]
+
+
+def _fitting(seeds: int, epochs: int, per_epoch: float, seconds: float, workers: int) -> tuple[int, int]:
+    """Seeds and epochs that fit into `seconds`: whole schedules if one fits, else a round of shorter ones."""
+    if math.isinf(seconds) or per_epoch <= 0:
+        return seeds, epochs
+    rounds = int(seconds / (per_epoch * epochs))
+    if rounds:
+        return min(seeds, rounds * workers), epochs
+    shorter = int(seconds / per_epoch)
+    return (min(seeds, workers), shorter) if shorter >= max(2, epochs // 2) else (0, 0)
+
+
+def ensemble(job: Job, *, clock: Clock, say: Say, top: int = 12, views: int = len(VIEWS)) -> dict[str, Any]:
+    """Choose members, views and temperature on val, score once on audit, write ensemble and submission."""
+    study, metric = job.study, job.study.metric
+    candidates = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
+    candidates = [r for r in candidates if r.stage == "search"][:top] + [
+        r for r in candidates if r.stage != "search"
+    ]
+    if not candidates:
+        raise ValueError(
+            f"{study.folder} has no finished trial to make a submission from; search on with --resume"
+        )
+    labels = study.labels("val")
+    truth = np.array(list(labels.values()))
+    library = {r.trial_id: study.predictions(r.trial_id, "val").aligned(list(labels)) for r in candidates}
+    selection = select_ensemble(library, truth, metric=metric)
+    records = {r.trial_id: r for r in candidates}
+    members = Members(job, {records[i]: weight for i, weight in selection.weights.items()})
+    verdict = judge_views(members, labels, limit=views, seconds=clock.left)
+    say(f"Test-time augmentation: {verdict.sentence}.")
+    val = members.blended("val", verdict.views).aligned(list(labels))
+    results = {
+        "metric": metric,
+        "members": [
+            {
+                "trial_id": r.trial_id,
+                "title": r.config.title,
+                "stage": r.stage,
+                "weight": weight,
+                "val": r.value,
+            }
+            for r, weight in members.weights.items()
+        ],
+        "temperature": (temperature := fit_temperature(val.probs, truth)),
+        "tta": asdict(verdict),
+        "val": {
+            "ensemble": METRICS[metric].score(val.probs, truth),
+            "single": {"trial_id": selection.single, "value": selection.single_score},
+        },
+        "audit": _audit(study, metric, members.blended("audit", verdict.views), selection.single),
+    }
+    if len(job.splits.test):
+        test = with_temperature(members.blended("test", verdict.views), temperature)
+        write_submission(test, study.submission_file, sample=job.splits.sample_file)
+        results["submission"] = {"file": study.submission_file.name, "rows": len(test.ids)}
+    write_json(study.ensemble_file, results)
+    return results
+
+
+def _audit(study: Study, metric: str, ensembled: Predictions, single: str) -> dict[str, Any]:
+    """The one look at audit: ensemble, best single trial and competitor's recipe, with 95 % intervals."""
+    labels = study.labels("audit")
+    truth = np.array(list(labels.values()))
+    probs = {"ensemble": ensembled.aligned(list(labels)).probs}
+    recipe = next((r.trial_id for r in study.leaderboard() if r.note.startswith(RECIPE)), None)
+    named = {"single": single} | ({"recipe": recipe} if recipe else {})
+    for name, trial_id in named.items():
+        probs[name] = study.predictions(trial_id, "audit").aligned(list(labels)).probs
+    scores: dict[str, Any] = {name: asdict(score_interval(metric, p, truth)) for name, p in probs.items()}
+    for name in named:
+        scores[f"gain_over_{name}"] = asdict(paired_gain(metric, probs["ensemble"], probs[name], truth))
+    looks = 1 + (read_json(study.ensemble_file)["audit"]["looks"] if study.ensemble_file.is_file() else 0)
+    return {**scores, "pictures": len(truth), "looks": looks}

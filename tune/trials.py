@@ -1,0 +1,325 @@
+"""Running configurations side by side through Ray Tune, and writing down how each of them ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials.jsonl holds every result
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `Interrupts` ends a run in better order
+os.environ.setdefault("RAY_worker_niceness", "0")  # training is what the machine is here for
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # it would print over our own lines
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+import torch
+from ray.tune import (
+    Callback,
+    CheckpointConfig,
+    RunConfig,
+    Stopper,
+    TuneConfig,
+    Tuner,
+    report,
+    with_parameters,
+    with_resources,
+)
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from carmodels.data import Splits
+from carmodels.models import Weights, save_weights
+from carmodels.space import EpochMetrics, TrialConfig
+from carmodels.study import Status, Study, TrialRecord
+from carmodels.training import Fitted, fit, predict
+
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial ended with is in its record
+
+WEIGHTS_KEPT = 12  # best trials of the search whose weights stay on disk
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many trials run side by side, and what each of them may use."""
+
+    count: int
+    cpus: int  # of each
+    gpus: float  # of each
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def processes(self) -> int:
+        """Loader processes of a trial: none where its one core trains as well."""
+        return max(0, self.cpus - 1) if self.gpus else 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every trial of a study shares; sent to the workers once."""
+
+    study: Study
+    splits: Splits
+    weights: Weights
+    workers: Workers
+
+
+def train_trial(values: dict[str, Any], job: Job) -> None:
+    """Train one configuration in a Ray worker and report every epoch; the last report carries `status`."""
+    torch.set_num_threads(job.workers.cpus)
+    config = TrialConfig.from_dict(values)
+    started = time.time()
+
+    def send(metrics: EpochMetrics, **more: Any) -> None:
+        seconds = time.time() - started
+        report(
+            {
+                config.metric: metrics.value,
+                "config_id": config.id,
+                "seconds": seconds,
+                **asdict(metrics),
+                **more,
+            }
+        )
+
+    def on_epoch(metrics: EpochMetrics) -> None:
+        if not metrics.ending:  # the last epoch is reported when all that the trial leaves is on disk
+            send(metrics)
+
+    fitted = fit(
+        config,
+        job.splits,
+        weights=job.weights,
+        on_epoch=on_epoch,
+        device=job.workers.device,
+        processes=job.workers.processes,
+    )
+    status, reason = _verdict(fitted)
+    if status is Status.FINISHED:
+        _leave(fitted, job)
+    best = fitted.best.value if fitted.best else fitted.history[-1].value
+    send(fitted.history[-1], status=str(status), reason=reason, best_value=best)
+
+
+def _verdict(fitted: Fitted) -> tuple[Status, str]:
+    last = fitted.history[-1].epoch
+    if fitted.ending == "diverged":
+        return Status.DIVERGED, f"the loss was not finite in epoch {last}"
+    if fitted.ending == "patience":
+        return Status.FINISHED, f"no better {fitted.config.metric} for {fitted.config.patience} epochs"
+    return Status.FINISHED, f"ran its {last} epochs"
+
+
+def _leave(fitted: Fitted, job: Job) -> None:
+    """Write a finished trial's probabilities and weights."""
+    for split in (job.splits.val, job.splits.audit, job.splits.test):
+        if len(split):
+            predictions = predict(
+                fitted.model,
+                job.splits,
+                split,
+                config=fitted.config,
+                device=job.workers.device,
+                processes=job.workers.processes,
+            )
+            predictions.save(job.study.predictions_file(fitted.config.id, split.name))
+    save_weights(fitted.model, job.study.weights_file(fitted.config.id))
+
+
+class Interrupts:
+    """Turns the first Ctrl-C or SIGTERM into an orderly end of the running stage; the second is immediate."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.default_int_handler)
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """While inside, signals are noted instead of raised."""
+        before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _StaysHere:
+    """Ray pickles a Tuner's parts for `Tuner.restore`; we resume from trials.jsonl, so nothing is kept."""
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        return object, ()
+
+
+class _Ender(_StaysHere, Stopper):
+    """Ends the whole run when the time is up or the user says so."""
+
+    def __init__(self, end: float, interrupts: Interrupts) -> None:
+        self._end, self._interrupts = end, interrupts
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._interrupts.seen or time.time() >= self._end
+
+
+@dataclass
+class Watch:
+    """What a run tells whoever looks on: each trial as it ends, and how things stand in between."""
+
+    on_record: Callable[[TrialRecord], None] = lambda record: None
+    on_step: Callable[[Recorder], None] = lambda recorder: None
+
+
+@dataclass
+class Recorder(_StaysHere, Callback):
+    """Writes each trial into the study as it ends; the only writer of trials.jsonl."""
+
+    study: Study
+    stage: str
+    begun: float  # time.time() at the study's start
+    reasons: dict[str, str]  # Ray's trial id -> why the scheduler stopped it
+    watch: Watch
+    notes: dict[str, str] = field(default_factory=dict)  # config id -> note
+    running: dict[str, list[EpochMetrics]] = field(default_factory=dict)  # Ray's trial id -> epochs so far
+    configs: dict[str, TrialConfig] = field(default_factory=dict)
+    recorded: set[str] = field(default_factory=set)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.running.setdefault(trial.trial_id, [])
+        self.configs[trial.trial_id] = TrialConfig.from_dict(trial.config)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        epoch = EpochMetrics(**{name: result[name] for name in EpochMetrics.__dataclass_fields__})
+        self.running[trial.trial_id].append(epoch)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        last = trial.last_result or {}
+        if last.get("status"):
+            self._write(trial, Status(last["status"]), last["reason"], value=last["best_value"])
+        else:
+            self._write(trial, Status.STOPPED, self.reasons.get(trial.trial_id, "stopped"))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._write(trial, Status.FAILED, _last_line(trial))
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.watch.on_step(self)
+
+    def close(self, trials: list[Any], interrupted: bool) -> None:
+        """Write down the trials that the end of the run cut off."""
+        for trial in trials:
+            if trial.trial_id in self.running and trial.trial_id not in self.recorded:
+                if interrupted:
+                    self._write(trial, Status.INTERRUPTED, "interrupted by the user")
+                else:
+                    self._write(trial, Status.STOPPED, "the time was up")
+
+    def _write(self, trial: Any, status: Status, reason: str, value: float | None = None) -> None:
+        if trial.trial_id in self.recorded or trial.trial_id not in self.configs:
+            return
+        config, curve = self.configs[trial.trial_id], tuple(self.running.get(trial.trial_id, ()))
+        if value is None and curve and status is not Status.FAILED:
+            value = curve[-1].value
+        record = TrialRecord(
+            trial_id=config.id,
+            config=config,
+            status=status,
+            epochs_run=len(curve),
+            value=None if status in (Status.DIVERGED, Status.FAILED) else value,
+            seconds=sum(e.seconds for e in curve),
+            reason=reason,
+            stage=self.stage,
+            note=self.notes.get(config.id, ""),
+            at=time.time() - self.begun,
+            curve=curve,
+        )
+        self.recorded.add(trial.trial_id)
+        self.running.pop(trial.trial_id, None)
+        self.study.append(record)
+        if status is Status.FINISHED and self.stage == "search":
+            self.study.keep_weights(WEIGHTS_KEPT, also=self.notes)
+        self.watch.on_record(record)
+
+
+def _last_line(trial: Any) -> str:
+    """The error's own words, from the file Ray keeps of it."""
+    path = Path(trial.error_file) if trial.error_file else None
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path and path.is_file() else []
+    words = [line.strip() for line in lines if line.strip()]
+    return words[-1][:300] if words else "the worker died"
+
+
+def run_trials(
+    job: Job,
+    *,
+    stage: str,
+    begun: float,
+    end: float,
+    search_alg: Searcher,
+    scheduler: TrialScheduler | None,
+    notes: dict[str, str],
+    watch: Watch,
+) -> bool:
+    """Run what the searcher hands out until it has no more or the time is `end`; False if interrupted."""
+    interrupts = Interrupts()
+    recorder = Recorder(job.study, stage, begun, getattr(scheduler, "reasons", {}), watch, notes)
+    resources = {"cpu": job.workers.cpus, "gpu": job.workers.gpus}
+    tuner = Tuner(
+        with_resources(with_parameters(train_trial, job=job), resources),
+        tune_config=TuneConfig(
+            search_alg=search_alg,
+            scheduler=scheduler,
+            num_samples=-1,
+            max_concurrent_trials=job.workers.count,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=RunConfig(
+            name=f"{stage}-{int(time.time())}",
+            storage_path=str(job.study.ray_folder),
+            stop=_Ender(end, interrupts),
+            callbacks=[recorder],
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            verbose=0,
+        ),
+    )
+    with interrupts.caught():
+        results = tuner.fit()
+    recorder.close(results._experiment_analysis.trials, interrupts.seen)
+    return not interrupts.seen
+
+
+def start_ray(*, address: str | None, workers: Workers) -> str:
+    """Start a Ray of our own or join the cluster at `address`; the dashboard's URL, empty without one."""
+    arguments: dict[str, Any] = (
+        {"address": address}
+        if address
+        else {
+            "address": "local",
+            "num_cpus": workers.count * workers.cpus,
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "object_store_memory": 256 * 2**20,
+        }
+    )
+    context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    return f"http://{context.dashboard_url}" if context.dashboard_url else ""
