@@ -47,9 +47,13 @@ class Weights:
             )
         return cls(str(folder))
 
+    @property
+    def is_folder(self) -> bool:
+        return self.source not in ("hub", "none")
+
     def file(self, backbone: str) -> Path | None:
         """The backbone's file in the folder; None for hub and none."""
-        return None if self.source in ("hub", "none") else Path(self.source) / f"{backbone}.safetensors"
+        return Path(self.source) / f"{backbone}.safetensors" if self.is_folder else None
 
     def has(self, backbone: str) -> bool:
         """Whether this source can give the backbone its weights, as far as can be told without a network."""

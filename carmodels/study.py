@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -131,6 +132,14 @@ class Study:
     def metric(self) -> str:
         return self.facts["metric"]
 
+    def relative(self, path: Path) -> str:
+        """A path as study.json keeps it: seen from the study's folder, so that both may move together."""
+        return Path(os.path.relpath(path, self.folder)).as_posix()
+
+    def resolved(self, path: str) -> Path:
+        """The absolute path of what `relative` gave."""
+        return Path(os.path.normpath(self.folder / path))
+
     def labels(self, split: str) -> dict[str, int]:
         """Class index by id for a labelled split."""
         with (self.folder / "splits.csv").open(newline="", encoding="utf-8") as file:
@@ -192,7 +201,9 @@ class Study:
 
 def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
     value = record.value
-    best = min(record.curve, key=lambda e: abs(e.value - value)) if record.curve and value is not None else None
+    best = None
+    if record.curve and value is not None:
+        best = min(record.curve, key=lambda epoch: abs(epoch.value - value))
     config = asdict(record.config)
     for name in ("data", "split"):
         config.pop(name)

@@ -115,8 +115,8 @@ def test_class_weights_weigh_the_rare_class_up(splits: Splits, weights: Weights,
 def test_a_loss_that_is_not_finite_ends_training_as_diverged(
     config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
-    explosive = {"optimizer": "sgd", "lr": 10.0, "weight_decay": 10.0, "schedule": "constant", "clip_norm": 0.0}
-    wild = replace(config, epochs=5, batch_size=8, **explosive)
+    explosive = {"optimizer": "sgd", "lr": 10.0, "weight_decay": 10.0, "clip_norm": 0.0}
+    wild = replace(config, epochs=5, batch_size=8, schedule="constant", **explosive)
     fitted = fit(wild, splits, weights=weights)
     assert fitted.ending == "diverged"
     assert len(fitted.history) < 5

@@ -100,7 +100,11 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     weights.fetch(space.backbones)
     splits = setup.open_data(data, options.cache, max(space.image_sizes), options.seed, screen)
     clock, trials = budget(options, space, device, bare, begun)
-    facts = {"data": str(data), **describe(options, preset, space, weights, splits)}
+    facts = {
+        "data": study.relative(data),
+        "weights": study.relative(Path(weights.source)) if weights.is_folder else weights.source,
+        **describe(options, preset, space, splits),
+    }
     begin(study, facts, splits, resume=options.resume, overwrite=overwrite)
     describe_data(splits, screen)
     screen.say(
@@ -236,9 +240,7 @@ def budget(
     return stages.Clock(begun, 3600 * DEFAULT_HOURS[device]), None
 
 
-def describe(
-    options: argparse.Namespace, preset: str, space: Space, weights: Weights, splits: Splits
-) -> dict[str, Any]:
+def describe(options: argparse.Namespace, preset: str, space: Space, splits: Splits) -> dict[str, Any]:
     """study.json: what was asked for, of which data, with which versions, on what machine."""
     packages = (
         "torch",
@@ -263,7 +265,6 @@ def describe(
         },
         "seed": options.seed,
         "metric": options.metric,
-        "weights": weights.source,
         "fingerprint": splits.fingerprint,
         "split_hash": splits.split_hash,
         "classes": list(splits.classes),

@@ -89,13 +89,14 @@ def open_data(data: Path, cache: str | None, max_size: int, seed: int, screen: S
 def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Job:
     """The job of a study that exists. Raises ValueError where its data set is no longer what it was."""
     facts = study.facts
-    data = Path(facts["data"])
+    data, weights = study.resolved(facts["data"]), facts["weights"]
     splits = open_data(data, options.cache, facts["max_size"], facts["seed"], screen)
     if (splits.fingerprint, splits.split_hash) != (facts["fingerprint"], facts["split_hash"]):
         raise ValueError(
             f"{data} is no longer the data set that {study.folder} was made with; bring that one back"
         )
-    return Job(study, splits, Weights.parse(facts["weights"]), chosen_workers(options, device()))
+    source = weights if weights in ("hub", "none") else str(study.resolved(weights))
+    return Job(study, splits, Weights.parse(source), chosen_workers(options, device()))
 
 
 @contextmanager
