@@ -72,13 +72,16 @@ class Loader:
         spare = 0 if self._drop_last else self._batch_size - 1
         return (self._pictures + spare) // self._batch_size
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of epoch `number`, 0 or more."""
+    def orders(self, number: int) -> list[np.ndarray]:
+        """Positions in the split, batch by batch, in epoch `number`, 0 or more."""
         order = np.arange(self._pictures)
         if self._shuffle:
             order = np.random.default_rng((self._seed, number)).permutation(order)
-        size = self._batch_size
-        plan = [(number, order[n * size : (n + 1) * size]) for n in range(len(self))]
+        return [order[n * self._batch_size : (n + 1) * self._batch_size] for n in range(len(self))]
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """The batches of epoch `number`, 0 or more."""
+        plan = [(number, order) for order in self.orders(number)]
         if self._workers is None:
             return map(self._batches.__getitem__, plan)
         self._plan[:] = plan

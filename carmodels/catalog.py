@@ -16,37 +16,36 @@ class Backbone:
     millions: float  # parameters without a classifier, for the table and for ordering by size
     multiple: int = 1  # image_size must be a multiple of this
     sized: bool = False  # True: built for one image size, which timm is told at creation
-    note: str = ""
 
 
 BACKBONES: dict[str, Backbone] = {
-    "xception41": Backbone(24.9, note="the competitor's family (Chollet, 2017)"),
-    "legacy_xception": Backbone(20.8, note="the competitor's own network, Keras weights"),
-    "efficientnet_b0": Backbone(4.0, note="Tan and Le, 2019"),
+    "xception41": Backbone(24.9),  # the competitor's family (Chollet, 2017)
+    "legacy_xception": Backbone(20.8),  # the competitor's own network, Keras weights
+    "efficientnet_b0": Backbone(4.0),  # Tan and Le, 2019
     "efficientnet_b1": Backbone(6.5),
     "efficientnet_b2": Backbone(7.7),
     "efficientnet_b3": Backbone(10.7),
     "efficientnet_b4": Backbone(17.5),
-    "tf_efficientnetv2_s": Backbone(20.2, note="Tan and Le, 2021"),
-    "convnext_atto": Backbone(3.4, note="Liu et al., 2022"),
+    "tf_efficientnetv2_s": Backbone(20.2),  # Tan and Le, 2021
+    "convnext_atto": Backbone(3.4),  # Liu et al., 2022
     "convnext_femto": Backbone(4.8),
     "convnext_pico": Backbone(8.5),
     "convnext_nano": Backbone(15.0),
     "convnext_tiny": Backbone(27.8),
     "convnext_small": Backbone(49.5),
-    "swin_tiny_patch4_window7_224": Backbone(27.5, multiple=32, sized=True, note="Liu et al., 2021"),
+    "swin_tiny_patch4_window7_224": Backbone(27.5, multiple=32, sized=True),  # Liu et al., 2021
     "swin_base_patch4_window7_224": Backbone(86.7, multiple=32, sized=True),
-    "vit_small_patch16_224": Backbone(21.7, multiple=16, sized=True, note="Dosovitskiy et al., 2021"),
-    "resnet50": Backbone(23.5, note="He et al., 2016"),
-    "test_efficientnet": Backbone(0.1, note="timm's smallest; the demo's"),
-    "test_resnet": Backbone(0.4, note="likewise"),
-    "mobilenetv1_100": Backbone(3.2, note="Howard et al., 2017"),
-    "mobilenetv2_035": Backbone(0.4, note="Sandler et al., 2018"),
+    "vit_small_patch16_224": Backbone(21.7, multiple=16, sized=True),  # Dosovitskiy et al., 2021
+    "resnet50": Backbone(23.5),  # He et al., 2016
+    "test_efficientnet": Backbone(0.1),  # timm's smallest; the demo's
+    "test_resnet": Backbone(0.4),  # likewise
+    "mobilenetv1_100": Backbone(3.2),  # Howard et al., 2017
+    "mobilenetv2_035": Backbone(0.4),  # Sandler et al., 2018
     "mobilenetv2_100": Backbone(2.2),
-    "mobilenetv3_small_050": Backbone(0.6, note="Howard et al., 2019"),
+    "mobilenetv3_small_050": Backbone(0.6),  # Howard et al., 2019
     "mobilenetv3_small_100": Backbone(1.5),
     "mobilenetv3_large_100": Backbone(4.2),
-    "lcnet_035": Backbone(0.4, note="Cui et al., 2021"),
+    "lcnet_035": Backbone(0.4),  # Cui et al., 2021
     "lcnet_050": Backbone(0.6),
     "lcnet_100": Backbone(1.7),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import urllib.error
 import urllib.request
@@ -54,6 +55,14 @@ class Weights:
     def file(self, backbone: str) -> Path | None:
         """The backbone's file in the folder; None for hub and none."""
         return Path(self.source) / f"{backbone}.safetensors" if self.is_folder else None
+
+    def identity(self, backbone: str) -> str:
+        """What tells these weights of a backbone from others: the file's content, or timm's name for them."""
+        path = self.file(backbone)
+        if path is not None:
+            return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        published = timm.models.get_pretrained_cfg(backbone)
+        return f"{self.source}:{published.hf_hub_id or published.url}" if published else self.source
 
     def has(self, backbone: str) -> bool:
         """Whether this source can give the backbone its weights, as far as can be told without a network."""
@@ -157,11 +166,9 @@ class Classifier(nn.Module):
         """Like torch's, but what is frozen stays in eval mode: BatchNorm statistics, dropout, drop path."""
         super().train(mode)
         if mode:
-            if not any(p.requires_grad for p in self.backbone.parameters()):
-                self.backbone.eval()
             for module in self.backbone.modules():
-                own = list(module.parameters(recurse=False))
-                if own and not any(p.requires_grad for p in own):
+                parameters = list(module.parameters())
+                if parameters and not any(p.requires_grad for p in parameters):
                     module.eval()
         return self
 

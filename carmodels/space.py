@@ -54,8 +54,10 @@ class TrialConfig:
             _check_member(name, getattr(self, name), known)
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not low <= value <= high:
-                raise ValueError(f"{name}={value!r} must be a number from {low:g} to {high:g}")
+            kinds = int if _TYPES[name] == "int" else int | float
+            if not isinstance(value, kinds) or not low <= value <= high:
+                what = "whole number" if kinds is int else "number"
+                raise ValueError(f"{name}={value!r} must be a {what} from {low:g} to {high:g}")
         multiple = BACKBONES[self.backbone].multiple
         if self.image_size % multiple:
             raise ValueError(
@@ -155,7 +157,7 @@ class Space:
 
     dimensions: Mapping[str, Dimension]
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    trials: int = 20  # a search's number of configurations where neither --trials nor --hours is given
+    trials: int | None = None  # configurations of a search without --data, --trials and --hours
 
     @property
     def backbones(self) -> tuple[str, ...]:
@@ -194,6 +196,8 @@ class Space:
             raise ValueError(
                 f"--set {text}: expected NAME=V, NAME=V1,V2 or NAME=LOW:HIGH with NAME one of {_SETTABLE}"
             )
+        if name == "epochs" and not written.isdecimal():
+            raise ValueError(f"--set {text}: epochs must be one number, the same schedule for every trial")
         old = self.dimensions.get(name)
         others = {n: d for n, d in self.dimensions.items() if n != name}
         fixed = {n: v for n, v in self.fixed.items() if n != name}
@@ -345,10 +349,10 @@ SPACES: dict[str, Space] = {
             ),
             "image_size": Choice((64, 96, 128, 160, 192)),
             "unfreeze": Choice(("frozen", "full", "once", "gradual")),
-            "lr": Range(2e-4, 1e-2, log=True),
+            "lr": Range(3e-4, 2e-2, log=True),
             "head_depth": Choice((0, 1, 2)),
             "dropout": Range(0.0, 0.5, when=("head_depth", _HEADED)),
-            "layer_decay": Range(0.5, 1.0, when=("unfreeze", _OPEN)),
+            "layer_decay": Range(0.35, 1.0, when=("unfreeze", _OPEN)),
             "augment": Choice(("shift", "crop", "color")),
             "label_smoothing": Choice((0.0, 0.1)),
         },
@@ -385,6 +389,5 @@ SPACES: dict[str, Space] = {
             "ema": Choice((0.0, 0.998), when=("unfreeze", _OPEN)),
         },
         fixed={"epochs": 12, "batch_size": 32},
-        trials=100,
     ),
 }

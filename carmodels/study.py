@@ -20,8 +20,6 @@ from carmodels.files import append_line, write_whole
 from carmodels.predictions import METRICS, Predictions
 from carmodels.space import EpochMetrics, TrialConfig
 
-LABELLED = ("val", "audit")  # a finished trial leaves probabilities for these, and for `test` if there is one
-
 
 class Status(StrEnum):
     """How a trial ended."""
@@ -41,28 +39,34 @@ class TrialRecord:
     config: TrialConfig
     status: Status
     epochs_run: int
-    value: float | None  # the study's metric on val at the best epoch
+    value: float | None  # the study's metric on val at the best epoch; of a stopped trial, at its last
     seconds: float
     reason: str  # why it ended, a sentence
     stage: str = "search"  # or "retrain"
     note: str = ""  # e.g. that this is the competitor's recipe
-    at: float = 0.0  # seconds from the study's start to this trial's end
+    at: float = 0.0  # seconds from the start of the command that ran it to the trial's end
     curve: tuple[EpochMetrics, ...] = ()
 
     def to_json(self) -> str:
         """One line, without a line end."""
-        return json.dumps(asdict(self))
+        return json.dumps(_plain(asdict(self)), allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> TrialRecord:
         """Raises ValueError for a line that is no record."""
         try:
             values = json.loads(line)
-            curve = tuple(EpochMetrics(**epoch) for epoch in values.pop("curve"))
+            curve = tuple(_epoch(epoch) for epoch in values.pop("curve"))
             config = TrialConfig.from_dict(values.pop("config"))
             return cls(config=config, status=Status(values.pop("status")), curve=curve, **values)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"no trial record: {error}") from error
+
+
+def _epoch(values: Mapping[str, Any]) -> EpochMetrics:
+    """An epoch as it was written; JSON has no NaN, a number that was not finite is null there."""
+    finite: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
+    return EpochMetrics(**finite)
 
 
 @dataclass(frozen=True)

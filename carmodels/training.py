@@ -6,18 +6,20 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from carmodels.batches import Loader
 from carmodels.catalog import AUGMENTS, BACKBONES, SCHEDULES, UNFREEZE, VIEWS, Schedule
 from carmodels.data import Split, Splits
+from carmodels.features import VIEWS_KEPT, FeatureStore
 from carmodels.models import Classifier, Weights, build, open_groups, optimizer_groups
 from carmodels.predictions import METRICS, Predictions, accuracy, log_loss
 from carmodels.space import EpochMetrics, TrialConfig
@@ -46,13 +48,18 @@ def fit(
     on_epoch: Callable[[EpochMetrics], None] = lambda metrics: None,
     device: str = "cpu",
     processes: int = 0,
+    features: FeatureStore | None = None,
 ) -> Fitted:
     """Train by the configuration's schedule and keep the epoch that is best by its metric on val.
 
     `on_epoch` is called once an epoch. A non-finite loss ends training with `ending` = "diverged". On a CPU,
-    the same configuration gives the same numbers to the bit for the same number of threads.
+    the same configuration gives the same numbers to the bit for the same number of threads. With `features`,
+    epochs in which the whole backbone is frozen train the head on its stored outputs, for VIEWS_KEPT fixed
+    views of every picture instead of a new one each epoch.
     """
-    run = _Run(config, splits, weights=weights, device=torch.device(device), processes=processes)
+    run = _Run(
+        config, splits, weights=weights, device=torch.device(device), processes=processes, features=features
+    )
     history: list[EpochMetrics] = []
     best: EpochMetrics | None = None
     best_state: dict[str, torch.Tensor] = {}
@@ -101,17 +108,23 @@ class _Run:
     """The moving parts of one training run."""
 
     def __init__(
-        self, config: TrialConfig, splits: Splits, *, weights: Weights, device: torch.device, processes: int
+        self,
+        config: TrialConfig,
+        splits: Splits,
+        *,
+        weights: Weights,
+        device: torch.device,
+        processes: int = 0,
+        features: FeatureStore | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.device = config, device
+        self.config, self.device, self.splits, self.processes = config, device, splits, processes
+        self.weights = weights
         self.model = build(config, classes=len(splits.classes), weights=weights).to(device)
         self.model = self.model.to(memory_format=torch.channels_last)
-        self.average = (
-            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-            if config.ema
-            else None
-        )
+        # With timm's warm-up of the decay: short schedules would average the first weights otherwise.
+        self.average = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.steps = 0
         self.train_loader = Loader(
             splits.images,
             splits.train,
@@ -125,7 +138,11 @@ class _Run:
         )
         self.val_labels = _labels(splits.val)
         self.val_loader = Loader(
-            splits.images, splits.val, image_size=config.image_size, batch_size=2 * config.batch_size
+            splits.images,
+            splits.val,
+            image_size=config.image_size,
+            batch_size=2 * config.batch_size,
+            processes=processes,
         )
         self.optimizer = _optimizer(self.model, config, fused=device.type in ("cpu", "cuda"))
         self.schedule = _Schedule(
@@ -136,8 +153,10 @@ class _Run:
             label_smoothing=config.label_smoothing,
         )
         self.mix = _mixer(config, len(splits.classes))
+        # Random weights are another backbone for every seed, and mixing asks for pictures.
+        self.features = features if weights.source != "none" and self.mix is None else None
         self.precision = autocast(device)
-        half = device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        half = device.type == "cuda" and not _has_bf16()
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
 
     @property
@@ -149,27 +168,91 @@ class _Run:
         """One pass over train and one over val: mean loss, and (N, C) probabilities of val."""
         row = UNFREEZE[self.config.unfreeze]
         groups = len(self.model.groups)
-        self.model.set_open(open_groups(row, epoch=number, epochs=self.config.epochs, groups=groups))
+        opened = open_groups(row, epoch=number, epochs=self.config.epochs, groups=groups)
+        self.model.set_open(opened)
         self.model.train()
+        stored = self.features if opened == 0 else None
         total = torch.zeros((), device=self.device)  # stays there: reading it each step would wait for it
-        for batch in self.train_loader.epoch(number):
-            total += self._step(batch.images, batch.labels)
+        for inputs, labels in self.shown(number) if stored is None else self._remembered(stored, number):
+            total += self.step(inputs, labels)
         train_loss = float(total) / len(self.train_loader)
         if not math.isfinite(train_loss):
             return train_loss, np.full((1, 1), np.nan, np.float32)
-        probs = _probabilities(self.tested, self.val_loader, self.device)
+        if stored is None:
+            probs = _probabilities(self.tested, self.val_loader, self.device)
+        else:
+            probs = self._remembered_val(stored)
         if np.isfinite(probs).all():
             self.schedule.epoch_ended(log_loss(probs, self.val_labels))
         return train_loss, probs
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        images = self.model.normalise(images.to(self.device, non_blocking=True))
+    @cached_property
+    def known(self) -> dict[str, str | int]:
+        """What the outputs of the frozen backbone depend on, save the augmentation."""
+        return {
+            "backbone": self.config.backbone,
+            "weights": self.weights.identity(self.config.backbone),
+            "image_size": self.config.image_size,
+            "data": self.splits.fingerprint,
+            "split": self.splits.split_hash,
+            "device": self.device.type,
+        }
+
+    def shown(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of pictures with their labels."""
+        return ((batch.images, batch.labels) for batch in self.train_loader.epoch(number))
+
+    def _remembered(self, store: FeatureStore, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of the frozen backbone's outputs for one of the stored views, in this epoch's order."""
+        loader = self.train_loader
+        view = (number - 1) % VIEWS_KEPT
+        shown = Loader(
+            self.splits.images,
+            self.splits.train,
+            image_size=self.config.image_size,
+            batch_size=2 * self.config.batch_size,
+            augment=AUGMENTS[self.config.augment],
+            processes=self.processes,
+        )
+        content = {**self.known, "augment": asdict(AUGMENTS[self.config.augment]), "view": view}
+        found = store.get(content, len(self.splits.train), lambda: self._outputs(shown, view))
+        labels = torch.from_numpy(_labels(self.splits.train))
+        for order in loader.orders(number):
+            yield torch.from_numpy(found[order].astype(np.float32)), labels[order]
+
+    @torch.inference_mode()
+    def _remembered_val(self, store: FeatureStore) -> np.ndarray:
+        """(N, C) probabilities of val from the frozen backbone's stored outputs."""
+        content = {**self.known, "part": "val"}
+        found = store.get(content, len(self.val_labels), lambda: self._outputs(self.val_loader, 0))
+        self.tested.eval()
+        outputs = torch.from_numpy(found.astype(np.float32)).to(self.device)
+        with self.precision():
+            logits = self.tested.head(outputs)
+        return logits.float().softmax(dim=1).cpu().numpy()
+
+    @torch.inference_mode()
+    def _outputs(self, loader: Loader, number: int) -> np.ndarray:
+        """(N, F) outputs of the frozen backbone for every picture of an unshuffled loader."""
+        parts: list[torch.Tensor] = []
+        for batch in loader.epoch(number):
+            with self.precision():
+                images = self.model.normalise(batch.images.to(self.device, non_blocking=True))
+                parts.append(self.model.backbone(images).float())
+        return torch.cat(parts).cpu().numpy()
+
+    def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """One step on 8-bit pictures (B, 3, S, S) or on outputs of the frozen backbone (B, F); the loss."""
+        inputs = inputs.to(self.device, non_blocking=True)
         targets = labels.to(self.device, non_blocking=True)
+        network: nn.Module = self.model.head
+        if inputs.ndim == 4:
+            network, inputs = self.model, self.model.normalise(inputs)
         if self.mix is not None:
-            images, targets = self.mix(images, targets)
+            inputs, targets = self.mix(inputs, targets)
         self.optimizer.zero_grad(set_to_none=True)
         with self.precision():
-            logits = self.model(images)
+            logits = network(inputs)
         loss = self.loss(logits.float(), targets)
         self.scaler.scale(loss).backward()
         if self.config.clip_norm:
@@ -179,7 +262,8 @@ class _Run:
         self.scaler.update()
         self.schedule.step_ended()
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.steps += 1
+            self.average.update(self.model, step=self.steps)
         return loss.detach()
 
 
@@ -187,8 +271,12 @@ def autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A context for the forward pass: bf16 on GPUs that have it natively, else fp16; float32 on CPUs."""
     if device.type != "cuda":
         return nullcontext
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    dtype = torch.bfloat16 if _has_bf16() else torch.float16
     return lambda: torch.autocast(device.type, dtype)
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _optimizer(model: Classifier, config: TrialConfig, *, fused: bool) -> torch.optim.Optimizer:
@@ -297,21 +385,18 @@ def view_size(config: TrialConfig, view: str) -> int:
     return max(row.multiple, round(config.image_size * VIEWS[view].scale / row.multiple) * row.multiple)
 
 
-def seconds_per_epoch(
+def seconds_per_picture(
     config: TrialConfig, splits: Splits, *, weights: Weights, device: str = "cpu", steps: int = 4
 ) -> float:
-    """What an epoch of this configuration costs with everything open, from a few timed steps here."""
-    row = UNFREEZE["full"]
-    run = _Run(config, splits, weights=weights, device=torch.device(device), processes=0)
-    groups = len(run.model.groups)
-    run.model.set_open(open_groups(row, epoch=1, epochs=config.epochs, groups=groups))
+    """What loading and training on one picture cost with everything open: the median of a few steps."""
+    run = _Run(replace(config, unfreeze="full"), splits, weights=weights, device=torch.device(device))
+    run.model.set_open(len(run.model.groups))
     run.model.train()
-    batches: Iterator = iter(run.train_loader.epoch(1))
+    shown = run.shown(1)
     taken: list[float] = []
-    for batch, _ in zip(batches, range(steps), strict=False):
+    for _ in range(min(steps, len(run.train_loader))):
         started = time.monotonic()
-        float(run._step(batch.images, batch.labels))
-        taken.append(time.monotonic() - started)
-    step = float(np.median(taken[1:] or taken))
-    forward_share = 0.35  # of a training step; val is shown once an epoch, forward only
-    return step * (len(run.train_loader) + forward_share * len(splits.val) / config.batch_size)
+        images, labels = next(shown)
+        float(run.step(images, labels))
+        taken.append((time.monotonic() - started) / len(labels))
+    return float(np.median(taken[1:] or taken))

@@ -13,7 +13,7 @@ from carmodels.data import Splits
 from carmodels.models import Weights
 from carmodels.predictions import METRICS, accuracy
 from carmodels.space import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
-from carmodels.training import _Run, fit, predict, seconds_per_epoch
+from carmodels.training import _Run, fit, predict, seconds_per_picture
 
 
 def curve(history: tuple[EpochMetrics, ...]) -> list[tuple[float, ...]]:
@@ -49,7 +49,6 @@ def test_what_a_strategy_keeps_frozen_does_not_move(
         splits,
         weights=weights,
         device=torch.device("cpu"),
-        processes=0,
     )
     stem = run.model.backbone.state_dict()
     before = {n: v.clone() for n, v in stem.items()}
@@ -105,9 +104,7 @@ def test_class_weights_weigh_the_rare_class_up(splits: Splits, weights: Weights,
             rows=splits.train.rows[keep],
         ),
     )
-    run = _Run(
-        replace(config, class_weights=True), rare, weights=weights, device=torch.device("cpu"), processes=0
-    )
+    run = _Run(replace(config, class_weights=True), rare, weights=weights, device=torch.device("cpu"))
     counts = np.bincount(rare.train.labels)
     np.testing.assert_allclose(run.loss.weight.numpy() * counts, np.full(10, counts.sum() / 10), rtol=1e-5)
 
@@ -155,7 +152,6 @@ def test_cosine_warms_up_and_ends_at_zero_and_plateau_falls_when_val_loss_stays(
             splits,
             weights=weights,
             device=torch.device("cpu"),
-            processes=0,
         )
         seen = []
         for _ in range(epochs):
@@ -188,10 +184,10 @@ def test_every_view_keeps_ids_with_their_pictures(
     np.testing.assert_array_equal(shown.probs, again.probs)
 
 
-def test_the_cost_of_an_epoch_grows_with_the_picture(
+def test_the_cost_of_a_picture_grows_with_its_size(
     config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
     small, large = (
-        seconds_per_epoch(replace(config, image_size=size), splits, weights=weights) for size in (16, 128)
+        seconds_per_picture(replace(config, image_size=size), splits, weights=weights) for size in (16, 128)
     )
     assert 0 < small < large

@@ -1,0 +1,61 @@
+"""What every benchmark ends with: a table on the screen and a CSV that says on what it was measured."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+FOLDER = Path(__file__).parents[2] / "results" / "benchmarks"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `ratio` is how many times better ours is; empty where a row only reports."""
+
+    case: str
+    ours: float
+    theirs: float | str
+    ratio: float | str
+    target: float | str
+    runs: int
+    unit: str
+
+
+def finish(name: str, rows: Sequence[Row]) -> None:
+    """Print the rows and write them to results/benchmarks/<name>.csv."""
+    on = {
+        "hardware": f"{os.cpu_count()} cores, {_processor()}",
+        "versions": ", ".join(
+            f"{p} {importlib.metadata.version(p)}" for p in ("torch", "timm", "albumentations")
+        ),
+    }
+    table = Table(title=f"{name}: {on['hardware']}, {on['versions']}", title_justify="left")
+    names = [f.name for f in fields(Row)]
+    for column in names:
+        table.add_column(column)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*names, *on], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in asdict(row).items()}
+            writer.writerow({**shown, **on})
+            table.add_row(*shown.values())
+    Console(width=150).print(table)
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if os.name == "posix" else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
