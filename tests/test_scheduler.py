@@ -62,7 +62,7 @@ def test_nobody_is_stopped_before_the_grace_period() -> None:
 
 @pytest.mark.parametrize("epochs", [1, 2, 8, 30])
 def test_the_grace_period_lets_every_strategy_open_its_backbone(epochs: int) -> None:
-    assert grace_period(epochs) == min(epochs, 3)
+    assert grace_period(epochs) == min(epochs, 4)
 
 
 def test_a_protected_trial_runs_its_whole_schedule_and_still_counts_as_a_peer() -> None:

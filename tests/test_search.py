@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,9 @@ def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_audit(place: Pl
     assert result["audit"]["ensemble"]["value"] == pytest.approx(right)
     assert result["audit"]["looks"] == 1
     assert {"single", "recipe", "gain_over_recipe", "gain_over_single"} <= set(result["audit"])
+    assert [len(row["views"]) for row in result["tta"]["tried"]] == [2, 3, 4]
+    assert all({"val", "set_right", "set_wrong"} <= set(row) for row in result["tta"]["tried"])
+    assert sum(row["rows"] for row in result["submission"]["classes"]) == 20
 
 
 @pytest.mark.usefixtures("whole")
@@ -179,6 +183,9 @@ def test_resuming_keeps_what_is_there_and_goes_on_to_the_number_asked_for(place:
     trials = optuna.load_study(study_name=None, storage=storage).trials
     assert len(trials) == 7  # the recipe is not the sampler's
     assert all(t.state.is_finished() for t in trials)
+    again = place.run(place.search("--trials", "8", "--study", "cars", "--resume", "--until", "search"))
+    assert again.returncode == 0, again.stderr
+    assert {r.trial_id: r for r in place.study.records()} == after
 
 
 @pytest.mark.usefixtures("whole")
@@ -214,7 +221,7 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
 
 def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Place) -> None:
     study = Study(place.folder / "results" / "cut")
-    command = place.search("--trials", "4", "--study", "cut", "--until", "search")
+    command = place.search("--trials", "5", "--study", "cut", "--until", "search", "--set", "epochs=10")
     process = subprocess.Popen(
         command,
         cwd=place.folder,
@@ -233,16 +240,49 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     assert "Traceback" not in errors
     cut = {r.trial_id for r in study.records() if r.status is Status.INTERRUPTED}
     kept = {r.trial_id: r for r in study.records() if r.status is not Status.INTERRUPTED}
-    assert cut
-    assert kept
+    assert 0 < len(kept) < 5
     assert study.table_file.is_file()
     result = place.run([*command, "--resume"])
     assert result.returncode == 0, result.stderr
     assert f"{len(cut)} queued again" in result.stdout
     records = {r.trial_id: r for r in study.records()}
-    assert len(records) == 4
+    assert len(records) == 5
     assert {i: records[i] for i in kept} == kept
     assert not [r for r in records.values() if r.status is Status.INTERRUPTED]
+
+
+def test_a_plain_tree_without_test_pictures_and_a_metric_to_minimise(place: Place) -> None:
+    tree = place.folder / "tree"
+    names = dict(line.split() for line in (place.data / "classes.txt").read_text().splitlines())
+    for number, name in names.items():
+        shutil.copytree(place.data / "train" / number, tree / name)
+    options = (
+        "--data",
+        str(tree),
+        "--weights",
+        place.weights,
+        "--cache",
+        str(place.folder / "cache"),
+        *SMALL,
+    )
+    limits = ("--trials", "3", "--hours", "1", "--metric", "log_loss", "--study", "tree")
+    result = place.run(place.command("search.py", *options, *limits))
+    assert result.returncode == 0, result.stderr
+    assert "The time for searching buys about" in result.stdout
+    study = Study(place.folder / "results" / "tree")
+    board = study.leaderboard()
+    assert [r.value for r in board] == sorted(r.value for r in board)
+    assert study.facts["class_names"] == sorted(names.values())
+    outcome = json.loads(study.ensemble_file.read_text())
+    assert outcome["val"]["ensemble"] <= outcome["val"]["single"]["value"]
+    assert "submission" not in outcome
+    assert not study.submission_file.exists()
+
+
+def test_only_the_demo_without_any_option_overwrites_its_study() -> None:
+    assert search.is_bare(search.parser().parse_args([]))
+    assert not search.is_bare(search.parser().parse_args(["--trials", "3"]))
+    assert not search.is_bare(search.parser().parse_args(["--data", "x"]))
 
 
 @pytest.mark.parametrize(
@@ -251,9 +291,9 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
         (["--trials", "0"], "--trials 0 must be at least 1"),
         (["--hours", "nan"], "--hours nan must be above 0 and below a year"),
         (["--hours", "-1"], "--hours -1.0 must be above 0"),
-        (["--seed", "-3"], "--seed -3 must be from 0 to 2147483647"),
-        (["--workers", "4000"], "--workers 4000 is more than the"),
-        (["--gpus-per-trial", "1.5"], "--gpus-per-trial 1.5 must be a share of one GPU, like 0.5"),
+        (["--seed", "-3"], "--seed -3 must be from 0 to 2000000000"),
+        (["--workers", "4000"], "--workers 4000 is more than "),
+        (["--gpus-per-trial", "1.5"], "--gpus-per-trial 1.5 must be above 0 and at most 1"),
         (["--study", "../x"], "--study '../x' must be a plain name"),
         (["--weights", "/no/such"], "--weights /no/such is no folder"),
         (["--set", "colour=red"], "--set colour=red: expected NAME=V"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ def made(space: Space = SPACE, **changes: Any) -> Draws:
         "mode": "max",
         "seed": 0,
         "limit": None,
-        "draw_until": math.inf,
+        "fits": lambda config: True,
     }
     return Draws(space, **{**options, **changes})
 
@@ -72,8 +70,10 @@ def test_queued_configurations_go_first_and_count_towards_the_limit() -> None:
     assert len(states(draws)) == 2
 
 
-def test_nothing_is_drawn_after_the_time() -> None:
-    assert made(draw_until=time.time() - 1).suggest("0") == Searcher.FINISHED
+def test_what_cannot_end_in_time_is_not_drawn_and_the_search_ends_where_nothing_can() -> None:
+    draws = made(fits=lambda config: config.image_size <= 48)
+    assert {draws.suggest(str(i))["image_size"] for i in range(8)} <= {32, 48}
+    assert made(fits=lambda config: False).suggest("0") == Searcher.FINISHED
 
 
 def test_optuna_is_told_how_each_trial_ended() -> None:

@@ -41,10 +41,10 @@ class Screen:
     def watch(self, study: Study, clock: Clock, trials: int | None) -> Watch:
         """What a run calls as trials end and time goes by."""
         metric = study.metric
-        ended: list[TrialRecord] = study.records()
+        ended = {r.trial_id: r for r in study.records() if r.status is not Status.INTERRUPTED}
 
         def on_record(record: TrialRecord) -> None:
-            ended.append(record)
+            ended[record.trial_id] = record
             value = "-" if record.value is None else f"{record.value:.4f}"
             self.say(
                 f"{len(ended):>4}  {value:>7}  {record.status:<11} {record.config.title:<52}"
@@ -53,7 +53,7 @@ class Screen:
             )
 
         def on_step(recorder: Recorder) -> None:
-            self._status(_standing(ended, recorder, metric, clock, trials))
+            self._status(_standing(list(ended.values()), recorder, metric, clock, trials))
 
         return Watch(on_record, on_step)
 
@@ -118,12 +118,15 @@ class Screen:
         for name, words in _AUDITED.items():
             if name in audit:
                 self.say(f"  {words:<24}{shown(audit[name])}", "bold" if name == "ensemble" else "")
+        if "recipe" not in audit:
+            self.say("  The competitor's recipe did not finish: there is nothing to compare with.", "yellow")
         if audit["looks"] > 1:
             self.say(
                 f"  (audit was looked at {audit['looks']} times in this study: quote the first)", "yellow"
             )
         if "submission" in results:
-            self.say(f"Submission: {study.submission_file} ({results['submission']['rows']} rows).")
+            given = ", ".join(f"{row['name']} {row['rows']}" for row in results["submission"]["classes"])
+            self.say(f"Submission: {study.submission_file}, {results['submission']['rows']} rows: {given}.")
 
 
 def _cells(record: TrialRecord) -> tuple[str, ...]:
@@ -151,7 +154,8 @@ def _standing(
     finished = [(r.value, r) for r in ended if r.status is Status.FINISHED and r.value is not None]
     best = max(finished, key=lambda pair: sign * pair[0], default=None)
     goal = f" of {trials}" if trials and recorder.stage == "search" else ""
-    parts = [f"{recorder.stage}: {len(ended)}{goal} trials ended, {len(recorder.running)} running"]
+    count = sum(r.stage == recorder.stage for r in ended)
+    parts = [f"{recorder.stage}: {count}{goal} trials ended, {len(recorder.running)} running"]
     if best:
         value, record = best
         parts.append(f"best {value:.4f} ({record.config.title})")

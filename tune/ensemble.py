@@ -15,6 +15,7 @@ from carmodels.catalog import VIEWS
 from carmodels.study import Study
 from tune import setup, stages
 from tune.console import Screen
+from tune.trials import WEIGHTS_KEPT
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,13 +39,14 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, screen: Screen) -> int:
     """Ensemble and print the answer."""
-    if options.top < 1:
-        raise ValueError(f"--top {options.top} must be at least 1")
+    if not 1 <= options.top <= WEIGHTS_KEPT:
+        raise ValueError(
+            f"--top {options.top} must be from 1 to {WEIGHTS_KEPT}, whose weights a search keeps"
+        )
     if not 1 <= options.tta <= len(VIEWS):
         raise ValueError(f"--tta {options.tta} must be from 1 to {len(VIEWS)}, the number of views there are")
     study = Study(options.study.expanduser().absolute())
-    job = setup.reopened(study, options, screen)
-    with setup.ray_running(options.address, job.workers, screen):
+    with setup.reopened(study, options, screen) as job:
         clock = stages.Clock(time.time())
         results = stages.ensemble(job, clock=clock, say=screen.say, top=options.top, views=options.tta)
     screen.answer(results, study)

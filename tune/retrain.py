@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from carmodels.models import Weights
 from carmodels.study import Study
 from tune import setup, stages
 from tune.console import Screen
@@ -20,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     p.add_argument("--trial", metavar="ID", help="the trial whose configuration is retrained (the best)")
-    p.add_argument("--seeds", type=int, default=3, metavar="N", help="how many new seeds (3)")
+    p.add_argument("--seeds", type=int, metavar="N", help="how many new seeds (3, or one for each worker)")
     p.add_argument("--epochs", type=int, metavar="N", help="length of the schedule (that of the search)")
     setup.add_machine_options(p)
     return p
@@ -34,8 +35,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
             raise ValueError(f"--{name} {value} must be at least 1")
     study = Study(options.study.expanduser().absolute())
     clock = stages.Clock(time.time())
-    job = setup.reopened(study, options, screen)
-    with setup.ray_running(options.address, job.workers, screen):
+    with setup.reopened(study, options, screen) as job:
+        Weights.parse(job.weights.source)  # a folder may have gone since
         completed = stages.retrain(
             job,
             clock=clock,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
+import joblib
 import torch
 from platformdirs import user_cache_path
 
@@ -35,8 +37,9 @@ from tune import setup, stages
 from tune.console import Screen, duration
 from tune.trials import Job
 
+MOST_SEED = 2_000_000_000  # leaves room for the seeds of retraining
 STAGES = ("search", "retrain", "ensemble")
-DEFAULT_HOURS = {"cpu": 0.25, "cuda": 4.0}
+CPU_HOURS, GPU_HOURS = 0.25, 4.0  # where neither --hours nor --trials says more
 DEMO_HOURS = 0.15  # the demo ends by its number of trials; this is for slow machines
 DEMO_WEIGHTS = Path(demo.__file__).with_name("weights")
 
@@ -84,9 +87,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     begun = time.time()
     check_numbers(options)
     bare = options.data is None
-    device = setup.device()
-    preset = options.preset or ("demo" if bare else {"cuda": "gpu", "cpu": "cpu"}[device])
-    workers = setup.chosen_workers(options, device)
+    setup.check_machine(options)
+    preset = options.preset or ("demo" if bare else "gpu" if torch.cuda.is_available() else "cpu")
     weights = Weights.parse(options.weights or (str(DEMO_WEIGHTS) if bare else "hub"))
     space, left_out = chosen_space(preset, options.set, weights)
     if left_out:
@@ -94,27 +96,39 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     study = Study(
         (Path(options.results).expanduser() / (options.study or default_name(options.data))).absolute()
     )
-    overwrite = options.overwrite or (bare and options.study is None and not options.resume)
+    overwrite = options.overwrite or is_bare(options)
     check_folder(study, resume=options.resume, overwrite=overwrite)
     data = Path(options.data).expanduser().absolute() if options.data else demo_data(screen)
     weights.fetch(space.backbones)
-    splits = setup.open_data(data, options.cache, max(space.image_sizes), options.seed, screen)
-    clock, trials = budget(options, space, device, bare, begun)
+    if weights.source == "hub" and not options.address:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: what they need is on this disk now
+    splits = setup.open_data(data, setup.cache_folder(options), max(space.image_sizes), options.seed, screen)
+    clock, trials = budget(options, space, bare, begun)
     facts = {
         "data": study.relative(data),
         "weights": study.relative(Path(weights.source)) if weights.is_folder else weights.source,
         **describe(options, preset, space, splits),
     }
-    begin(study, facts, splits, resume=options.resume, overwrite=overwrite)
+    begin(study, facts, splits, screen, resume=options.resume, overwrite=overwrite)
     describe_data(splits, screen)
-    screen.say(
-        f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
-        f"on {facts['hardware']['device']}, "
-        + (f"{trials} trials" if trials else "as many trials as fit")
-        + (f", {duration(clock.seconds)} in all." if clock.seconds < float("inf") else ".")
-    )
-    with setup.ray_running(options.address, workers, screen):
-        return go(Job(study, splits, weights, workers), space, options, clock, trials, screen)
+    with setup.ray_running(options, screen) as workers:
+        screen.say(
+            f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
+            f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
+        )
+        job = Job(study, splits, weights, workers, setup.cache_folder(options))
+        return go(job, space, options, clock, trials, screen)
+
+
+def is_bare(options: argparse.Namespace) -> bool:
+    """Whether this is the demo called without a single option, which may overwrite its own study."""
+    return options == parser().parse_args([])
+
+
+def described_budget(clock: stages.Clock, trials: int | None) -> str:
+    """The limits of a search in words."""
+    count = f"{trials} trials" if trials else "as many trials as fit"
+    return count if math.isinf(clock.seconds) else f"{count}, {duration(clock.seconds)} in all"
 
 
 def go(
@@ -159,8 +173,8 @@ def check_numbers(options: argparse.Namespace) -> None:
         raise ValueError(f"--trials {options.trials} must be at least 1")
     if options.hours is not None and not 0 < options.hours < 24 * 365:
         raise ValueError(f"--hours {options.hours} must be above 0 and below a year")
-    if not 0 <= options.seed < 2**31:
-        raise ValueError(f"--seed {options.seed} must be from 0 to 2147483647")
+    if not 0 <= options.seed <= MOST_SEED:
+        raise ValueError(f"--seed {options.seed} must be from 0 to {MOST_SEED}")
     if options.study is not None and not re.fullmatch(r"\w[\w.-]*", options.study):
         raise ValueError(
             f"--study {options.study!r} must be a plain name of letters, digits, '.', '_' and '-'"
@@ -206,9 +220,13 @@ def check_folder(study: Study, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def begin(study: Study, facts: dict[str, Any], splits: Splits, *, resume: bool, overwrite: bool) -> None:
+def begin(
+    study: Study, facts: dict[str, Any], splits: Splits, screen: Screen, *, resume: bool, overwrite: bool
+) -> None:
     """Begin the study, or check that what is resumed is the same search of the same data."""
     if resume:
+        if damaged := study.damaged_lines():
+            screen.say(f"{study.trials_file}: lines {damaged} are damaged, their trials run again.", "yellow")
         before = study.facts
         for name in ("preset", "space", "seed", "metric", "weights", "fingerprint", "split_hash"):
             if before[name] != facts[name]:
@@ -228,7 +246,7 @@ def begin(study: Study, facts: dict[str, Any], splits: Splits, *, resume: bool, 
 
 
 def budget(
-    options: argparse.Namespace, space: Space, device: str, bare: bool, begun: float
+    options: argparse.Namespace, space: Space, bare: bool, begun: float
 ) -> tuple[stages.Clock, int | None]:
     """The clock of the whole command, and the number of configurations where one is set."""
     if options.hours is not None:
@@ -237,7 +255,7 @@ def budget(
         return stages.Clock(begun), options.trials
     if bare:
         return stages.Clock(begun, 3600 * DEMO_HOURS), space.trials
-    return stages.Clock(begun, 3600 * DEFAULT_HOURS[device]), None
+    return stages.Clock(begun, 3600 * (GPU_HOURS if torch.cuda.is_available() else CPU_HOURS)), None
 
 
 def describe(options: argparse.Namespace, preset: str, space: Space, splits: Splits) -> dict[str, Any]:
@@ -277,7 +295,7 @@ def describe(options: argparse.Namespace, preset: str, space: Space, splits: Spl
             **{p: importlib.metadata.version(p) for p in packages},
         },
         "max_size": max(space.image_sizes),
-        "hardware": {"device": gpus[0] if gpus else _processor(), "gpus": gpus, "cores": os.cpu_count()},
+        "hardware": {"device": gpus[0] if gpus else _processor(), "gpus": gpus, "cores": joblib.cpu_count()},
     }
 
 

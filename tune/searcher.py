@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -21,7 +20,8 @@ from carmodels.study import Status, TrialRecord
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 STARTUP_TRIALS = 8  # drawn at random before the sampler models anything
-_REDRAWS = 50  # of the same configuration in a row before the space counts as used up
+_PATIENCE = 10  # such draws before the sampler gives way to random ones
+_REDRAWS = 50  # in a row that are not new or do not fit before the search ends
 
 
 class Queue(Searcher):
@@ -59,7 +59,7 @@ class Draws(OptunaSearch):
         mode: str,
         seed: int,
         limit: int | None,
-        draw_until: float,
+        fits: Callable[[TrialConfig], bool],
         queue: Sequence[TrialConfig] = (),
         known: Sequence[TrialRecord] = (),
         storage: optuna.storages.BaseStorage | None = None,
@@ -78,13 +78,13 @@ class Draws(OptunaSearch):
         self._queue = list(queue)
         self._seen = {r.trial_id for r in known} | {c.id for c in queue}
         self._left = None if limit is None else max(0, limit - len(known))
-        self._draw_until = draw_until
+        self._fits = fits
         for record in known:
             self._learn(record)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # omits FINISHED
         """The next TrialConfig's fields, or FINISHED at the limit, after the time, with nothing new left."""
-        if self._left == 0 or time.time() >= self._draw_until:
+        if self._left == 0:
             return Searcher.FINISHED
         config = self._queue.pop(0) if self._queue else self._draw(trial_id)
         if config is None:
@@ -94,12 +94,14 @@ class Draws(OptunaSearch):
         return asdict(config)
 
     def _draw(self, trial_id: str) -> TrialConfig | None:
-        """A configuration that was not drawn before."""
-        for _ in range(_REDRAWS):
+        """A configuration that was not drawn before and ends in time; None where none is found."""
+        for attempt in range(_REDRAWS):
+            if attempt == _PATIENCE:  # the sampler keeps to a region that is used up or takes too long
+                self._ot_study.sampler = optuna.samplers.RandomSampler(seed=len(self._seen))
             drawn = super().suggest(trial_id)
             assert drawn is not None
             config = TrialConfig.from_dict({**drawn, **self._stamp})
-            if config.id not in self._seen:
+            if config.id not in self._seen and self._fits(config):
                 self._seen.add(config.id)
                 return config
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)

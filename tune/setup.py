@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
+import joblib
 import ray
 import torch
 from platformdirs import user_cache_path
@@ -27,7 +28,7 @@ def guarded(run: Callable[[argparse.Namespace, Screen], int], options: argparse.
     screen = Screen()
     try:
         return run(options, screen)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         screen.rest()
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,66 +47,72 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--cache", metavar="DIR", help="where decoded pictures are kept (the user's cache folder)")
 
 
-def device() -> str:
-    """`cuda` where there is a GPU that torch can use, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def check_machine(options: argparse.Namespace) -> None:
+    """Raises ValueError for what this machine cannot do; a cluster is asked when it is joined."""
+    if not options.address:
+        _shared_out(options, gpus=_gpus_here(), cores=joblib.cpu_count())
 
 
-def chosen_workers(options: argparse.Namespace, device: str) -> Workers:
-    """As many trials side by side as the GPUs, or else the cores, hold; ValueError if asked for more."""
-    share, cores = options.gpus_per_trial, os.cpu_count() or 1
-    if not share > 0 or (share > 1 and share != int(share)):
+def _gpus_here() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _shared_out(options: argparse.Namespace, *, gpus: int, cores: int) -> Workers:
+    """As many trials side by side as the GPUs, or else the cores, hold; ValueError for more."""
+    share = options.gpus_per_trial
+    if not 0 < share <= 1:
         raise ValueError(
-            f"--gpus-per-trial {share:g} must be a share of one GPU, like 0.5, or a whole number of them"
+            f"--gpus-per-trial {share:g} must be above 0 and at most 1: a trial trains on one GPU"
         )
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers {options.workers} must be at least 1")
-    if options.address:
-        return Workers(options.workers or 1, 1, share if device == "cuda" else 0.0)
-    if device == "cpu":
-        count = options.workers or cores
-        if count > cores:
-            raise ValueError(f"--workers {count} is more than the {cores} cores of this machine")
-        return Workers(count, cores // count, 0.0)
-    gpus = torch.cuda.device_count()
-    fits = gpus // int(share) if share >= 1 else gpus * int(1 / share + 1e-9)
-    count = options.workers or fits
-    if not 1 <= count <= fits:
-        raise ValueError(
-            f"--workers {count} with --gpus-per-trial {share:g} needs more than the {gpus} GPUs "
-            "of this machine"
-        )
-    return Workers(count, max(1, cores // count), share)
+    fits = gpus * int(1 / share + 1e-9) if gpus else cores
+    count = fits if options.workers is None else options.workers
+    if count < 1:
+        raise ValueError(f"--workers {count} must be at least 1")
+    if count > fits:
+        there = f"{gpus} GPUs at --gpus-per-trial {share:g}" if gpus else f"{cores} cores"
+        raise ValueError(f"--workers {count} is more than {there} hold; at most {fits}")
+    return Workers(count, max(1, cores // count), share if gpus else 0.0)
 
 
-def open_data(data: Path, cache: str | None, max_size: int, seed: int, screen: Screen) -> Splits:
+def cache_folder(options: argparse.Namespace) -> Path:
+    """What `--cache` says, else the user's cache folder."""
+    return Path(options.cache).expanduser().absolute() if options.cache else user_cache_path("carmodels")
+
+
+def open_data(data: Path, cache_dir: Path, max_size: int, seed: int, screen: Screen) -> Splits:
     """The data set, decoded once for every size up to `max_size` pixels."""
-    cache_dir = Path(cache).expanduser() if cache else user_cache_path("carmodels")
     progress, on_progress = screen.decoding()
     with progress:
         return open_dataset(data, cache_dir=cache_dir, max_size=max_size, seed=seed, on_progress=on_progress)
 
 
-def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Job:
-    """The job of a study that exists. Raises ValueError where its data set is no longer what it was."""
+@contextmanager
+def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
+    """The job of a study that exists, with Ray running for it; ValueError where its data set has changed."""
     facts = study.facts
+    check_machine(options)
     data, weights = study.resolved(facts["data"]), facts["weights"]
-    splits = open_data(data, options.cache, facts["max_size"], facts["seed"], screen)
+    splits = open_data(data, cache_folder(options), facts["max_size"], facts["seed"], screen)
     if (splits.fingerprint, splits.split_hash) != (facts["fingerprint"], facts["split_hash"]):
         raise ValueError(
             f"{data} is no longer the data set that {study.folder} was made with; bring that one back"
         )
-    source = weights if weights in ("hub", "none") else str(study.resolved(weights))
-    return Job(study, splits, Weights.parse(source), chosen_workers(options, device()))
+    source = Weights(weights if weights in ("hub", "none") else str(study.resolved(weights)))
+    with ray_running(options, screen) as workers:
+        yield Job(study, splits, source, workers, cache_folder(options))
 
 
 @contextmanager
-def ray_running(address: str | None, workers: Workers, screen: Screen) -> Iterator[None]:
-    """Ray, from here to the end of the block, with its dashboard's address printed."""
-    dashboard = start_ray(address=address, workers=workers)
+def ray_running(options: argparse.Namespace, screen: Screen) -> Iterator[Workers]:
+    """Ray, from here to the end of the block; gives what each trial may use."""
+    cores, gpus = joblib.cpu_count(), _gpus_here()
+    dashboard = start_ray(address=options.address, cores=cores, gpus=gpus)
     if dashboard:
         screen.say(f"Ray dashboard: {dashboard}")
     try:
-        yield
+        if options.address:
+            there = ray.cluster_resources()
+            cores, gpus = int(there.get("CPU", 1)), int(there.get("GPU", 0))
+        yield _shared_out(options, gpus=gpus, cores=cores)
     finally:
         ray.shutdown()

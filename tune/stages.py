@@ -4,40 +4,40 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import optuna
-import ray
-import torch
 from ray.tune.schedulers import FIFOScheduler
 
 from carmodels.catalog import UNFREEZE, VIEWS
 from carmodels.predictions import (
     METRICS,
+    Interval,
     Predictions,
+    accuracy_interval,
     fit_temperature,
     paired_gain,
     score_interval,
     select_ensemble,
     with_temperature,
 )
-from carmodels.space import Space, TrialConfig, baseline
+from carmodels.space import Space, baseline
 from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from carmodels.submission import write_submission
-from carmodels.training import seconds_per_epoch
+from tune.plan import make_plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws, Queue
-from tune.trials import Job, Watch, run_trials
+from tune.trials import WEIGHTS_KEPT, Job, Watch, run_trials
 from tune.views import Members, judge_views
 
 Say = Callable[[str], None]
 
 SEARCH_SHARE = 0.70  # of the whole time, by when the search has ended
-RETRAIN_SHARE = 0.93  # likewise for retraining; the rest is the ensemble's
-DRAW_SHARE = 0.92  # of the search's time, after which running trials may end but none begins
+RETRAIN_SHARE = 0.88  # likewise for retraining; the rest is the ensemble's
+LATE_SHARE = 0.2  # of the retraining's time that trials may take which turn out slower than planned
 BASELINE_SHARE = 0.2  # of the search's core-time that the competitor's recipe may take
 RECIPE = "the competitor's recipe"
 
@@ -74,25 +74,31 @@ def search(
     study, metric = job.study, stamp["metric"]
     mode = METRICS[metric].mode
     records = [r for r in study.records() if r.stage == "search"]
-    known = [r for r in records if r.status is not Status.INTERRUPTED]
-    again = [r for r in records if r.status is Status.INTERRUPTED]
+    again = [r for r in records if _to_run_again(r)]
+    known = [r for r in records if not _to_run_again(r)]
     notes = {r.trial_id: r.note for r in records if r.note}
     queue = [r.config for r in again]
+    end = clock.at(SEARCH_SHARE)
+    late = end + LATE_SHARE * (clock.at(RETRAIN_SHARE) - end) if math.isfinite(end) else end
+    grace = grace_period(int(space.fixed["epochs"]))
+    plan = make_plan(job, space, end)
     if not notes:
-        recipe, note = _affordable_baseline(job, space, stamp, clock)
+        recipe, changed = plan.affordable(
+            replace(baseline(space), **stamp), space.image_sizes, BASELINE_SHARE
+        )
         queue.insert(0, recipe)
-        notes[recipe.id] = note
-        say(f"First trial: {note}: {recipe.title}, {recipe.epochs} epochs.")
+        notes[recipe.id] = RECIPE + changed
+        say(f"First trial: {notes[recipe.id]}: {recipe.title}, {recipe.epochs} epochs.")
+    if math.isfinite(end):
+        say(f"The time for searching buys about {plan.trials(space, grace)} trials.")
     if records:
         say(f"Resumed: {len(known)} trials kept, {len(again)} queued again.")
-    end = clock.at(SEARCH_SHARE)
-    draw_until = time.time() + DRAW_SHARE * (end - time.time())
     scheduler = Scheduler(
         metric=metric,
         mode=mode,
         epochs=int(space.fixed["epochs"]),
-        grace_period=grace_period(int(space.fixed["epochs"])),
-        deadline=Deadline(draw_until, end),
+        grace_period=grace,
+        deadline=Deadline(draw_until=end, end=late),
         protect=notes,
     )
     scheduler.replay(known)
@@ -104,16 +110,17 @@ def search(
         mode=mode,
         seed=seed,
         limit=trials,
-        draw_until=draw_until,
+        fits=plan.fits,
         queue=queue,
         known=known,
         storage=optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}"),
     )
-    completed = run_trials(
+    complete = trials is not None and len(known) >= trials and not queue
+    completed = complete or run_trials(
         job,
         stage="search",
         begun=clock.begun,
-        end=end + 0.25 * (clock.at(RETRAIN_SHARE) - end),
+        end=late,
         search_alg=draws,
         scheduler=scheduler,
         notes=notes,
@@ -123,45 +130,16 @@ def search(
     return completed
 
 
+def _to_run_again(record: TrialRecord) -> bool:
+    """Whether a trial of an earlier run is queued once more: it was cut off, or is the recipe, unfinished."""
+    cut_off = record.status is Status.INTERRUPTED
+    return cut_off or (record.note != "" and record.status in (Status.STOPPED, Status.FAILED))
+
+
 def grace_period(epochs: int) -> int:
-    """Epochs before a trial can be stopped: those in which a slow starter trains only its head, plus one."""
+    """Epochs before a trial can be stopped: those in which a slow starter trains only its head, plus two."""
     head_only = max(row.head_only_epochs or 0 for row in UNFREEZE.values())
-    return min(epochs, head_only + 1)
-
-
-def _affordable_baseline(
-    job: Job, space: Space, stamp: dict[str, Any], clock: Clock
-) -> tuple[TrialConfig, str]:
-    """The competitor's recipe for at most BASELINE_SHARE of the search, and a note of what that changed."""
-    wanted = replace(baseline(space), **stamp)
-    limit = BASELINE_SHARE * (clock.at(SEARCH_SHARE) - time.time()) * job.workers.count
-    if math.isinf(limit):
-        return wanted, RECIPE
-    sizes = sorted((s for s in space.image_sizes if s <= wanted.image_size), reverse=True)
-    measured = ray.remote(_epoch_costs).options(num_cpus=job.workers.cpus, num_gpus=job.workers.gpus)
-    candidates = [replace(wanted, image_size=size) for size in sizes]
-    costs = ray.get(measured.remote(job, candidates, limit))
-    for config, seconds in zip(candidates, costs, strict=False):
-        if seconds * config.epochs <= limit:
-            changed = "" if config == wanted else f" at {config.image_size} instead of {wanted.image_size} px"
-            return config, f"{RECIPE}{changed}"
-    epochs = max(1, min(wanted.epochs, int(limit / costs[-1])))
-    config = replace(candidates[-1], epochs=epochs)
-    return config, (
-        f"{RECIPE} at {config.image_size} instead of {wanted.image_size} px "
-        f"for {epochs} instead of {wanted.epochs} epochs"
-    )
-
-
-def _epoch_costs(job: Job, candidates: Sequence[TrialConfig], limit: float) -> list[float]:
-    """Seconds an epoch takes, for each configuration up to the first that ends within `limit` seconds."""
-    torch.set_num_threads(job.workers.cpus)
-    costs: list[float] = []
-    for config in candidates:
-        costs.append(seconds_per_epoch(config, job.splits, weights=job.weights, device=job.workers.device))
-        if costs[-1] * config.epochs <= limit:
-            break
-    return costs
+    return min(epochs, head_only + 2)
 
 
 def retrain(
@@ -178,7 +156,7 @@ def retrain(
     study = job.study
     chosen = _chosen(study, trial_id)
     wanted = epochs or chosen.config.epochs
-    per_epoch = 1.1 * chosen.seconds / chosen.epochs_run
+    per_epoch = 1.15 * chosen.seconds / chosen.epochs_run
     seeds, planned = _fitting(
         seeds, wanted, per_epoch, clock.at(RETRAIN_SHARE) - time.time(), job.workers.count
     )
@@ -194,7 +172,7 @@ def retrain(
         f"{planned} epochs each."
     )
     metric = chosen.config.metric
-    completed = run_trials(
+    completed = not queue or run_trials(
         job,
         stage="retrain",
         begun=clock.begun,
@@ -230,9 +208,9 @@ def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
                 f"--trial {trial_id}: no finished trial of {study.folder} has this id; see trials.csv"
             )
     if not candidates:
-        raise ValueError(
-            f"{study.folder} has no finished trial; give the search more time (--hours) and --resume"
-        )
+        reasons = [r.reason for r in study.records() if r.status is not Status.FINISHED]
+        last = f" (the last one: {reasons[-1]})" if reasons else ""
+        raise ValueError(f"{study.folder} has no finished trial{last}; --resume goes on, with more --hours")
     return candidates[0]
 
 
@@ -247,17 +225,15 @@ def _fitting(seeds: int, epochs: int, per_epoch: float, seconds: float, workers:
     return (min(seeds, workers), shorter) if shorter >= max(2, epochs // 2) else (0, 0)
 
 
-def ensemble(job: Job, *, clock: Clock, say: Say, top: int = 12, views: int = len(VIEWS)) -> dict[str, Any]:
+def ensemble(
+    job: Job, *, clock: Clock, say: Say, top: int = WEIGHTS_KEPT, views: int = len(VIEWS)
+) -> dict[str, Any]:
     """Choose members, views and temperature on val, score once on audit, write ensemble and submission."""
     study, metric = job.study, job.study.metric
-    candidates = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
-    candidates = [r for r in candidates if r.stage == "search"][:top] + [
-        r for r in candidates if r.stage != "search"
-    ]
+    ready = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
+    candidates = [r for r in ready if r.stage == "search"][:top] + [r for r in ready if r.stage != "search"]
     if not candidates:
-        raise ValueError(
-            f"{study.folder} has no finished trial to make a submission from; search on with --resume"
-        )
+        raise ValueError(f"{study.folder} has no finished trial to make a submission from; --resume goes on")
     labels = study.labels("val")
     truth = np.array(list(labels.values()))
     library = {r.trial_id: study.predictions(r.trial_id, "val").aligned(list(labels)) for r in candidates}
@@ -266,33 +242,48 @@ def ensemble(job: Job, *, clock: Clock, say: Say, top: int = 12, views: int = le
     members = Members(job, {records[i]: weight for i, weight in selection.weights.items()})
     verdict = judge_views(members, labels, limit=views, seconds=clock.left)
     say(f"Test-time augmentation: {verdict.sentence}.")
-    val = members.blended("val", verdict.views).aligned(list(labels))
+    temperature = fit_temperature(members.blended("val", verdict.views).aligned(list(labels)).probs, truth)
+    blended = {
+        split.name: with_temperature(members.blended(split.name, verdict.views), temperature)
+        for split in (job.splits.val, job.splits.audit, job.splits.test)
+        if len(split)
+    }
+    for split, predictions in blended.items():
+        predictions.save(study.predictions_file("ensemble", split))
     results = {
         "metric": metric,
-        "members": [
-            {
-                "trial_id": r.trial_id,
-                "title": r.config.title,
-                "stage": r.stage,
-                "weight": weight,
-                "val": r.value,
-            }
-            for r, weight in members.weights.items()
-        ],
-        "temperature": (temperature := fit_temperature(val.probs, truth)),
+        "members": [_member(r, weight, selection.gains) for r, weight in members.weights.items()],
+        "temperature": temperature,
         "tta": asdict(verdict),
         "val": {
-            "ensemble": METRICS[metric].score(val.probs, truth),
+            "ensemble": METRICS[metric].score(blended["val"].aligned(list(labels)).probs, truth),
             "single": {"trial_id": selection.single, "value": selection.single_score},
         },
-        "audit": _audit(study, metric, members.blended("audit", verdict.views), selection.single),
+        "audit": _audit(study, metric, blended["audit"], selection.single),
     }
-    if len(job.splits.test):
-        test = with_temperature(members.blended("test", verdict.views), temperature)
-        write_submission(test, study.submission_file, sample=job.splits.sample_file)
-        results["submission"] = {"file": study.submission_file.name, "rows": len(test.ids)}
+    if "test" in blended:
+        write_submission(blended["test"], study.submission_file, sample=job.splits.sample_file)
+        results["submission"] = _described(study, job.splits.class_names, blended["test"])
     write_json(study.ensemble_file, results)
     return results
+
+
+def _member(record: TrialRecord, weight: float, gains: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "trial_id": record.trial_id,
+        "title": record.config.title,
+        "stage": record.stage,
+        "weight": weight,
+        "gain": gains[record.trial_id],
+        "val": record.value,
+    }
+
+
+def _described(study: Study, names: Sequence[str], test: Predictions) -> dict[str, Any]:
+    """What the submission says: its rows, and how many of them are of each class, by name."""
+    counts = np.bincount(test.probs.argmax(1), minlength=len(names)).tolist()
+    given = [{"class": c, "name": n, "rows": k} for c, n, k in zip(test.classes, names, counts, strict=True)]
+    return {"file": study.submission_file.name, "rows": len(test.ids), "classes": given}
 
 
 def _audit(study: Study, metric: str, ensembled: Predictions, single: str) -> dict[str, Any]:
@@ -304,8 +295,13 @@ def _audit(study: Study, metric: str, ensembled: Predictions, single: str) -> di
     named = {"single": single} | ({"recipe": recipe} if recipe else {})
     for name, trial_id in named.items():
         probs[name] = study.predictions(trial_id, "audit").aligned(list(labels)).probs
-    scores: dict[str, Any] = {name: asdict(score_interval(metric, p, truth)) for name, p in probs.items()}
+    scores: dict[str, Any] = {name: asdict(_interval(metric, p, truth)) for name, p in probs.items()}
     for name in named:
         scores[f"gain_over_{name}"] = asdict(paired_gain(metric, probs["ensemble"], probs[name], truth))
     looks = 1 + (read_json(study.ensemble_file)["audit"]["looks"] if study.ensemble_file.is_file() else 0)
     return {**scores, "pictures": len(truth), "looks": looks}
+
+
+def _interval(metric: str, probs: np.ndarray, labels: np.ndarray) -> Interval:
+    """95 %: Wilson's for accuracy, which holds near 1 as well; by bootstrap for the other metrics."""
+    return accuracy_interval(probs, labels) if metric == "accuracy" else score_interval(metric, probs, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials.jsonl holds every result
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `Interrupts` ends a run in better order
+os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")  # a stopped trial's loaders end in time
 os.environ.setdefault("RAY_worker_niceness", "0")  # training is what the machine is here for
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # it would print over our own lines
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -37,6 +39,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from carmodels.data import Splits
+from carmodels.features import FeatureStore
 from carmodels.models import Weights, save_weights
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord
@@ -44,6 +47,7 @@ from carmodels.training import Fitted, fit, predict
 
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial ended with is in its record
 
+HOPELESS = 5  # failed trials in a row that end a run
 WEIGHTS_KEPT = 12  # best trials of the search whose weights stay on disk
 
 
@@ -73,10 +77,27 @@ class Job:
     splits: Splits
     weights: Weights
     workers: Workers
+    cache: Path  # folder of what all studies on this machine share
+
+
+def as_task(function: Callable[..., Any], workers: Workers) -> Any:
+    """The function as a Ray task with a worker's share; a GPU's memory is free again when it ends."""
+    calls = 1 if workers.gpus else 0  # 0: the process may be used again
+    return ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_calls=calls)(function)
 
 
 def train_trial(values: dict[str, Any], job: Job) -> None:
-    """Train one configuration in a Ray worker and report every epoch; the last report carries `status`."""
+    """Train one configuration in a Ray worker, and leave nothing of it behind in the worker."""
+    try:
+        _train_trial(values, job)
+    finally:
+        gc.collect()
+        if job.workers.gpus:
+            torch.cuda.empty_cache()
+
+
+def _train_trial(values: dict[str, Any], job: Job) -> None:
+    """Train and report every epoch; the last report carries `status`."""
     torch.set_num_threads(job.workers.cpus)
     config = TrialConfig.from_dict(values)
     started = time.time()
@@ -104,12 +125,13 @@ def train_trial(values: dict[str, Any], job: Job) -> None:
         on_epoch=on_epoch,
         device=job.workers.device,
         processes=job.workers.processes,
+        features=FeatureStore(job.cache / "features"),
     )
     status, reason = _verdict(fitted)
     if status is Status.FINISHED:
         _leave(fitted, job)
-    best = fitted.best.value if fitted.best else fitted.history[-1].value
-    send(fitted.history[-1], status=str(status), reason=reason, best_value=best)
+    told = fitted.best if status is Status.FINISHED and fitted.best else fitted.history[-1]
+    send(fitted.history[-1], status=str(status), reason=reason, best_value=told.value)
 
 
 def _verdict(fitted: Fitted) -> tuple[Status, str]:
@@ -169,14 +191,14 @@ class _StaysHere:
 class _Ender(_StaysHere, Stopper):
     """Ends the whole run when the time is up or the user says so."""
 
-    def __init__(self, end: float, interrupts: Interrupts) -> None:
-        self._end, self._interrupts = end, interrupts
+    def __init__(self, end: float, interrupts: Interrupts, recorder: Recorder) -> None:
+        self._end, self._interrupts, self._recorder = end, interrupts, recorder
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self._interrupts.seen or time.time() >= self._end
+        return self._interrupts.seen or time.time() >= self._end or self._recorder.hopeless
 
 
 @dataclass
@@ -200,6 +222,12 @@ class Recorder(_StaysHere, Callback):
     running: dict[str, list[EpochMetrics]] = field(default_factory=dict)  # Ray's trial id -> epochs so far
     configs: dict[str, TrialConfig] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
+    failures: int = 0  # in a row
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many trials failed one after the other that the next ones would, too."""
+        return self.failures >= HOPELESS
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.running.setdefault(trial.trial_id, [])
@@ -228,7 +256,9 @@ class Recorder(_StaysHere, Callback):
         """Write down the trials that the end of the run cut off."""
         for trial in trials:
             if trial.trial_id in self.running and trial.trial_id not in self.recorded:
-                if interrupted:
+                if trial.status == "ERROR":
+                    self._write(trial, Status.FAILED, _last_line(trial))
+                elif interrupted:
                     self._write(trial, Status.INTERRUPTED, "interrupted by the user")
                 else:
                     self._write(trial, Status.STOPPED, "the time was up")
@@ -253,8 +283,10 @@ class Recorder(_StaysHere, Callback):
             curve=curve,
         )
         self.recorded.add(trial.trial_id)
+        self.failures = self.failures + 1 if status is Status.FAILED else 0
         self.running.pop(trial.trial_id, None)
         self.study.append(record)
+        self.study.write_table()
         if status is Status.FINISHED and self.stage == "search":
             self.study.keep_weights(WEIGHTS_KEPT, also=self.notes)
         self.watch.on_record(record)
@@ -296,7 +328,7 @@ def run_trials(
         run_config=RunConfig(
             name=f"{stage}-{int(time.time())}",
             storage_path=str(job.study.ray_folder),
-            stop=_Ender(end, interrupts),
+            stop=_Ender(end, interrupts, recorder),
             callbacks=[recorder],
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             verbose=0,
@@ -308,14 +340,15 @@ def run_trials(
     return not interrupts.seen
 
 
-def start_ray(*, address: str | None, workers: Workers) -> str:
-    """Start a Ray of our own or join the cluster at `address`; the dashboard's URL, empty without one."""
+def start_ray(*, address: str | None, cores: int, gpus: int) -> str:
+    """Start a Ray of our own or join the cluster at `address`; returns the dashboard's URL, if any."""
     arguments: dict[str, Any] = (
         {"address": address}
         if address
         else {
             "address": "local",
-            "num_cpus": workers.count * workers.cpus,
+            "num_cpus": cores,
+            "num_gpus": gpus,
             "include_dashboard": True,
             "dashboard_host": "127.0.0.1",
             "object_store_memory": 256 * 2**20,

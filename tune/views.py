@@ -17,7 +17,7 @@ from carmodels.models import load_weights
 from carmodels.predictions import METRICS, Predictions, blend, log_loss, right_and_wrong
 from carmodels.study import TrialRecord
 from carmodels.training import predict
-from tune.trials import Job
+from tune.trials import Job, as_task
 
 _HALF_PRECISION = 0.02  # by how much probabilities differ between two batch layouts on a GPU
 
@@ -40,28 +40,25 @@ class Members:
         """Show the split to every member through every view that has left no probabilities, side by side."""
         path = self.job.study.predictions_file
         missing = [(r, v) for r in self.weights for v in views if not path(r.trial_id, split, v).is_file()]
-        made = ray.get([_remote(self.job).remote(self.job, r, split, v) for r, v in missing])
+        task = as_task(_show_one, self.job.workers)
+        made = ray.get([task.remote(self.job, r, split, v) for r, v in missing])
         for (record, view), predictions in zip(missing, made, strict=True):
             predictions.save(path(record.trial_id, split, view))
 
-    def check_identity(self) -> float:
-        """Show val to the first member again, plainly; returns the seconds a picture took.
+    def identity(self) -> tuple[bool, float]:
+        """Show val to the first member again: whether that gives what it left, and seconds a picture.
 
-        Raises RuntimeError where that is not what the trial left: then pictures and ids have come apart.
+        Where it does not, pictures and ids have come apart, or this is another kind of machine.
         """
         record = next(iter(self.weights))
         before = self.job.study.predictions(record.trial_id, "val")
         started = time.monotonic()
-        again = ray.get(_remote(self.job).remote(self.job, record, "val", "plain"))
+        task = as_task(_show_one, self.job.workers)
+        again = ray.get(task.remote(self.job, record, "val", "plain")).aligned(before.ids)
         seconds = time.monotonic() - started
-        tolerance = 0.0 if self.job.workers.device == "cpu" else _HALF_PRECISION
-        if not np.allclose(again.aligned(before.ids).probs, before.probs, rtol=0, atol=tolerance):
-            raise RuntimeError(f"trial {record.trial_id} no longer gives the probabilities it left for val")
-        return seconds / len(before.ids)
-
-
-def _remote(job: Job) -> Any:
-    return ray.remote(_show_one).options(num_cpus=job.workers.cpus, num_gpus=job.workers.gpus)
+        tolerance = _HALF_PRECISION if self.job.workers.gpus else 0.0
+        same = np.allclose(again.probs, before.probs, rtol=0, atol=tolerance)
+        return same, seconds / len(before.ids)
 
 
 def _show_one(job: Job, record: TrialRecord, split: str, view: str) -> Predictions:
@@ -98,7 +95,9 @@ def judge_views(members: Members, labels: Mapping[str, int], *, limit: int, seco
     if limit < 2:
         return Verdict(("plain",), "not asked for")
     started = time.monotonic()
-    each = members.check_identity()
+    same, each = members.identity()
+    if not same:
+        return Verdict(("plain",), "left out, the plain view does not give again what the trial left")
     ids, truth = list(labels), np.array(list(labels.values()))
     metric = METRICS[members.job.study.metric]
     plain = members.blended("val", ("plain",)).aligned(ids).probs
@@ -120,13 +119,16 @@ def judge_views(members: Members, labels: Mapping[str, int], *, limit: int, seco
         gain = metric.gain(score, metric.score(best_probs, truth))
         if gain > 0 or (gain == 0 and loss < log_loss(best_probs, truth)):
             best, best_probs = views, probs
-    before, after = metric.score(plain, truth), metric.score(best_probs, truth)
-    if len(best) > 1:
-        sentence = f"kept {', '.join(best)}, val {before:.4f} -> {after:.4f}"
-    else:
+    kept = next((row for row in tried if row.get("views") == best and "val" in row), None)
+    before = f"{metric.score(plain, truth):.4f}"
+    if kept:
         sentence = (
-            f"left out, no gain on val ({before:.4f})" if "val" in tried[0] else "left out, no time for it"
+            f"kept {', '.join(best)}: val {before} -> {kept['val']:.4f}, log loss {kept['log_loss']:.4f}"
         )
+    elif "val" in tried[0]:
+        sentence = f"left out, no gain on val ({before})"
+    else:
+        sentence = "left out, no time for it"
     return Verdict(best, sentence, tuple(tried))
 
 

@@ -1,0 +1,127 @@
+"""A trial's last report says how it ended, and the recorder writes down every ending there is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from carmodels.data import Splits
+from carmodels.models import Weights
+from carmodels.space import EpochMetrics, TrialConfig
+from carmodels.study import Status, Study
+from tune import trials
+from tune.trials import HOPELESS, Job, Recorder, Watch, Workers
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    study = Study(tmp_path / "study")
+    study.begin({"metric": "accuracy"}, [])
+    return study
+
+
+@pytest.fixture
+def job(study: Study, splits: Splits, weights: Weights, tmp_path: Path) -> Job:
+    return Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
+
+
+def reports(config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a trial reports, collected in place of Ray."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(trials, "report", seen.append)
+    trials.train_trial(asdict(config), job)
+    return seen
+
+
+def test_a_finished_trial_reports_every_epoch_and_leaves_predictions_and_weights(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = reports(replace(config, epochs=3), job, monkeypatch)
+    assert [r["epoch"] for r in seen] == [1, 2, 3]
+    assert [r.get("status") for r in seen] == [None, None, "finished"]
+    assert seen[-1]["best_value"] == max(r["accuracy"] for r in seen)
+    trial = seen[-1]["config_id"]
+    assert [job.study.predictions(trial, split).ids for split in ("val", "audit", "test")] == [
+        job.splits.val.ids,
+        job.splits.audit.ids,
+        job.splits.test.ids,
+    ]
+    assert job.study.weights_file(trial).is_file()
+
+
+def test_a_diverged_trial_reports_the_worst_value_and_leaves_nothing(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explosive = {"optimizer": "sgd", "lr": 10.0, "weight_decay": 10.0, "clip_norm": 0.0}
+    wild = replace(config, epochs=5, batch_size=8, schedule="constant", **explosive)
+    last = reports(wild, job, monkeypatch)[-1]
+    assert (last["status"], last["best_value"]) == ("diverged", 0.0)
+    assert last["reason"].startswith("the loss was not finite in epoch")
+    assert not list((job.study.folder / "predictions").iterdir())
+
+
+def told(recorder: Recorder, name: str, config: TrialConfig, values: list[float]) -> SimpleNamespace:
+    """A trial of Ray's that has begun and reported these values."""
+    trial = SimpleNamespace(
+        trial_id=name, config=asdict(config), last_result={}, status="RUNNING", error_file=None
+    )
+    recorder.on_trial_start(0, [], trial)
+    for epoch, value in enumerate(values, start=1):
+        trial.last_result = {**asdict(EpochMetrics(epoch, 1.0, 1.0, value, value, 2.0)), "accuracy": value}
+        recorder.on_trial_result(0, [], trial, trial.last_result)
+    return trial
+
+
+def test_every_ending_has_its_row(study: Study, config: TrialConfig, tmp_path: Path) -> None:
+    recorder = Recorder(study, "search", 0.0, {"b": "rung at epoch 2"}, Watch())
+    done, stopped, failed, cut, late = (
+        told(recorder, name, replace(config, seed=number), [0.1, 0.3, 0.2])
+        for number, name in enumerate("abcde")
+    )
+    done.last_result |= {"status": "finished", "reason": "ran its 3 epochs", "best_value": 0.3}
+    recorder.on_trial_complete(0, [], done)
+    recorder.on_trial_complete(0, [], stopped)
+    failed.error_file = tmp_path / "error.txt"
+    failed.error_file.write_text("Failure # 1\nTraceback\n  line\nRuntimeError: no memory\n\n")
+    recorder.on_trial_error(0, [], failed)
+    recorder.close([cut], interrupted=True)
+    recorder.close([late], interrupted=False)
+    rows = [(r.status, r.value, r.epochs_run, r.reason) for r in study.records()]
+    assert rows == [
+        (Status.FINISHED, 0.3, 3, "ran its 3 epochs"),
+        (Status.STOPPED, 0.2, 3, "rung at epoch 2"),
+        (Status.FAILED, None, 3, "RuntimeError: no memory"),
+        (Status.INTERRUPTED, 0.2, 3, "interrupted by the user"),
+        (Status.STOPPED, 0.2, 3, "the time was up"),
+    ]
+    assert study.table_file.is_file()
+
+
+def test_a_trial_that_ray_gave_up_without_a_word_is_recorded_as_failed(
+    study: Study, config: TrialConfig
+) -> None:
+    recorder = Recorder(study, "search", 0.0, {}, Watch())
+    trial = told(recorder, "a", config, [])
+    trial.status = "ERROR"
+    recorder.close([trial], interrupted=False)
+    assert [(r.status, r.reason) for r in study.records()] == [(Status.FAILED, "the worker died")]
+
+
+def test_failures_in_a_row_end_the_run_and_a_success_starts_the_count_anew(
+    study: Study, config: TrialConfig
+) -> None:
+    recorder = Recorder(study, "search", 0.0, {}, Watch())
+    for number in range(2 * HOPELESS - 1):
+        trial = told(recorder, str(number), replace(config, seed=number), [0.1])
+        if number == HOPELESS - 1:
+            trial.last_result |= {"status": "finished", "reason": "ran", "best_value": 0.1}
+            recorder.on_trial_complete(0, [], trial)
+        else:
+            recorder.on_trial_error(0, [], trial)
+        assert not recorder.hopeless
+    recorder.on_trial_error(0, [], told(recorder, "x", replace(config, seed=99), []))
+    assert recorder.hopeless
