@@ -97,15 +97,16 @@ class Plan:
         )
 
     def trials(self, space: Space, grace_period: int) -> int:
-        """About how many trials the time buys, were they drawn at random and halved at every rung."""
+        """About how many trials the time buys, drawn at random where they fit and halved at every rung."""
         assert self.costs is not None
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         drawn = [TrialConfig.from_dict(suggest(study.ask(), space)) for _ in range(_SAMPLE)]
         costs = [
             sum(self.costs.epoch(c, n) * _alive(n, grace_period) for n in range(1, c.epochs + 1))
             for c in drawn
+            if self.fits(c)
         ]
-        return round(self.core_seconds / float(np.mean([cost for cost in costs if math.isfinite(cost)])))
+        return round(self.core_seconds / float(np.mean(costs))) if costs else 0
 
 
 def _alive(epoch: int, grace_period: int) -> float:
