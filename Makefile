@@ -23,6 +23,7 @@ types: .venv/installed
 check: lint types test
 
 bench: .venv/installed
+	$(BIN)/python tests/benchmarks/bench_input.py
 	$(BIN)/python tests/benchmarks/bench_frozen.py
 
 .venv/installed: requirements.lock pyproject.toml

@@ -22,6 +22,8 @@ from carmodels.images import ImageCache
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network when imported otherwise
 import albumentations
 
+_BILINEAR_SHRINKS = 2.0  # by so much every pixel still counts
+
 
 class Batch(NamedTuple):
     """What a step of training or prediction needs."""
@@ -156,11 +158,13 @@ def squash(picture: np.ndarray, size: int) -> np.ndarray:
 
 
 def _squash_fast(picture: np.ndarray, size: int) -> np.ndarray:
-    """`squash` by the mean of four bilinear samples a pixel, in 15 to 45 % of its time.
+    """`squash` for training, in less than half its time: bilinear, of four samples where one skips pixels.
 
-    On forty photographs in a 224 px cache it is on average 48 to 50 dB from `squash` at 128 px and more, but
-    39 dB (worst 30) at 64 px, where it skips pixels; so it serves training only.
+    On forty photographs in a 224 px cache the four samples are on average 48 to 50 dB from `squash` at 128 px
+    and more, but 39 dB (worst 30) at 64 px, where they skip pixels as well.
     """
+    if max(picture.shape[:2]) <= _BILINEAR_SHRINKS * size:
+        return cv2.resize(picture, (size, size), interpolation=cv2.INTER_LINEAR)
     double = cv2.resize(picture, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
     return cv2.resize(double, (size, size), interpolation=cv2.INTER_AREA)
 

@@ -162,8 +162,11 @@ def _standing(
     running = [f"{len(c)}/{recorder.configs[i].epochs}" for i, c in recorder.running.items()]
     if running:
         parts.append("epochs " + " ".join(running))
-    if not math.isinf(clock.seconds):
-        parts.append(f"{duration(clock.left)} left")
+    left = clock.left
+    if math.isinf(left) and trials and count and recorder.stage == "search":
+        left = (time.time() - clock.begun) / count * (trials - count)
+    if not math.isinf(left):
+        parts.append(f"{duration(left)} left")
     return ", ".join(parts)
 
 
