@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
+from carmodels.catalog import UNFREEZE
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, TrialRecord
 from tune.scheduler import Deadline, Scheduler
@@ -62,7 +63,8 @@ def test_nobody_is_stopped_before_the_grace_period() -> None:
 
 @pytest.mark.parametrize("epochs", [1, 2, 8, 30])
 def test_the_grace_period_lets_every_strategy_open_its_backbone(epochs: int) -> None:
-    assert grace_period(epochs) == min(epochs, 4)
+    slowest = max(row.head_only_epochs or 0 for row in UNFREEZE.values())
+    assert grace_period(epochs) == min(epochs, slowest + 2)
 
 
 def test_a_protected_trial_runs_its_whole_schedule_and_still_counts_as_a_peer() -> None:
