@@ -1,9 +1,8 @@
-"""Pretrains the demo's two small backbones on drawn vehicles that are in none of the demo's classes.
+"""python tune/pretrain_demo.py
 
-    python tune/pretrain_demo.py
-
-writes carmodels/weights/<timm name>.safetensors (float16, without a classifier), one line an epoch.
-What the files that come with the project reached is in carmodels/weights/README.md.
+Pretrains the demo's two small backbones on drawn vehicles that are in none of the demo's classes, and writes
+carmodels/weights/<timm name>.safetensors (float16, without a classifier); prints one line an epoch. What the
+files that come with the project reached is in carmodels/weights/README.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""python tune/search.py --data ../car-pictures --hours 4
+"""python tune/search.py
 
 Search for the best image classifier that the hardware and the hours can buy: search, retrain the best,
 ensemble the top trials, write the submission. Without arguments it draws a small data set of its own and
-shows the whole job.
+shows the whole job; with your own pictures: --data PICTURES --hours 4.
 """
 
 from __future__ import annotations
