@@ -57,6 +57,8 @@ def fit(
     epochs in which the whole backbone is frozen train the head on its stored outputs, for VIEWS_KEPT fixed
     views of every picture instead of a new one each epoch.
     """
+    if config.fold is not None:
+        raise ValueError(f"fold={config.fold}: these splits hold no folds; leave it out")
     run = _Run(
         config, splits, weights=weights, device=torch.device(device), processes=processes, features=features
     )

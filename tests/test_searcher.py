@@ -76,6 +76,19 @@ def test_what_cannot_end_in_time_is_not_drawn_and_the_search_ends_where_nothing_
     assert made(fits=lambda config: False).suggest("0") == Searcher.FINISHED
 
 
+def test_random_draws_help_out_for_one_trial_and_the_sampler_comes_back() -> None:
+    asked: list[TrialConfig] = []
+
+    def fits(config: TrialConfig) -> bool:
+        asked.append(config)
+        return len(asked) > 15
+
+    draws = made(fits=fits)
+    assert draws.suggest("0") != Searcher.FINISHED
+    assert len(asked) == 16
+    assert isinstance(draws._ot_study.sampler, optuna.samplers.TPESampler)
+
+
 def test_optuna_is_told_how_each_trial_ended() -> None:
     draws = made()
     for i in range(4):

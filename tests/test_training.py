@@ -33,6 +33,13 @@ def test_the_same_seed_gives_the_same_numbers_to_the_bit_and_another_seed_does_n
     assert curve(fit(replace(config, seed=1), splits, weights=weights).history) != curve(first.history)
 
 
+def test_a_fold_that_the_splits_do_not_hold_is_refused(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    with pytest.raises(ValueError, match="fold=1: these splits hold no folds"):
+        fit(replace(config, fold=1), splits, weights=weights)
+
+
 def test_training_learns_far_beyond_chance(config: TrialConfig, splits: Splits, weights: Weights) -> None:
     fitted = fit(replace(config, image_size=48, epochs=6), splits, weights=weights)
     assert fitted.best.val_accuracy > 0.35  # ten classes

@@ -20,7 +20,7 @@ from carmodels.study import Status, TrialRecord
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 STARTUP_TRIALS = 8  # drawn at random before the sampler models anything
-_PATIENCE = 10  # such draws before the sampler gives way to random ones
+_PATIENCE = 10  # such draws before the sampler gives way to random ones, for that trial
 _REDRAWS = 50  # in a row that are not new or do not fit before the search ends
 
 
@@ -95,17 +95,21 @@ class Draws(OptunaSearch):
 
     def _draw(self, trial_id: str) -> TrialConfig | None:
         """A configuration that was not drawn before and ends in time; None where none is found."""
-        for attempt in range(_REDRAWS):
-            if attempt == _PATIENCE:  # the sampler keeps to a region that is used up or takes too long
-                self._ot_study.sampler = optuna.samplers.RandomSampler(seed=len(self._seen))
-            drawn = super().suggest(trial_id)
-            assert drawn is not None
-            config = TrialConfig.from_dict({**drawn, **self._stamp})
-            if config.id not in self._seen and self._fits(config):
-                self._seen.add(config.id)
-                return config
-            self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
-        return None
+        sampler = self._ot_study.sampler
+        try:
+            for attempt in range(_REDRAWS):
+                if attempt == _PATIENCE:  # the sampler keeps to a region that is used up or takes too long
+                    self._ot_study.sampler = optuna.samplers.RandomSampler(seed=len(self._seen))
+                drawn = super().suggest(trial_id)
+                assert drawn is not None
+                config = TrialConfig.from_dict({**drawn, **self._stamp})
+                if config.id not in self._seen and self._fits(config):
+                    self._seen.add(config.id)
+                    return config
+                self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
+            return None
+        finally:
+            self._ot_study.sampler = sampler  # random draws for this trial alone
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if trial_id in self._ot_trials:  # queued configurations are not Optuna's
