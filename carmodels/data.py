@@ -27,7 +27,15 @@ import numpy as np
 import pandas as pd
 
 from carmodels.archives import one_line, unpacked
-from carmodels.images import CACHE_VERSION, ImageCache, Progress, file_digests, open_images
+from carmodels.images import (
+    CACHE_VERSION,
+    LIMIT,
+    Estimate,
+    ImageCache,
+    Progress,
+    file_digests,
+    open_images,
+)
 
 SHARES = (("train", 0.70), ("val", 0.15), ("audit", 0.15))
 FEWEST_PER_CLASS = 4
@@ -109,13 +117,21 @@ class _Listing:
 
 
 def open_dataset(
-    path: Path, *, cache_dir: Path, max_size: int, seed: int = 0, on_progress: Progress | None = None
+    path: Path,
+    *,
+    cache_dir: Path,
+    max_size: int,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+    on_estimate: Estimate | None = None,
+    cache_limit: int = LIMIT,
 ) -> Splits:
     """The data set at `path` (folder or zip), its pictures decoded into `cache_dir` unless they are there.
 
     max_size: the largest image_size in pixels that will be asked for. The split depends on content and `seed`
-    alone. `on_progress(done, total)` is called for each picture while the cache is built. Raises ValueError
-    with one line for a data set that cannot be used; broken training pictures are excluded, up to 1 %.
+    alone. Before the cache is built `on_estimate` is called with its size in bytes, and for each picture
+    `on_progress(done, total)`. Raises ValueError with one line for a data set that cannot be used, or whose
+    pictures take more than `cache_limit` bytes; broken training pictures are excluded, up to 1 %.
     """
     if max_size < 1:
         raise ValueError(f"max_size={max_size} must be at least 1 pixel")
@@ -129,7 +145,7 @@ def open_dataset(
         [[picture.category, picture.id, digest] for picture, digest in zip(pictures, digests, strict=True)]
     )
     folder = cache_dir / "images" / f"{fingerprint}-{max_size}px-v{CACHE_VERSION}"
-    images = open_images(paths, folder, max_size, on_progress)
+    images = open_images(paths, folder, max_size, on_progress, on_estimate=on_estimate, limit=cache_limit)
     return _assemble(listing, pictures, images, fingerprint, seed)
 
 

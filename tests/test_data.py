@@ -64,11 +64,11 @@ def competition(pristine: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def splits(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Splits:
-    return open_dataset(pristine, cache_dir=tmp_path_factory.mktemp("cache"), max_size=32)
+    return open_dataset(pristine, cache_dir=tmp_path_factory.mktemp("cache"), max_size=20)
 
 
 def opened(path: Path, **options: object) -> Splits:
-    settings = {"cache_dir": path.parent / "cache", "max_size": 32, **options}
+    settings = {"cache_dir": path.parent / "cache", "max_size": 20, **options}
     return open_dataset(path, **settings)  # type: ignore[arg-type]
 
 

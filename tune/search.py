@@ -102,7 +102,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     weights.fetch(space.backbones)
     if weights.source == "hub" and not options.address:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: what they need is on this disk now
-    splits = setup.open_data(data, setup.cache_folder(options), max(space.image_sizes), options.seed, screen)
+    splits = setup.open_data(data, options, max(space.image_sizes), options.seed, screen)
     clock, trials = budget(options, space, bare, begun)
     facts = {
         "data": study.relative(data),

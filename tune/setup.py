@@ -45,6 +45,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, metavar="N", help="trials side by side (as many as GPUs or cores hold)")
     add("--address", metavar="ADDR", help="join this Ray cluster instead of starting Ray here")
     add("--cache", metavar="DIR", help="where decoded pictures are kept (the user's cache folder)")
+    add("--cache-limit", type=float, default=100.0, metavar="GB", help="most that they may take (100)")
 
 
 def check_machine(options: argparse.Namespace) -> None:
@@ -79,11 +80,25 @@ def cache_folder(options: argparse.Namespace) -> Path:
     return Path(options.cache).expanduser().absolute() if options.cache else user_cache_path("carmodels")
 
 
-def open_data(data: Path, cache_dir: Path, max_size: int, seed: int, screen: Screen) -> Splits:
+def open_data(data: Path, options: argparse.Namespace, max_size: int, seed: int, screen: Screen) -> Splits:
     """The data set, decoded once for every size up to `max_size` pixels."""
+    if not options.cache_limit > 0:
+        raise ValueError(f"--cache-limit {options.cache_limit:g} must be above 0 GB")
+    cache_dir = cache_folder(options)
     progress, on_progress = screen.decoding()
     with progress:
-        return open_dataset(data, cache_dir=cache_dir, max_size=max_size, seed=seed, on_progress=on_progress)
+        return open_dataset(
+            data,
+            cache_dir=cache_dir,
+            max_size=max_size,
+            seed=seed,
+            on_progress=on_progress,
+            on_estimate=lambda size: screen.say(
+                f"Decoding the pictures, once for all trials at up to {max_size} px: "
+                f"about {size / 1e6:,.0f} MB in {cache_dir / 'images'}."
+            ),
+            cache_limit=round(options.cache_limit * 1e9),
+        )
 
 
 @contextmanager
@@ -92,7 +107,7 @@ def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Itera
     facts = study.facts
     check_machine(options)
     data, weights = study.resolved(facts["data"]), facts["weights"]
-    splits = open_data(data, cache_folder(options), facts["max_size"], facts["seed"], screen)
+    splits = open_data(data, options, facts["max_size"], facts["seed"], screen)
     if (splits.fingerprint, splits.split_hash) != (facts["fingerprint"], facts["split_hash"]):
         raise ValueError(
             f"{data} is no longer the data set that {study.folder} was made with; bring that one back"
