@@ -264,8 +264,8 @@ def _make_room(folder: Path, max_size: int, estimate: int, limit: int) -> None:
     if estimate > room:
         raise ValueError(
             f"the pictures at up to {max_size} px would take {estimate / 1e9:.1f} GB in "
-            f"{str(folder.parent)!r}, where there is room for {max(0, room) / 1e9:.1f} GB: give --cache DIR on "
-            f"a larger disk, a larger --cache-limit, or smaller sizes with --set image_size=..."
+            f"{str(folder.parent)!r}, where there is room for {max(0, room) / 1e9:.1f} GB: give --cache DIR "
+            f"on a larger disk, a larger --cache-limit, or smaller sizes with --set image_size=..."
         )
 
 

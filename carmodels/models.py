@@ -23,6 +23,7 @@ from carmodels.catalog import BACKBONES, HEADS, UNFREEZE, Head, Unfreeze
 from carmodels.files import write_whole
 from carmodels.space import TrialConfig
 
+_CACHED = 2**17  # floats that stay in a core's second-level cache
 TimmNetwork = Any  # an nn.Module; torch's annotations hide the attributes that timm gives it
 
 
@@ -144,12 +145,17 @@ class Classifier(nn.Module):
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) uint8 -> float32 with the statistics the backbone was trained with, channels last.
 
-        Done on whole rows of pixels, which is six times as fast on a CPU as (images - mean) / std.
+        Done on whole rows of pixels, on a CPU so many at a time as its cache holds: (images - mean) / std
+        takes ten times as long there.
         """
         batch, channels, height, width = images.shape
-        rows = images.permute(0, 2, 3, 1).reshape(batch * height, width * channels).float()
-        rows.mul_(self.scale.repeat(width)).add_(self.shift.repeat(width))
-        return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        rows = images.permute(0, 2, 3, 1).reshape(batch * height, width * channels)
+        scale, shift = self.scale.repeat(width), self.shift.repeat(width)
+        found = torch.empty(rows.shape, device=rows.device)
+        at_once = max(1, _CACHED // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+        for given, part in zip(rows.split(at_once), found.split(at_once), strict=True):
+            torch.addcmul(shift, given.float(), scale, out=part)
+        return found.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8, or floats already normalised -> (B, C) logits."""

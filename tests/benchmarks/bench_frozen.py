@@ -24,7 +24,7 @@ from carmodels.models import Weights
 from carmodels.space import TrialConfig
 from carmodels.training import Fitted, fit
 
-from table import Row, finish
+from table import Row, as_in_a_worker, finish
 
 CASES = {
     "test_resnet 64 px": TrialConfig("test_resnet", image_size=64, epochs=8, unfreeze="frozen", lr=5e-3),
@@ -102,4 +102,5 @@ def seconds(fitted: Fitted) -> float:
 
 
 if __name__ == "__main__":
+    as_in_a_worker()
     main()

@@ -29,7 +29,7 @@ from carmodels.data import Splits, open_dataset
 from carmodels.models import Weights, build
 from carmodels.space import TrialConfig
 
-from table import Row, finish
+from table import Row, as_in_a_worker, finish
 
 SIZE, BATCH, PICTURES = 224, 32, 640
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -129,4 +129,5 @@ def rate(batches: Callable[[], Iterator[torch.Tensor]]) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
+    as_in_a_worker()
     main()

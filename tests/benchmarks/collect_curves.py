@@ -34,6 +34,8 @@ from carmodels.models import Weights
 from carmodels.space import SPACES, EpochMetrics, Space, TrialConfig, suggest
 from carmodels.training import fit
 
+from table import as_in_a_worker
+
 FOLDER = Path(__file__).parents[2] / "results" / "curves"
 SIZES = "image_size=64,96,128"
 REPEATED, SEEDS = 12, 3  # so many configurations of the design are trained from so many seeds
@@ -186,4 +188,5 @@ def run(
 
 
 if __name__ == "__main__":
+    as_in_a_worker()
     main()

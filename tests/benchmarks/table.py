@@ -6,6 +6,7 @@ import csv
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from tune.trials import MALLOC
 
 FOLDER = Path(__file__).parents[2] / "results" / "benchmarks"
 
@@ -28,6 +31,13 @@ class Row:
     target: float | str
     runs: int
     unit: str
+
+
+def as_in_a_worker() -> None:
+    """Start this script again with what the workers of a search are started with, unless that was done."""
+    if os.environ.get("CARMODELS_BENCHMARK") != "1":
+        environment = {**os.environ, **MALLOC, "CARMODELS_BENCHMARK": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
 def finish(name: str, rows: Sequence[Row]) -> None:
