@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -49,18 +50,26 @@ def fit(
     device: str = "cpu",
     processes: int = 0,
     features: FeatureStore | None = None,
+    compiled: bool = False,
 ) -> Fitted:
     """Train by the configuration's schedule and keep the epoch that is best by its metric on val.
 
     `on_epoch` is called once an epoch. A non-finite loss ends training with `ending` = "diverged". On a CPU,
     the same configuration gives the same numbers to the bit for the same number of threads. With `features`,
     epochs in which the whole backbone is frozen train the head on its stored outputs, for VIEWS_KEPT fixed
-    views of every picture instead of a new one each epoch.
+    views of every picture instead of a new one each epoch. `compiled` trains through torch.compile. Where
+    memory runs out batches are trained on in parts.
     """
     if config.fold is not None:
         raise ValueError(f"fold={config.fold}: these splits hold no folds; leave it out")
     run = _Run(
-        config, splits, weights=weights, device=torch.device(device), processes=processes, features=features
+        config,
+        splits,
+        weights=weights,
+        device=torch.device(device),
+        processes=processes,
+        features=features,
+        compiled=compiled,
     )
     history: list[EpochMetrics] = []
     best: EpochMetrics | None = None
@@ -118,15 +127,18 @@ class _Run:
         device: torch.device,
         processes: int = 0,
         features: FeatureStore | None = None,
+        compiled: bool = False,
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.device, self.splits, self.processes = config, device, splits, processes
         self.weights = weights
         self.model = build(config, classes=len(splits.classes), weights=weights).to(device)
         self.model = self.model.to(memory_format=torch.channels_last)
+        self.network: nn.Module = cast(nn.Module, torch.compile(self.model)) if compiled else self.model
         # With timm's warm-up of the decay: short schedules would average the first weights otherwise.
         self.average = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.steps = 0
+        self.parts = 1  # of a batch, one after the other; more where memory ran out
         self.train_loader = Loader(
             splits.images,
             splits.train,
@@ -218,9 +230,11 @@ class _Run:
         )
         content = {**self.known, "augment": asdict(AUGMENTS[self.config.augment]), "view": view}
         found = store.get(content, len(self.splits.train), lambda: self._outputs(shown, view))
-        labels = torch.from_numpy(_labels(self.splits.train))
+        outputs = torch.from_numpy(np.array(found)).to(self.device)  # all of them, once
+        labels = torch.from_numpy(_labels(self.splits.train)).to(self.device)
         for order in loader.orders(number):
-            yield torch.from_numpy(found[order].astype(np.float32)), labels[order]
+            chosen = torch.from_numpy(order).to(self.device)
+            yield outputs[chosen].float(), labels[chosen]
 
     @torch.inference_mode()
     def _remembered_val(self, store: FeatureStore) -> np.ndarray:
@@ -249,14 +263,10 @@ class _Run:
         targets = labels.to(self.device, non_blocking=True)
         network: nn.Module = self.model.head
         if inputs.ndim == 4:
-            network, inputs = self.model, self.model.normalise(inputs)
+            network, inputs = self.network, self.model.normalise(inputs)
         if self.mix is not None:
             inputs, targets = self.mix(inputs, targets)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.precision():
-            logits = network(inputs)
-        loss = self.loss(logits.float(), targets)
-        self.scaler.scale(loss).backward()
+        loss = self._gradients(network, inputs, targets)
         if self.config.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -266,7 +276,36 @@ class _Run:
         if self.average is not None:
             self.steps += 1
             self.average.update(self.model, step=self.steps)
-        return loss.detach()
+        return loss
+
+    def _gradients(self, network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Leave a batch's gradients in the parameters; the loss.
+
+        Where memory runs out the batch is cut in two, and again, for the rest of the run: gradients add up to
+        the same, BatchNorm sees fewer pictures at a time. Raises OutOfMemoryError where three do not fit.
+        """
+        while True:
+            try:
+                return self._accumulated(network, inputs, targets)
+            except torch.OutOfMemoryError:
+                if len(inputs) < 4 * self.parts:
+                    raise
+            self.parts *= 2  # outside the handler, whose exception holds on to what was computed
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _accumulated(self, network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        parts = zip(inputs.tensor_split(self.parts), targets.tensor_split(self.parts), strict=True)
+        for some, their_targets in parts:
+            with self.precision():
+                logits = network(some)
+            loss = self.loss(logits.float(), their_targets) * (len(some) / len(inputs))
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
 
 
 def autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -388,10 +427,22 @@ def view_size(config: TrialConfig, view: str) -> int:
 
 
 def seconds_per_picture(
-    config: TrialConfig, splits: Splits, *, weights: Weights, device: str = "cpu", steps: int = 4
+    config: TrialConfig,
+    splits: Splits,
+    *,
+    weights: Weights,
+    device: str = "cpu",
+    compiled: bool = False,
+    steps: int = 4,
 ) -> float:
     """What loading and training on one picture cost with everything open: the median of a few steps."""
-    run = _Run(replace(config, unfreeze="full"), splits, weights=weights, device=torch.device(device))
+    run = _Run(
+        replace(config, unfreeze="full"),
+        splits,
+        weights=weights,
+        device=torch.device(device),
+        compiled=compiled,
+    )
     run.model.set_open(len(run.model.groups))
     run.model.train()
     shown = run.shown(1)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from carmodels.space import SPACES, TrialConfig, baseline
-from tune.plan import FORWARD_SHARE, Costs, Plan, _alive
+from carmodels.study import write_json
+from tune.costs import CONTEXT_BYTES, FORWARD_SHARE, MEMORY_SPARE, Compiled, Costs
+from tune.plan import Packing, Plan, _alive, _known
 
 SPACE = SPACES["demo"]
 COSTS = Costs({b: {32: 0.001, 96: 0.009} for b in SPACE.backbones}, train=700, val=100)
@@ -93,3 +96,55 @@ def test_a_space_of_one_size_needs_one_measurement() -> None:
     assert single.picture("test_resnet", 64) == 0.002
     config = TrialConfig(backbone="test_resnet", image_size=64, epochs=1)
     assert single.schedule(config) == pytest.approx(0.002 * (10 + FORWARD_SHARE * 10))
+
+
+GB = 10**9
+SHARED = replace(
+    COSTS, memory={"test_resnet": {32: 1 * GB, 96: 20 * GB}}, compiled={"test_resnet": Compiled(60.0, 0.7)}
+)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "gpu_gigabytes", "share"),
+    [(32, 80, 1 / 4), (32, 8, 1 / 3), (32, 5, 1 / 2), (96, 80, 1 / 3), (96, 48, 1.0), (96, 8, 1.0)],
+)
+def test_a_trial_asks_for_the_smallest_share_of_a_gpu_that_holds_it(
+    image_size: int, gpu_gigabytes: int, share: float
+) -> None:
+    config = replace(RECIPE, backbone="test_resnet", image_size=image_size)
+    assert SHARED.gpu_share(config, gpu_gigabytes * GB) == share
+    needed = MEMORY_SPARE * SHARED.memory["test_resnet"][image_size] + CONTEXT_BYTES
+    assert needed <= share * gpu_gigabytes * GB or share == 1
+    packing = Packing(SHARED, gpu_gigabytes * GB, cpus=16)
+    assert packing(asdict(config)).required_resources == {"CPU": int(16 * share), "GPU": share}
+
+
+def test_what_was_not_measured_gets_a_whole_gpu() -> None:
+    assert SHARED.gpu_share(replace(RECIPE, backbone="test_efficientnet"), 80 * GB) == 1
+
+
+def test_a_trial_that_shares_a_gpu_may_take_so_many_times_longer() -> None:
+    config = replace(RECIPE, backbone="test_resnet", image_size=32)
+    cost = SHARED.schedule(config)
+    assert Plan(SHARED, time.time() + 1.1 * cost, 1).fits(config)
+    assert not Plan(SHARED, time.time() + 3.9 * cost, 1, gpu_bytes=80 * GB).fits(config)
+    assert Plan(SHARED, time.time() + 4.1 * cost, 1, gpu_bytes=80 * GB).fits(config)
+
+
+def test_compiling_pays_in_a_long_run_of_one_stage() -> None:
+    config = replace(RECIPE, backbone="test_resnet", unfreeze="full")
+    assert not SHARED.pays_to_compile(replace(config, epochs=8))  # saves 16 s
+    assert SHARED.pays_to_compile(replace(config, epochs=60))
+    assert not SHARED.pays_to_compile(replace(config, epochs=60, unfreeze="frozen"))
+    assert not SHARED.pays_to_compile(replace(config, epochs=60, unfreeze="gradual"))  # sixteen stages
+    assert not COSTS.pays_to_compile(replace(config, epochs=60))
+
+
+def test_a_file_of_costs_from_before_is_measured_anew(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    assert _known(path) == {}
+    path.write_text('{"a": {"96": 0.1}}')
+    assert _known(path) == {}
+    whole = {"a": {"seconds": {"96": 0.1}, "bytes": {}, "compiled": {}}}
+    write_json(path, whole)
+    assert _known(path) == whole

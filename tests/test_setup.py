@@ -10,25 +10,28 @@ from tune import setup
 from tune.trials import Workers
 
 
-def options(share: float = 1.0, workers: int | None = None) -> argparse.Namespace:
+def options(share: str = "1", workers: int | None = None) -> argparse.Namespace:
     return argparse.Namespace(gpus_per_trial=share, workers=workers, address=None, cache=None)
 
 
 @pytest.mark.parametrize(
     ("share", "asked", "gpus", "cores", "expected"),
     [
-        (1.0, None, 0, 2, Workers(2, 1, 0.0)),
-        (1.0, 1, 0, 8, Workers(1, 8, 0.0)),
-        (1.0, 3, 0, 8, Workers(3, 2, 0.0)),
-        (1.0, None, 4, 32, Workers(4, 8, 1.0)),
-        (0.5, None, 2, 16, Workers(4, 4, 0.5)),
-        (1 / 3, None, 1, 16, Workers(3, 5, 1 / 3)),
-        (0.7, None, 2, 16, Workers(2, 8, 0.7)),
-        (0.25, 2, 1, 2, Workers(2, 1, 0.25)),
+        ("1", None, 0, 2, Workers(2, 1, 0.0)),
+        ("1", 1, 0, 8, Workers(1, 8, 0.0)),
+        ("1", 3, 0, 8, Workers(3, 2, 0.0)),
+        ("1", None, 4, 32, Workers(4, 8, 1.0)),
+        ("0.5", None, 2, 16, Workers(4, 4, 0.5)),
+        ("0.3333333", None, 1, 16, Workers(3, 5, 0.3333333)),
+        ("0.7", None, 2, 16, Workers(2, 8, 0.7)),
+        ("0.25", 2, 1, 2, Workers(2, 1, 0.25)),
+        ("auto", None, 2, 16, Workers(2, 8, 1.0, packed=8)),
+        ("auto", 3, 1, 16, Workers(1, 16, 1.0, packed=3)),
+        ("auto", None, 0, 2, Workers(2, 1, 0.0)),
     ],
 )
 def test_trials_get_their_share_of_gpus_or_cores(
-    share: float, asked: int | None, gpus: int, cores: int, expected: Workers
+    share: str, asked: int | None, gpus: int, cores: int, expected: Workers
 ) -> None:
     assert setup._shared_out(options(share, asked), gpus=gpus, cores=cores) == expected
 
@@ -36,14 +39,17 @@ def test_trials_get_their_share_of_gpus_or_cores(
 @pytest.mark.parametrize(
     ("share", "asked", "gpus", "message"),
     [
-        (0.0, None, 1, "--gpus-per-trial 0 must be above 0 and at most 1"),
-        (2.0, None, 4, "--gpus-per-trial 2 must be above 0 and at most 1"),
-        (0.5, 5, 2, "--workers 5 is more than 2 GPUs at --gpus-per-trial 0.5 hold; at most 4"),
-        (1.0, 9, 0, "--workers 9 is more than 8 cores hold; at most 8"),
-        (1.0, 0, 0, "--workers 0 must be at least 1"),
+        ("0", None, 1, "--gpus-per-trial 0 must be above 0 and at most 1, or auto"),
+        ("2", None, 4, "--gpus-per-trial 2 must be above 0 and at most 1"),
+        ("nan", None, 4, "--gpus-per-trial nan must be above 0 and at most 1"),
+        ("half", None, 4, "--gpus-per-trial half must be above 0 and at most 1"),
+        ("auto", 9, 2, "--workers 9 is more than 2 GPUs at --gpus-per-trial auto hold; at most 8"),
+        ("0.5", 5, 2, "--workers 5 is more than 2 GPUs at --gpus-per-trial 0.5 hold; at most 4"),
+        ("1", 9, 0, "--workers 9 is more than 8 cores hold; at most 8"),
+        ("1", 0, 0, "--workers 0 must be at least 1"),
     ],
 )
-def test_more_than_there_is_is_refused(share: float, asked: int | None, gpus: int, message: str) -> None:
+def test_more_than_there_is_is_refused(share: str, asked: int | None, gpus: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         setup._shared_out(options(share, asked), gpus=gpus, cores=8)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from carmodels.batches import Batch
 from carmodels.catalog import AUGMENTS, SCHEDULES, UNFREEZE, VIEWS
 from carmodels.data import Splits
 from carmodels.models import Weights
@@ -199,3 +201,51 @@ def test_the_cost_of_a_picture_grows_with_its_size(
         seconds_per_picture(replace(config, image_size=size), splits, weights=weights) for size in (16, 128)
     )
     assert 0 < small < large
+
+
+def gradients(run: _Run, network: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
+    """What a batch leaves in the parameters that learn, with BatchNorm at rest."""
+    run.model.eval()
+    run._gradients(network, run.model.normalise(batch.images), batch.labels)
+    return [p.grad for p in run.model.parameters() if p.grad is not None]
+
+
+class Small(torch.nn.Module):
+    """A network on a device that holds the activations of `room` pictures."""
+
+    def __init__(self, network: torch.nn.Module, room: int) -> None:
+        super().__init__()
+        self.network, self.room = network, room
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.network(images)
+
+
+def test_where_memory_runs_out_a_batch_in_parts_has_the_gradients_of_the_whole(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    run = _Run(config, splits, weights=weights, device=torch.device("cpu"))
+    run.model.set_open(len(run.model.groups))
+    batch = next(iter(run.train_loader.epoch(1)))
+    whole = gradients(run, run.model, batch)
+    parts = gradients(run, Small(run.model, room=9), batch)
+    assert run.parts == 4
+    assert len(parts) == len(whole)
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients(run, Small(run.model, room=1), batch)
+
+
+def test_compiled_training_gives_the_same_curve(
+    config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = partial(torch.compile, backend="eager")  # all of it but the C compiler's work
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", traced)
+        compiled = fit(replace(config, epochs=1), splits, weights=weights, compiled=True)
+    plain = fit(replace(config, epochs=1), splits, weights=weights)
+    assert compiled.history[0].train_loss == pytest.approx(plain.history[0].train_loss, rel=1e-3)
+    assert list(compiled.model.state_dict()) == list(plain.model.state_dict())

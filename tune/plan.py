@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -16,45 +18,18 @@ import ray
 import timm
 import torch
 from filelock import FileLock
+from ray.tune import PlacementGroupFactory
 
-from carmodels.catalog import UNFREEZE
-from carmodels.models import open_groups
 from carmodels.space import Space, TrialConfig, suggest
 from carmodels.study import read_json, write_json
 from carmodels.training import seconds_per_picture
+from tune.costs import Compiled, Costs
 from tune.scheduler import REDUCTION_FACTOR
 from tune.trials import Job, as_task
 
-FORWARD_SHARE = 0.35  # of a training step that showing a picture to a network takes
+_VERSION = 2  # of what a file of costs holds
+_PARTS = ("seconds", "bytes", "compiled")
 _SAMPLE = 300  # random configurations over which a plan averages
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds that training on one picture takes, everything open, by backbone and image size."""
-
-    seconds: Mapping[str, Mapping[int, float]]  # per backbone, at the sizes that were measured
-    train: int  # pictures
-    val: int
-
-    def picture(self, backbone: str, image_size: int) -> float:
-        """Seconds for one picture, linear in the area between measured sizes; infinite beyond memory."""
-        sizes = sorted(s for s, seconds in self.seconds[backbone].items() if math.isfinite(seconds))
-        if not sizes or image_size > max(sizes):
-            return math.inf
-        areas, seconds = [s * s for s in sizes], [self.seconds[backbone][s] for s in sizes]
-        return float(np.interp(image_size * image_size, areas, seconds))
-
-    def epoch(self, config: TrialConfig, number: int) -> float:
-        """Seconds of one epoch (the first is 1): less while the backbone is frozen."""
-        row = UNFREEZE[config.unfreeze]
-        frozen = not open_groups(row, epoch=number, epochs=config.epochs, groups=1)
-        full, shown = (0, self.train + self.val) if frozen else (self.train, self.val)
-        return self.picture(config.backbone, config.image_size) * (full + FORWARD_SHARE * shown)
-
-    def schedule(self, config: TrialConfig) -> float:
-        """Seconds of the whole schedule."""
-        return sum(self.epoch(config, number) for number in range(1, config.epochs + 1))
 
 
 @dataclass(frozen=True)
@@ -63,7 +38,8 @@ class Plan:
 
     costs: Costs | None
     end: float  # time.time()
-    workers: int
+    workers: int  # cores or whole GPUs that train at a time
+    gpu_bytes: float = 0.0  # memory of a GPU that trials share as their need is; 0: none is shared so
 
     @property
     def core_seconds(self) -> float:
@@ -71,8 +47,11 @@ class Plan:
         return max(0.0, self.end - time.time()) * self.workers
 
     def fits(self, config: TrialConfig) -> bool:
-        """Whether the whole schedule of a trial that starts now ends in time."""
-        return self.costs is None or time.time() + self.costs.schedule(config) <= self.end
+        """Whether the whole schedule of a trial that starts now ends in time, in its share of a GPU."""
+        if self.costs is None:
+            return True
+        share = self.costs.gpu_share(config, self.gpu_bytes) if self.gpu_bytes else 1.0
+        return time.time() + self.costs.schedule(config) / share <= self.end
 
     def affordable(self, wanted: TrialConfig, sizes: Iterable[int], share: float) -> tuple[TrialConfig, str]:
         """The configuration for at most this share of the search: smaller, then for fewer epochs, if need be.
@@ -118,7 +97,7 @@ def _alive(epoch: int, grace_period: int) -> float:
 
 def make_plan(job: Job, space: Space, end: float) -> Plan:
     """The plan for searching a space until `end`; measures what this hardware has not been measured for."""
-    if math.isinf(end):
+    if math.isinf(end) and not job.workers.packed:
         return Plan(None, end, job.workers.count)
     shared = {**space.fixed, "unfreeze": "full"}
     sizes = sorted(space.image_sizes, reverse=True)
@@ -126,13 +105,31 @@ def make_plan(job: Job, space: Space, end: float) -> Plan:
         b: [TrialConfig.from_dict({**shared, "backbone": b, "image_size": s}) for s in sizes]
         for b in space.backbones
     }
-    return Plan(_costs(job, configs), end, job.workers.count)
+    gpu_bytes = ray.get(as_task(_gpu_bytes, job.workers).remote()) if job.workers.packed else 0.0
+    return Plan(_costs(job, configs), end, job.workers.count, gpu_bytes)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a trial asks of Ray: the share of a GPU that its memory needs, and the cores that go with it."""
+
+    costs: Costs
+    gpu_bytes: float
+    cpus: int  # for each whole GPU
+
+    def __call__(self, values: dict[str, Any]) -> PlacementGroupFactory:
+        share = self.costs.gpu_share(TrialConfig.from_dict(values), self.gpu_bytes)
+        return PlacementGroupFactory([{"CPU": max(1, int(share * self.cpus)), "GPU": share}])
+
+
+def _gpu_bytes() -> float:
+    return float(torch.cuda.get_device_properties(0).total_memory)
 
 
 def _costs(job: Job, configs: Mapping[str, list[TrialConfig]]) -> Costs:
     """What each backbone costs, kept in a file for this hardware and these versions."""
     workers, hardware = job.workers, job.study.facts["hardware"]
-    held_for = [hardware, workers.cpus, workers.count, torch.__version__, timm.__version__]
+    held_for = [_VERSION, hardware, workers.cpus, workers.count, torch.__version__, timm.__version__]
     name = hashlib.sha256(json.dumps(held_for).encode()).hexdigest()[:12]
     path = job.cache / "costs" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,11 +139,17 @@ def _costs(job: Job, configs: Mapping[str, list[TrialConfig]]) -> Costs:
         missing = [backbone for backbone, key in keys.items() if key not in known]
         measure = as_task(_measure, workers)
         found = ray.get([measure.remote(job, configs[backbone]) for backbone in missing])
-        known |= {keys[backbone]: seconds for backbone, seconds in zip(missing, found, strict=True)}
+        known |= {keys[backbone]: measured for backbone, measured in zip(missing, found, strict=True)}
         if missing:
             write_json(path, known)
-    seconds = {b: {int(size): cost for size, cost in known[key].items()} for b, key in keys.items()}
-    return Costs(seconds, len(job.splits.train), len(job.splits.val))
+    of = {backbone: known[key] for backbone, key in keys.items()}
+    return Costs(
+        seconds={b: {int(size): value for size, value in m["seconds"].items()} for b, m in of.items()},
+        train=len(job.splits.train),
+        val=len(job.splits.val),
+        memory={b: {int(size): value for size, value in m["bytes"].items()} for b, m in of.items()},
+        compiled={b: Compiled(**m["compiled"]) for b, m in of.items() if m["compiled"]},
+    )
 
 
 def _key(configs: Sequence[TrialConfig]) -> str:
@@ -154,24 +157,49 @@ def _key(configs: Sequence[TrialConfig]) -> str:
     return f"{configs[0].backbone} {sizes} px, batches of {configs[0].batch_size}"
 
 
-def _known(path: Path) -> dict[str, dict[str, float]]:
-    """Seconds by size, for what was measured before; nothing where the file is missing or damaged."""
+def _known(path: Path) -> dict[str, dict[str, Any]]:
+    """What was measured before, by key; nothing where the file is missing or damaged."""
     try:
-        return {k: {size: float(cost) for size, cost in v.items()} for k, v in read_json(path).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        found = read_json(path)
+        return {key: {part: dict(value[part]) for part in _PARTS} for key, value in found.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
-def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, float]:
-    """Seconds a picture, by size, at the largest size that memory holds and at the smallest; sizes fall."""
+def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
+    """A backbone at the largest size that memory holds and at the smallest; sizes fall."""
     torch.set_num_threads(job.workers.cpus)
-    found: dict[str, float] = {}
+    on_gpu = job.workers.device == "cuda"
+    found: dict[str, Any] = {part: {} for part in _PARTS}
+
+    def seconds(config: TrialConfig, **more: Any) -> float:
+        return seconds_per_picture(config, job.splits, weights=job.weights, device=job.workers.device, **more)
+
     for config in configs:
-        if not found or config is configs[-1]:
-            try:
-                found[str(config.image_size)] = seconds_per_picture(
-                    config, job.splits, weights=job.weights, device=job.workers.device
-                )
-            except torch.cuda.OutOfMemoryError:
-                continue
+        if found["seconds"] and config is not configs[-1]:
+            continue
+        size = str(config.image_size)
+        try:
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            eager = seconds(config)
+            if on_gpu:
+                found["bytes"][size] = torch.cuda.max_memory_reserved()
+            if on_gpu and not found["seconds"]:
+                found["compiled"] = _tried_to_compile(partial(seconds, config, compiled=True), eager)
+        except torch.OutOfMemoryError:
+            continue
+        found["seconds"][size] = eager
     return found
+
+
+def _tried_to_compile(run: Callable[[], float], eager: float) -> dict[str, float]:
+    """What `Compiled` holds; nothing where this machine cannot compile (no C compiler, an old GPU)."""
+    started = time.monotonic()
+    try:
+        compiled = run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # torch._dynamo's and torch._inductor's are of this kind
+        return {}
+    return {"seconds": time.monotonic() - started, "ratio": compiled / eager}

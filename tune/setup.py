@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from carmodels.data import Splits, open_dataset
 from carmodels.models import Weights
 from carmodels.study import Study
 from tune.console import Screen
+from tune.costs import GPU_SHARES
 from tune.trials import Job, Workers, start_ray
 
 
@@ -41,7 +43,12 @@ def guarded(run: Callable[[argparse.Namespace, Screen], int], options: argparse.
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what a command may use of this machine or cluster."""
     add = parser.add_argument
-    add("--gpus-per-trial", type=float, default=1.0, metavar="F", help="share of a GPU for each trial (1)")
+    add(
+        "--gpus-per-trial",
+        default="1",
+        metavar="F|auto",
+        help="share of a GPU for each trial (1); auto: as small a one as its memory needs",
+    )
     add("--workers", type=int, metavar="N", help="trials side by side (as many as GPUs or cores hold)")
     add("--address", metavar="ADDR", help="join this Ray cluster instead of starting Ray here")
     add("--cache", metavar="DIR", help="where decoded pictures are kept (the user's cache folder)")
@@ -60,19 +67,30 @@ def _gpus_here() -> int:
 
 def _shared_out(options: argparse.Namespace, *, gpus: int, cores: int) -> Workers:
     """As many trials side by side as the GPUs, or else the cores, hold; ValueError for more."""
-    share = options.gpus_per_trial
-    if not 0 < share <= 1:
-        raise ValueError(
-            f"--gpus-per-trial {share:g} must be above 0 and at most 1: a trial trains on one GPU"
-        )
+    packed = options.gpus_per_trial == "auto"
+    share = min(GPU_SHARES) if packed else _share(options.gpus_per_trial)
     fits = gpus * int(1 / share + 1e-9) if gpus else cores
     count = fits if options.workers is None else options.workers
     if count < 1:
         raise ValueError(f"--workers {count} must be at least 1")
     if count > fits:
-        there = f"{gpus} GPUs at --gpus-per-trial {share:g}" if gpus else f"{cores} cores"
+        there = f"{gpus} GPUs at --gpus-per-trial {options.gpus_per_trial}" if gpus else f"{cores} cores"
         raise ValueError(f"--workers {count} is more than {there} hold; at most {fits}")
+    if packed and gpus:
+        return Workers(gpus, max(1, cores // gpus), 1.0, packed=count)
     return Workers(count, max(1, cores // count), share if gpus else 0.0)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"--gpus-per-trial {text} must be above 0 and at most 1, or auto: a trial trains on one GPU"
+        )
+    return share
 
 
 def cache_folder(options: argparse.Namespace) -> Path:

@@ -27,7 +27,7 @@ from carmodels.predictions import (
 from carmodels.space import Space, baseline
 from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from carmodels.submission import write_submission
-from tune.plan import make_plan
+from tune.plan import Packing, make_plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws, Queue
 from tune.trials import WEIGHTS_KEPT, Job, Watch, run_trials
@@ -82,6 +82,7 @@ def search(
     late = end + LATE_SHARE * (clock.at(RETRAIN_SHARE) - end) if math.isfinite(end) else end
     grace = grace_period(int(space.fixed["epochs"]))
     plan = make_plan(job, space, end)
+    job = replace(job, costs=plan.costs)
     if not notes:
         recipe, changed = plan.affordable(
             replace(baseline(space), **stamp), space.image_sizes, BASELINE_SHARE
@@ -116,6 +117,7 @@ def search(
         storage=optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}"),
     )
     complete = trials is not None and len(known) >= trials and not queue
+    packing = Packing(plan.costs, plan.gpu_bytes, job.workers.cpus) if plan.costs and plan.gpu_bytes else None
     completed = complete or run_trials(
         job,
         stage="search",
@@ -125,6 +127,7 @@ def search(
         scheduler=scheduler,
         notes=notes,
         watch=watch,
+        packing=packing,
     )
     study.write_table()
     return completed
@@ -154,6 +157,7 @@ def retrain(
 ) -> bool:
     """Train the best (or the named) configuration from new seeds, side by side; False if interrupted."""
     study = job.study
+    job = replace(job, workers=replace(job.workers, packed=0))  # the best one has a GPU of its own
     chosen = _chosen(study, trial_id)
     wanted = epochs or chosen.config.epochs
     per_epoch = 1.15 * chosen.seconds / chosen.epochs_run

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,10 +38,12 @@ import torch
 from ray.tune import (
     Callback,
     CheckpointConfig,
+    PlacementGroupFactory,
     RunConfig,
     Stopper,
     TuneConfig,
     Tuner,
+    get_context,
     report,
     with_parameters,
     with_resources,
@@ -55,6 +57,7 @@ from carmodels.models import Weights, save_weights
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord
 from carmodels.training import Fitted, fit, predict
+from tune.costs import Costs
 
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial ended with is in its record
 
@@ -69,6 +72,12 @@ class Workers:
     count: int
     cpus: int  # of each
     gpus: float  # of each
+    packed: int = 0  # most trials at once where each takes the share of a GPU it needs; 0: all take `gpus`
+
+    @property
+    def at_once(self) -> int:
+        """Most trials side by side."""
+        return self.packed or self.count
 
     @property
     def device(self) -> str:
@@ -89,6 +98,7 @@ class Job:
     weights: Weights
     workers: Workers
     cache: Path  # folder of what all studies on this machine share
+    costs: Costs | None = None  # what training costs here, where that was measured
 
 
 def as_task(function: Callable[..., Any], workers: Workers) -> Any:
@@ -110,7 +120,10 @@ def train_trial(values: dict[str, Any], job: Job) -> None:
 
 def _train_trial(values: dict[str, Any], job: Job) -> None:
     """Train and report every epoch; the last report carries `status`."""
+    job = replace(job, workers=_own(job.workers))
     torch.set_num_threads(job.workers.cpus)
+    if 0 < job.workers.gpus < 1:
+        torch.cuda.set_per_process_memory_fraction(job.workers.gpus)  # its neighbours keep theirs
     config = TrialConfig.from_dict(values)
     started = time.time()
 
@@ -138,12 +151,21 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
         device=job.workers.device,
         processes=job.workers.processes,
         features=FeatureStore(job.cache / "features"),
+        compiled=job.costs is not None and job.costs.pays_to_compile(config),
     )
     status, reason = _verdict(fitted)
     if status is Status.FINISHED:
         _leave(fitted, job)
     told = fitted.best if status is Status.FINISHED and fitted.best else fitted.history[-1]
     send(fitted.history[-1], status=str(status), reason=reason, best_value=told.value)
+
+
+def _own(workers: Workers) -> Workers:
+    """What this trial itself may use, as Ray has granted it, where trials differ in that."""
+    if not workers.packed:
+        return workers
+    granted = get_context().get_trial_resources().required_resources
+    return Workers(1, int(granted["CPU"]), granted.get("GPU", 0.0))
 
 
 def _verdict(fitted: Fitted) -> tuple[Status, str]:
@@ -322,18 +344,22 @@ def run_trials(
     scheduler: TrialScheduler | None,
     notes: dict[str, str],
     watch: Watch,
+    packing: Callable[[dict[str, Any]], PlacementGroupFactory] | None = None,
 ) -> bool:
-    """Run what the searcher hands out until it has no more or the time is `end`; False if interrupted."""
+    """Run what the searcher hands out until it has no more or the time is `end`; False if interrupted.
+
+    `packing` says what each configuration asks of Ray; without it all ask for the same.
+    """
     interrupts = Interrupts()
     recorder = Recorder(job.study, stage, begun, getattr(scheduler, "reasons", {}), watch, notes)
-    resources = {"cpu": job.workers.cpus, "gpu": job.workers.gpus}
+    resources = packing or {"cpu": job.workers.cpus, "gpu": job.workers.gpus}
     tuner = Tuner(
         with_resources(with_parameters(train_trial, job=job), resources),
         tune_config=TuneConfig(
             search_alg=search_alg,
             scheduler=scheduler,
             num_samples=-1,
-            max_concurrent_trials=job.workers.count,
+            max_concurrent_trials=job.workers.at_once,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),

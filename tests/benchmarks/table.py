@@ -41,26 +41,37 @@ def as_in_a_worker() -> None:
 
 
 def finish(name: str, rows: Sequence[Row]) -> None:
-    """Print the rows and write them to results/benchmarks/<name>.csv."""
+    """Print the rows and write them to results/benchmarks/<name>.csv; cases not measured now stay there."""
     on = {
         "hardware": f"{os.cpu_count()} cores, {_processor()}",
         "versions": ", ".join(
-            f"{p} {importlib.metadata.version(p)}" for p in ("torch", "timm", "albumentations")
+            f"{p} {importlib.metadata.version(p)}" for p in ("torch", "timm", "albumentations", "ray")
         ),
     }
     table = Table(title=f"{name}: {on['hardware']}, {on['versions']}", title_justify="left")
     names = [f.name for f in fields(Row)]
     for column in names:
         table.add_column(column)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with (FOLDER / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+    path = FOLDER / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = _written(path)
+    for row in rows:
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in asdict(row).items()}
+        known[row.case] = {**shown, **on}
+        table.add_row(*shown.values())
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*names, *on], lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in asdict(row).items()}
-            writer.writerow({**shown, **on})
-            table.add_row(*shown.values())
+        writer.writerows(known.values())
     Console(width=150).print(table)
+
+
+def _written(path: Path) -> dict[str, dict[str, str]]:
+    """The rows of an earlier run, by case."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["case"]: row for row in csv.DictReader(file)}
 
 
 def _processor() -> str:

@@ -1,0 +1,93 @@
+"""python tests/benchmarks/bench_overhead.py
+
+The share of a search's core-time that is not spent in epochs of training: 1 - seconds of all epochs /
+(workers x wall seconds of the search stage). What is left is starting the workers, building models,
+probabilities and weights of finished trials, Ray, Optuna, the table, and workers idle at the end. With --data
+and --weights also on those pictures, in the `cpu` preset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+from platformdirs import user_cache_path
+
+from carmodels import demo
+from carmodels.data import open_dataset
+from carmodels.models import Weights
+from carmodels.space import SPACES, Space
+from carmodels.study import Study
+from tune import stages
+from tune.trials import Job, Watch, Workers, start_ray
+
+from table import Row, finish
+
+WORKERS = 2
+
+
+def main() -> None:
+    """Measure every case and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--weights")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of search on the pictures of --data (4)")
+    options = parser.parse_args()
+    if options.data:
+        finish("bench_overhead", [on_pictures(options.data.absolute(), options.weights, options.minutes)])
+    else:
+        own = Weights.parse(str(Path(demo.__file__).with_name("weights")))
+        drawn = user_cache_path("carmodels") / "demo"
+        demo.draw_demo(drawn)
+        space = SPACES["demo"]
+        finish(
+            "bench_overhead",
+            [measure("demo preset", drawn, own, space, trials=space.trials, seconds=float("inf"))],
+        )
+
+
+def on_pictures(data: Path, source: str, minutes: float) -> Row:
+    """A search of so many minutes in the `cpu` preset, at sizes up to 128 px."""
+    weights = Weights.parse(source)
+    space = SPACES["cpu"].with_override("image_size=64,96,128")
+    space = space.with_backbones(tuple(b for b in space.backbones if weights.has(b)))
+    whole = 60 * minutes / stages.SEARCH_SHARE
+    return measure(f"{data.name}, cpu preset", data, weights, space, trials=None, seconds=whole)
+
+
+def measure(
+    name: str, data: Path, weights: Weights, space: Space, *, trials: int | None, seconds: float
+) -> Row:
+    """One search, from empty stores of outputs and costs; the picture cache is there."""
+    splits = open_dataset(data, cache_dir=user_cache_path("carmodels"), max_size=max(space.image_sizes))
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(Path(folder) / "study")
+        study.begin({"metric": "accuracy", "hardware": {}}, [])
+        start_ray(address=None, cores=WORKERS, gpus=0)
+        job = Job(study, splits, weights, Workers(WORKERS, 1, 0.0), Path(folder) / "cache")
+        stamp = {"seed": 0, "metric": "accuracy", "data": splits.fingerprint, "split": splits.split_hash}
+        started = time.time()
+        stages.search(
+            job,
+            space,
+            stamp=stamp,
+            trials=trials,
+            clock=stages.Clock(started, seconds),
+            seed=0,
+            watch=Watch(),
+            say=print,
+        )
+        wall = time.time() - started
+        ray.shutdown()
+        records = study.records()
+    overhead = 1 - sum(r.seconds for r in records) / (WORKERS * wall)
+    return Row(f"{name}, {len(records)} trials in {wall:.0f} s", overhead, "", "", 0.10, 1, "share")
+
+
+if __name__ == "__main__":
+    main()

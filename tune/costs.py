@@ -1,0 +1,88 @@
+"""What training costs on this hardware, in seconds and memory, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from carmodels.catalog import UNFREEZE
+from carmodels.models import open_groups
+from carmodels.space import TrialConfig
+
+FORWARD_SHARE = 0.35  # of a training step that showing a picture to a network takes
+GPU_SHARES = (1 / 4, 1 / 3, 1 / 2, 1.0)  # few, since Ray keeps a worker only for an equal request
+MEMORY_SPARE = 1.15  # of what was measured: the allocator's gaps, the moving average, other batch shapes
+CONTEXT_BYTES = 2**30  # what CUDA itself takes in each process, which the allocator does not see
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What torch.compile does for a backbone, measured at one size."""
+
+    seconds: float  # until the first step is done
+    ratio: float  # of a compiled step's time to that of one which is not
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What training on one picture takes, everything open, by backbone and image size."""
+
+    seconds: Mapping[str, Mapping[int, float]]  # per backbone, at the sizes that were measured
+    train: int  # pictures
+    val: int
+    memory: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # bytes on a GPU, likewise
+    compiled: Mapping[str, Compiled] = field(default_factory=dict)  # per backbone, where it was tried
+
+    def picture(self, backbone: str, image_size: int) -> float:
+        """Seconds for one picture, linear in the area between measured sizes; infinite beyond memory."""
+        return _between(self.seconds[backbone], image_size)
+
+    def epoch(self, config: TrialConfig, number: int) -> float:
+        """Seconds of one epoch (the first is 1): less while the backbone is frozen."""
+        frozen = not _opened(config, number)
+        full, shown = (0, self.train + self.val) if frozen else (self.train, self.val)
+        return self.picture(config.backbone, config.image_size) * (full + FORWARD_SHARE * shown)
+
+    def schedule(self, config: TrialConfig) -> float:
+        """Seconds of the whole schedule."""
+        return sum(self.epoch(config, number) for number in range(1, config.epochs + 1))
+
+    def gpu_share(self, config: TrialConfig, gpu_bytes: float) -> float:
+        """The smallest of `GPU_SHARES` of a GPU with `gpu_bytes` whose memory holds the configuration."""
+        measured = self.memory.get(config.backbone)
+        if not measured:
+            return 1.0
+        needed = MEMORY_SPARE * _between(measured, config.image_size) + CONTEXT_BYTES
+        return next((share for share in GPU_SHARES if needed <= share * gpu_bytes), 1.0)
+
+    def pays_to_compile(self, config: TrialConfig) -> bool:
+        """Whether torch.compile saves more over the whole schedule than it takes.
+
+        It starts anew whenever other layer groups learn, so gradual unfreezing seldom repays it.
+        """
+        found = self.compiled.get(config.backbone)
+        if found is None:
+            return False
+        stages = {_opened(config, number) for number in range(1, config.epochs + 1)} - {0}
+        learning = sum(self.epoch(config, n) for n in range(1, config.epochs + 1) if _opened(config, n))
+        return learning * (1 - found.ratio) > found.seconds * len(stages)
+
+
+_MANY = 16  # about as many layer groups as a backbone has, and more than a schedule has stages
+
+
+def _opened(config: TrialConfig, number: int) -> int:
+    """About how many layer groups learn in an epoch; 0 is exact."""
+    return open_groups(UNFREEZE[config.unfreeze], epoch=number, epochs=config.epochs, groups=_MANY)
+
+
+def _between(measured: Mapping[int, float], image_size: int) -> float:
+    """Linear in the area between the sizes that were measured; infinite beyond the largest finite one."""
+    sizes = sorted(size for size, value in measured.items() if math.isfinite(value))
+    if not sizes or image_size > max(sizes):
+        return math.inf
+    areas, values = [size * size for size in sizes], [measured[size] for size in sizes]
+    return float(np.interp(image_size * image_size, areas, values))
