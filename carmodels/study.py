@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -162,17 +163,10 @@ class Study:
         return self._read()[1]
 
     def _read(self) -> tuple[dict[str, TrialRecord], list[int]]:
-        found: dict[str, TrialRecord] = {}
-        damaged: list[int] = []
-        if self.trials_file.is_file():
-            lines = self.trials_file.read_text(encoding="utf-8", errors="replace").splitlines()
-            for number, line in enumerate(lines, start=1):
-                try:
-                    record = TrialRecord.from_json(line)
-                    found[record.trial_id] = record
-                except ValueError:
-                    damaged.append(number)
-        return found, damaged
+        if not self.trials_file.is_file():
+            return {}, []
+        found = self.trials_file.stat()
+        return _parsed(self.trials_file, found.st_size, found.st_mtime_ns)
 
     def leaderboard(self) -> list[TrialRecord]:
         """Finished trials, best on val first."""
@@ -188,7 +182,10 @@ class Study:
     def write_table(self) -> None:
         """Write trials.csv: a row a trial, finished ones first, best first; a column a hyperparameter."""
         finished = self.leaderboard()
-        others = sorted((r for r in self.records() if r not in finished), key=lambda r: (r.status, r.at))
+        ranked = {r.trial_id for r in finished}
+        others = sorted(
+            (r for r in self.records() if r.trial_id not in ranked), key=lambda r: (r.status, r.at)
+        )
         rows = [_table_row(rank, r) for rank, r in enumerate(finished, start=1)]
         rows += [_table_row(None, r) for r in others]
         names = tuple(rows[0]) if rows else ("rank", "trial_id", "status")
@@ -201,6 +198,26 @@ class Study:
         for record in self.records():
             if record.stage == "search" and record.trial_id not in kept:
                 self.weights_file(record.trial_id).unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=8)  # it is asked for several times as each trial ends
+def _parsed(path: Path, size: int, modified: int) -> tuple[dict[str, TrialRecord], list[int]]:
+    """The records of a file of this size, written to at this time, and the numbers of its damaged lines."""
+    found: dict[str, TrialRecord] = {}
+    damaged: list[int] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, start=1):
+        try:
+            record = _record(line)
+            found[record.trial_id] = record
+        except ValueError:
+            damaged.append(number)
+    return found, damaged
+
+
+@lru_cache(maxsize=10_000)
+def _record(line: bytes) -> TrialRecord:
+    return TrialRecord.from_json(line.decode("utf-8", errors="replace"))
 
 
 def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
