@@ -97,6 +97,10 @@ class Study:
         return self.folder / "submission.csv"
 
     @property
+    def report_file(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
     def ray_folder(self) -> Path:
         return self.folder / "ray"
 
@@ -179,15 +183,19 @@ class Study:
         """Raises ValueError where the file is damaged, OSError where it is missing."""
         return Predictions.load(self.predictions_file(trial_id, split, view))
 
-    def write_table(self) -> None:
-        """Write trials.csv: a row a trial, finished ones first, best first; a column a hyperparameter."""
+    def table(self) -> list[dict[str, Any]]:
+        """A row a trial, finished ones first, best first; a column a hyperparameter."""
         finished = self.leaderboard()
         ranked = {r.trial_id for r in finished}
         others = sorted(
             (r for r in self.records() if r.trial_id not in ranked), key=lambda r: (r.status, r.at)
         )
         rows = [_table_row(rank, r) for rank, r in enumerate(finished, start=1)]
-        rows += [_table_row(None, r) for r in others]
+        return rows + [_table_row(None, r) for r in others]
+
+    def write_table(self) -> None:
+        """Write trials.csv, the table."""
+        rows = self.table()
         names = tuple(rows[0]) if rows else ("rank", "trial_id", "status")
         _write_csv(self.table_file, names, (tuple(row.values()) for row in rows))
 

@@ -102,6 +102,13 @@ def test_every_finished_trial_leaves_its_probabilities_by_id(place: Place) -> No
                 assert set(predictions.ids) == set(study.labels(split))
 
 
+def test_the_job_ends_with_a_report_of_every_trial(place: Place, whole: str) -> None:
+    assert f"Report: {place.study.report_file}" in whole.replace("\n", "")
+    page = place.study.report_file.read_text()
+    assert all(record.trial_id in page for record in place.study.records())
+    assert "of the ensemble on audit, 95 %" in page
+
+
 @pytest.mark.usefixtures("whole")
 def test_the_submission_has_the_sample_files_ids_order_and_header(place: Place) -> None:
     with (

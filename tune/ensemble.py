@@ -1,6 +1,6 @@
 """python tune/ensemble.py results/demo
 
-Choose an ensemble of a study's finished trials on val, score it once on audit, write the submission.
+Choose an ensemble of a study's finished trials on val, score it once on audit, write submission and report.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from carmodels.catalog import VIEWS
 from carmodels.study import Study
 from tune import setup, stages
 from tune.console import Screen
+from tune.page import write_report
 from tune.trials import WEIGHTS_KEPT
 
 
@@ -50,6 +51,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         clock = stages.Clock(time.time())
         results = stages.ensemble(job, clock=clock, say=screen.say, top=options.top, views=options.tta)
     screen.answer(results, study)
+    screen.say(f"Report: {write_report(study)}")
     if options.out and "submission" in results:
         shutil.copyfile(study.submission_file, options.out)
         screen.say(f"Copied to {options.out}.")

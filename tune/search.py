@@ -1,8 +1,8 @@
 """python tune/search.py
 
 Search for the best image classifier that the hardware and the hours can buy: search, retrain the best,
-ensemble the top trials, write the submission. Without arguments it draws a small data set of its own and
-shows the whole job; with your own pictures: --data PICTURES --hours 4.
+ensemble the top trials, write the submission and a report. Without arguments it draws a small data set of
+its own and shows the whole job; with your own pictures: --data PICTURES --hours 4.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from carmodels.space import SPACES, Space
 from carmodels.study import Study
 from tune import setup, stages
 from tune.console import Screen, duration
+from tune.page import write_report
 from tune.trials import Job
 
 MOST_SEED = 2_000_000_000  # leaves room for the seeds of retraining
-STAGES = ("search", "retrain", "ensemble")
+STAGES = ("search", "retrain", "ensemble", "report")
 CPU_HOURS, GPU_HOURS = 0.25, 4.0  # where neither --hours nor --trials says more
 DEMO_HOURS = 0.15  # the demo ends by its number of trials; this is for slow machines
 DEMO_WEIGHTS = Path(demo.__file__).with_name("weights")
@@ -159,10 +160,13 @@ def go(
             f"Interrupted. The same command with --resume goes on; the table is {job.study.table_file}."
         )
         return 130
-    results = stages.ensemble(job, clock=clock, say=screen.say) if options.until == "ensemble" else None
+    last = STAGES.index(options.until)
+    results = stages.ensemble(job, clock=clock, say=screen.say) if last >= STAGES.index("ensemble") else None
     screen.table(job.study)
     if results:
         screen.answer(results, job.study)
+    if options.until == "report":
+        screen.say(f"Report: {write_report(job.study)}")
     screen.say(f"Every trial: {job.study.table_file}. All of it took {duration(time.time() - clock.begun)}.")
     return 0
 
@@ -275,12 +279,7 @@ def describe(options: argparse.Namespace, preset: str, space: Space, splits: Spl
         "command": " ".join(["python tune/search.py", *_written(options)]),
         "begun": time.strftime("%Y-%m-%d %H:%M:%S"),
         "preset": preset,
-        "space": {
-            "dimensions": {
-                n: {"kind": type(d).__name__, **_listed(asdict(d))} for n, d in space.dimensions.items()
-            },
-            "fixed": dict(space.fixed),
-        },
+        "space": describe_space(space),
         "seed": options.seed,
         "metric": options.metric,
         "fingerprint": splits.fingerprint,
@@ -297,6 +296,12 @@ def describe(options: argparse.Namespace, preset: str, space: Space, splits: Spl
         "max_size": max(space.image_sizes),
         "hardware": {"device": gpus[0] if gpus else _processor(), "gpus": gpus, "cores": joblib.cpu_count()},
     }
+
+
+def describe_space(space: Space) -> dict[str, Any]:
+    """A space in JSON's types."""
+    dimensions = {n: {"kind": type(d).__name__, **_listed(asdict(d))} for n, d in space.dimensions.items()}
+    return {"dimensions": dimensions, "fixed": dict(space.fixed)}
 
 
 def _listed(value: dict[str, Any]) -> dict[str, Any]:

@@ -132,20 +132,25 @@ class Draws(OptunaSearch):
 
     def _learn(self, record: TrialRecord) -> None:
         """Tell Optuna of a trial from an earlier run, where the space could have drawn it."""
-        values = asdict(record.config)
-        drawn = self._dimensions.drawn(values)
-        fixed_differs = any(values[name] != value for name, value in self._dimensions.fixed.items())
-        if fixed_differs or record.note or not all(_holds(d, values[n]) for n, d in drawn.items()):
-            return
-        self._ot_study.add_trial(
-            optuna.trial.create_trial(
-                state=_STATES[record.status],
-                value=_told(record),
-                params={name: values[name] for name in drawn},
-                distributions={name: _distribution(d) for name, d in drawn.items()},
-                intermediate_values={e.epoch: e.value for e in record.curve},
-            )
-        )
+        if not record.note and (trial := learned(record, self._dimensions)) is not None:
+            self._ot_study.add_trial(trial)
+
+
+def learned(record: TrialRecord, space: Space) -> optuna.trial.FrozenTrial | None:
+    """A record as Optuna keeps trials; None where the space could not have drawn it or it is to run again."""
+    values = asdict(record.config)
+    drawn = space.drawn(values)
+    fixed_differs = any(values[name] != value for name, value in space.fixed.items())
+    within = all(_holds(d, values[n]) for n, d in drawn.items())
+    if fixed_differs or not within or record.status not in _STATES:
+        return None
+    return optuna.trial.create_trial(
+        state=_STATES[record.status],
+        value=_told(record),
+        params={name: values[name] for name in drawn},
+        distributions={name: _distribution(d) for name, d in drawn.items()},
+        intermediate_values={e.epoch: e.value for e in record.curve},
+    )
 
 
 _STATES = {

@@ -1,0 +1,335 @@
+"""The report says what the study holds, stays small, and opens without a network, in a browser too."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+
+from carmodels.predictions import Predictions
+from carmodels.space import SPACES, EpochMetrics, TrialConfig, suggest
+from carmodels.study import Status, Study, TrialRecord, read_json, write_json
+from tune import charts
+from tune.page import edges, reliability, render, space_of, write_report
+from tune.search import describe_space
+
+ROOT = Path(__file__).parents[1]
+SPACE = SPACES["demo"]
+NAMES = ["sedan", "van", "pick<up>"]
+EVIL = '</script><script>document.title = "broken"</script> & "quoted"'
+
+
+def records(count: int) -> list[TrialRecord]:
+    """Random configurations; every third one was stopped, one failed."""
+    drawing = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        config = TrialConfig.from_dict({**suggest(drawing.ask(), SPACE), "seed": number})
+        values = np.sort(rng.random(8 if number % 3 else 3)).tolist()
+        curve = tuple(EpochMetrics(n, 1.0, 1.0, v, v, 2.0) for n, v in enumerate(values, start=1))
+        status = Status.FINISHED if number % 3 else Status.STOPPED
+        found.append(
+            TrialRecord(
+                config.id,
+                config,
+                status,
+                len(curve),
+                values[-1],
+                2.0 * len(curve),
+                "why",
+                at=60.0 * number,
+                curve=curve,
+            )
+        )
+    broken = replace(found[0].config, seed=10_000)
+    return [*found, TrialRecord(broken.id, broken, Status.FAILED, 0, None, 0.0, EVIL)]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return made(tmp_path / "a study", 40)
+
+
+def made(folder: Path, count: int) -> Study:
+    """A study with so many trials, an ensemble and its answers."""
+    study = Study(folder)
+    truth = np.arange(60) % 3
+    ids = tuple(f"{n}.jpg" for n in range(60))
+    facts = {
+        "command": "python tune/search.py --data 'my <cars>'",
+        "begun": "2026-01-01 12:00:00",
+        "preset": "demo",
+        "space": describe_space(SPACE),
+        "seed": 0,
+        "metric": "accuracy",
+        "fingerprint": "abc",
+        "split_hash": "def",
+        "classes": ["0", "1", "2"],
+        "class_names": NAMES,
+        "excluded": [],
+        "versions": {"torch": "2"},
+        "hardware": {"device": "a CPU"},
+    }
+    study.begin(facts, [("audit", i, int(k)) for i, k in zip(ids, truth, strict=True)])
+    trials = records(count)
+    for record in trials:
+        study.append(record)
+    probs = np.full((60, 3), 0.1) + 0.7 * np.eye(3)[np.where(np.arange(60) < 50, truth, 0)]
+    probs = (probs / probs.sum(1, keepdims=True)).astype(np.float32)
+    Predictions(ids, ("0", "1", "2"), probs).save(study.predictions_file("ensemble", "audit"))
+    best = (study.leaderboard() or trials)[0]
+    interval = {"value": 0.9, "low": 0.85, "high": 0.94}
+    write_json(
+        study.ensemble_file,
+        {
+            "metric": "accuracy",
+            "members": [
+                {
+                    "trial_id": best.trial_id,
+                    "title": best.config.title,
+                    "stage": "search",
+                    "weight": 1.0,
+                    "val": 0.9,
+                }
+            ],
+            "temperature": 0.5,
+            "tta": {"sentence": "kept flip"},
+            "val": {"ensemble": 0.91, "single": {"trial_id": best.trial_id, "value": best.value}},
+            "audit": {
+                "ensemble": interval,
+                "single": interval,
+                "gain_over_recipe": {"value": 0.034, "low": -0.01, "high": 0.08},
+                "pictures": 60,
+                "looks": 1,
+            },
+            "submission": {"file": "submission.csv", "rows": 7},
+        },
+    )
+    return study
+
+
+def drawn(page: str) -> dict[str, Any]:
+    """The charts in a page, by name."""
+    names = re.findall(r'class="chart" id="(\w+)"', page)
+    found = {}
+    for name in names:
+        start = page.index(f"{name}: {{", page.index("const charts"))
+        found[name] = json.JSONDecoder().raw_decode(page, page.index("{", start + len(name)))[0]
+    return found
+
+
+def test_the_page_says_what_to_submit_what_it_is_worth_and_every_trial(study: Study) -> None:
+    page = write_report(study).read_text()
+    assert "<b>90.0 % (85.0 to 94.0)</b>accuracy of the ensemble on audit, 95 %" in page
+    assert "<b>+3.4 (-1.0 to +8.0)</b>points over the competitor&#39;s recipe" in page
+    assert "Submit <code>submission.csv</code> (7 rows)" in page
+    for record in study.records():
+        assert record.trial_id in page
+    assert set(drawn(page)) == {
+        "curves",
+        "progress",
+        "parallel",
+        "cost",
+        "importance",
+        "confusion",
+        "calibration",
+    }
+
+
+def test_without_test_pictures_there_is_nothing_to_submit(study: Study) -> None:
+    results = read_json(study.ensemble_file)
+    write_json(study.ensemble_file, {k: v for k, v in results.items() if k != "submission"})
+    assert "Submit" not in render(study)
+
+
+def test_words_from_outside_do_not_become_part_of_the_page(study: Study) -> None:
+    page = render(study)
+    assert "<script>document.title" not in page
+    assert "my &lt;cars&gt;" in page
+    assert page.count("<script>") == page.count("</script>") == 2
+
+
+def test_a_report_of_five_hundred_trials_stays_below_five_megabytes(tmp_path: Path) -> None:
+    study = made(tmp_path / "large", 500)
+    assert write_report(study).stat().st_size < 5_000_000
+
+
+def test_a_study_without_an_ensemble_or_a_finished_trial_is_reported_as_far_as_it_went(
+    tmp_path: Path,
+) -> None:
+    study = made(tmp_path / "young", 1)
+    study.ensemble_file.unlink()
+    assert set(drawn(render(study))) == {"curves"}
+    study.trials_file.unlink()
+    with pytest.raises(ValueError, match="has no trials yet"):
+        render(study)
+
+
+def test_the_space_comes_back_from_what_study_json_says_of_it() -> None:
+    for space in SPACES.values():
+        written = json.loads(json.dumps({"space": describe_space(space)}))
+        assert space_of(written).dimensions == space.dimensions
+
+
+def test_the_edges_that_the_best_trial_lies_at_are_named() -> None:
+    config = TrialConfig("test_resnet", image_size=96, epochs=8, lr=2e-2, head_depth=1, layer_decay=0.8)
+    board = [TrialRecord(config.id, config, Status.FINISHED, 8, 0.9, 1.0, "")]
+    assert edges(board, SPACE) == [
+        "image_size = 96 is at the upper end of 32 to 96",
+        "lr = 0.02 is at the upper end of 0.0002 to 0.02",
+    ]
+
+
+def test_nothing_beats_what_is_on_the_pareto_front(study: Study) -> None:
+    finished = study.leaderboard()
+    front = charts.pareto(finished, "accuracy")
+    for record in finished:
+        beaten = any(f.value >= record.value and f.seconds <= record.seconds for f in front)
+        assert beaten or record in front
+    assert [f.value for f in front] == sorted(f.value for f in front)
+
+
+def test_of_many_trials_the_finished_ones_are_drawn_first() -> None:
+    many = records(300)
+    shown = charts.thinned(many, 100)
+    assert len(shown) == 100
+    assert {r.status for r in shown} == {Status.FINISHED}
+    assert len(charts.thinned(many, 250)) == 250
+    assert charts.thinned(many, 1000) == sorted(many, key=lambda r: r.status is not Status.FINISHED)
+
+
+def test_reliability_bins_hold_every_picture_once() -> None:
+    probs = np.random.default_rng(0).dirichlet(np.ones(4), 500)
+    labels = probs.argmax(1) * (np.arange(500) % 2)
+    bins = reliability(probs, labels)
+    assert sum(b["pictures"] for b in bins) == 500
+    right = sum(b["pictures"] * b["right"] for b in bins) / 500
+    assert right == pytest.approx((probs.argmax(1) == labels).mean())
+    assert all(0.25 <= b["confidence"] <= 1 for b in bins)
+
+
+def test_served_the_page_follows_the_study_on_loopback_alone(study: Study) -> None:
+    command = [sys.executable, str(ROOT / "tune" / "report.py"), str(study.folder), "--serve", "--port", "0"]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            address = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
+            assert address is not None
+            with urllib.request.urlopen(address.group(), timeout=60) as answer:
+                first = answer.read().decode()
+            more = replace(study.records()[1].config, seed=77)
+            study.append(replace(study.records()[1], trial_id=more.id, config=more))
+            with urllib.request.urlopen(address.group(), timeout=60) as answer:
+                second = answer.read().decode()
+        finally:
+            server.terminate()
+            server.communicate(timeout=60)
+    assert 'http-equiv="refresh"' in first
+    assert more.id not in first
+    assert more.id in second
+
+
+# ---- in a browser, where there is one
+
+needs_browser = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver"
+)
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1440,1000"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def wait_for_charts(browser: Any, count: int) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 60).until(
+        lambda b: len(b.find_elements("css selector", ".chart svg.marks")) == count
+    )
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_opens_from_disk_and_asks_nothing_of_the_network(
+    study: Study, browser: Any, width: int, scheme: str
+) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    browser.get(write_report(study).as_uri())
+    wait_for_charts(browser, 7)
+    assert browser.title == "a study · accuracy"
+    assert not browser.get_log("browser")
+    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = {m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"}
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in urls)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
+
+
+@needs_browser
+def test_the_table_sorts_and_filters_and_a_point_answers_to_the_mouse(study: Study, browser: Any) -> None:
+    from selenium.webdriver import ActionChains
+
+    browser.get(write_report(study).as_uri())
+    wait_for_charts(browser, 7)
+
+    def column(name: str) -> list[str]:
+        heads = [
+            h.text.split(" ▲")[0].split(" ▼")[0] for h in browser.find_elements("css selector", "#trials th")
+        ]
+        rows = browser.find_elements("css selector", "#trials tbody tr:not([hidden])")
+        return [row.find_elements("css selector", "td")[heads.index(name)].text for row in rows]
+
+    def click(name: str) -> None:
+        [button] = [b for b in browser.find_elements("css selector", "#trials th button") if b.text == name]
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+        button.click()
+
+    click("seconds")
+    seconds = [float(text) for text in column("seconds")]
+    assert seconds == sorted(seconds)
+    click("seconds")
+    assert [float(text) for text in column("seconds")] == sorted(seconds, reverse=True)
+    click("value")
+    values = [float(text) for text in column("value") if text]
+    assert values == sorted(values)
+    box = browser.find_element("css selector", "#filter")
+    box.send_keys("stopped test_resnet")
+    assert set(column("status")) == {"stopped"}
+    assert set(column("backbone")) == {"test_resnet"}
+    assert browser.find_element("css selector", "#shown").text.endswith("of 41")
+    dot = browser.find_elements("css selector", "#cost .mark-symbol path")[0]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", dot)
+    ActionChains(browser).move_to_element(dot).perform()
+    tip = browser.find_element("css selector", "#vg-tooltip-element")
+    assert "seconds" in tip.text

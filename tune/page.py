@@ -1,0 +1,294 @@
+"""The report of a study: one self-contained HTML page, from what the study left on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import optuna
+import vl_convert
+
+from carmodels.files import write_whole
+from carmodels.predictions import METRICS, with_temperature
+from carmodels.space import Choice, Dimension, Range, Space
+from carmodels.study import Status, Study, TrialRecord, read_json
+from tune import charts
+from tune.charts import Chart
+from tune.searcher import learned
+
+MOST_ROWS = 1000  # of the table of trials; the CSV has them all
+BINS = 10  # of confidence, in the picture of calibration
+EDGE = 0.05  # share of a range next to an end that counts as its edge
+FEWEST_FOR_IMPORTANCE = 8  # trials
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a picture, with what to look for in it."""
+
+    name: str
+    title: str
+    words: str
+    chart: Chart
+
+
+def write_report(study: Study) -> Path:
+    """Write report.html into the study's folder, whole or not at all; ValueError without a trial."""
+    write_whole(study.report_file, render(study))
+    return study.report_file
+
+
+def render(study: Study, refresh: int = 0) -> str:
+    """The page of a study, as HTML; one that loads itself anew every `refresh` seconds, if that is not 0."""
+    facts, records = study.facts, study.records()
+    if not records:
+        raise ValueError(f"{study.folder} has no trials yet: there is nothing to report")
+    results = read_json(study.ensemble_file) if study.ensemble_file.is_file() else None
+    space, metric = space_of(facts), facts["metric"]
+    rows, columns = table(study)
+    return _template().render(
+        name=study.folder.name,
+        refresh=refresh,
+        facts=facts,
+        metric=metric,
+        results=results,
+        headline=headline(study, results, metric),
+        counts={str(s): sum(r.status is s for r in records) for s in Status},
+        hours=sum(r.seconds for r in records) / 3600,
+        rows=rows,
+        columns=columns,
+        sections=sections(study, records, space, results),
+        edges=edges(study.leaderboard(), space),
+        failures=[r for r in records if r.status in (Status.FAILED, Status.DIVERGED)],
+        excluded=facts["excluded"],
+        library=_library(),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        score=lambda value: _score(metric, value),
+        interval=lambda found: _interval(metric, found),
+        json=_json,
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    here = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=here, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("page.html")
+
+
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and vega-embed, to be put into the page."""
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its annotations want a snippet
+    return bundle.replace("</script", "<\\/script")
+
+
+def _json(value: Any) -> str:
+    """JSON that is safe inside a script element."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _score(metric: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if metric == "log_loss" else f"{100 * value:.1f} %"
+
+
+def _interval(metric: str, found: Mapping[str, float]) -> str:
+    low, high = (_score(metric, found[end]).removesuffix(" %") for end in ("low", "high"))
+    return f"{_score(metric, found['value'])} ({low} to {high})"
+
+
+def space_of(facts: Mapping[str, Any]) -> Space:
+    """The space that study.json describes."""
+    dimensions: dict[str, Dimension] = {}
+    for name, found in facts["space"]["dimensions"].items():
+        when = (found["when"][0], tuple(found["when"][1])) if found["when"] else None
+        if found["kind"] == "Choice":
+            dimensions[name] = Choice(tuple(found["options"]), when)
+        else:
+            dimensions[name] = Range(found["low"], found["high"], found["log"], when)
+    return Space(dimensions, facts["space"]["fixed"])
+
+
+def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> list[tuple[str, str]]:
+    """Figures with what they are, the most wanted first."""
+    board = study.leaderboard()
+    if results is None:
+        best = [(_score(metric, board[0].value), f"{metric} on val, best trial so far")] if board else []
+        return [*best, (str(len(study.records())), "trials")]
+    audit = results["audit"]
+    found = [(_interval(metric, audit["ensemble"]), f"{metric} of the ensemble on audit, 95 %")]
+    if "gain_over_recipe" in audit:
+        gain = audit["gain_over_recipe"]
+        unit = 1 if metric == "log_loss" else 100
+        text = f"{unit * gain['value']:+.1f} ({unit * gain['low']:+.1f} to {unit * gain['high']:+.1f})"
+        found.append((text, "points over the competitor's recipe"))
+    found.append((_interval(metric, audit["single"]), "best single trial on audit"))
+    return found
+
+
+def table(study: Study) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of trials.csv and the columns that differ between them, in the order of the file."""
+    rows = [{name: charts.short(v) for name, v in row.items()} for row in study.table()[:MOST_ROWS]]
+    always = ("rank", "trial_id", "stage", "status", "value", "epochs_run", "seconds", "reason", "note")
+    columns = [c for c in rows[0] if c in always or len({row[c] for row in rows}) > 1]
+    hidden = ("val_accuracy", "parameters_millions", "seed") if study.metric == "accuracy" else ()
+    return rows, [c for c in columns if c not in hidden]
+
+
+def sections(
+    study: Study, records: Sequence[TrialRecord], space: Space, results: Mapping[str, Any] | None
+) -> list[Section]:
+    """The pictures that there is something to draw for."""
+    metric = study.metric
+    found = []
+    if any(r.curve for r in records):
+        found.append(
+            Section(
+                "curves",
+                "Learning curves",
+                "Each line is a trial, a cross is where it was cut off. A group that is cut while it still "
+                "climbs steeply was judged too early.",
+                charts.curves(records, metric),
+            )
+        )
+    searched = [r for r in records if r.stage == "search"]
+    finished = [r for r in searched if r.status is Status.FINISHED and r.value is not None]
+    if finished:
+        found += [
+            Section(
+                "progress",
+                "Best so far",
+                "How fast the search got there, beside the same finished trials in random order: the gap is "
+                "what choosing the order has gained.",
+                charts.progress(searched, metric),
+            ),
+            Section(
+                "parallel",
+                "Hyperparameters",
+                "Every trial as a line through its settings, coloured by what it came to.",
+                charts.parallel(searched, space, metric),
+            ),
+            Section(
+                "cost",
+                "Accuracy against cost",
+                "Finished trials; the dashed line joins those that nothing beats in both.",
+                charts.cost(finished, metric),
+            ),
+        ]
+    if shares := importances(searched, space, metric):
+        found.append(
+            Section(
+                "importance",
+                "What mattered",
+                "Share of the differences between good and other trials (PED-ANOVA, Watanabe et al., 2023). "
+                "Few trials make it rough.",
+                charts.importance(shares),
+            )
+        )
+    return found + answers(study, results)
+
+
+def answers(study: Study, results: Mapping[str, Any] | None) -> list[Section]:
+    """How the ensemble does, class by class and by confidence; nothing before there is one."""
+    path = study.predictions_file("ensemble", "audit")
+    if results is None or not path.is_file():
+        return []
+    facts = study.facts
+    names = facts["class_names"]
+    labels = study.labels("audit")
+    audit = study.predictions("ensemble", "audit").aligned(list(labels))
+    truth = np.array(list(labels.values()))
+    counts = np.zeros((len(names), len(names)), int)
+    np.add.at(counts, (truth, audit.probs.argmax(1)), 1)
+    before = with_temperature(audit, 1 / results["temperature"])
+    bins = [
+        {"when": when, **row}
+        for when, probs in (("before the temperature", before.probs), ("after", audit.probs))
+        for row in reliability(probs, truth)
+    ]
+    recalls = counts.diagonal() / np.maximum(counts.sum(1), 1)
+    worst = [names[k] for k in np.argsort(recalls)[:2]]
+    return [
+        Section(
+            "confusion",
+            "Confusion",
+            f"The ensemble on audit: rows are the truth. Least often recognised: {' and '.join(worst)} "
+            f"({' and '.join(f'{recalls[names.index(n)]:.0%}' for n in worst)}).",
+            charts.confusion(counts, names),
+        ),
+        Section(
+            "calibration",
+            "Calibration",
+            f"Of answers given with so much confidence, the share that is right, on audit; temperature "
+            f"{results['temperature']:.2f}, fitted on val.",
+            charts.calibration(bins),
+        ),
+    ]
+
+
+def reliability(probs: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
+    """probs (N, C), labels (N,) -> mean confidence and share of right answers in bins of confidence."""
+    confidence, right = probs.max(1), probs.argmax(1) == labels
+    places = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    return [
+        {
+            "confidence": float(confidence[places == k].mean()),
+            "right": float(right[places == k].mean()),
+            "pictures": int((places == k).sum()),
+        }
+        for k in range(BINS)
+        if (places == k).any()
+    ]
+
+
+def importances(records: Sequence[TrialRecord], space: Space, metric: str) -> dict[str, float]:
+    """By hyperparameter, largest first; empty where there are too few trials."""
+    study = optuna.create_study(direction="maximize" if METRICS[metric].mode == "max" else "minimize")
+    told = [trial for r in records if (trial := learned(r, space)) is not None]
+    study.add_trials(told)
+    done = [t for t in told if t.state is optuna.trial.TrialState.COMPLETE]
+    if len(done) < FEWEST_FOR_IMPORTANCE or len({t.value for t in done}) < 2:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PED-ANOVA is marked experimental
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return {name: float(share) for name, share in found.items()}
+
+
+def edges(board: Sequence[TrialRecord], space: Space) -> list[str]:
+    """Where the best trial lies at an end of what was searched, so that more may lie beyond."""
+    best = next((r for r in board if r.stage == "search" and not r.note), None)
+    if best is None:
+        return []
+    values = asdict(best.config)
+    return [
+        f"{name} = {charts.short(values[name])} is at the {end} end of {ends}"
+        for name, dimension in space.drawn(values).items()
+        for end, ends in [_edge(dimension, values[name], space, name)]
+        if end
+    ]
+
+
+def _edge(dimension: Dimension, value: Any, space: Space, name: str) -> tuple[str, str]:
+    if isinstance(dimension, Choice):
+        numbers = all(isinstance(o, int | float) and not isinstance(o, bool) for o in dimension.options)
+        if not numbers or len(dimension.options) < 3:
+            return "", ""
+        ends = f"{min(dimension.options)} to {max(dimension.options)}"
+        top, bottom = value == max(dimension.options), value == min(dimension.options)
+    else:
+        ends = f"{dimension.low:g} to {dimension.high:g}"
+        place = charts.place(space, name, value)
+        top, bottom = place > 1 - EDGE, place < EDGE
+    return ("upper" if top else "lower" if bottom else ""), ends
