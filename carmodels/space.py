@@ -93,7 +93,7 @@ class EpochMetrics:
     val_accuracy: float
     value: float  # the configuration's metric on val
     seconds: float  # training and validation
-    ending: str = ""  # why this was the last epoch: schedule, patience or diverged
+    ending: str = ""  # why this was the last epoch: schedule, patience, time or diverged
 
 
 _FIELDS = tuple(f.name for f in fields(TrialConfig))

@@ -116,6 +116,11 @@ class Study:
         return self.folder / "weights" / f"{trial_id}.safetensors"
 
     @property
+    def lock_file(self) -> Path:
+        """Beside the folder, since that may be deleted to start anew."""
+        return self.folder.with_name(f".{self.folder.name}.lock")
+
+    @property
     def exists(self) -> bool:
         """Whether a study was begun here."""
         return (self.folder / "study.json").is_file()

@@ -37,7 +37,7 @@ class Fitted:
 
     @property
     def ending(self) -> str:
-        """Why training ended: `schedule`, `patience` or `diverged`."""
+        """Why training ended: `schedule`, `patience`, `time` or `diverged`."""
         return self.history[-1].ending
 
 
@@ -51,14 +51,16 @@ def fit(
     processes: int = 0,
     features: FeatureStore | None = None,
     compiled: bool = False,
+    until: float = math.inf,
 ) -> Fitted:
     """Train by the configuration's schedule and keep the epoch that is best by its metric on val.
 
-    `on_epoch` is called once an epoch. A non-finite loss ends training with `ending` = "diverged". On a CPU,
-    the same configuration gives the same numbers to the bit for the same number of threads. With `features`,
-    epochs in which the whole backbone is frozen train the head on its stored outputs, for VIEWS_KEPT fixed
-    views of every picture instead of a new one each epoch. `compiled` trains through torch.compile. Where
-    memory runs out batches are trained on in parts.
+    `on_epoch` is called once an epoch. A non-finite loss ends training with `ending` = "diverged". On a
+    CPU, the same configuration gives the same numbers to the bit for the same number of threads. With
+    `features`, epochs in which the whole backbone is frozen train the head on its stored outputs, for
+    VIEWS_KEPT fixed views of every picture instead of a new one each epoch. `compiled` trains through
+    torch.compile. Where memory runs out batches are trained on in parts. Training ends early, with the best
+    epoch so far, where one more epoch would not end by `until`, in seconds of time.time().
     """
     if config.fold is not None:
         raise ValueError(f"fold={config.fold}: these splits hold no folds; leave it out")
@@ -85,7 +87,10 @@ def fit(
             best_state = {
                 name: value.detach().cpu().clone() for name, value in run.tested.state_dict().items()
             }
-        metrics = replace(metrics, ending=_ending(config, metrics, best))
+        ending = _ending(config, metrics, best)
+        if not ending and time.time() + metrics.seconds > until:
+            ending = "time"
+        metrics = replace(metrics, ending=ending)
         history.append(metrics)
         on_epoch(metrics)
         if metrics.ending:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -137,6 +138,17 @@ def test_patience_ends_training_when_nothing_gets_better(
     fitted = fit(still, splits, weights=weights)
     assert fitted.ending == "patience"
     assert len(fitted.history) == fitted.best.epoch + 2
+
+
+def test_training_ends_with_what_it_has_before_the_time_is_up(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    long = replace(config, epochs=500)
+    fitted = fit(long, splits, weights=weights, until=time.time() + 3)
+    assert fitted.ending == "time"
+    assert 1 <= len(fitted.history) < 500
+    assert fitted.best.value == max(m.value for m in fitted.history)
+    assert fit(config, splits, weights=weights, until=time.time() - 1).history[-1].epoch == 1
 
 
 @pytest.mark.parametrize("metric", METRIC_NAMES)

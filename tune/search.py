@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from carmodels.study import Study
 from tune import setup, stages
 from tune.console import Screen, duration
 from tune.page import write_report
+from tune.preflight import Finding, findings
 from tune.trials import Job
 
 MOST_SEED = 2_000_000_000  # leaves room for the seeds of retraining
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     setup.add_machine_options(p)
     p.add_argument("--seed", type=int, default=0, help="of the split, the draws and the training (0)")
     p.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    p.add_argument("--check", action="store_true", help="look for what would stop a search, and start none")
     again = p.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with a study that exists")
     again.add_argument("--overwrite", action="store_true", help="delete a study that exists and start anew")
@@ -88,7 +90,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     begun = time.time()
     check_numbers(options)
     bare = options.data is None
-    setup.check_machine(options)
+    granted = setup.check_machine(options)
     preset = options.preset or ("demo" if bare else "gpu" if torch.cuda.is_available() else "cpu")
     weights = Weights.parse(options.weights or (str(DEMO_WEIGHTS) if bare else "hub"))
     space, left_out = chosen_space(preset, options.set, weights)
@@ -99,6 +101,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     )
     overwrite = options.overwrite or is_bare(options)
     check_folder(study, resume=options.resume, overwrite=overwrite)
+    report_findings(findings(study, space, granted, setup.cache_folder(options)), screen)
     data = Path(options.data).expanduser().absolute() if options.data else demo_data(screen)
     weights.fetch(space.backbones)
     if weights.source == "hub" and not options.address:
@@ -110,20 +113,32 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         "weights": study.relative(Path(weights.source)) if weights.is_folder else weights.source,
         **describe(options, preset, space, splits),
     }
-    begin(study, facts, splits, screen, resume=options.resume, overwrite=overwrite)
     describe_data(splits, screen)
-    with setup.ray_running(options, screen) as workers:
-        screen.say(
-            f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
-            f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
-        )
-        job = Job(study, splits, weights, workers, setup.cache_folder(options))
-        return go(job, space, options, clock, trials, screen)
+    if options.check:
+        screen.say("Checked: data, weights, space, folders, disk, memory. Nothing stands in the way.")
+        return 0
+    with setup.held(study):
+        begin(study, facts, splits, screen, resume=options.resume, overwrite=overwrite)
+        with setup.ray_running(options, screen) as workers:
+            screen.say(
+                f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
+                f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
+            )
+            job = Job(study, splits, weights, workers, setup.cache_folder(options))
+            return go(job, space, options, clock, trials, screen)
+
+
+def report_findings(found: Sequence[Finding], screen: Screen) -> None:
+    """A line for each; ValueError with the first that is fatal."""
+    for finding in found:
+        if finding.fatal:
+            raise ValueError(finding.words)
+        screen.say(f"Note: {finding.words}.", "yellow")
 
 
 def is_bare(options: argparse.Namespace) -> bool:
-    """Whether this is the demo called without a single option, which may overwrite its own study."""
-    return options == parser().parse_args([])
+    """Whether this is the demo without an option (--check aside), which may overwrite its own study."""
+    return vars(options) == {**vars(parser().parse_args([])), "check": options.check}
 
 
 def described_budget(clock: stages.Clock, trials: int | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import joblib
 import ray
 import torch
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from carmodels.data import Splits, open_dataset
+from carmodels.files import write_whole
 from carmodels.models import Weights
 from carmodels.study import Study
 from tune.console import Screen
@@ -55,10 +58,33 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--cache-limit", type=float, default=100.0, metavar="GB", help="most that they may take (100)")
 
 
-def check_machine(options: argparse.Namespace) -> None:
-    """Raises ValueError for what this machine cannot do; a cluster is asked when it is joined."""
-    if not options.address:
-        _shared_out(options, gpus=_gpus_here(), cores=joblib.cpu_count())
+def check_machine(options: argparse.Namespace) -> Workers | None:
+    """What each trial may use; ValueError for what this machine cannot do.
+
+    None for a cluster, which is asked when it is joined.
+    """
+    return None if options.address else _shared_out(options, gpus=_gpus_here(), cores=joblib.cpu_count())
+
+
+@contextmanager
+def held(study: Study) -> Iterator[None]:
+    """The study is this process's alone, from here to the end of the block; ValueError names who has it."""
+    study.lock_file.parent.mkdir(parents=True, exist_ok=True)
+    owner = study.lock_file.with_suffix(".owner")
+    lock = FileLock(study.lock_file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        whose = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+        raise ValueError(
+            f"{study.folder} is in use by {whose}; wait for its end, stop it, or give another --study NAME"
+        ) from None
+    try:
+        write_whole(owner, f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
 
 
 def _gpus_here() -> int:
@@ -131,7 +157,7 @@ def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Itera
             f"{data} is no longer the data set that {study.folder} was made with; bring that one back"
         )
     source = Weights(weights if weights in ("hub", "none") else str(study.resolved(weights)))
-    with ray_running(options, screen) as workers:
+    with held(study), ray_running(options, screen) as workers:
         yield Job(study, splits, source, workers, cache_folder(options))
 
 

@@ -176,13 +176,13 @@ def retrain(
         f"{planned} epochs each."
     )
     metric = chosen.config.metric
+    end = clock.at(RETRAIN_SHARE)
+    late = end + 0.3 * (clock.at(1) - end) if clock.seconds < math.inf else math.inf
     completed = not queue or run_trials(
-        job,
+        replace(job, until=end),
         stage="retrain",
         begun=clock.begun,
-        end=clock.at(RETRAIN_SHARE) + 0.3 * (clock.at(1) - clock.at(RETRAIN_SHARE))
-        if clock.seconds < math.inf
-        else math.inf,
+        end=late,
         search_alg=Queue(queue, metric=metric, mode=METRICS[metric].mode),
         scheduler=FIFOScheduler(),
         notes={c.id: f"seed {c.seed} of {chosen.trial_id}" for c in configs},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import math
 import os
 import signal
 import time
@@ -99,6 +100,7 @@ class Job:
     workers: Workers
     cache: Path  # folder of what all studies on this machine share
     costs: Costs | None = None  # what training costs here, where that was measured
+    until: float = math.inf  # time.time() by which a trial ends of itself, with the best epoch it has
 
 
 def as_task(function: Callable[..., Any], workers: Workers) -> Any:
@@ -152,6 +154,7 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
         processes=job.workers.processes,
         features=FeatureStore(job.cache / "features"),
         compiled=job.costs is not None and job.costs.pays_to_compile(config),
+        until=job.until,
     )
     status, reason = _verdict(fitted)
     if status is Status.FINISHED:
@@ -174,6 +177,8 @@ def _verdict(fitted: Fitted) -> tuple[Status, str]:
         return Status.DIVERGED, f"the loss was not finite in epoch {last}"
     if fitted.ending == "patience":
         return Status.FINISHED, f"no better {fitted.config.metric} for {fitted.config.patience} epochs"
+    if fitted.ending == "time":
+        return Status.FINISHED, f"the time was up after epoch {last} of {fitted.config.epochs}"
     return Status.FINISHED, f"ran its {last} epochs"
 
 

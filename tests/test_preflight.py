@@ -1,0 +1,173 @@
+"""What would stop a search halfway is said before it starts, each in one line with its remedy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from carmodels.space import SPACES
+from carmodels.study import Study
+from tune import preflight, setup
+from tune.preflight import Finding, findings
+from tune.trials import Workers
+
+ROOT = Path(__file__).parents[1]
+SPACE = SPACES["gpu"]
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with everything that a search wants."""
+    plenty(monkeypatch)
+
+
+def plenty(
+    patch: pytest.MonkeyPatch,
+    *,
+    disk: float = 1e12,
+    shared: float = 1e10,
+    memory: float = 1e11,
+    files: tuple[int, int] = (65536, 65536),
+    processes: tuple[tuple[str, int], ...] = (),
+) -> None:
+    def usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=shared if str(folder) == "/dev/shm" else disk)
+
+    running = [
+        SimpleNamespace(info={"pid": 4000 + n, "name": name, "uids": SimpleNamespace(real=uid)})
+        for n, (name, uid) in enumerate(processes)
+    ]
+    patch.setattr(preflight.shutil, "disk_usage", usage)
+    patch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+    patch.setattr(preflight, "_container_memory", lambda: float("inf"))
+    patch.setattr(preflight.resource, "getrlimit", lambda kind: files)
+    patch.setattr(preflight.psutil, "process_iter", lambda wanted: running)
+
+
+def found(tmp_path: Path) -> list[Finding]:
+    return findings(Study(tmp_path / "results" / "a"), SPACE, Workers(4, 1, 0.0), tmp_path / "cache")
+
+
+def test_a_machine_in_order_gives_no_finding(tmp_path: Path) -> None:
+    assert found(tmp_path) == []
+    assert not (tmp_path / "results" / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("scarce", "words", "fatal"),
+    [
+        (
+            {"disk": 1e9},
+            "--results {results}: 1.0 GB are free, about 6.4 GB are needed; make room or give another folder",
+            True,
+        ),
+        (
+            {"memory": 3.2e9},
+            "3.2 GB of memory are free for 4 workers, which take about 6.0 GB; --workers 2 is safer",
+            False,
+        ),
+        (
+            {"shared": 64e6},
+            "/dev/shm has 0.06 GB free, Ray wants 0.3 GB and will use the disk instead; "
+            "in a container: --shm-size=1g",
+            False,
+        ),
+        ({"files": (256, 65536)}, "256 files may be open at a time, Ray needs 1024: ulimit -n 1024", True),
+        (
+            {"files": (256, 512)},
+            "256 files may be open at a time, Ray needs 1024: ask the administrator for more",
+            True,
+        ),
+        (
+            {"processes": (("raylet", os.getuid()), ("raylet", os.getuid() + 1), ("python", os.getuid()))},
+            "another Ray is running here (process 4000) and will share the machine with this search; "
+            "`ray stop` ends it if it was left behind",
+            False,
+        ),
+    ],
+)
+def test_each_shortage_is_one_line_with_its_remedy(
+    scarce: dict[str, object], words: str, fatal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plenty(monkeypatch, **scarce)  # type: ignore[arg-type]
+    assert found(tmp_path) == [Finding(words.format(results=tmp_path / "results"), fatal)]
+
+
+@pytest.mark.parametrize(("name", "option"), [("results", "--results"), ("cache", "--cache")])
+def test_a_folder_that_cannot_be_written_to_is_named(name: str, option: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("a file in the place of the folder")
+    [finding] = found(tmp_path)
+    assert finding.fatal
+    assert finding.words.startswith(f"{option} {tmp_path / name}: no writing there (")
+    assert finding.words.endswith("); give a folder of your own")
+
+
+def test_what_is_fatal_comes_first_and_a_clusters_memory_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plenty(monkeypatch, memory=1e9, disk=1e6)
+    assert [f.fatal for f in found(tmp_path)] == [True, False]
+    [only] = findings(Study(tmp_path / "a"), SPACE, None, tmp_path)
+    assert only.fatal
+
+
+# ---- one process a study
+
+
+def test_a_study_in_use_is_refused_and_its_process_named(tmp_path: Path) -> None:
+    study = Study(tmp_path / "results" / "cars")
+    other = Study(tmp_path / "results" / "vans")
+    refused = rf"cars is in use by process {os.getpid()} on \S+; wait for its end, stop it, or give another"
+    with setup.held(study), setup.held(other), pytest.raises(ValueError, match=refused), setup.held(study):
+        pass
+    with setup.held(study):
+        pass
+
+
+def test_a_study_whose_process_was_killed_is_free_again(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path\n"
+        "from carmodels.study import Study; from tune import setup\n"
+        "hold = setup.held(Study(Path(sys.argv[1]))); hold.__enter__(); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "cars")], cwd=ROOT, check=False)
+    assert killed.returncode == -9
+    with setup.held(Study(tmp_path / "cars")):
+        pass
+
+
+def test_check_looks_at_everything_and_starts_nothing(
+    drawn: Path, tmp_path: Path, weights: object, run_search: Callable[..., str]
+) -> None:
+    output = run_search("--data", str(drawn), "--weights", weights.source, "--check")  # type: ignore[attr-defined]
+    assert "Checked: data, weights, space, folders, disk, memory. Nothing stands in the way." in output
+    assert not list(tmp_path.glob("results/*"))
+
+
+@pytest.fixture
+def run_search(tmp_path: Path) -> Callable[..., str]:
+    """Runs search.py in a process of its own; what it prints."""
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, str(ROOT / "tune" / "search.py"), *arguments]
+        places = [
+            "--preset",
+            "demo",
+            "--results",
+            str(tmp_path / "results"),
+            "--cache",
+            str(tmp_path / "cache"),
+        ]
+        done = subprocess.run(
+            [*command, *places], text=True, capture_output=True, check=False, timeout=200, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
