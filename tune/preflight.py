@@ -56,8 +56,7 @@ def _folders(study: Study, cache: Path) -> list[Finding]:
 
 def _trouble_writing(folder: Path) -> str:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=_existing(folder)):
             return ""
     except OSError as error:
         return str(error.strerror or error)
