@@ -1,0 +1,252 @@
+"""python tests/benchmarks/bench_search.py
+
+Searchers and schedulers against each other in simulated time, on surrogates of the learning curves in
+results/curves (`collect_curves.py` makes them). Regret is in points of noise-free val accuracy, of the
+model that a search has in hand at 1/8, 1/4, 1/2 and the whole of its budget. Two surrogates, of disjoint
+halves of the configurations: `--half design` to develop on, `--half final` for the table that is quoted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import numpy as np
+import optuna
+import scipy.stats
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+from rich.console import Console
+from rich.table import Table
+from simulation import Clock, Seen, simulate
+from surrogate import BACKBONES, Curves, Surrogate, errors
+
+from carmodels.space import SPACES, Space, TrialConfig, suggest
+from tune.costs import Costs
+from tune.plan import Plan
+from tune.scheduler import Deadline, Scheduler
+from tune.searcher import Draws
+from tune.stages import grace_period
+
+FOLDER = Path(__file__).parents[2] / "results"
+WORKERS, BUDGET = 2, 3600.0  # seconds, of two cores
+FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1.0)
+STAMP = {"seed": 0, "metric": "accuracy", "data": "", "split": ""}
+METRIC, EPOCHS = "accuracy", 8
+_MANY = 20_000  # random configurations, whose best stands for the best there is
+
+Method = Callable[[int, Surrogate, Space, Clock], tuple[Searcher, TrialScheduler]]
+
+
+def main() -> None:
+    """Simulate every method with every seed, print the table and write it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--half", choices=("design", "final"), default="design")
+    parser.add_argument("--curves", type=Path, default=FOLDER / "curves" / "cars9-cpu.csv")
+    parser.add_argument("--seeds", type=int, default=30)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    curves = Curves.read(options.curves)
+    found = errors(curves)
+    print("surrogate on unseen configurations: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
+    jobs = [(name, seed) for name in options.methods for seed in range(options.seeds)]
+    run = partial(one, curves=options.curves, half=options.half)
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        outcomes = list(pool.map(run, jobs, chunksize=5))
+    by_method = {
+        name: np.array([o for (n, _), o in zip(jobs, outcomes, strict=True) if n == name])
+        for name in options.methods
+    }
+    report(by_method, options.half)
+
+
+def report(by_method: dict[str, np.ndarray], half: str) -> None:
+    """Mean regrets with the paired difference to ours, and the time to come within a point."""
+    ours = by_method.get("ours")
+    names = ["method", *(f"regret at {f:g}" for f in FRACTIONS), "minutes to within 1 point", "trials"]
+    table = Table(*names, title=f"{half} half, points of val accuracy; in brackets theirs - ours, 95 %")
+    rows = []
+    for name, outcome in by_method.items():
+        cells = [name]
+        for column in range(len(FRACTIONS)):
+            text = f"{outcome[:, column].mean():.2f}"
+            if ours is not None and name != "ours":
+                low, high = paired(outcome[:, column] - ours[:, column])
+                text += f" ({low:+.2f} to {high:+.2f})"
+            cells.append(text)
+        cells += [f"{np.median(outcome[:, -2]) / 60:.1f}", f"{outcome[:, -1].mean():.0f}"]
+        table.add_row(*cells)
+        rows.append(cells)
+    Console(width=170).print(table)
+    path = FOLDER / "search" / f"{half}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*names, "seeds"])
+        writer.writerows([*row, len(by_method[row[0]])] for row in rows)
+
+
+def paired(difference: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval (t) of a mean difference over seeds."""
+    half = scipy.stats.t.ppf(0.975, len(difference) - 1) * scipy.stats.sem(difference)
+    return float(difference.mean() - half), float(difference.mean() + half)
+
+
+@lru_cache(maxsize=2)
+def prepared(path: Path, half: str) -> tuple[Surrogate, Space, float]:
+    """The surrogate of a half, the space, and the best accuracy in it."""
+    curves = Curves.read(path)
+    surrogate = Surrogate(curves.halves()[half == "final"])
+    space = curve_space()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    configs = [TrialConfig.from_dict(suggest(study.ask(), space)) for _ in range(_MANY)]
+    return surrogate, space, float(surrogate.means(configs).max())
+
+
+def curve_space() -> Space:
+    """The space that the curves were drawn from."""
+    return SPACES["cpu"].with_override("image_size=64,96,128").with_backbones(BACKBONES)
+
+
+def one(job: tuple[str, int], curves: Path, half: str) -> list[float]:
+    """Regret in points at each fraction, seconds to within a point of the best, and trials, of one search."""
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    name, seed = job
+    np.random.seed(seed)  # noqa: NPY002  Ray's schedulers draw from it
+    surrogate, space, best = prepared(curves, half)
+    clock = Clock()
+    searcher, scheduler = METHODS[name](seed, surrogate, space, clock)
+    seen = simulate(
+        searcher,
+        scheduler,
+        surrogate,
+        stamp=STAMP,
+        metric=METRIC,
+        budget=BUDGET,
+        workers=WORKERS,
+        seed=seed,
+        clock=clock,
+    )
+    in_hand = held(seen, finished_only=name.startswith("ours"))
+    regrets = [100 * (best - worth(in_hand, fraction * BUDGET)) for fraction in FRACTIONS]
+    within = next((at for at, mean in in_hand if mean >= best - 0.01), BUDGET)
+    return [*regrets, within, float(len({result.trial for result in seen}))]
+
+
+def held(seen: Sequence[Seen], *, finished_only: bool) -> list[tuple[float, float]]:
+    """(time, noise-free accuracy) of the model that is best by what was observed, whenever it changes.
+
+    Our searches keep the weights of finished trials alone.
+    """
+    found: list[tuple[float, float]] = []
+    best = -1.0
+    for result in seen:
+        if result.value > best and (result.finished or not finished_only):
+            best = result.value
+            found.append((result.at, result.mean))
+    return found
+
+
+def worth(in_hand: Sequence[tuple[float, float]], at: float) -> float:
+    """Accuracy of what is in hand at a time; chance before there is anything."""
+    return next((mean for moment, mean in reversed(in_hand) if moment <= at), 1 / 9)
+
+
+# ---- the methods
+
+
+def plain(
+    sampler: Callable[[int], optuna.samplers.BaseSampler],
+    scheduler: Callable[[], TrialScheduler],
+    seed: int,
+    surrogate: Surrogate,
+    space: Space,
+    clock: Clock,
+) -> tuple[Searcher, TrialScheduler]:
+    """Ray's OptunaSearch and one of its schedulers, put together as the tutorials do."""
+    searcher = OptunaSearch(partial(suggest, space=space), metric=METRIC, mode="max", sampler=sampler(seed))
+    return searcher, scheduler()
+
+
+def asha() -> TrialScheduler:
+    """As in Ray's tutorials."""
+    return AsyncHyperBandScheduler(
+        time_attr="epoch", metric=METRIC, mode="max", max_t=EPOCHS, grace_period=1, reduction_factor=2
+    )
+
+
+def median() -> TrialScheduler:
+    return MedianStoppingRule(time_attr="epoch", metric=METRIC, mode="max", grace_period=1)
+
+
+def tpe(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+def at_random(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+class _Known(Costs):
+    """What an epoch costs, from the surrogate."""
+
+    def __init__(self, surrogate: Surrogate) -> None:
+        super().__init__({}, 0, 0)
+        object.__setattr__(self, "_surrogate", surrogate)
+
+    def epoch(self, config: TrialConfig, number: int) -> float:
+        return float(self._surrogate.of(config)[1][number - 1])  # type: ignore[attr-defined]
+
+
+def ours(seed: int, surrogate: Surrogate, space: Space, clock: Clock) -> tuple[Searcher, TrialScheduler]:
+    """The searcher and the scheduler of a search, as `stages.search` makes them."""
+    searcher = Draws(
+        space,
+        stamp=STAMP,
+        metric=METRIC,
+        mode="max",
+        seed=seed,
+        limit=None,
+        fits=Plan(_Known(surrogate), BUDGET, WORKERS).fits,
+    )
+    scheduler = Scheduler(
+        metric=METRIC,
+        mode="max",
+        epochs=EPOCHS,
+        grace_period=grace_period(EPOCHS),
+        deadline=Deadline(draw_until=BUDGET, end=BUDGET),
+    )
+    return searcher, scheduler
+
+
+METHODS: dict[str, Method] = {
+    "random": partial(plain, at_random, FIFOScheduler),
+    "random + ASHA": partial(plain, at_random, asha),
+    "TPE": partial(plain, tpe, FIFOScheduler),
+    "TPE + ASHA (tutorial)": partial(plain, tpe, asha),
+    "TPE + MedianStopping": partial(plain, tpe, median),
+    "ours": ours,
+}
+
+
+if __name__ == "__main__":
+    main()
