@@ -241,6 +241,13 @@ def test_served_the_page_follows_the_study_on_loopback_alone(study: Study) -> No
     assert more.id in second
 
 
+def test_a_port_without_a_server_is_refused(study: Study) -> None:
+    command = [sys.executable, str(ROOT / "tune" / "report.py"), str(study.folder), "--port", "8000"]
+    refused = subprocess.run(command, text=True, capture_output=True, check=False, timeout=100)
+    assert refused.returncode == 2
+    assert refused.stderr == "error: --port 8000 is for --serve; add that or leave it out\n"
+
+
 # ---- in a browser, where there is one
 
 needs_browser = pytest.mark.skipif(

@@ -19,7 +19,7 @@ import pytest
 from carmodels.models import Weights
 from carmodels.predictions import Predictions
 from carmodels.study import Status, Study
-from tune import search
+from tune import search, setup
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--set", "epochs=3", "--set", "image_size=32,48", "--preset", "demo")
@@ -107,6 +107,21 @@ def test_the_job_ends_with_a_report_of_every_trial(place: Place, whole: str) -> 
     page = place.study.report_file.read_text()
     assert all(record.trial_id in page for record in place.study.records())
     assert "of the ensemble on audit, 95 %" in page
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_study_that_another_process_works_on_is_refused(place: Place) -> None:
+    before = place.study.trials_file.read_bytes()
+    with setup.held(place.study):
+        for command in (
+            place.search("--trials", "9", "--study", "cars", "--resume"),
+            place.search("--trials", "9", "--study", "cars", "--overwrite"),
+            place.command("ensemble.py", str(place.study.folder), "--cache", str(place.folder / "cache")),
+        ):
+            refused = place.run(command)
+            assert refused.returncode == 2
+            assert f"is in use by process {os.getpid()} on" in refused.stderr
+    assert place.study.trials_file.read_bytes() == before
 
 
 @pytest.mark.usefixtures("whole")

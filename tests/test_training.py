@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -254,10 +253,17 @@ def test_where_memory_runs_out_a_batch_in_parts_has_the_gradients_of_the_whole(
 def test_compiled_training_gives_the_same_curve(
     config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    traced = partial(torch.compile, backend="eager")  # all of it but the C compiler's work
+    asked: list[torch.nn.Module] = []
+    compile_it = torch.compile
+
+    def traced(model: torch.nn.Module) -> object:
+        asked.append(model)
+        return compile_it(model, backend="eager")  # all of it but the C compiler's work
+
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", traced)
         compiled = fit(replace(config, epochs=1), splits, weights=weights, compiled=True)
+    assert len(asked) == 1
     plain = fit(replace(config, epochs=1), splits, weights=weights)
     assert compiled.history[0].train_loss == pytest.approx(plain.history[0].train_loss, rel=1e-3)
     assert list(compiled.model.state_dict()) == list(plain.model.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,22 @@ def test_a_finished_trial_reports_every_epoch_and_leaves_predictions_and_weights
         job.splits.test.ids,
     ]
     assert job.study.weights_file(trial).is_file()
+
+
+def test_a_trial_ends_of_itself_before_the_time_is_up_and_leaves_its_best_epoch(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [last] = reports(replace(config, epochs=9), replace(job, until=time.time()), monkeypatch)
+    assert (last["status"], last["reason"]) == ("finished", "the time was up after epoch 1 of 9")
+    assert job.study.weights_file(last["config_id"]).is_file()
+
+
+def test_a_trial_uses_the_share_that_ray_has_granted_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    granted = SimpleNamespace(required_resources={"CPU": 4.0, "GPU": 0.25})
+    context = SimpleNamespace(get_trial_resources=lambda: granted)
+    monkeypatch.setattr(trials, "get_context", lambda: context)
+    assert trials._own(Workers(2, 16, 1.0, packed=8)) == Workers(1, 4, 0.25)
+    assert trials._own(Workers(2, 16, 0.5)) == Workers(2, 16, 0.5)
 
 
 def test_a_diverged_trial_reports_the_worst_value_and_leaves_nothing(

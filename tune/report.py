@@ -19,6 +19,7 @@ from tune.console import Screen
 from tune.page import render, write_report
 
 REFRESH_SECONDS = 20
+PORT = 8770
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     p.add_argument("--serve", action="store_true", help="show the page at a local address until Ctrl-C")
-    p.add_argument("--port", type=int, default=8770, metavar="N", help="of that address (8770; 0: any)")
+    p.add_argument("--port", type=int, metavar="N", help=f"of that address ({PORT}; 0: any)")
     return p
 
 
@@ -34,7 +35,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     """Write the page and say where it is, or serve it."""
     study = Study(options.study.expanduser().absolute())
     if options.serve:
-        return serve(study, options.port, screen)
+        return serve(study, PORT if options.port is None else options.port, screen)
+    if options.port is not None:
+        raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
     screen.say(f"Report: {write_report(study)}")
     return 0
 

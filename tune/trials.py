@@ -115,9 +115,15 @@ def train_trial(values: dict[str, Any], job: Job) -> None:
         _train_trial(values, job)
     finally:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # once a trial, not in every step
+        _give_memory_back()  # once a trial, not in every step
         if job.workers.gpus:
             torch.cuda.empty_cache()
+
+
+def _give_memory_back() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others give back by themselves
+    if trim is not None:
+        trim(0)
 
 
 def _train_trial(values: dict[str, Any], job: Job) -> None:

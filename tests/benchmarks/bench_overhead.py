@@ -8,7 +8,6 @@ and --weights also on those pictures, in the `cpu` preset.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -24,20 +23,17 @@ from carmodels.study import Study
 from tune import stages
 from tune.trials import Job, Watch, Workers, start_ray
 
-from table import Row, finish
+from table import Row, asked, finish
 
 WORKERS = 2
 
 
 def main() -> None:
     """Measure every case and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = asked(
+        __doc__,
+        lambda p: p.add_argument("--minutes", type=float, default=4.0, help="of search, with --data (4)"),
     )
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--weights")
-    parser.add_argument("--minutes", type=float, default=4.0, help="of search on the pictures of --data (4)")
-    options = parser.parse_args()
     if options.data:
         finish("bench_overhead", [on_pictures(options.data.absolute(), options.weights, options.minutes)])
     else:

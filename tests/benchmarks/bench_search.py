@@ -23,6 +23,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import numpy as np
 import optuna
 import scipy.stats
+from collect_curves import SIZES
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -115,15 +116,10 @@ def prepared(path: Path, half: str) -> tuple[Surrogate, Space, float]:
     """The surrogate of a half, the space, and the best accuracy in it."""
     curves = Curves.read(path)
     surrogate = Surrogate(curves.halves()[half == "final"])
-    space = curve_space()
+    space = SPACES["cpu"].with_override(SIZES).with_backbones(BACKBONES)  # as the curves were drawn
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     configs = [TrialConfig.from_dict(suggest(study.ask(), space)) for _ in range(_MANY)]
     return surrogate, space, float(surrogate.means(configs).max())
-
-
-def curve_space() -> Space:
-    """The space that the curves were drawn from."""
-    return SPACES["cpu"].with_override("image_size=64,96,128").with_backbones(BACKBONES)
 
 
 def one(job: tuple[str, int], curves: Path, half: str) -> list[float]:

@@ -8,7 +8,6 @@ is from. With --data and --weights also on those pictures, in the `cpu` preset, 
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -40,7 +39,7 @@ from tune import trials
 from tune.searcher import Queue
 from tune.trials import MALLOC, Job, Watch, Workers, run_trials, start_ray
 
-from table import Row, finish
+from table import Row, asked, finish
 
 WORKERS, EPOCHS = 2, 8
 STOPS = (1, 2, 1, 4, 1, 2, 1, 8)  # epochs of eight configurations: rungs at 1, 2 and 4, half stop at each
@@ -65,13 +64,9 @@ class Case:
 
 def main() -> None:
     """Measure every case and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = asked(
+        __doc__, lambda p: p.add_argument("--runs", type=int, default=2, help="of both sides, in turn (2)")
     )
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--weights")
-    parser.add_argument("--runs", type=int, default=2, help="of both sides, in turn (2)")
-    options = parser.parse_args()
     own = str(Path(demo.__file__).with_name("weights"))
     drawn = user_cache_path("carmodels") / "demo"
     demo.draw_demo(drawn)

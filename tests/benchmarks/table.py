@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -38,6 +39,18 @@ def as_in_a_worker() -> None:
     if os.environ.get("CARMODELS_BENCHMARK") != "1":
         environment = {**os.environ, **MALLOC, "CARMODELS_BENCHMARK": "1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+def asked(doc: str | None, add: Callable[[argparse.ArgumentParser], object]) -> argparse.Namespace:
+    """A script's options: those that `add` adds, and --data with --weights, which go together."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="pictures to measure on instead of the demo's")
+    parser.add_argument("--weights", help="folder of pretrained weights for them")
+    add(parser)
+    options = parser.parse_args()
+    if (options.data is None) != (options.weights is None):
+        parser.error("--data and --weights go together")
+    return options
 
 
 def finish(name: str, rows: Sequence[Row]) -> None:
