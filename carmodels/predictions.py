@@ -6,6 +6,7 @@ Labels are class indices, (N,) integers that follow the rows of `probs`.
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 import zlib
 from collections import Counter
@@ -128,6 +129,7 @@ class Metric:
 
     mode: Literal["max", "min"]
     scores: Callable[[np.ndarray, np.ndarray], np.ndarray]  # probs (K, N, C), labels (N,) or (K, N) -> (K,)
+    spread: Callable[[float], float]  # a score -> about how far single pictures lie apart, standard deviation
 
     def score(self, probs: np.ndarray, labels: np.ndarray) -> float:
         """probs (N, C), labels (N,) -> score; ValueError where the two do not fit."""
@@ -171,10 +173,20 @@ def _macro_f1s(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return scores
 
 
+def _binomial(share: float) -> float:
+    """Right or wrong, as a coin."""
+    return math.sqrt(max(0.0, share * (1 - share)))
+
+
+def _exponential(mean: float) -> float:
+    """Many small losses and a few large ones: about as far apart as they are large."""
+    return mean
+
+
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric("max", _accuracies),
-    "log_loss": Metric("min", _log_losses),
-    "macro_f1": Metric("max", _macro_f1s),
+    "accuracy": Metric("max", _accuracies, _binomial),
+    "log_loss": Metric("min", _log_losses, _exponential),
+    "macro_f1": Metric("max", _macro_f1s, _binomial),
 }
 
 
@@ -381,11 +393,15 @@ class Interval:
 
 def accuracy_interval(probs: np.ndarray, labels: np.ndarray, confidence: float = 0.95) -> Interval:
     """Accuracy with the score interval of Wilson (1927), good for few pictures and near 0 and 1, too."""
+    return share_interval(round(accuracy(probs, labels) * len(labels)), len(labels), confidence)
+
+
+def share_interval(hits: int, among: int, confidence: float = 0.95) -> Interval:
+    """The share of hits with the score interval of Wilson (1927)."""
     from scipy.stats import binomtest  # here, as every trial would pay 1 s at its start for it
 
-    value = accuracy(probs, labels)
-    ends = binomtest(round(value * len(labels)), len(labels)).proportion_ci(confidence, method="wilson")
-    return Interval(value, float(ends.low), float(ends.high))
+    ends = binomtest(hits, among).proportion_ci(confidence, method="wilson")
+    return Interval(hits / among, float(ends.low), float(ends.high))
 
 
 def score_interval(

@@ -43,7 +43,7 @@ class TrialRecord:
     value: float | None  # the study's metric on val at the best epoch; of a stopped trial, at its last
     seconds: float
     reason: str  # why it ended, a sentence
-    stage: str = "search"  # or "retrain"
+    stage: str = "search"  # or "confirm", "retrain"; in the study of stops "audit"
     note: str = ""  # e.g. that this is the competitor's recipe
     at: float = 0.0  # seconds from the start of the command that ran it to the trial's end
     curve: tuple[EpochMetrics, ...] = ()
@@ -101,6 +101,28 @@ class Study:
         return self.folder / "report.html"
 
     @property
+    def stops_file(self) -> Path:
+        return self.folder / "stops.json"
+
+    @property
+    def stops(self) -> Study:
+        """A study of its own inside this one: stopped trials that were finished after all, with their ids."""
+        return Study(self.folder / "stops")
+
+    def begin_stops(self) -> Study:
+        """The study of stops, begun where it was not yet."""
+        inner, facts = self.stops, self.facts
+        if not inner.exists:
+            paths = {
+                name: inner.relative(self.resolved(facts[name]))
+                for name in ("data", "weights")
+                if facts[name] not in ("hub", "none")
+            }
+            rows = [(row["split"], row["id"], int(row["label"])) for row in self._split_rows()]
+            inner.begin({**facts, **paths}, rows)
+        return inner
+
+    @property
     def ray_folder(self) -> Path:
         return self.folder / "ray"
 
@@ -156,8 +178,11 @@ class Study:
 
     def labels(self, split: str) -> dict[str, int]:
         """Class index by id for a labelled split."""
+        return {row["id"]: int(row["label"]) for row in self._split_rows() if row["split"] == split}
+
+    def _split_rows(self) -> list[dict[str, str]]:
         with (self.folder / "splits.csv").open(newline="", encoding="utf-8") as file:
-            return {row["id"]: int(row["label"]) for row in csv.DictReader(file) if row["split"] == split}
+            return list(csv.DictReader(file))
 
     def append(self, record: TrialRecord) -> None:
         """Add a trial to trials.jsonl: one write, on disk before this returns."""

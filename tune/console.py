@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +13,9 @@ from rich.status import Status as Spinner
 from rich.table import Table
 
 from carmodels.predictions import METRICS
-from carmodels.study import Status, Study, TrialRecord
+from carmodels.study import Status, Study, TrialRecord, read_json
+from tune import stops
+from tune.confirm import Standing, judged, leading, sentence
 from tune.stages import Clock
 from tune.trials import Recorder, Watch
 
@@ -106,6 +109,42 @@ class Screen:
         for rank, record in enumerate(study.leaderboard(), start=1):
             if rank <= rows or record.note.startswith("the competitor"):
                 table.add_row(str(rank), *_cells(record))
+        self._wide(table)
+
+    def standings(self, study: Study) -> None:
+        """The best few by all their runs, and which of them cannot be told apart."""
+        found = judged(study)
+        if not found:
+            return
+        table = Table(title=f"{study.metric} on val over all runs, best first", title_justify="left")
+        for name in ("configuration", "trial"):
+            table.add_column(name)
+        for name in ("runs", "mean", "estimate", "95 % interval"):
+            table.add_column(name, justify="right")
+        table.add_column("cannot be told apart from the best")
+        for standing in leading(found):
+            table.add_row(*_standing_cells(standing, found[0]))
+        self._wide(table)
+        self.say(sentence(found))
+
+    def stops(self, study: Study) -> None:
+        """What became of the stopped trials that were finished after all."""
+        results = read_json(study.stops_file)
+        table = Table(
+            title=f"Stopped trials, finished after all: {study.metric} on val", title_justify="left"
+        )
+        for name in ("configuration", "trial"):
+            table.add_column(name)
+        for name in ("stopped at epoch", "value then", "finished", "over the best", "seconds saved"):
+            table.add_column(name, justify="right")
+        table.add_column("stop")
+        for row in results["trials"]:
+            table.add_row(*_stop_cells(row))
+        if results["trials"]:
+            self._wide(table)
+        self.say(stops.sentence(results))
+
+    def _wide(self, table: Table) -> None:
         Console(width=max(self.console.width, 150), highlight=False, markup=False).print(table)
 
     def answer(self, results: dict[str, Any], study: Study) -> None:
@@ -143,6 +182,32 @@ def _cells(record: TrialRecord) -> tuple[str, ...]:
         str(record.epochs_run),
         f"{record.seconds:.0f}",
         record.note,
+    )
+
+
+def _standing_cells(standing: Standing, best: Standing) -> tuple[str, ...]:
+    estimate, record = standing.estimate, standing.record
+    return (
+        record.config.title,
+        record.trial_id,
+        str(standing.runs),
+        f"{standing.mean:.4f}",
+        f"{estimate.value:.4f}",
+        f"{estimate.low:.4f} to {estimate.high:.4f}",
+        "the best" if standing is best else "no" if standing.apart else "yes",
+    )
+
+
+def _stop_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        row["title"],
+        row["trial_id"],
+        f"{row['epochs_run']} of {row['epochs']}",
+        f"{row['stopped_at']:.4f}",
+        f"{row['value']:.4f}",
+        f"{row['over_best']:+.4f}",
+        f"{row['seconds_saved']:.0f}",
+        row["verdict"],
     )
 
 

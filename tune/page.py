@@ -20,8 +20,9 @@ from carmodels.files import write_whole
 from carmodels.predictions import METRICS, with_temperature
 from carmodels.space import Choice, Dimension, Range, Space
 from carmodels.study import Status, Study, TrialRecord, read_json
-from tune import charts
+from tune import charts, stops
 from tune.charts import Chart
+from tune.confirm import described, judged, sentence
 from tune.searcher import learned
 
 MOST_ROWS = 1000  # of the table of trials; the CSV has them all
@@ -54,6 +55,8 @@ def render(study: Study, refresh: int = 0) -> str:
     results = read_json(study.ensemble_file) if study.ensemble_file.is_file() else None
     space, metric = space_of(facts), facts["metric"]
     rows, columns = table(study)
+    standings = judged(study)
+    found_stops = read_json(study.stops_file) if study.stops_file.is_file() else None
     return _template().render(
         name=study.folder.name,
         refresh=refresh,
@@ -67,12 +70,17 @@ def render(study: Study, refresh: int = 0) -> str:
         columns=columns,
         sections=sections(study, records, space, results),
         edges=edges(study.leaderboard(), space),
+        standings=described(standings),
+        verdict=sentence(standings) if standings else "",
+        stops=found_stops,
+        stops_verdict=stops.sentence(found_stops) if found_stops else "",
         failures=[r for r in records if r.status in (Status.FAILED, Status.DIVERGED)],
         excluded=facts["excluded"],
         library=_library(),
         written=time.strftime("%Y-%m-%d %H:%M"),
         score=lambda value: _score(metric, value),
         interval=lambda found: _interval(metric, found),
+        points=lambda value: _points(metric, value),
         json=_json,
     )
 
@@ -100,6 +108,11 @@ def _score(metric: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if metric == "log_loss" else f"{100 * value:.1f} %"
+
+
+def _points(metric: str, value: float) -> str:
+    """A difference between two scores, with its sign."""
+    return f"{value:+.4f}" if metric == "log_loss" else f"{100 * value:+.1f}"
 
 
 def _interval(metric: str, found: Mapping[str, float]) -> str:

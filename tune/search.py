@@ -1,8 +1,9 @@
 """python tune/search.py
 
-Search for the best image classifier that the hardware and the hours can buy: search, retrain the best,
-ensemble the top trials, write the submission and a report. Without arguments it draws a small data set of
-its own and shows the whole job; with your own pictures: --data PICTURES --hours 4.
+Search for the best image classifier that the hardware and the hours can buy: search, run the best few again
+with new seeds, retrain the best, ensemble the top trials, write the submission and a report. Without
+arguments it draws a small data set of its own and shows the whole job; with your own pictures: --data
+PICTURES --hours 4.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -34,21 +35,29 @@ from carmodels.predictions import METRICS
 from carmodels.space import SPACES, Space
 from carmodels.study import Study
 from tune import setup, stages
+from tune.confirm import CONTENDERS, RERUNS
 from tune.console import Screen, duration
 from tune.page import write_report
 from tune.preflight import Finding, findings
-from tune.trials import Job
+from tune.trials import Job, Watch
 
 MOST_SEED = 2_000_000_000  # leaves room for the seeds of retraining
-STAGES = ("search", "retrain", "ensemble", "report")
+STAGES = ("search", "confirm", "retrain", "ensemble", "report")
 CPU_HOURS, GPU_HOURS = 0.25, 4.0  # where neither --hours nor --trials says more
 DEMO_HOURS = 0.15  # the demo ends by its number of trials; this is for slow machines
 DEMO_WEIGHTS = Path(demo.__file__).with_name("weights")
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an option in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--data", metavar="DIR|ZIP", help="pictures by class, or the competition's files; left out: a demo"
     )
@@ -69,6 +78,20 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=...",
         help="V, V1,V2,... or LOW:HIGH for a dimension",
+    )
+    p.add_argument(
+        "--confirm",
+        type=int,
+        default=RERUNS,
+        metavar="N",
+        help=f"most runs with new seeds over the best {CONTENDERS}, to tell which is best ({RERUNS}; 0: off)",
+    )
+    p.add_argument(
+        "--audit-stops",
+        type=int,
+        default=0,
+        metavar="K",
+        help="finish K stopped trials after all, drawn at random, to see whether the stops were right (0)",
     )
     setup.add_machine_options(p)
     p.add_argument("--seed", type=int, default=0, help="of the split, the draws and the training (0)")
@@ -166,8 +189,7 @@ def go(
     completed = stages.search(
         job, space, stamp=stamp, trials=trials, clock=clock, seed=options.seed, watch=watch, say=screen.say
     )
-    if completed and options.until != "search":
-        completed = stages.retrain(job, clock=clock, watch=watch, say=screen.say)
+    completed = completed and trained_further(job, options, clock, watch, screen)
     screen.rest()
     if not completed:
         screen.table(job.study)
@@ -186,12 +208,38 @@ def go(
     return 0
 
 
+def trained_further(
+    job: Job, options: argparse.Namespace, clock: stages.Clock, watch: Watch, screen: Screen
+) -> bool:
+    """What trains after the search, up to --until; False if interrupted."""
+    last, say = STAGES.index(options.until), screen.say
+    if options.audit_stops:
+        if not stages.audit_stops(
+            job,
+            count=options.audit_stops,
+            seed=options.seed,
+            clock=clock,
+            watching=lambda study: screen.watch(study, clock, None),
+            say=say,
+        ):
+            return False
+        screen.stops(job.study)
+    if last >= STAGES.index("confirm"):
+        if not stages.confirm(job, clock=clock, watch=watch, say=say, most=options.confirm):
+            return False
+        screen.standings(job.study)
+    return last < STAGES.index("retrain") or stages.retrain(job, clock=clock, watch=watch, say=say)
+
+
 def check_numbers(options: argparse.Namespace) -> None:
     """Raises ValueError for a number or a name that makes no sense."""
     if options.trials is not None and options.trials < 1:
         raise ValueError(f"--trials {options.trials} must be at least 1")
     if options.hours is not None and not 0 < options.hours < 24 * 365:
         raise ValueError(f"--hours {options.hours} must be above 0 and below a year")
+    for name in ("confirm", "audit_stops"):
+        if (value := getattr(options, name)) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 0, which leaves it out")
     if not 0 <= options.seed <= MOST_SEED:
         raise ValueError(f"--seed {options.seed} must be from 0 to {MOST_SEED}")
     if options.study is not None and not re.fullmatch(r"\w[\w.-]*", options.study):
@@ -268,13 +316,14 @@ def budget(
     options: argparse.Namespace, space: Space, bare: bool, begun: float
 ) -> tuple[stages.Clock, int | None]:
     """The clock of the whole command, and the number of configurations where one is set."""
+    share = stages.search_share(confirm=options.confirm, audit_stops=options.audit_stops)
     if options.hours is not None:
-        return stages.Clock(begun, 3600 * options.hours), options.trials
+        return stages.Clock(begun, 3600 * options.hours, share), options.trials
     if options.trials is not None:
-        return stages.Clock(begun), options.trials
+        return stages.Clock(begun, search=share), options.trials
     if bare:
-        return stages.Clock(begun, 3600 * DEMO_HOURS), space.trials
-    return stages.Clock(begun, 3600 * (GPU_HOURS if torch.cuda.is_available() else CPU_HOURS)), None
+        return stages.Clock(begun, 3600 * DEMO_HOURS, share), space.trials
+    return stages.Clock(begun, 3600 * (GPU_HOURS if torch.cuda.is_available() else CPU_HOURS), share), None
 
 
 def describe(options: argparse.Namespace, preset: str, space: Space, splits: Splits) -> dict[str, Any]:
@@ -335,7 +384,7 @@ def _written(options: argparse.Namespace) -> Iterator[str]:
         for item in value if isinstance(value, list) else [value]:
             if item is True:
                 yield flag
-            elif item not in (None, False) and item != parser().get_default(name):
+            elif item is not None and item is not False and item != parser().get_default(name):
                 yield f"{flag} {item}"
 
 

@@ -25,14 +25,24 @@ _REDRAWS = 50  # in a row that are not new or do not fit before the search ends
 
 
 class Queue(Searcher):
-    """Hands out a list of configurations, then ends."""
+    """Hands out a list of configurations, then ends; before that at one that no longer fits into the time."""
 
-    def __init__(self, configs: Iterable[TrialConfig], *, metric: str, mode: str) -> None:
+    def __init__(
+        self,
+        configs: Iterable[TrialConfig],
+        *,
+        metric: str,
+        mode: str,
+        fits: Callable[[TrialConfig], bool] = lambda config: True,
+    ) -> None:
         super().__init__(metric=metric, mode=mode)
         self._configs = list(configs)
+        self._fits = fits
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # omits FINISHED
-        return asdict(self._configs.pop(0)) if self._configs else Searcher.FINISHED
+        if not self._configs or not self._fits(self._configs[0]):
+            return Searcher.FINISHED
+        return asdict(self._configs.pop(0))
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

@@ -1,4 +1,4 @@
-"""The stages of the whole job, each from study folder to study folder: search, retrain, ensemble."""
+"""The stages of the whole job, each from study folder to study folder: search, confirm, retrain, ensemble."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from carmodels.predictions import (
     select_ensemble,
     with_temperature,
 )
-from carmodels.space import Space, baseline
+from carmodels.space import Space, TrialConfig, baseline
 from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from carmodels.submission import write_submission
+from tune import stops
+from tune.confirm import RERUNS, Reruns, described, expected_seconds, judged
 from tune.plan import Packing, make_plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws, Queue
@@ -35,8 +37,11 @@ from tune.views import Members, judge_views
 
 Say = Callable[[str], None]
 
-SEARCH_SHARE = 0.70  # of the whole time, by when the search has ended
+SEARCH_SHARE = 0.62  # of the whole time, by when the search has ended
+CONFIRM_SHARE = 0.74  # likewise for running the best few again
 RETRAIN_SHARE = 0.88  # likewise for retraining; the rest is the ensemble's
+UNCONFIRMED_SHARE = 0.08  # of the time, more for the search where nothing is run again
+STOPS_SHARE = 0.10  # of the time, less for the search where its stops are audited
 LATE_SHARE = 0.2  # of the retraining's time that trials may take which turn out slower than planned
 BASELINE_SHARE = 0.2  # of the search's core-time that the competitor's recipe may take
 RECIPE = "the competitor's recipe"
@@ -48,6 +53,7 @@ class Clock:
 
     begun: float  # time.time()
     seconds: float = math.inf
+    search: float = SEARCH_SHARE  # by what share of the time the search has ended
 
     def at(self, share: float) -> float:
         """The moment, in time.time(), when this share of the time is over."""
@@ -57,6 +63,11 @@ class Clock:
     def left(self) -> float:
         """Seconds."""
         return self.begun + self.seconds - time.time()
+
+
+def search_share(*, confirm: int, audit_stops: int) -> float:
+    """By what share of the time the search has ended, with so many runs of the other stages asked for."""
+    return SEARCH_SHARE + (0 if confirm else UNCONFIRMED_SHARE) - (STOPS_SHARE if audit_stops else 0)
 
 
 def search(
@@ -78,7 +89,7 @@ def search(
     known = [r for r in records if not _to_run_again(r)]
     notes = {r.trial_id: r.note for r in records if r.note}
     queue = [r.config for r in again]
-    end = clock.at(SEARCH_SHARE)
+    end = clock.at(clock.search)
     late = end + LATE_SHARE * (clock.at(RETRAIN_SHARE) - end) if math.isfinite(end) else end
     grace = grace_period(int(space.fixed["epochs"]))
     plan = make_plan(job, space, end)
@@ -145,6 +156,67 @@ def grace_period(epochs: int) -> int:
     return min(epochs, head_only + 2)
 
 
+def audit_stops(
+    job: Job, *, count: int, seed: int, clock: Clock, watching: Callable[[Study], Watch], say: Say
+) -> bool:
+    """Finish `count` of the stopped trials after all and write what came of it; False if interrupted.
+
+    They are a study of their own: nothing they come to is known to the other stages.
+    """
+    study, inner = job.study, job.study.begin_stops()
+    stopped = stops.at_rungs(study.records())
+    chosen = stops.drawn(stopped, count, seed)
+    done = {r.trial_id for r in inner.records() if r.status is Status.FINISHED}
+    todo = {r.trial_id: r for r in chosen if r.trial_id not in done}
+    end = clock.at(clock.search + STOPS_SHARE)
+    say(f"Audit of stops: {len(chosen)} of {len(stopped)} trials stopped at a rung are finished after all.")
+    completed = not todo or run_trials(
+        replace(job, study=inner, workers=replace(job.workers, packed=0)),
+        stage="audit",
+        begun=clock.begun,
+        end=end,
+        search_alg=Queue(
+            [r.config for r in todo.values()],
+            metric=study.metric,
+            mode=METRICS[study.metric].mode,
+            fits=lambda config: time.time() + expected_seconds(todo[config.id]) <= end,
+        ),
+        scheduler=FIFOScheduler(),
+        notes={r.trial_id: f"stopped after epoch {r.epochs_run}" for r in chosen},
+        watch=watching(inner),
+    )
+    for record in chosen:
+        inner.weights_file(record.trial_id).unlink(missing_ok=True)  # nobody uses them
+    finished = {r.trial_id: r for r in inner.leaderboard()}
+    board = [r for r in study.leaderboard() if r.stage == "search"]
+    results = stops.audited(chosen, finished, board, metric=study.metric, stopped=len(stopped))
+    write_json(study.stops_file, results)
+    return completed
+
+
+def confirm(job: Job, *, clock: Clock, watch: Watch, say: Say, most: int = RERUNS) -> bool:
+    """Run the best few again with new seeds until it is clear who is best; False if interrupted."""
+    notes: dict[str, str] = {}
+    end = clock.at(CONFIRM_SHARE)
+    late = end + LATE_SHARE * (clock.at(RETRAIN_SHARE) - end) if math.isfinite(end) else end
+    reruns = Reruns(job.study, most=most, end=end, notes=notes)
+    if reruns.next() is None:
+        return True
+    say(f"Running the best few again with new seeds, at most {most} runs.")
+    completed = run_trials(
+        replace(job, workers=replace(job.workers, packed=0), until=late),
+        stage="confirm",
+        begun=clock.begun,
+        end=late,
+        search_alg=reruns,
+        scheduler=FIFOScheduler(),
+        notes=notes,
+        watch=watch,
+    )
+    job.study.write_table()
+    return completed
+
+
 def retrain(
     job: Job,
     *,
@@ -155,40 +227,28 @@ def retrain(
     seeds: int = 3,
     epochs: int | None = None,
 ) -> bool:
-    """Train the best (or the named) configuration from new seeds, side by side; False if interrupted."""
+    """Train the best (or the named) configuration from new seeds, side by side; False if interrupted.
+
+    Runs with new seeds that there are already count.
+    """
     study = job.study
     job = replace(job, workers=replace(job.workers, packed=0))  # the best one has a GPU of its own
     chosen = _chosen(study, trial_id)
-    wanted = epochs or chosen.config.epochs
-    per_epoch = 1.15 * chosen.seconds / chosen.epochs_run
-    seeds, planned = _fitting(
-        seeds, wanted, per_epoch, clock.at(RETRAIN_SHARE) - time.time(), job.workers.count
-    )
-    if not seeds:
-        say("Retraining is left out: the time that is left does not hold one run of it.")
-        return True
-    first = chosen.config.seed + 1
-    configs = [replace(chosen.config, seed=first + i, epochs=planned) for i in range(seeds)]
-    done = {r.trial_id for r in study.records() if r.status is Status.FINISHED}
-    queue = [c for c in configs if c.id not in done]
-    say(
-        f"Retraining {chosen.config.title} ({chosen.trial_id}) with {len(queue)} new seeds, "
-        f"{planned} epochs each."
-    )
+    configs, planned = _to_train(study, chosen, seeds, epochs, clock, job.workers.count)
     metric = chosen.config.metric
     end = clock.at(RETRAIN_SHARE)
     late = end + 0.3 * (clock.at(1) - end) if clock.seconds < math.inf else math.inf
-    completed = not queue or run_trials(
+    say(_announced(chosen, len(configs), len(_again(study, chosen, planned)), planned))
+    completed = not configs or run_trials(
         replace(job, until=end),
         stage="retrain",
         begun=clock.begun,
         end=late,
-        search_alg=Queue(queue, metric=metric, mode=METRICS[metric].mode),
+        search_alg=Queue(configs, metric=metric, mode=METRICS[metric].mode),
         scheduler=FIFOScheduler(),
         notes={c.id: f"seed {c.seed} of {chosen.trial_id}" for c in configs},
         watch=watch,
     )
-    finished = [r for r in study.leaderboard() if r.trial_id in {c.id for c in configs}]
     study.write_table()
     write_json(
         study.best_file,
@@ -197,13 +257,52 @@ def retrain(
             "config": asdict(replace(chosen.config, epochs=planned)),
             "metric": metric,
             "val": chosen.value,
-            "retrained": {r.trial_id: {"seed": r.config.seed, "val": r.value} for r in finished},
+            "retrained": {
+                r.trial_id: {"seed": r.config.seed, "val": r.value} for r in _again(study, chosen, planned)
+            },
+            "standings": described(judged(study)),
         },
     )
     return completed
 
 
+def _to_train(
+    study: Study, chosen: TrialRecord, seeds: int, epochs: int | None, clock: Clock, workers: int
+) -> tuple[list[TrialConfig], int]:
+    """The configurations that retraining lacks and has time for, and the epochs of each."""
+    wanted = epochs or chosen.config.epochs
+    first = chosen.config.seed + 1
+    configs = [replace(chosen.config, seed=first + i, epochs=wanted) for i in range(seeds)]
+    done = {r.trial_id for r in _again(study, chosen, wanted)}
+    missing = [c for c in configs if c.id not in done]
+    per_epoch = expected_seconds(chosen) / chosen.config.epochs
+    left = clock.at(RETRAIN_SHARE) - time.time()
+    count, planned = _fitting(len(missing), wanted, per_epoch, left, workers)
+    if planned < wanted and (done or not count):
+        return [], wanted  # a shorter schedule is only for want of a whole one
+    return [replace(c, epochs=planned) for c in missing[:count]], planned
+
+
+def _again(study: Study, chosen: TrialRecord, epochs: int) -> list[TrialRecord]:
+    """Finished runs of the configuration with other seeds and so many epochs, best first."""
+    same = replace(chosen.config, epochs=epochs)
+    found = (r for r in study.leaderboard() if r.trial_id != chosen.trial_id)
+    return [r for r in found if replace(r.config, seed=same.seed) == same]
+
+
+def _announced(chosen: TrialRecord, missing: int, done: int, epochs: int) -> str:
+    """What retraining is about to do, in words."""
+    name = f"{chosen.config.title} ({chosen.trial_id})"
+    there = f" ({done} are there)" if done else ""
+    if missing:
+        return f"Retraining {name} with {missing} new seeds{there}, {epochs} epochs each."
+    if done:
+        return f"Retraining {name} is left out: runs with {done} new seeds are there."
+    return "Retraining is left out: the time that is left does not hold one run of it."
+
+
 def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
+    """The named trial, else the one whose configuration is best by all its runs."""
     candidates = [r for r in study.leaderboard() if r.stage == "search"]
     if trial_id is not None:
         candidates = [r for r in candidates if r.trial_id == trial_id]
@@ -211,11 +310,13 @@ def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
             raise ValueError(
                 f"--trial {trial_id}: no finished trial of {study.folder} has this id; see trials.csv"
             )
+        return candidates[0]
     if not candidates:
         reasons = [r.reason for r in study.records() if r.status is not Status.FINISHED]
         last = f" (the last one: {reasons[-1]})" if reasons else ""
         raise ValueError(f"{study.folder} has no finished trial{last}; --resume goes on, with more --hours")
-    return candidates[0]
+    found = judged(study)
+    return found[0].record if found else candidates[0]
 
 
 def _fitting(seeds: int, epochs: int, per_epoch: float, seconds: float, workers: int) -> tuple[int, int]:
