@@ -23,6 +23,7 @@ from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from tune import charts
 from tune.page import edges, reliability, render, space_of, write_report
 from tune.search import describe_space
+from tune.stops import audited
 
 ROOT = Path(__file__).parents[1]
 SPACE = SPACES["demo"]
@@ -82,7 +83,8 @@ def made(folder: Path, count: int) -> Study:
         "versions": {"torch": "2"},
         "hardware": {"device": "a CPU"},
     }
-    study.begin(facts, [("audit", i, int(k)) for i, k in zip(ids, truth, strict=True)])
+    rows = [(split, f"{i}", int(k)) for split in ("val", "audit") for i, k in zip(ids, truth, strict=True)]
+    study.begin(facts, rows)
     trials = records(count)
     for record in trials:
         study.append(record)
@@ -146,6 +148,45 @@ def test_the_page_says_what_to_submit_what_it_is_worth_and_every_trial(study: St
         "confusion",
         "calibration",
     }
+
+
+def cells(page: str, name: str) -> list[list[str]]:
+    """The rows of the table of this name, heading first, as text."""
+    table = page[page.index(f'<table id="{name}">') :].split("</table>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in table.split("<tr>")[1:]]
+    return [[re.sub(r"<[^>]+>", "", cell) for cell in row] for row in rows]
+
+
+def test_the_page_says_which_configurations_cannot_be_told_apart(study: Study) -> None:
+    first = study.leaderboard()[0]
+    for seed, less in ((1, 0.01), (2, 0.02)):
+        config = replace(first.config, seed=first.config.seed + seed)
+        rerun = replace(first, trial_id=config.id, config=config, value=first.value - less, stage="confirm")
+        study.append(rerun)
+    page = render(study)
+    rows = cells(page, "standings")
+    assert rows[1][:4] == [
+        first.config.title,
+        first.trial_id,
+        "3",
+        f"{100 * (first.value - 0.01):.1f} %",
+    ]
+    assert [row[-1] for row in rows[1:3]] == ["the best", "yes"]
+    assert len(rows) == 1 + 4
+    assert f"The best is {first.config.title} ({first.trial_id}), by 3 runs. Cannot be told apart" in page
+    assert "Were the stops right?" not in page
+
+
+def test_the_page_shows_what_became_of_the_stopped_trials_that_were_finished(study: Study) -> None:
+    stopped = [r for r in study.records() if r.status is Status.STOPPED][:2]
+    done = {r.trial_id: replace(r, value=v, seconds=16.0) for r, v in zip(stopped, (0.3, 1.0), strict=True)}
+    board = study.leaderboard()
+    write_json(study.stops_file, audited(stopped, done, board, metric="accuracy", stopped=14))
+    page = render(study)
+    rows = cells(page, "stops")
+    assert [row[-1] for row in rows[1:]] == ["right", "wrong"]
+    assert rows[2][4:7] == ["100.0 %", f"{100 * (1 - board[0].value):+.1f}", "10"]
+    assert "2 of them finished: 1 better than the best of the search (wrong stops; 95 %" in page
 
 
 def test_without_test_pictures_there_is_nothing_to_submit(study: Study) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +138,10 @@ def test_a_queue_hands_out_what_it_holds_and_ends(count: int) -> None:
     queue = Queue(configs, metric="accuracy", mode="max")
     assert [TrialConfig.from_dict(queue.suggest(str(i))) for i in range(count)] == configs
     assert queue.suggest("x") == Searcher.FINISHED
+
+
+def test_the_queue_ends_at_what_no_longer_fits_into_the_time() -> None:
+    configs = [baseline(SPACE), replace(baseline(SPACE), seed=1), replace(baseline(SPACE), seed=2)]
+    queue = Queue(configs, metric="accuracy", mode="max", fits=lambda config: config.seed != 1)
+    assert queue.suggest("a") == asdict(configs[0])
+    assert queue.suggest("b") == Searcher.FINISHED

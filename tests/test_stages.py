@@ -1,0 +1,87 @@
+"""What retraining takes for the best, and which runs of it there are already."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from carmodels.space import TrialConfig
+from carmodels.study import Status, Study, TrialRecord
+from tune.stages import Clock, _announced, _chosen, _to_train
+
+
+def run(lr: float, value: float, seed: int = 0, stage: str = "search", epochs: int = 8) -> TrialRecord:
+    """A finished run at 10 s an epoch."""
+    config = TrialConfig("test_resnet", image_size=32, epochs=epochs, lr=lr, seed=seed)
+    return TrialRecord(config.id, config, Status.FINISHED, epochs, value, 10.0 * epochs, "ran", stage=stage)
+
+
+LUCKY, STEADY = run(1e-3, 0.93), run(2e-3, 0.92)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    study = Study(tmp_path / "study")
+    study.begin({"metric": "accuracy"}, [("val", f"{n}.jpg", 0) for n in range(250)])
+    for record in (LUCKY, STEADY, run(3e-3, 0.88)):
+        study.append(record)
+    return study
+
+
+def test_of_single_runs_the_best_is_retrained(study: Study) -> None:
+    assert _chosen(study, None) == LUCKY
+    assert _chosen(study, STEADY.trial_id) == STEADY
+    with pytest.raises(ValueError, match=r"--trial nobody: no finished trial of .* has this id"):
+        _chosen(study, "nobody")
+
+
+def test_the_best_by_all_its_runs_is_retrained_and_not_the_lucky_one(study: Study) -> None:
+    for seed, value in ((1, 0.87), (2, 0.88)):
+        study.append(run(1e-3, value, seed, "confirm"))
+    assert study.leaderboard()[0] == LUCKY
+    assert _chosen(study, None) == STEADY
+    assert _chosen(study, LUCKY.trial_id) == LUCKY
+
+
+def test_retraining_does_not_change_who_is_retrained_when_it_goes_on(study: Study) -> None:
+    for seed, value in ((1, 0.80), (2, 0.81)):
+        study.append(run(1e-3, value, seed, "retrain"))
+    assert _chosen(study, None) == LUCKY
+
+
+def to_train(study: Study, seconds: float = math.inf, epochs: int | None = None) -> tuple[list[int], int]:
+    """Seeds, and epochs of each, that two workers have in a job with so many seconds left for retraining."""
+    clock = Clock(time.time(), seconds / 0.88)
+    configs, planned = _to_train(study, LUCKY, 3, epochs, clock, workers=2)
+    assert all(c == replace(LUCKY.config, seed=c.seed, epochs=planned) for c in configs)
+    return [c.seed for c in configs], planned
+
+
+def test_only_seeds_that_have_not_run_are_trained(study: Study) -> None:
+    assert to_train(study) == ([1, 2, 3], 8)
+    study.append(run(1e-3, 0.9, 2, "confirm"))
+    assert to_train(study) == ([1, 3], 8)
+    assert to_train(study, seconds=100) == ([1, 3], 8)
+    assert to_train(study, epochs=5) == ([1, 2, 3], 5)
+    for seed in (1, 3):
+        study.append(run(1e-3, 0.9, seed, "confirm"))
+    assert to_train(study) == ([], 8)
+
+
+def test_a_shorter_schedule_is_only_for_want_of_a_whole_one(study: Study) -> None:
+    assert to_train(study, seconds=70) == ([1, 2], 6)
+    assert to_train(study, seconds=20) == ([], 8)
+    study.append(run(1e-3, 0.9, 1, "confirm"))
+    assert to_train(study, seconds=70) == ([], 8)
+
+
+def test_what_retraining_does_is_said() -> None:
+    name = f"{LUCKY.config.title} ({LUCKY.trial_id})"
+    assert _announced(LUCKY, 3, 0, 8) == f"Retraining {name} with 3 new seeds, 8 epochs each."
+    assert _announced(LUCKY, 1, 2, 8) == f"Retraining {name} with 1 new seeds (2 are there), 8 epochs each."
+    assert _announced(LUCKY, 0, 3, 8) == f"Retraining {name} is left out: runs with 3 new seeds are there."
+    assert _announced(LUCKY, 0, 0, 8).startswith("Retraining is left out: the time that is left")
