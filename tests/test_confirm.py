@@ -204,8 +204,25 @@ def test_repeats_that_disappoint_cost_the_first_place() -> None:
 
 def test_what_never_took_off_does_not_move_the_others() -> None:
     without = standings(field(0.9, 0.89, 0.87, 0.86), metric="accuracy", pictures=PICTURES)
-    found = standings(field(0.9, 0.89, 0.87, 0.86, 0.1), metric="accuracy", pictures=PICTURES)
-    assert [s.estimate for s in found] == [s.estimate for s in without]
+    records = [*field(0.9, 0.89, 0.87, 0.86, 0.1), run(0.005, 0.6, 1, "confirm")]  # seeds far apart, too
+    found = standings(records, metric="accuracy", pictures=PICTURES)
+    assert [s.estimate for s in found[:-1]] == [s.estimate for s in without]
+    assert found[-1].apart
+    assert found[-1].estimate.value == found[-1].mean == 0.35
+
+
+def test_whatever_ran_again_has_a_row() -> None:
+    records = field(0.90, 0.89, 0.88, 0.89, 0.89, 0.70)
+    assert len(leading(standings(records, metric="accuracy", pictures=PICTURES))) == CONTENDERS
+    records.append(run(0.006, 0.70, 1, "confirm"))
+    rows = leading(standings(records, metric="accuracy", pictures=PICTURES))
+    assert [s.record for s in rows][CONTENDERS:] == [records[5]]
+
+
+def test_an_interval_ends_where_the_metric_does() -> None:
+    sure = standings(field(1.0, 0.995, 0.99), metric="accuracy", pictures=PICTURES)
+    assert sure[0].estimate.high == 1.0
+    assert standings(field(0.004, 0.006), metric="log_loss", pictures=5)[0].estimate.low == 0.0
 
 
 def test_without_a_finished_trial_or_pictures_there_is_no_standing() -> None:
@@ -277,7 +294,13 @@ def test_a_seed_that_was_used_is_not_used_again() -> None:
         records.append(run(0.001, 0.9, number, stage, status=status))
     later = again(records)
     assert later == replace(records[0].config, seed=3)
-    assert again(records, pending=[later]) != later
+    both = [replace(r.config, seed=3) for r in records[:2]]
+    next_one = again(records, pending=both)
+    assert next_one is not None
+    assert next_one.seed == (4 if next_one.lr == 0.001 else 1)
+    twice = again(field(0.92, 0.91), pending=[replace(r.config, seed=1) for r in records[:2]])
+    assert twice is not None
+    assert twice.seed == 2
 
 
 def test_what_is_running_counts_as_what_is_expected_of_it() -> None:

@@ -81,7 +81,7 @@ def test_a_shorter_schedule_is_only_for_want_of_a_whole_one(study: Study) -> Non
 
 def test_what_retraining_does_is_said() -> None:
     name = f"{LUCKY.config.title} ({LUCKY.trial_id})"
-    assert _announced(LUCKY, 3, 0, 8) == f"Retraining {name} with 3 new seeds, 8 epochs each."
-    assert _announced(LUCKY, 1, 2, 8) == f"Retraining {name} with 1 new seeds (2 are there), 8 epochs each."
-    assert _announced(LUCKY, 0, 3, 8) == f"Retraining {name} is left out: runs with 3 new seeds are there."
+    assert _announced(LUCKY, 3, 0, 8) == f"Retraining {name}, new seeds: 3; 8 epochs each."
+    assert _announced(LUCKY, 1, 2, 8) == f"Retraining {name}, new seeds: 1, 2 more are there; 8 epochs each."
+    assert _announced(LUCKY, 0, 3, 8) == f"Retraining {name} is left out, new seeds that are there: 3."
     assert _announced(LUCKY, 0, 0, 8).startswith("Retraining is left out: the time that is left")

@@ -97,13 +97,17 @@ def noise(values: Sequence[np.ndarray], metric: str, pictures: int) -> float:
     calibrated (Jordan, 2023), 0.51 in the repeats of results/curves. The rest is for the pictures: the best
     one is wanted for others than these.
     """
-    means = np.array([v.mean() for v in values])
-    order = np.argsort(METRICS[metric].gain(np.zeros(len(means)), means))
-    level = float(means[order[:CONTENDERS]].mean())
-    floor = max(METRICS[metric].spread(level) / math.sqrt(pictures), 1 / pictures) ** 2
+    floor = _of_pictures(np.array([v.mean() for v in values]), metric, pictures) ** 2
     squares = sum(float(((v - v.mean()) ** 2).sum()) for v in values)
     repeats = sum(len(v) - 1 for v in values)
     return math.sqrt(max(floor, (_PRIOR_RUNS * floor + squares) / (_PRIOR_RUNS + repeats)))
+
+
+def _of_pictures(means: np.ndarray, metric: str, pictures: int) -> float:
+    """Standard deviation of a score on so many pictures, at the level of the best few of (J,)."""
+    order = np.argsort(METRICS[metric].gain(np.zeros(len(means)), means))
+    level = float(means[order[:CONTENDERS]].mean())
+    return max(METRICS[metric].spread(level) / math.sqrt(pictures), 1 / pictures)
 
 
 def posterior(means: np.ndarray, runs: np.ndarray, sd: float) -> Posterior:
@@ -147,28 +151,36 @@ class _Field:
     first: list[TrialRecord]  # the search's own run of each
     means: np.ndarray  # (J,)
     runs: np.ndarray  # (J,)
+    alike: np.ndarray  # (J,), whether it says something about the others
     noise: float
 
     @classmethod
     def of(cls, found: Runs, metric: str, pictures: int) -> _Field | None:
         """None where there is nothing to compare.
 
-        What lies further below the median than the best one lies above it, and by more than the noise, says
-        nothing about the top (a schedule that never took off) and is left out.
+        What lies further below the median than the best one lies above it, and by more than the noise, is of
+        another kind (a schedule that never took off, a seed that failed) and stands for itself.
         """
         if not found or not pictures:
             return None
         values = [np.array([float(r.value or 0) for r in runs]) for runs in found.values()]
-        sd = noise(values, metric, pictures)
-        sign = 1 if METRICS[metric].mode == "max" else -1
-        means, runs = sign * np.array([v.mean() for v in values]), np.array([len(v) for v in values])
-        kept = means >= 2 * np.median(means) - means.max() - 2 * sd
-        first = [runs[0] for runs, keep in zip(found.values(), kept, strict=True) if keep]
-        return cls(first, means[kept], runs[kept], sd)
+        raw = np.array([v.mean() for v in values])
+        means = raw if METRICS[metric].mode == "max" else -raw
+        alike = means >= 2 * np.median(means) - means.max() - 2 * _of_pictures(raw, metric, pictures)
+        sd = noise([v for v, is_alike in zip(values, alike, strict=True) if is_alike], metric, pictures)
+        first = [runs[0] for runs in found.values()]
+        return cls(first, means, np.array([len(v) for v in values]), alike, sd)
 
     @property
     def posterior(self) -> Posterior:
-        return posterior(self.means, self.runs, self.noise)
+        """Of those that are alike by the model; of the others what their own runs say."""
+        found = posterior(self.means[self.alike], self.runs[self.alike], self.noise)
+        mean, sd = self.means.astype(float), self.noise / np.sqrt(self.runs)
+        mean[self.alike], sd[self.alike] = found.mean, found.sd
+        best = int(mean.argmax())
+        gap_sd = np.hypot(sd, sd[best])
+        gap_sd[self.alike] = found.gap_sd
+        return Posterior(mean, sd, mean - mean[best], gap_sd)
 
     def expecting(self, pending: Iterable[TrialConfig]) -> _Field:
         """As if runs that are not over yet had come to what is expected of them."""
@@ -179,11 +191,12 @@ class _Field:
 
 
 def standings(records: Iterable[TrialRecord], *, metric: str, pictures: int) -> list[Standing]:
-    """Every configuration of the field by its posterior mean, best first; `pictures` are those of val."""
+    """Every configuration by its posterior mean, best first; `pictures` are those of val."""
     field = _Field.of(runs_of(records), metric, pictures)
     if field is None:
         return []
-    found, chances = field.posterior, field.posterior.chances
+    found = field.posterior
+    chances = found.chances
     sign = 1 if METRICS[metric].mode == "max" else -1
     return [
         Standing(

@@ -293,11 +293,11 @@ def _again(study: Study, chosen: TrialRecord, epochs: int) -> list[TrialRecord]:
 def _announced(chosen: TrialRecord, missing: int, done: int, epochs: int) -> str:
     """What retraining is about to do, in words."""
     name = f"{chosen.config.title} ({chosen.trial_id})"
-    there = f" ({done} are there)" if done else ""
     if missing:
-        return f"Retraining {name} with {missing} new seeds{there}, {epochs} epochs each."
+        there = f", {done} more are there" if done else ""
+        return f"Retraining {name}, new seeds: {missing}{there}; {epochs} epochs each."
     if done:
-        return f"Retraining {name} is left out: runs with {done} new seeds are there."
+        return f"Retraining {name} is left out, new seeds that are there: {done}."
     return "Retraining is left out: the time that is left does not hold one run of it."
 
 
