@@ -179,13 +179,15 @@ def test_the_page_says_which_configurations_cannot_be_told_apart(study: Study) -
 
 def test_the_page_shows_what_became_of_the_stopped_trials_that_were_finished(study: Study) -> None:
     stopped = [r for r in study.records() if r.status is Status.STOPPED][:2]
-    done = {r.trial_id: replace(r, value=v, seconds=16.0) for r, v in zip(stopped, (0.3, 1.0), strict=True)}
+    done = {
+        r.trial_id: replace(r, value=v, curve=2 * r.curve) for r, v in zip(stopped, (0.3, 1.0), strict=True)
+    }
     board = study.leaderboard()
     write_json(study.stops_file, audited(stopped, done, board, metric="accuracy", stopped=14))
     page = render(study)
     rows = cells(page, "stops")
     assert [row[-1] for row in rows[1:]] == ["right", "wrong"]
-    assert rows[2][4:7] == ["100.0 %", f"{100 * (1 - board[0].value):+.1f}", "10"]
+    assert rows[2][4:7] == ["100.0 %", f"{100 * (1 - board[0].value):+.1f}", "6"]
     assert "2 of them finished: 1 better than the best of the search (wrong stops; 95 %" in page
 
 

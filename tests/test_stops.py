@@ -15,7 +15,7 @@ import pytest
 
 from carmodels.data import Splits
 from carmodels.models import Weights
-from carmodels.space import TrialConfig
+from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord, read_json
 from carmodels.training import fit
 from tune.stops import at_rungs, audited, drawn, judge, sentence
@@ -37,7 +37,8 @@ BOARD = [record(n, value, Status.FINISHED) for n, value in enumerate(VALUES, sta
 
 
 def finished(value: float, number: int = 1) -> TrialRecord:
-    return replace(record(number, value, Status.FINISHED, "ran its 8 epochs"), stage="audit")
+    curve = tuple(EpochMetrics(n, 1.0, 1.0, value, value, float(n)) for n in range(1, 9))  # n seconds
+    return replace(record(number, value, Status.FINISHED, "ran its 8 epochs"), stage="audit", curve=curve)
 
 
 def test_only_what_the_scheduler_stopped_in_the_search_is_drawn_from() -> None:
@@ -70,7 +71,7 @@ def test_a_stop_is_wrong_where_the_trial_would_have_been_the_best(
     found = judge(STOPPED[0], finished(value), BOARD, "accuracy")
     assert found is not None
     assert (found.verdict, found.over_best) == (verdict, pytest.approx(over_best))
-    assert found.seconds_saved == 18.0
+    assert found.seconds_saved == 3 + 4 + 5 + 6 + 7 + 8
     assert (found.epochs_run, found.epochs, found.stopped_at, found.value) == (2, 8, 0.5, value)
 
 
@@ -87,12 +88,12 @@ def test_an_audit_counts_its_verdicts_and_says_how_sure_they_are() -> None:
     done = {f.trial_id: f for f in (finished(0.95, 1), finished(0.85, 2), finished(0.6, 3))}
     results = audited(chosen, done, BOARD, metric="accuracy", stopped=12)
     assert [row["verdict"] for row in results["trials"]] == ["wrong", "debatable", "right"]
-    assert (results["drawn"], results["finished"], results["seconds_saved"]) == (4, 3, 54.0)
+    assert (results["drawn"], results["finished"], results["seconds_saved"]) == (4, 3, 99.0)
     assert results["wrong_share"]["value"] == pytest.approx(1 / 3)
     assert sentence(results) == (
         "Of 12 trials stopped at a rung 4 were drawn at random and 3 of them finished: 1 better than the "
         "best of the search (wrong stops; 95 % interval 6 to 79 %), 1 more above the median of the "
-        "finished ones (debatable). Stopping them saved 54 s of training."
+        "finished ones (debatable). Stopping them saved 99 s of training."
     )
 
 

@@ -66,7 +66,7 @@ def judge(
         stopped_at=stopped.value,
         value=finished.value,
         over_best=over_best,
-        seconds_saved=max(0.0, finished.seconds - stopped.seconds),
+        seconds_saved=sum(e.seconds for e in finished.curve[stopped.epochs_run :]),
         verdict=WRONG if over_best > 0 else DEBATABLE if over_median > 0 else RIGHT,
     )
 
