@@ -52,7 +52,7 @@ class TrialConfig:
     def __post_init__(self) -> None:
         for name, known in _ROWS.items():
             _check_member(name, getattr(self, name), known)
-        for name, (low, high) in _BOUNDS.items():
+        for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
             kinds = int if _TYPES[name] == "int" else int | float
             if not isinstance(value, kinds) or not low <= value <= high:
@@ -106,7 +106,7 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "optimizer": OPTIMIZERS,
     "metric": METRIC_NAMES,
 }
-_BOUNDS: dict[str, tuple[float, float]] = {
+BOUNDS: dict[str, tuple[float, float]] = {
     "image_size": (16, 2048),
     "epochs": (1, 10_000),
     "head_depth": (0, 3),
