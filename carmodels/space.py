@@ -159,6 +159,15 @@ class Space:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     trials: int | None = None  # configurations of a search without --data, --trials and --hours
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Space:
+        """The space that study.json describes; ValueError where this version knows none like it."""
+        try:
+            dimensions = {name: _dimension(found) for name, found in values["dimensions"].items()}
+            return cls(dimensions, dict(values["fixed"]))._checked("the space of study.json")
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"the space of study.json: {error!r}") from error
+
     @property
     def backbones(self) -> tuple[str, ...]:
         """The backbones a trial can draw."""
@@ -210,32 +219,41 @@ class Space:
         else:
             options = tuple(_parse(name, part) for part in written.split(","))
             if len(options) == 1:
-                return replace(self, dimensions=others, fixed={**fixed, name: options[0]})._checked(text)
+                return replace(self, dimensions=others, fixed={**fixed, name: options[0]})._checked(
+                    f"--set {text}"
+                )
             new = Choice(options, old.when if old else None)
         dimensions = {n: new if n == name else d for n, d in self.dimensions.items()} | {name: new}
-        return replace(self, dimensions=dimensions, fixed=fixed)._checked(text)
+        return replace(self, dimensions=dimensions, fixed=fixed)._checked(f"--set {text}")
 
-    def _checked(self, text: str) -> Space:
-        """Itself, once every value makes a configuration; ValueError otherwise."""
+    def _checked(self, source: str) -> Space:
+        """Itself, once every value makes a configuration; ValueError naming its source otherwise."""
         for name, dimension in self.dimensions.items():
             values = dimension.options if isinstance(dimension, Choice) else (dimension.low, dimension.high)
             for value in values:
                 if name != "image_size":
-                    _try_value(self, name, value, text)
+                    _try_value(self, name, value, source)
         for size in self.image_sizes:
             for backbone in self.backbones:
                 _try_value(
-                    replace(self, fixed={**self.fixed, "backbone": backbone}), "image_size", size, text
+                    replace(self, fixed={**self.fixed, "backbone": backbone}), "image_size", size, source
                 )
         return self
 
 
-def _try_value(space: Space, name: str, value: Any, text: str) -> None:
+def _dimension(values: Mapping[str, Any]) -> Dimension:
+    when = (values["when"][0], tuple(values["when"][1])) if values["when"] else None
+    if values["kind"] == "Choice":
+        return Choice(tuple(values["options"]), when)
+    return Range(values["low"], values["high"], values["log"], when)
+
+
+def _try_value(space: Space, name: str, value: Any, source: str) -> None:
     start = {"backbone": space.backbones[0], "image_size": 224, "epochs": 1}
     try:
         TrialConfig.from_dict({**start, **space.fixed, name: value})
     except ValueError as error:
-        raise ValueError(f"--set {text}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None
 
 
 _OWNED = ("seed", "data", "split", "fold", "metric")  # set by the search itself

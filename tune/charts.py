@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import altair as alt
@@ -12,6 +13,7 @@ import pandas as pd
 from carmodels.predictions import METRICS
 from carmodels.space import Choice, EpochMetrics, Space
 from carmodels.study import Status, TrialRecord
+from tune.dimensions import Importance
 
 Chart = dict[str, Any]  # a Vega-Lite specification
 
@@ -203,19 +205,24 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def importance(shares: Mapping[str, float]) -> Chart:
-    """How much of the differences between trials each hyperparameter accounts for."""
-    frame = pd.DataFrame([{"hyperparameter": k, "importance": v} for k, v in shares.items()])
-    chart = (
-        alt.Chart(frame)
-        .mark_bar(color=_COLOURS[0])
-        .encode(
-            x=alt.X("importance:Q"),
-            y=alt.Y("hyperparameter:N", sort="-x", title=None),
-            tooltip=["hyperparameter:N", alt.Tooltip("importance:Q", format=".3f")],
-        )
+def importance(found: Sequence[Importance]) -> Chart:
+    """A bar a dimension, pale where chance comes to as much; a tick where that is."""
+    rows = [{"dimension": i.name, **asdict(i), "matters": i.matters} for i in found]
+    base = alt.Chart(pd.DataFrame(rows)).encode(
+        y=alt.Y("dimension:N", sort=[i.name for i in found], title=None),
+        tooltip=[
+            "dimension:N",
+            alt.Tooltip("share:Q", format=".1%"),
+            alt.Tooltip("chance:Q", format=".1%"),
+            alt.Tooltip("drawn:Q", title="trials"),
+        ],
     )
-    return _spec(chart.properties(width="container", height=26 * len(frame)))
+    bars = base.mark_bar(color=_COLOURS[0]).encode(
+        x=alt.X("share:Q", title="share of what sets the best third apart", axis=alt.Axis(format="%")),
+        opacity=alt.condition("datum.matters", alt.value(1.0), alt.value(0.35)),
+    )
+    ticks = base.mark_tick(color=_COLOURS[1], thickness=3).encode(x="chance:Q")
+    return _spec((bars + ticks).properties(width="container", height=26 * len(rows)))
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> Chart:

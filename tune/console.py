@@ -14,7 +14,7 @@ from rich.table import Table
 
 from carmodels.predictions import METRICS
 from carmodels.study import Status, Study, TrialRecord, read_json
-from tune import stops
+from tune import dimensions, stops
 from tune.confirm import Standing, judged, leading, sentence
 from tune.stages import Clock
 from tune.trials import Recorder, Watch
@@ -143,6 +143,19 @@ class Screen:
         if results["trials"]:
             self._wide(table)
         self.say(stops.sentence(results))
+
+    def dimensions(self, study: Study) -> None:
+        """Which dimensions mattered, and which option goes beyond an end that the best trials lie at."""
+        space = dimensions.space_of(study.facts)
+        if space is None:
+            return
+        records = study.records()
+        found = dimensions.importances(records, space, study.metric)
+        self.say(found.sentence)
+        if found.dimensions:
+            self.say(f"  {dimensions.CAVEAT}")
+        for edge in dimensions.edges(records, space, study.metric):
+            self.say(f"At the edge: {edge}; another study looks further with {edge.option}", "yellow")
 
     def _wide(self, table: Table) -> None:
         Console(width=max(self.console.width, 150), highlight=False, markup=False).print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,6 +45,11 @@ class Importance:
         """Whether it is more than chance."""
         return self.share > self.chance
 
+    @property
+    def note(self) -> str:
+        """By which trials it is judged, where those are not all."""
+        return f"{self.condition}, {self.drawn} trials" if self.condition else ""
+
 
 @dataclass(frozen=True)
 class Importances:
@@ -54,9 +59,16 @@ class Importances:
     dimensions: tuple[Importance, ...]
 
     @property
-    def too_few(self) -> str:
-        """Why nothing is said, in a sentence; empty where something is."""
-        return "" if self.dimensions else f"{self.trials} trials are too few to say; it takes {FEWEST}."
+    def sentence(self) -> str:
+        """What mattered, most first, and what may not have."""
+        if not self.dimensions:
+            return f"What mattered: {self.trials} trials are too few to say; it takes {FEWEST}."
+        yes = (
+            f"{i.name} {i.share:.0%}{f' ({i.note})' if i.note else ''}" for i in self.dimensions if i.matters
+        )
+        no = ", ".join(i.name for i in self.dimensions if not i.matters)
+        text = f"What mattered, by {self.trials} trials: {', '.join(yes) or 'nothing for certain'}."
+        return f"{text} No more than chance: {no}." if no else text
 
 
 @dataclass(frozen=True)
@@ -71,11 +83,20 @@ class Edge:
     option: str  # of tune/search.py
 
     def __str__(self) -> str:
+        """Where the best trials lie, in words."""
         count = len(self.values)
-        who = f"{count} of the best {self.of} trials are" if count > 1 else "the best trial is"
-        shown = ", ".join(dict.fromkeys(f"{v:.3g}" for v in self.values))
-        where = f"{'top' if self.top else 'bottom'} of {self.ends[0]:g} to {self.ends[1]:g}"
-        return f"{self.name}: {who} at the {where} ({shown}); look further with {self.option}"
+        who = f"{count} of the best {self.of} trials lie" if count > 1 else "the best trial lies"
+        end = f"{'top' if self.top else 'bottom'} of {self.ends[0]:g} to {self.ends[1]:g}"
+        shown = ", ".join(f"{value:.4g}" for value in dict.fromkeys(self.values))
+        return f"{self.name}: {who} at the {end} ({shown})"
+
+
+def space_of(facts: Mapping[str, Any]) -> Space | None:
+    """The space of a study; None where another version of the project wrote what this one does not know."""
+    try:
+        return Space.from_dict(facts["space"])
+    except (KeyError, ValueError):
+        return None
 
 
 def importances(records: Sequence[TrialRecord], space: Space, metric: str) -> Importances:
@@ -131,12 +152,14 @@ def _ranked(records: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
 
 def _divergences(study: optuna.Study, order: np.ndarray) -> dict[str, float]:
     """By dimension, with the study's trials ranked by `order`."""
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=1 / 3)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # that low targets are the best ones, and that few trials drew something
-        return evaluator.evaluate(study, target=lambda trial: float(order[trial.number]))
+        warnings.simplefilter("ignore")  # that low targets are good, that few drew a dimension, experimental
+        return optuna.importance.get_param_importances(
+            study,
+            evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=1 / 3),
+            target=lambda trial: float(order[trial.number]),
+            normalize=False,
+        )
 
 
 def _condition(dimension: Dimension, space: Space) -> str:
@@ -177,7 +200,7 @@ def _edge(name: str, dimension: Dimension, space: Space, values: list[Any], top:
     there = [v is not None and (v >= bar if top else v <= bar) for v in values]
     drawn = sum(v is not None for v in values)
     first = isinstance(dimension, Range) and any(there[:1])
-    if not first and binom.sf(sum(there) - 1, drawn, chance) >= SELDOM:
+    if not first and (sum(there) < 2 or binom.sf(sum(there) - 1, drawn, chance) >= SELDOM):
         return None
     option = _wider(name, dimension, space, top)
     at_edge = tuple(v for v, is_there in zip(values, there, strict=True) if is_there)

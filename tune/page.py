@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-import optuna
 import vl_convert
 
 from carmodels.files import write_whole
-from carmodels.predictions import METRICS, with_temperature
-from carmodels.space import Choice, Dimension, Range, Space
+from carmodels.predictions import with_temperature
+from carmodels.space import Space
 from carmodels.study import Status, Study, TrialRecord, read_json
 from tune import charts, stops
 from tune.charts import Chart
 from tune.confirm import described, judged, sentence
-from tune.searcher import learned
+from tune.dimensions import CAVEAT, edges, importances, space_of
 
 MOST_ROWS = 1000  # of the table of trials; the CSV has them all
 BINS = 10  # of confidence, in the picture of calibration
-EDGE = 0.05  # share of a range next to an end that counts as its edge
-FEWEST_FOR_IMPORTANCE = 8  # trials
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,11 @@ def render(study: Study, refresh: int = 0) -> str:
     space, metric = space_of(facts), facts["metric"]
     rows, columns = table(study)
     standings = judged(study)
+    mattered = importances(records, space, metric) if space is not None else None
+    pictures = sections(study, records, space, results)
+    drawn = {section.name: section.chart for section in pictures}
+    if mattered and mattered.dimensions:
+        drawn["importance"] = charts.importance(mattered.dimensions)
     found_stops = read_json(study.stops_file) if study.stops_file.is_file() else None
     return _template().render(
         name=study.folder.name,
@@ -68,8 +69,11 @@ def render(study: Study, refresh: int = 0) -> str:
         hours=sum(r.seconds for r in records) / 3600,
         rows=rows,
         columns=columns,
-        sections=sections(study, records, space, results),
-        edges=edges(study.leaderboard(), space),
+        sections=pictures,
+        charts=drawn,
+        importances=mattered,
+        caveat=CAVEAT,
+        edges=edges(records, space, metric) if space is not None else (),
         standings=described(standings),
         verdict=sentence(standings) if standings else "",
         stops=found_stops,
@@ -120,18 +124,6 @@ def _interval(metric: str, found: Mapping[str, float]) -> str:
     return f"{_score(metric, found['value'])} ({low} to {high})"
 
 
-def space_of(facts: Mapping[str, Any]) -> Space:
-    """The space that study.json describes."""
-    dimensions: dict[str, Dimension] = {}
-    for name, found in facts["space"]["dimensions"].items():
-        when = (found["when"][0], tuple(found["when"][1])) if found["when"] else None
-        if found["kind"] == "Choice":
-            dimensions[name] = Choice(tuple(found["options"]), when)
-        else:
-            dimensions[name] = Range(found["low"], found["high"], found["log"], when)
-    return Space(dimensions, facts["space"]["fixed"])
-
-
 def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> list[tuple[str, str]]:
     """Figures with what they are, the most wanted first."""
     board = study.leaderboard()
@@ -159,7 +151,7 @@ def table(study: Study) -> tuple[list[dict[str, str]], list[str]]:
 
 
 def sections(
-    study: Study, records: Sequence[TrialRecord], space: Space, results: Mapping[str, Any] | None
+    study: Study, records: Sequence[TrialRecord], space: Space | None, results: Mapping[str, Any] | None
 ) -> list[Section]:
     """The pictures that there is something to draw for."""
     metric = study.metric
@@ -186,26 +178,19 @@ def sections(
                 charts.progress(searched, metric),
             ),
             Section(
-                "parallel",
-                "Hyperparameters",
-                "Every trial as a line through its settings, coloured by what it came to.",
-                charts.parallel(searched, space, metric),
-            ),
-            Section(
                 "cost",
                 "Accuracy against cost",
                 "Finished trials; the dashed line joins those that nothing beats in both.",
                 charts.cost(finished, metric),
             ),
         ]
-    if shares := importances(searched, space, metric):
+    if finished and space is not None:
         found.append(
             Section(
-                "importance",
-                "What mattered",
-                "Share of the differences between good and other trials (PED-ANOVA, Watanabe et al., 2023). "
-                "Few trials make it rough.",
-                charts.importance(shares),
+                "parallel",
+                "Hyperparameters",
+                "Every trial as a line through its settings, coloured by what it came to.",
+                charts.parallel(searched, space, metric),
             )
         )
     return found + answers(study, results)
@@ -262,46 +247,3 @@ def reliability(probs: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]
         for k in range(BINS)
         if (places == k).any()
     ]
-
-
-def importances(records: Sequence[TrialRecord], space: Space, metric: str) -> dict[str, float]:
-    """By hyperparameter, largest first; empty where there are too few trials."""
-    study = optuna.create_study(direction="maximize" if METRICS[metric].mode == "max" else "minimize")
-    told = [trial for r in records if (trial := learned(r, space)) is not None]
-    study.add_trials(told)
-    done = [t for t in told if t.state is optuna.trial.TrialState.COMPLETE]
-    if len(done) < FEWEST_FOR_IMPORTANCE or len({t.value for t in done}) < 2:
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PED-ANOVA is marked experimental
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    return {name: float(share) for name, share in found.items()}
-
-
-def edges(board: Sequence[TrialRecord], space: Space) -> list[str]:
-    """Where the best trial lies at an end of what was searched, so that more may lie beyond."""
-    best = next((r for r in board if r.stage == "search" and not r.note), None)
-    if best is None:
-        return []
-    values = asdict(best.config)
-    return [
-        f"{name} = {charts.short(values[name])} is at the {end} end of {ends}"
-        for name, dimension in space.drawn(values).items()
-        for end, ends in [_edge(dimension, values[name], space, name)]
-        if end
-    ]
-
-
-def _edge(dimension: Dimension, value: Any, space: Space, name: str) -> tuple[str, str]:
-    if isinstance(dimension, Choice):
-        numbers = all(isinstance(o, int | float) and not isinstance(o, bool) for o in dimension.options)
-        if not numbers or len(dimension.options) < 3:
-            return "", ""
-        ends = f"{min(dimension.options)} to {max(dimension.options)}"
-        top, bottom = value == max(dimension.options), value == min(dimension.options)
-    else:
-        ends = f"{dimension.low:g} to {dimension.high:g}"
-        place = charts.place(space, name, value)
-        top, bottom = place > 1 - EDGE, place < EDGE
-    return ("upper" if top else "lower" if bottom else ""), ends

@@ -200,6 +200,7 @@ def go(
     last = STAGES.index(options.until)
     results = stages.ensemble(job, clock=clock, say=screen.say) if last >= STAGES.index("ensemble") else None
     screen.table(job.study)
+    screen.dimensions(job.study)
     if results:
         screen.answer(results, job.study)
     if options.until == "report":
