@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -21,7 +22,9 @@ from carmodels.predictions import Predictions
 from carmodels.space import SPACES, EpochMetrics, TrialConfig, suggest
 from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from tune import charts
-from tune.page import edges, reliability, render, space_of, write_report
+from tune.console import Screen
+from tune.dimensions import CAVEAT, UNKNOWN, edges, importances
+from tune.page import reliability, render, write_report
 from tune.search import describe_space
 from tune.stops import audited
 
@@ -220,19 +223,63 @@ def test_a_study_without_an_ensemble_or_a_finished_trial_is_reported_as_far_as_i
         render(study)
 
 
-def test_the_space_comes_back_from_what_study_json_says_of_it() -> None:
-    for space in SPACES.values():
-        written = json.loads(json.dumps({"space": describe_space(space)}))
-        assert space_of(written).dimensions == space.dimensions
+def edged(study: Study) -> list[TrialRecord]:
+    """Adds five trials, the best there are, at the top of the learning rate; returns all records."""
+    first = study.leaderboard()[0]
+    for number in range(5):
+        config = replace(first.config, lr=2e-2, seed=500 + number)
+        study.append(replace(first, trial_id=config.id, config=config, value=0.999 + number / 10_000))
+    return study.records()
 
 
-def test_the_edges_that_the_best_trial_lies_at_are_named() -> None:
-    config = TrialConfig("test_resnet", image_size=96, epochs=8, lr=2e-2, head_depth=1, layer_decay=0.8)
-    board = [TrialRecord(config.id, config, Status.FINISHED, 8, 0.9, 1.0, "")]
-    assert edges(board, SPACE) == [
-        "image_size = 96 is at the upper end of 32 to 96",
-        "lr = 0.02 is at the upper end of 0.0002 to 0.02",
-    ]
+def test_the_page_and_the_console_say_what_mattered_and_which_range_to_widen(
+    study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = edged(study)
+    page = html.unescape(render(study))
+    Screen().dimensions(study)
+    lines = capsys.readouterr().out.splitlines()
+    found = importances(records, SPACE, "accuracy")
+    [edge] = [e for e in edges(records, SPACE, "accuracy") if e.name == "lr"]
+    assert lines[0] == found.sentence
+    assert lines[1].strip() == CAVEAT
+    assert f"At the edge: {edge}; another study looks further with --set lr=0.0002:0.063" in lines
+    assert f"<p>{found.sentence}</p>" in page
+    assert CAVEAT in page
+    assert f"<li>{edge}: <code>--set lr=0.0002:0.063</code></li>" in page
+    [bars, ticks] = drawn(page)["importance"]["layer"]
+    rows = next(iter(drawn(page)["importance"]["datasets"].values()))
+    assert {r["dimension"]: (r["share"], r["chance"]) for r in rows} == {
+        i.name: (i.share, i.chance) for i in found.dimensions
+    }
+    assert (bars["encoding"]["x"]["field"], ticks["encoding"]["x"]["field"]) == ("share", "chance")
+
+
+def test_of_few_trials_the_page_and_the_console_say_that_they_are_too_few(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = made(tmp_path / "few", 12)
+    words = "What mattered: 12 trials are too few to say; it takes 20."
+    Screen().dimensions(study)
+    assert capsys.readouterr().out.splitlines()[0] == words
+    page = render(study)
+    assert f"<p>{words}</p>" in page
+    assert CAVEAT not in page
+    assert "importance" not in drawn(page)
+
+
+@pytest.mark.parametrize("change", [{"space": None}, {"space": {"dimensions": {"colour": {}}}}, {}])
+def test_a_space_that_this_version_does_not_know_is_left_out_of_the_page(
+    study: Study, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {name: value for name, value in study.facts.items() if name != "space"}
+    write_json(study.folder / "study.json", {**facts, **change})
+    page = render(study)
+    assert f"<p>{UNKNOWN}</p>" in page
+    assert "At the edge" not in page
+    assert set(drawn(page)) == {"curves", "progress", "cost", "confusion", "calibration"}
+    Screen().dimensions(study)
+    assert capsys.readouterr().out == f"{UNKNOWN}\n"
 
 
 def test_nothing_beats_what_is_on_the_pareto_front(study: Study) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, fields, replace
 
 import optuna
@@ -9,6 +10,7 @@ import pytest
 
 from carmodels.catalog import BACKBONES
 from carmodels.space import SPACES, Choice, Range, Space, TrialConfig, baseline, suggest
+from tune.search import describe_space
 
 CONFIG = TrialConfig(backbone="lcnet_035", image_size=64, epochs=4)
 
@@ -150,6 +152,27 @@ def test_an_override_replaces_a_range_a_choice_or_a_fixed_value() -> None:
 def test_a_wrong_override_is_refused_with_the_way_out(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         SPACES["cpu"].with_override(text)
+
+
+@pytest.mark.parametrize("preset", SPACES)
+def test_a_space_comes_back_from_what_study_json_says_of_it(preset: str) -> None:
+    space = SPACES[preset]
+    written = json.loads(json.dumps({"space": describe_space(space)}))["space"]
+    assert Space.from_dict(written) == replace(space, trials=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dimensions": {}}, "KeyError"),
+        ({"dimensions": None}, "AttributeError"),
+        ({"fixed": {"epochs": 8, "colour": "red"}}, "configuration key='colour' is not known"),
+        ({"fixed": {"epochs": 0}}, "epochs=0 must be a whole number"),
+    ],
+)
+def test_what_is_no_space_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"the space of study.json: .*{message}"):
+        Space.from_dict({**describe_space(SPACES["demo"]), **change})
 
 
 def test_a_size_that_some_backbone_cannot_take_is_refused_at_once() -> None:

@@ -148,6 +148,7 @@ class Screen:
         """Which dimensions mattered, and which option goes beyond an end that the best trials lie at."""
         space = dimensions.space_of(study.facts)
         if space is None:
+            self.say(dimensions.UNKNOWN)
             return
         records = study.records()
         found = dimensions.importances(records, space, study.metric)

@@ -29,6 +29,8 @@ CAVEAT = (
     "alone; small differences are noise."
 )
 
+UNKNOWN = "What mattered: what was searched cannot be read from study.json by this version of the project."
+
 
 @dataclass(frozen=True)
 class Importance:

@@ -21,7 +21,7 @@ from carmodels.study import Status, Study, TrialRecord, read_json
 from tune import charts, stops
 from tune.charts import Chart
 from tune.confirm import described, judged, sentence
-from tune.dimensions import CAVEAT, edges, importances, space_of
+from tune.dimensions import CAVEAT, UNKNOWN, edges, importances, space_of
 
 MOST_ROWS = 1000  # of the table of trials; the CSV has them all
 BINS = 10  # of confidence, in the picture of calibration
@@ -73,6 +73,7 @@ def render(study: Study, refresh: int = 0) -> str:
         charts=drawn,
         importances=mattered,
         caveat=CAVEAT,
+        unknown=UNKNOWN,
         edges=edges(records, space, metric) if space is not None else (),
         standings=described(standings),
         verdict=sentence(standings) if standings else "",
