@@ -60,7 +60,7 @@ def test_the_dimension_that_decides_is_found(seed: int) -> None:
     assert first.share > 2 * max(other.share for other in others)
     assert sum(i.share for i in found.dimensions) == pytest.approx(1)
     assert {i.name for i in found.dimensions} == set(SPACE.dimensions)
-    assert found.sentence.startswith(f"What mattered, by 50 trials: lr {first.share:.0%}")
+    assert found.sentence.startswith(f"What mattered, by 50 trials: lr {100 * first.share:.0f} %")
     assert "augment" in found.sentence.split("No more than chance: ")[1]
 
 
@@ -92,9 +92,18 @@ def test_a_metric_that_is_to_be_small_gives_the_same_answer() -> None:
 
 @pytest.mark.parametrize("status", [Status.STOPPED, Status.DIVERGED])
 def test_what_did_not_finish_counts_as_worse_whatever_its_value(status: Status) -> None:
+    configs = drawn(40)
     value = None if status is Status.DIVERGED else 0.99
-    records = [ended(c, 0.5 + 0.1 * noise(c)) if c.lr < 1e-3 else ended(c, value, status) for c in drawn(60)]
-    assert importances(records, SPACE, "accuracy").dimensions[0].name == "lr"
+    cut = [ended(c, noise(c)) if c.lr < 4e-3 else ended(c, value, status) for c in configs]
+    worst = [ended(c, noise(c) if c.lr < 4e-3 else -1.0) for c in configs]
+    assert importances(cut, SPACE, "accuracy") == importances(worst, SPACE, "accuracy")
+
+
+def test_of_stopped_trials_the_one_that_got_further_counts_as_better() -> None:
+    configs = drawn(40)
+    stopped = [replace(ended(c, 0.0, Status.STOPPED), epochs_run=round(100 - 10 * off(c))) for c in configs]
+    finished = [ended(c, round(100 - 10 * off(c))) for c in configs]
+    assert importances(stopped, SPACE, "accuracy") == importances(finished, SPACE, "accuracy")
 
 
 def test_failures_reruns_and_the_competitors_recipe_say_nothing_of_the_space() -> None:

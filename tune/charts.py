@@ -221,7 +221,7 @@ def importance(found: Sequence[Importance]) -> Chart:
         x=alt.X("share:Q", title="share of what sets the best third apart", axis=alt.Axis(format="%")),
         opacity=alt.condition("datum.matters", alt.value(1.0), alt.value(0.35)),
     )
-    ticks = base.mark_tick(color=_COLOURS[1], thickness=3).encode(x="chance:Q")
+    ticks = base.mark_tick(color=_COLOURS[1], thickness=3, opacity=1).encode(x="chance:Q")
     return _spec((bars + ticks).properties(width="container", height=26 * len(rows)))
 
 

@@ -66,7 +66,9 @@ class Importances:
         if not self.dimensions:
             return f"What mattered: {self.trials} trials are too few to say; it takes {FEWEST}."
         yes = (
-            f"{i.name} {i.share:.0%}{f' ({i.note})' if i.note else ''}" for i in self.dimensions if i.matters
+            f"{i.name} {100 * i.share:.0f} %{f' ({i.note})' if i.note else ''}"
+            for i in self.dimensions
+            if i.matters
         )
         no = ", ".join(i.name for i in self.dimensions if not i.matters)
         text = f"What mattered, by {self.trials} trials: {', '.join(yes) or 'nothing for certain'}."
@@ -202,7 +204,7 @@ def _edge(name: str, dimension: Dimension, space: Space, values: list[Any], top:
     there = [v is not None and (v >= bar if top else v <= bar) for v in values]
     drawn = sum(v is not None for v in values)
     first = isinstance(dimension, Range) and any(there[:1])
-    if not first and (sum(there) < 2 or binom.sf(sum(there) - 1, drawn, chance) >= SELDOM):
+    if not first and binom.sf(sum(there) - 1, drawn, chance) >= SELDOM:
         return None
     option = _wider(name, dimension, space, top)
     at_edge = tuple(v for v, is_there in zip(values, there, strict=True) if is_there)
