@@ -206,7 +206,7 @@ def short(value: Any) -> str:
 
 
 def importance(found: Sequence[Importance]) -> Chart:
-    """A bar a dimension, pale where chance comes to as much; a tick where that is."""
+    """A bar a dimension, faint where chance comes to as much; a tick where that is."""
     rows = [{"dimension": i.name, **asdict(i), "matters": i.matters} for i in found]
     base = alt.Chart(pd.DataFrame(rows)).encode(
         y=alt.Y("dimension:N", sort=[i.name for i in found], title=None),
