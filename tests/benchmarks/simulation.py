@@ -1,13 +1,13 @@
 """A search in simulated time: real searcher, real scheduler, a surrogate in the place of training.
 
 What happens to a trial is what Ray Tune's controller does: the scheduler is asked about every result, the
-searcher is told of those after which a trial goes on, and of the end of each.
+searcher is told of those after which a trial goes on, and of the end of each. A paused trial keeps no worker,
+and goes on from the epoch it was paused after; checkpoints take no time.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,8 +43,57 @@ class Trial:
 
     trial_id: str
     config: dict[str, Any]
-    status: str = "RUNNING"
+    status: str = "PENDING"
     last_result: dict[str, Any] = field(default_factory=dict)
+    is_saving: bool = False
+    steps: Iterator[float | None] = iter(())  # moments of its reports, None where it is paused
+
+
+@dataclass
+class Controller:
+    """What schedulers ask of Ray's TuneController."""
+
+    searcher: Searcher
+    scheduler: TrialScheduler
+    trials: list[Trial] = field(default_factory=list)
+    drawn_all: bool = False
+
+    @property
+    def search_alg(self) -> SimpleNamespace:
+        return SimpleNamespace(searcher=self.searcher)
+
+    def get_trials(self) -> list[Trial]:
+        return self.trials
+
+    def get_live_trials(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.status != "TERMINATED"]
+
+    def stop_trial(self, trial: Trial) -> None:
+        if trial.status == "RUNNING":
+            self.scheduler.on_trial_complete(self, trial, trial.last_result)
+            self.searcher.on_trial_complete(trial.trial_id, trial.last_result)
+        elif trial.status != "TERMINATED":
+            self.scheduler.on_trial_remove(self, trial)
+            self.searcher.on_trial_complete(trial.trial_id)
+        trial.status = "TERMINATED"
+
+    def next_trial(self) -> Trial | None:
+        """What a free worker runs: the scheduler's choice, once the searcher has drawn if none is pending."""
+        if not self.drawn_all and not self._pending():
+            self._draw()
+        return self.scheduler.choose_trial_to_run(self) or self._pending()
+
+    def _draw(self) -> None:
+        trial_id = f"t{len(self.trials):05d}"
+        values = self.searcher.suggest(trial_id)
+        self.drawn_all = values == Searcher.FINISHED
+        if isinstance(values, dict):
+            trial = Trial(trial_id, values)
+            self.trials.append(trial)
+            self.scheduler.on_trial_add(self, trial)
+
+    def _pending(self) -> Trial | None:
+        return next((trial for trial in self.trials if trial.status == "PENDING"), None)
 
 
 @dataclass
@@ -82,26 +131,19 @@ def simulate(
 ) -> list[Seen]:
     """Every result until `budget` seconds are over, in the order of time."""
     rng = np.random.default_rng(seed)
-    controller = SimpleNamespace(get_live_trials=list, get_trials=list)
+    controller = Controller(searcher, scheduling)
     stored: set[tuple[Any, ...]] = set()  # outputs of frozen backbones, as the store of a search keeps them
-    numbers = itertools.count()
-    queue: list[tuple[float, int, Any]] = []
+    queue: list[tuple[float, str, Trial]] = []
     seen: list[Seen] = []
 
-    def start() -> None:
-        number = next(numbers)
-        trial_id = f"t{number:05d}"
-        values = searcher.suggest(trial_id)
-        if not isinstance(values, dict):
-            return
-        config = TrialConfig.from_dict({**values, **stamp})
-        trial = Trial(trial_id, {**values})
-        scheduling.on_trial_add(controller, trial)
-        steps = run(trial, config)
-        heapq.heappush(queue, (next(steps), number, steps))
+    def proceed(trial: Trial) -> None:
+        """Let a trial run until its next report, unless it is paused or at its end."""
+        if (at := next(trial.steps, None)) is not None:
+            heapq.heappush(queue, (at, trial.trial_id, trial))
 
-    def run(trial: Trial, config: TrialConfig) -> Iterator[float]:
+    def run(trial: Trial) -> Iterator[float | None]:
         """Yields the moments at which the trial reports, and handles each report when it is resumed then."""
+        config = TrialConfig.from_dict({**trial.config, **stamp})
         mean, seconds = surrogate.of(config)
         values = surrogate.sample(mean, rng)
         number, spent = int(trial.trial_id[1:]), 0.0
@@ -126,25 +168,27 @@ def simulate(
                 seen.append(Seen(clock.now, float(values[epoch - 1]), float(mean[epoch - 1]), False, number))
             trial.last_result = result
             decision = scheduling.on_trial_result(controller, trial, result)
-            if last or decision == TrialScheduler.STOP:
-                trial.status = "TERMINATED"
-                scheduling.on_trial_complete(controller, trial, result)
-                searcher.on_trial_complete(trial.trial_id, result)
-                return
+            if decision == TrialScheduler.STOP or (last and decision == TrialScheduler.CONTINUE):
+                break
             searcher.on_trial_result(trial.trial_id, result)
+            if decision == TrialScheduler.PAUSE:
+                trial.status = "PAUSED"
+                yield None
+        controller.stop_trial(trial)
 
     with simulated(clock):
-        for _ in range(workers):
-            start()
-        while queue:
-            clock.now, number, steps = heapq.heappop(queue)
+        while True:
+            while len(queue) < workers and (trial := controller.next_trial()):
+                if trial.status == "PENDING":
+                    trial.steps = run(trial)
+                trial.status = "RUNNING"
+                proceed(trial)
+            if not queue:
+                break
+            clock.now, _, trial = heapq.heappop(queue)
             if clock.now > budget:
                 break
-            again = next(steps, None)
-            if again is None:
-                start()
-            else:
-                heapq.heappush(queue, (again, number, steps))
+            proceed(trial)
     return seen
 
 
