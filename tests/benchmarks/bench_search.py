@@ -23,6 +23,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import numpy as np
 import optuna
 import scipy.stats
+from bohb import INSTALLED, bohb
 from collect_curves import SIZES
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
@@ -65,6 +66,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
+    if not INSTALLED and "HyperBand + BOHB" in options.methods:
+        options.methods.remove("HyperBand + BOHB")
+        print("HyperBand + BOHB is skipped; it needs: pip install hpbandster ConfigSpace")
     curves = Curves.read(options.curves)
     found = errors(curves)
     print("surrogate on unseen configurations: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
@@ -234,12 +238,19 @@ def ours(seed: int, surrogate: Surrogate, space: Space, clock: Clock) -> tuple[S
     return searcher, scheduler
 
 
+def hyperband_bohb(
+    seed: int, surrogate: Surrogate, space: Space, clock: Clock
+) -> tuple[Searcher, TrialScheduler]:
+    return bohb(space, metric=METRIC, epochs=EPOCHS, workers=WORKERS, seed=seed)
+
+
 METHODS: dict[str, Method] = {
     "random": partial(plain, at_random, FIFOScheduler),
     "random + ASHA": partial(plain, at_random, asha),
     "TPE": partial(plain, tpe, FIFOScheduler),
     "TPE + ASHA (tutorial)": partial(plain, tpe, asha),
     "TPE + MedianStopping": partial(plain, tpe, median),
+    "HyperBand + BOHB": hyperband_bohb,
     "ours": ours,
 }
 

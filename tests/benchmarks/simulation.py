@@ -46,7 +46,7 @@ class Trial:
     status: str = "PENDING"
     last_result: dict[str, Any] = field(default_factory=dict)
     is_saving: bool = False
-    steps: Iterator[float | None] = iter(())  # moments of its reports, None where it is paused
+    steps: Iterator[float | None] | None = None  # moments of its reports, None where it is paused
 
 
 @dataclass
@@ -138,6 +138,7 @@ def simulate(
 
     def proceed(trial: Trial) -> None:
         """Let a trial run until its next report, unless it is paused or at its end."""
+        assert trial.steps is not None
         if (at := next(trial.steps, None)) is not None:
             heapq.heappush(queue, (at, trial.trial_id, trial))
 
@@ -179,8 +180,7 @@ def simulate(
     with simulated(clock):
         while True:
             while len(queue) < workers and (trial := controller.next_trial()):
-                if trial.status == "PENDING":
-                    trial.steps = run(trial)
+                trial.steps = trial.steps or run(trial)
                 trial.status = "RUNNING"
                 proceed(trial)
             if not queue:
