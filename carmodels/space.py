@@ -188,6 +188,14 @@ class Space:
             n: d for n, d in self.dimensions.items() if d.when is None or values.get(d.when[0]) in d.when[1]
         }
 
+    def params(self, config: TrialConfig) -> dict[str, Any] | None:
+        """What a draw of this space was that gave a configuration; None where it cannot have drawn it."""
+        values = vars(config)
+        params = {name: values[name] for name in self.drawn(values)}
+        owned = {name: values[name] for name in _OWNED}
+        within = all(_holds(self.dimensions[name], value) for name, value in params.items())
+        return params if within and config == TrialConfig(**{**self.fixed, **params, **owned}) else None
+
     def with_backbones(self, keep: tuple[str, ...]) -> Space:
         """The space with only these backbones, in the catalog's order. Raises ValueError if none is left."""
         options = tuple(b for b in self.backbones if b in keep)
@@ -239,6 +247,12 @@ class Space:
                     replace(self, fixed={**self.fixed, "backbone": backbone}), "image_size", size, source
                 )
         return self
+
+
+def _holds(dimension: Dimension, value: Any) -> bool:
+    if isinstance(dimension, Choice):
+        return value in dimension.options
+    return dimension.low <= value <= dimension.high
 
 
 def _dimension(values: Mapping[str, Any]) -> Dimension:

@@ -49,6 +49,12 @@ def test_a_trial_fits_where_its_whole_schedule_ends_in_time() -> None:
     assert not plan(cost - 5).fits(RECIPE)
 
 
+def test_a_trial_that_would_take_the_time_of_many_does_not_fit() -> None:
+    cost = COSTS.schedule(RECIPE)
+    assert replace(plan(10 * cost), longest=cost + 1).fits(RECIPE)
+    assert not replace(plan(10 * cost), longest=cost - 1).fits(RECIPE)
+
+
 def test_the_recipe_is_first_made_smaller_and_then_shorter_to_cost_its_share() -> None:
     whole, small = COSTS.schedule(RECIPE), COSTS.schedule(replace(RECIPE, image_size=32))
     assert plan(whole / 0.2 + 5).affordable(RECIPE, SPACE.image_sizes, 0.2) == (RECIPE, "")

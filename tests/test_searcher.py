@@ -76,19 +76,6 @@ def test_what_cannot_end_in_time_is_not_drawn_and_the_search_ends_where_nothing_
     assert made(fits=lambda config: False).suggest("0") == Searcher.FINISHED
 
 
-def test_random_draws_help_out_for_one_trial_and_the_sampler_comes_back() -> None:
-    asked: list[TrialConfig] = []
-
-    def fits(config: TrialConfig) -> bool:
-        asked.append(config)
-        return len(asked) > 15
-
-    draws = made(fits=fits)
-    assert draws.suggest("0") != Searcher.FINISHED
-    assert len(asked) == 16
-    assert isinstance(draws._ot_study.sampler, optuna.samplers.TPESampler)
-
-
 def test_optuna_is_told_how_each_trial_ended() -> None:
     draws = made()
     for i in range(4):
@@ -118,6 +105,57 @@ def test_a_restart_leaves_optuna_with_the_recorded_trials_and_none_running(tmp_p
         new.append(TrialConfig.from_dict(drawn))
     assert len(new) == 3
     assert not {c.id for c in new} & {c.id for c in configs[:4]}
+
+
+def test_a_queued_configuration_of_the_space_is_a_trial_of_optunas() -> None:
+    config = TrialConfig.from_dict(made().suggest("0"))
+    draws = made(queue=[config])
+    assert TrialConfig.from_dict(draws.suggest("0")) == config
+    draws.on_trial_complete("0", result(0.4, 1))
+    (trial,) = draws._ot_study.trials
+    assert (trial.state, trial.params["lr"]) == (TrialState.PRUNED, config.lr)
+    assert trial.intermediate_values == {1: 0.4}
+
+
+def ended(number: int, config: TrialConfig) -> TrialRecord:
+    """How trial `number` ends: some are stopped, diverge or fail, the others finish; by rate and size."""
+    status = {3: Status.STOPPED, 5: Status.DIVERGED, 6: Status.FAILED}.get(number % 8, Status.FINISHED)
+    level = config.image_size / 200 + config.lr
+    values = [level * e / 8 for e in range(1, 4 if status is not Status.FINISHED else 9)]
+    if status is Status.DIVERGED:
+        values[-1] = 0.0
+    curve = tuple(EpochMetrics(e, 1.0, 1.0, v, v, 1.0) for e, v in enumerate(values, 1))
+    value = max(values) if status is Status.FINISHED else None
+    return TrialRecord(config.id, config, status, len(curve), value, 3.0, "", curve=curve)
+
+
+def end(draws: Draws, trial_id: str, record: TrialRecord) -> None:
+    """Tell a searcher what Ray would."""
+    *before, last = record.curve
+    for epoch in before:
+        draws.on_trial_result(trial_id, result(epoch.value, epoch.epoch))
+    final = result(last.value, last.epoch)
+    if record.status in (Status.FINISHED, Status.DIVERGED):
+        final |= {"status": str(record.status), "best_value": record.value or last.value}
+    failed = record.status is Status.FAILED
+    draws.on_trial_complete(trial_id, None if failed else final, error=failed)
+
+
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_an_interrupted_search_draws_what_it_would_have_drawn(after: int) -> None:
+    """Two trials run at a time; those that run when it is interrupted are run again from their start."""
+    whole, known = made(), []
+    running = {i: TrialConfig.from_dict(whole.suggest(str(i))) for i in range(2)}
+    for number in range(after):
+        done = number if number % 2 else max(running)  # they do not end in the order they began in
+        done = done if done in running else min(running)
+        known.append(ended(done, running.pop(done)))
+        end(whole, str(done), known[-1])
+        running[number + 2] = TrialConfig.from_dict(whole.suggest(str(number + 2)))
+    resumed = made(known=known, queue=list(running.values()))
+    again = [TrialConfig.from_dict(resumed.suggest(f"r{i}")) for i in range(4)]
+    assert again[:2] == list(running.values())
+    assert again[2:] == [TrialConfig.from_dict(whole.suggest(str(after + 2 + i))) for i in range(2)]
 
 
 def test_equal_records_give_equal_draws() -> None:

@@ -44,11 +44,13 @@ class Fixed:
 
 
 @pytest.fixture
-def simulation() -> Iterator[Any]:
+def simulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """With trials that take no time besides their epochs."""
     folder = str(Path(__file__).with_name("benchmarks"))
     sys.path.insert(0, folder)
     import simulation
 
+    monkeypatch.setattr(simulation, "START", 0.0)
     yield simulation
     sys.path.remove(folder)
 
@@ -84,6 +86,12 @@ def test_two_workers_take_turns_as_they_are_free(simulation: Any) -> None:
     assert [s.at for s in seen] == sorted(s.at for s in seen)
     assert len(seen) == 12
     assert all(s.value == s.mean for s in seen)
+
+
+def test_each_trial_takes_time_to_start(simulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "START", 0.5)
+    seen = run(simulation, [changed(seed=i) for i in range(2)], FIFOScheduler(), workers=1)
+    assert [s.at for s in seen] == [1.5, 2.5, 3.5, 4.5, 6.0, 7.0, 8.0, 9.0]
 
 
 def test_nothing_is_seen_after_the_budget(simulation: Any) -> None:

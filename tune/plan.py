@@ -29,6 +29,7 @@ from tune.trials import Job, as_task
 
 _VERSION = 2  # of what a file of costs holds
 _PARTS = ("seconds", "bytes", "compiled")
+TRIAL_SHARE = 0.2  # of the time for searching that one trial may take on its worker
 _SAMPLE = 300  # random configurations over which a plan averages
 
 
@@ -40,6 +41,7 @@ class Plan:
     end: float  # time.time()
     workers: int  # cores or whole GPUs that train at a time
     gpu_bytes: float = 0.0  # memory of a GPU that trials share as their need is; 0: none is shared so
+    longest: float = math.inf  # seconds that a trial may take
 
     @property
     def core_seconds(self) -> float:
@@ -47,11 +49,12 @@ class Plan:
         return max(0.0, self.end - time.time()) * self.workers
 
     def fits(self, config: TrialConfig) -> bool:
-        """Whether the whole schedule of a trial that starts now ends in time, in its share of a GPU."""
+        """Whether the whole schedule of a trial that starts now ends in time and leaves time for others."""
         if self.costs is None:
             return True
         share = self.costs.gpu_share(config, self.gpu_bytes) if self.gpu_bytes else 1.0
-        return time.time() + self.costs.schedule(config) / share <= self.end
+        seconds = self.costs.schedule(config) / share
+        return seconds <= self.longest and time.time() + seconds <= self.end
 
     def affordable(self, wanted: TrialConfig, sizes: Iterable[int], share: float) -> tuple[TrialConfig, str]:
         """The configuration for at most this share of the search: smaller, then for fewer epochs, if need be.
@@ -106,7 +109,10 @@ def make_plan(job: Job, space: Space, end: float) -> Plan:
         for b in space.backbones
     }
     gpu_bytes = ray.get(as_task(_gpu_bytes, job.workers).remote()) if job.workers.packed else 0.0
-    return Plan(_costs(job, configs), end, job.workers.count, gpu_bytes)
+    costs = _costs(job, configs)
+    cheapest = min(costs.schedule(config) for of_one in configs.values() for config in of_one)
+    longest = max(TRIAL_SHARE * (end - time.time()), cheapest)
+    return Plan(costs, end, job.workers.count, gpu_bytes, longest)
 
 
 @dataclass(frozen=True)

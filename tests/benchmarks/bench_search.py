@@ -39,7 +39,6 @@ from simulation import Clock, Seen, simulate
 from surrogate import BACKBONES, Curves, Surrogate, errors
 
 from carmodels.space import SPACES, Space, TrialConfig, suggest
-from tune.costs import Costs
 from tune.plan import Plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws
@@ -206,17 +205,6 @@ def at_random(seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-class _Known(Costs):
-    """What an epoch costs, from the surrogate."""
-
-    def __init__(self, surrogate: Surrogate) -> None:
-        super().__init__({}, 0, 0)
-        object.__setattr__(self, "_surrogate", surrogate)
-
-    def epoch(self, config: TrialConfig, number: int) -> float:
-        return float(self._surrogate.of(config)[1][number - 1])  # type: ignore[attr-defined]
-
-
 def ours(seed: int, surrogate: Surrogate, space: Space, clock: Clock) -> tuple[Searcher, TrialScheduler]:
     """The searcher and the scheduler of a search, as `stages.search` makes them."""
     searcher = Draws(
@@ -226,7 +214,7 @@ def ours(seed: int, surrogate: Surrogate, space: Space, clock: Clock) -> tuple[S
         mode="max",
         seed=seed,
         limit=None,
-        fits=Plan(_Known(surrogate), BUDGET, WORKERS).fits,
+        fits=Plan(surrogate.curves.costs(), BUDGET, WORKERS).fits,
     )
     scheduler = Scheduler(
         metric=METRIC,

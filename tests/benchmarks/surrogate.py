@@ -18,7 +18,9 @@ from sklearn.model_selection import KFold
 from carmodels.catalog import UNFREEZE
 from carmodels.models import open_groups
 from carmodels.space import TrialConfig
+from tune.costs import FORWARD_SHARE, Costs
 
+TRAIN, VAL = 1383, 297  # pictures that the curves were trained and validated on
 GROUPS = 16  # about as many layer groups as a backbone has
 
 
@@ -64,6 +66,17 @@ class Curves:
             accuracy={k: v for k, v in self.accuracy.items() if k[0] in kept},
             seconds={k: v for k, v in self.seconds.items() if k[0] in kept},
         )
+
+    def costs(self) -> Costs:
+        """What a search would have measured of its hardware: the median of full epochs, for each picture."""
+        pictures = TRAIN + FORWARD_SHARE * VAL
+        full: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for (number, _), seconds in self.seconds.items():
+            config = self.configs[number]
+            if config.unfreeze == "full":
+                full[config.backbone][config.image_size].append(float(np.median(seconds)) / pictures)
+        found = {b: {size: float(np.median(s)) for size, s in sizes.items()} for b, sizes in full.items()}
+        return Costs(found, TRAIN, VAL)
 
     def halves(self) -> tuple[Curves, Curves]:
         """Two disjoint halves, drawn at random: alternate points of a Sobol sequence differ in kind."""

@@ -1,0 +1,75 @@
+"""Places lie in [0, 1] for every configuration of every preset, and good practice is expected to be good."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import optuna
+import pytest
+
+from carmodels.space import SPACES, Choice, Range, Space, TrialConfig, suggest
+from tune.coordinates import Coordinates, place, value_at
+
+CPU = SPACES["cpu"]
+GOOD = TrialConfig("efficientnet_b0", image_size=192, epochs=8, unfreeze="full", lr=6e-3, layer_decay=0.8)
+
+
+def expected(config: TrialConfig, space: Space = CPU) -> float:
+    coordinates = Coordinates(space)
+    return float(coordinates.trends(coordinates.of(config)[None]).sum())
+
+
+@pytest.mark.parametrize("preset", list(SPACES))
+def test_every_draw_has_a_place(preset: str) -> None:
+    space = SPACES[preset]
+    coordinates = Coordinates(space)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    x = np.array([coordinates.of(TrialConfig(**suggest(study.ask(), space))) for _ in range(300)])
+    assert x.shape[1] == len(coordinates.categorical) == len(coordinates.longer)
+    ordered = x[:, ~coordinates.categorical]
+    assert ordered.min() >= 0
+    assert ordered.max() <= 1
+    assert (ordered.std(0) > 0.1).all()
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        {"backbone": "mobilenetv2_035"},
+        {"image_size": 64},
+        {"unfreeze": "frozen"},
+        {"unfreeze": "gradual"},
+        {"lr": 2e-2, "layer_decay": 1.0},
+        {"lr": 3e-4, "layer_decay": 0.35},
+    ],
+)
+def test_what_is_expected_to_be_worse(worse: dict[str, object]) -> None:
+    assert expected(replace(GOOD, **worse)) < expected(GOOD) - 0.1  # type: ignore[arg-type]
+
+
+def test_what_seldom_matters_is_expected_to_matter_little() -> None:
+    coordinates = Coordinates(CPU)
+    names = [*CPU.dimensions, "size", "learning", "rate"]
+    longer = {n for n, more in zip(names, coordinates.longer, strict=True) if more}
+    assert longer == {"head_depth", "dropout", "augment", "label_smoothing"}
+
+
+def test_a_space_without_a_choice_of_backbone_or_rate_has_them_in_the_middle() -> None:
+    space = Space({"dropout": Range(0.0, 0.5)}, {"backbone": "lcnet_050", "image_size": 64, "epochs": 2})
+    x = Coordinates(space).of(TrialConfig("lcnet_050", image_size=64, epochs=2, head_depth=1, dropout=0.5))
+    assert x.tolist() == [1.0, 0.5, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_a_place_and_its_value_are_each_others_inverse(log: bool) -> None:
+    dimension = Range(1e-3, 1.0, log=log)
+    for share in (0.0, 0.3, 1.0):
+        assert place(dimension, value_at(dimension, share)) == pytest.approx(share, abs=1e-3)
+
+
+def test_options_have_an_order_where_they_are_numbers() -> None:
+    assert [place(Choice((64, 128, 256)), v) for v in (64, 128, 256)] == pytest.approx([0, 0.5, 1])
+    assert [place(Choice((0.0, 0.1)), v) for v in (0.0, 0.1)] == [0, 1]
+    assert [place(Choice(("a", "b", "c")), v) for v in "abc"] == [0, 1, 2]
+    assert [place(Choice((False, True)), v) for v in (False, True)] == [0, 1]

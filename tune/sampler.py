@@ -1,0 +1,268 @@
+"""An Optuna sampler for fine-tuning: a Gaussian process over learning curves, its prior from experience."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+import scipy.stats
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from carmodels.space import Choice, Dimension, Space, TrialConfig
+from tune.coordinates import Coordinates, place, value_at
+from tune.process import Points, Posterior, Process
+
+_RANDOM, _NEAR = 600, 400  # candidates from anywhere, and near the best that were seen
+_BEST, _ROUNDS, _NEIGHBOURS = 5, 2, 30  # then neighbours of the best candidates, in rounds
+_CHANGED, _STEP = 0.25, 0.12  # a neighbour's share of new values, and the standard deviation of a step
+_FIRST_FIT, _FIT_AGAIN, _FIT_RUNS = 4, 1.15, 150  # ended runs at the first fit, growth to the next, at most
+_CUT = 3.0  # values further below the median than so many times the best is above it count as that
+
+
+class CurveSampler(optuna.samplers.BaseSampler):
+    """Draws the configuration with the largest expected improvement at the end of its schedule.
+
+    What trials have reported, in all states, is modelled by `Process`: a curve that was cut off says
+    something of its end, and more of its epochs than its end (freeze-thaw, Swersky et al., 2014). The prior
+    mean is that of `Coordinates`. Trials that run count as what is expected of them (Ginsbourger et al.,
+    2010). The draw depends on the seed and on the trials alone, so a resumed search goes on as it would have.
+    """
+
+    def __init__(
+        self, space: Space, *, seed: int, accepts: Callable[[TrialConfig], bool] = lambda config: True
+    ) -> None:
+        self._space = space
+        self._seed = seed
+        self._accepts = accepts
+        self._coordinates = Coordinates(space)
+        self._process = Process(
+            self._coordinates.categorical, self._coordinates.longer, self._coordinates.trends
+        )
+        self._fitted_to = 0  # ended runs
+        self._fallback = optuna.samplers.RandomSampler(seed=seed)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """All dimensions; those whose condition does not hold are never asked for."""
+        return {name: distribution(d) for name, d in self._space.dimensions.items()}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The values of the best configuration that is accepted; none where none of the candidates is."""
+        if "fixed_params" in trial.system_attrs:  # enqueued: nothing to choose
+            return {}
+        rng = np.random.default_rng([self._seed, trial.number])
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        runs = self._runs(others, maximise=study.direction is optuna.study.StudyDirection.MAXIMIZE)
+        chosen = self._improving(runs, rng)
+        if chosen is None:
+            return {}
+        return {name: getattr(chosen, name) for name in self._space.drawn(vars(chosen))}
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """A value at random, where no candidate was accepted."""
+        return self._fallback.sample_independent(study, trial, param_name, param_distribution)
+
+    # ---- what was seen
+
+    def _runs(self, trials: Iterable[FrozenTrial], *, maximise: bool) -> list[_Run]:
+        """The trials with their curves upwards; ended ones first, in the order in which they ended."""
+        sign = 1.0 if maximise else -1.0
+        runs = []
+        for trial in sorted(trials, key=_order):
+            if set(trial.params) >= set(self._space.drawn({**self._space.fixed, **trial.params})):
+                config = TrialConfig.from_dict({**self._space.fixed, **trial.params})
+                ended, failed = trial.state.is_finished(), _failed(trial)
+                curve = {} if failed else _curve(trial.intermediate_values, config.epochs, sign)
+                runs.append(_Run(config, self._coordinates.of(config), curve, ended, failed))
+        return runs
+
+    def _model(self, runs: Sequence[_Run]) -> Posterior:
+        """What the runs tell of all configurations. Hyperparameters are fitted anew from time to time."""
+        told = [run for run in runs if run.curve]
+        due = _fit_at(sum(run.ended for run in told))
+        if due and due != self._fitted_to:
+            self._process.fit(*self._points(told[:due][:: math.ceil(due / _FIT_RUNS)]))
+            self._fitted_to = due
+        points, values = self._points(told)
+        model = self._process.condition(points, values)
+        running = np.array([run.x for run in runs if not run.ended])
+        if not len(running):
+            return model
+        expected = Points.at_the_end(running)
+        guessed, _ = model.predict(expected)
+        return self._process.condition(points + expected, np.concatenate([values, guessed]))
+
+    def _points(self, runs: Sequence[_Run]) -> tuple[Points, np.ndarray]:
+        """Every value of the runs: (N,) points, and (N,) values of variance 1 at the level expected of them.
+
+        Values further below the median than `_CUT` times the best is above it are cut to that.
+        """
+        rows = [(run.x, share, i, value) for i, run in enumerate(runs) for share, value in run.curve.items()]
+        x = np.array([row[0] for row in rows]).reshape(len(rows), len(self._coordinates.categorical))
+        time, number, values = np.array([row[1:] for row in rows]).reshape(len(rows), 3).T
+        points = Points(x, time, number)
+        if not rows:
+            return points, values
+        middle = np.median(values)
+        cut = np.maximum(values, middle - _CUT * max(values.max() - middle, 1e-9))
+        scaled = (cut - cut.mean()) / max(cut.std(), 1e-9)
+        return points, scaled + self._process.expected(points).mean()
+
+    def _chance(self, runs: Sequence[_Run]) -> Callable[[np.ndarray], np.ndarray]:
+        """(N, D) -> (N,) log of the probability that a configuration does not fail, by how the others ended.
+
+        A process of its own, 0 where a run went well and -2 where it failed (constrained optimisation,
+        Gelbart et al., 2014). Were a failure a bad value instead, all that fails at first would make
+        everything look bad, and what was expected to be best least so.
+        """
+        ended = [run for run in runs if run.ended]
+        if not any(run.failed for run in ended):
+            return lambda x: np.zeros(len(x))
+        process = Process(self._coordinates.categorical, self._coordinates.longer)
+        points = Points.at_the_end(np.array([run.x for run in ended]))
+        values = np.array([-2.0 * run.failed for run in ended])
+        process.fit(points, values)
+        posterior = process.condition(points, values)
+
+        def chance(x: np.ndarray) -> np.ndarray:
+            mean, deviation = posterior.predict(Points.at_the_end(x))
+            return scipy.stats.norm.logcdf((mean + 1) / deviation)
+
+        return chance
+
+    # ---- what comes next
+
+    def _improving(self, runs: Sequence[_Run], rng: np.random.Generator) -> TrialConfig | None:
+        """The accepted candidate with the largest expected improvement."""
+        model, chance = self._model(runs), self._chance(runs)
+        told = [run for run in runs if run.curve]
+        known = told or [run for run in runs if not run.failed]  # of which at first something is expected
+        candidates = [self._random(rng) for _ in range(_RANDOM)]
+        best = -math.inf
+        if known:
+            means, _ = model.predict(Points.at_the_end(np.array([run.x for run in known])))
+            best = float(means.max())
+            top = [known[i].config for i in np.argsort(-means)[: _BEST + 1]]
+            candidates += [self._near(top[i % len(top)], rng, _CHANGED, _STEP) for i in range(_NEAR)]
+
+        def improvement(configs: Sequence[TrialConfig]) -> np.ndarray:
+            x = np.array([self._coordinates.of(c) for c in configs])
+            mean, deviation = model.predict(Points.at_the_end(x))
+            gain = log_expected_improvement(mean, deviation, best) if known else mean
+            return gain + chance(x)
+
+        values = improvement(candidates)
+        for _ in range(_ROUNDS):
+            top = [candidates[i] for i in np.argsort(-values)[:_BEST]]
+            more = [self._near(c, rng, _CHANGED, _STEP / 2) for c in top for _ in range(_NEIGHBOURS)]
+            candidates += more
+            values = np.concatenate([values, improvement(more)])
+        return self._first([candidates[i] for i in np.argsort(-values)])
+
+    def _first(self, candidates: Iterable[TrialConfig]) -> TrialConfig | None:
+        return next((config for config in candidates if self._accepts(config)), None)
+
+    def _random(self, rng: np.random.Generator) -> TrialConfig:
+        return self._filled({}, rng, lambda name: True, _STEP)
+
+    def _near(self, base: TrialConfig, rng: np.random.Generator, changed: float, step: float) -> TrialConfig:
+        """A configuration of which about so much is new: another option, or a step away."""
+        return self._filled(vars(base), rng, lambda name: rng.random() < changed, step)
+
+    def _filled(
+        self,
+        base: Mapping[str, Any],
+        rng: np.random.Generator,
+        changes: Callable[[str], bool],
+        step: float,
+    ) -> TrialConfig:
+        """The values of `base` but for those that change, or that are drawn here and were not there."""
+        before = set(self._space.drawn(base)) if base else set()
+        values = dict(self._space.fixed)
+        for name, dimension in self._space.dimensions.items():
+            if dimension.when is not None and values.get(dimension.when[0]) not in dimension.when[1]:
+                continue
+            if name in before and not changes(name):
+                values[name] = base[name]
+            elif isinstance(dimension, Choice):
+                values[name] = dimension.options[rng.integers(len(dimension.options))]
+            elif name in before:
+                share = place(dimension, base[name]) + rng.normal(0, step)
+                values[name] = value_at(dimension, float(np.clip(share, 0, 1)))
+            else:
+                values[name] = value_at(dimension, rng.random())
+        return TrialConfig.from_dict(values)
+
+
+def distribution(dimension: Dimension) -> BaseDistribution:
+    """A dimension in Optuna's terms, as `carmodels.space.suggest` draws it."""
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution(dimension.options)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+
+
+def log_expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> np.ndarray:
+    """(N,) logarithms of the expected improvement over `best` of normal distributions.
+
+    Exact to where it underflows, by its asymptote below that (Ament et al., 2023).
+    """
+    z = (mean - best) / deviation
+    density = scipy.stats.norm.logpdf(z)
+    plain = np.exp(density) + z * scipy.stats.norm.cdf(z)
+    far = density - 2 * np.log(np.maximum(np.abs(z), 1.0))
+    return np.log(deviation) + np.where(z > -5, np.log(np.maximum(plain, 1e-300)), far)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A trial and what it has reported."""
+
+    config: TrialConfig
+    x: np.ndarray  # (D,)
+    curve: dict[float, float]  # share of the schedule -> value, more is better
+    ended: bool
+    failed: bool
+
+
+def _order(trial: FrozenTrial) -> tuple[bool, float, int]:
+    ended = trial.datetime_complete
+    return ended is None, ended.timestamp() if ended else 0.0, trial.number
+
+
+def _failed(trial: FrozenTrial) -> bool:
+    """Whether it ended in an error or without a finite value."""
+    values = trial.intermediate_values
+    return trial.state is TrialState.FAIL or (bool(values) and not math.isfinite(values[max(values)]))
+
+
+def _curve(values: Mapping[int, float], epochs: int, sign: float) -> dict[float, float]:
+    """Of finite values by epoch, the last and the one halfway to it, by share of the schedule."""
+    found = {epoch: value for epoch, value in values.items() if math.isfinite(value)}
+    if not found:
+        return {}
+    last = max(found)
+    before = max((epoch for epoch in found if epoch <= max(1, last // 2)), default=last)
+    return {epoch / epochs: sign * found[epoch] for epoch in sorted({before, last})}
+
+
+def _fit_at(ended: int) -> int:
+    """The number of ended runs to fit to, of so many: it grows by steps. 0: too few."""
+    due = 0
+    step = _FIRST_FIT
+    while step <= ended:
+        due, step = step, max(step + 1, math.ceil(step * _FIT_AGAIN))
+    return due
