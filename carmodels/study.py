@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -101,6 +101,10 @@ class Study:
         return self.folder / "report.html"
 
     @property
+    def earlier_file(self) -> Path:
+        return self.folder / "earlier.json"
+
+    @property
     def stops_file(self) -> Path:
         return self.folder / "stops.json"
 
@@ -121,6 +125,18 @@ class Study:
             rows = [(row["split"], row["id"], int(row["label"])) for row in self._split_rows()]
             inner.begin({**facts, **paths}, rows)
         return inner
+
+    def keep_earlier(self, studies: Sequence[Study]) -> None:
+        """Copy the search trials of other studies, so that this one can go on without them."""
+        lines = {str(s.folder): [r.to_json() for r in s.records() if r.stage == "search"] for s in studies}
+        write_json(self.earlier_file, lines)
+
+    def earlier(self) -> dict[str, list[TrialRecord]]:
+        """The trials of other studies that this one began with, by folder."""
+        if not self.earlier_file.is_file():
+            return {}
+        lines = read_json(self.earlier_file)
+        return {folder: [TrialRecord.from_json(line) for line in found] for folder, found in lines.items()}
 
     @property
     def ray_folder(self) -> Path:

@@ -19,7 +19,12 @@ def drawn(count: int, seed: int = 0) -> Points:
     """Two values for each of `count` runs."""
     rng = np.random.default_rng(seed)
     x = np.column_stack([rng.random((count, 2)), rng.integers(3, size=count)])
-    return Points(np.repeat(x, 2, axis=0), np.tile([0.5, 1.0], count), np.repeat(np.arange(count), 2))
+    return Points(
+        np.repeat(x, 2, axis=0),
+        np.tile([0.5, 1.0], count),
+        np.repeat(np.arange(count), 2),
+        np.zeros(2 * count),
+    )
 
 
 def truth(points: Points) -> np.ndarray:
@@ -74,12 +79,24 @@ def test_a_trend_is_expected_and_corrected_by_what_is_seen() -> None:
 def test_a_run_that_was_cut_off_says_something_of_its_end() -> None:
     process, points = made(), drawn(40)
     process.fit(points, truth(points))
-    started = Points(np.array([[0.5, 0.5, 0.0]]), np.array([0.25]), np.array([-1]))
+    started = Points(np.array([[0.5, 0.5, 0.0]]), np.array([0.25]), np.array([-1]), np.zeros(1))
     posterior = process.condition(started, np.array([1.5]))
     (mean,), (sure,) = posterior.predict(Points.at_the_end(started.x))
     (far,), (unsure,) = posterior.predict(Points.at_the_end(np.array([[0.0, 0.5, 2.0]])))
     assert mean > far > 0
     assert sure < unsure
+
+
+def test_another_task_tells_of_this_one_but_less_than_it_does_itself() -> None:
+    process, here = made(), drawn(30)
+    there = Points(here.x, here.time, here.run, np.ones(len(here)))
+    ends = Points.at_the_end(here.x[::2])
+    off = {}
+    for name, points in (("here", here), ("there", there)):
+        mean, deviation = process.condition(points, truth(points)).predict(ends)
+        off[name] = np.abs(mean - truth(ends)).mean(), deviation.mean()
+    assert off["here"] < off["there"]
+    assert off["there"][0] < 0.5 * truth(ends).std()
 
 
 def test_points_are_joined_in_order() -> None:

@@ -212,6 +212,26 @@ def test_a_search_that_was_cut_off_among_its_reruns_goes_on_there(place: Place) 
     assert all(after[r.trial_id] == r for r in before if r.trial_id != again.trial_id)
 
 
+@pytest.mark.usefixtures("whole")
+def test_a_search_begins_with_what_another_study_knows(place: Place) -> None:
+    known = str(place.study.folder)
+    options = ("--study", "warm", "--warm-start", known, "--until", "search", "--trials")
+    first = place.run(place.search(*options, "2"))
+    assert first.returncode == 0, first.stderr
+    assert f"Warm start: 5 of 6 trials of {known} are of this space." in first.stdout.replace("\n", " ")
+    warm = Study(place.folder / "results" / "warm")
+    assert len(warm.records()) == 2
+    assert [len(records) for records in warm.earlier().values()] == [6]
+    again = place.run(place.search(*options, "3", "--resume"))
+    assert again.returncode == 0, again.stderr
+    assert "Warm start: 5 of 6 trials" in again.stdout
+    cold = place.run(place.search("--study", "warm", "--until", "search", "--trials", "3", "--resume"))
+    assert "--resume: warm_start was ['../cars'] in" in cold.stderr
+    itself = place.run(place.search("--study", "warm", "--warm-start", str(warm.folder), "--overwrite"))
+    assert "is this study itself; --resume goes on with it" in itself.stderr
+    assert len(warm.records()) == 3
+
+
 def test_the_output_is_a_line_a_trial_and_the_answer(whole: str) -> None:
     assert "10 classes (" in whole
     assert "Ray dashboard: http://127.0.0.1:" in whole

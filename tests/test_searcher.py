@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 
 from carmodels.space import SPACES, Choice, EpochMetrics, Space, TrialConfig, baseline
 from carmodels.study import Status, TrialRecord
-from tune.searcher import Draws, Queue
+from tune.searcher import Draws, Queue, useful
 
 STAMP = {"seed": 3, "metric": "accuracy", "data": "d", "split": "s"}
 SPACE = SPACES["demo"]
@@ -139,6 +139,27 @@ def end(draws: Draws, trial_id: str, record: TrialRecord) -> None:
         final |= {"status": str(record.status), "best_value": record.value or last.value}
     failed = record.status is Status.FAILED
     draws.on_trial_complete(trial_id, None if failed else final, error=failed)
+
+
+def test_trials_of_another_study_tell_where_to_begin() -> None:
+    """There 32 px and a low rate were best, against what is expected, and half the epochs were enough."""
+    other = TrialConfig("test_resnet", image_size=32, epochs=4, unfreeze="full", lr=3e-4, layer_decay=0.8)
+    stamped = {"seed": 9, "data": "other", "split": "other"}
+
+    def at(size: int, lr: float) -> TrialRecord:
+        config = replace(other, image_size=size, lr=lr, **stamped)
+        value = 1 - size / 200 - 20 * lr
+        curve = tuple(EpochMetrics(e, 1.0, 1.0, value, value * e / 4, 1.0) for e in range(1, 5))
+        return TrialRecord(config.id, config, Status.FINISHED, 4, value, 4.0, "", curve=curve)
+
+    records = [at(size, lr) for size in (32, 48, 64, 96) for lr in (3e-4, 1e-3, 3e-3, 1e-2)]
+    draws = made(earlier=[records])
+    first = [TrialConfig.from_dict(draws.suggest(str(i))) for i in range(3)]
+    assert {c.image_size for c in first} <= {32, 48}
+    assert not states(draws)[3:]
+    assert useful([replace(records[0], config=baseline(SPACE))], SPACE) == []
+    (trial,) = useful(records[:1], SPACE)
+    assert list(trial.intermediate_values) == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("after", [1, 4, 9])

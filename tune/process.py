@@ -23,6 +23,7 @@ _PRIORS = {
 _NOISE, _TIME, _LENGTHS = 3, 4, 5  # places in theta; what follows is a length for each coordinate
 _LENGTH = (math.log(0.8), 0.8)  # of a coordinate, which lies in [0, 1]
 _CURVE_LENGTH, _OWN_LENGTH = 0.5, 1.0  # in time, of what is not the configuration's
+_ALIKE = 0.8  # correlation between a configuration's effects in two tasks
 _TREND = 1.0  # standard deviation of a trend's coefficient around the 1 that is expected
 _STEPS = 40  # of the optimiser at most
 _JITTER = 1e-8
@@ -30,11 +31,12 @@ _JITTER = 1e-8
 
 @dataclass(frozen=True)
 class Points:
-    """Where values were seen: a configuration, at a share of its schedule, in a run."""
+    """Where values were seen: a configuration, at a share of its schedule, in a run of a task."""
 
     x: np.ndarray  # (N, D) in [0, 1]; in a categorical coordinate the option's number
     time: np.ndarray  # (N,) share of the schedule, above 0, to 1
     run: np.ndarray  # (N,) the run's number; -1 for none, whose value is the configuration's alone
+    task: np.ndarray  # (N,) the task's number; 0 is the one in hand
 
     def __len__(self) -> int:
         return len(self.time)
@@ -44,12 +46,13 @@ class Points:
             np.concatenate([self.x, other.x]),
             np.concatenate([self.time, other.time]),
             np.concatenate([self.run, other.run]),
+            np.concatenate([self.task, other.task]),
         )
 
     @classmethod
     def at_the_end(cls, x: np.ndarray) -> Points:
-        """The ends of schedules of configurations (N, D), of no run."""
-        return cls(x, np.ones(len(x)), np.full(len(x), -1))
+        """The ends of schedules of configurations (N, D), of no run, in the task in hand."""
+        return cls(x, np.ones(len(x)), np.full(len(x), -1), np.zeros(len(x)))
 
 
 class Process:
@@ -57,9 +60,10 @@ class Process:
 
     The kernel of f is a Matern 5/2 over configurations with a length for each coordinate (Rasmussen and
     Williams, Gaussian Processes for Machine Learning, 2006) times one over time, as in multi-fidelity
-    optimisation (Klein et al., 2017; Wistuba et al., 2022). Trends are what is expected beforehand, each with
-    a normal coefficient around 1, which values correct (section 2.7 of the book). Hyperparameters are the
-    most probable ones under priors, so that few points do not overfit (Hvarfner et al., 2024).
+    optimisation (Klein et al., 2017; Wistuba et al., 2022); other tasks tell of it by a fixed correlation
+    (Bonilla et al., 2008; Swersky et al., 2013). Trends are what is expected beforehand, each with a normal
+    coefficient around 1, which values correct (section 2.7 of the book). Hyperparameters are the most
+    probable ones under priors, so that few points do not overfit (Hvarfner et al., 2024).
     """
 
     def __init__(
@@ -148,7 +152,8 @@ class Process:
         scaled = squares * np.exp(-2 * theta[_LENGTHS:])[:, None, None]
         apart = (a.time[:, None] - b.time[None, :]) ** 2
         in_time = apart * np.exp(-2 * theta[_TIME])
-        over_x, slope_x = _matern(scaled.sum(0))
+        alike = np.where(a.task[:, None] == b.task[None, :], 1.0, _ALIKE)
+        over_x, slope_x = (alike * part for part in _matern(scaled.sum(0)))
         over_time, slope_time = _matern(in_time)
         common = curve * _matern(apart / _CURVE_LENGTH**2)[0]
         shared = effect * over_x * over_time

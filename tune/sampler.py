@@ -31,12 +31,19 @@ class CurveSampler(optuna.samplers.BaseSampler):
     something of its end, and more of its epochs than its end (freeze-thaw, Swersky et al., 2014). The prior
     mean is that of `Coordinates`. Trials that run count as what is expected of them (Ginsbourger et al.,
     2010). The draw depends on the seed and on the trials alone, so a resumed search goes on as it would have.
+    `earlier` are the trials of other studies, with epochs and dimensions as here.
     """
 
     def __init__(
-        self, space: Space, *, seed: int, accepts: Callable[[TrialConfig], bool] = lambda config: True
+        self,
+        space: Space,
+        *,
+        seed: int,
+        accepts: Callable[[TrialConfig], bool] = lambda config: True,
+        earlier: Sequence[Sequence[FrozenTrial]] = (),
     ) -> None:
         self._space = space
+        self._earlier = earlier
         self._seed = seed
         self._accepts = accepts
         self._coordinates = Coordinates(space)
@@ -60,7 +67,9 @@ class CurveSampler(optuna.samplers.BaseSampler):
             return {}
         rng = np.random.default_rng([self._seed, trial.number])
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
-        runs = self._runs(others, maximise=study.direction is optuna.study.StudyDirection.MAXIMIZE)
+        sign = 1 if study.direction is optuna.study.StudyDirection.MAXIMIZE else -1
+        runs = [r for task, known in enumerate(self._earlier, start=1) for r in self._runs(known, task, sign)]
+        runs += self._runs(others, 0, sign)
         chosen = self._improving(runs, rng)
         if chosen is None:
             return {}
@@ -78,24 +87,24 @@ class CurveSampler(optuna.samplers.BaseSampler):
 
     # ---- what was seen
 
-    def _runs(self, trials: Iterable[FrozenTrial], *, maximise: bool) -> list[_Run]:
+    def _runs(self, trials: Iterable[FrozenTrial], task: int, sign: int) -> list[_Run]:
         """The trials with their curves upwards; ended ones first, in the order in which they ended."""
-        sign = 1.0 if maximise else -1.0
         runs = []
         for trial in sorted(trials, key=_order):
             if set(trial.params) >= set(self._space.drawn({**self._space.fixed, **trial.params})):
                 config = TrialConfig.from_dict({**self._space.fixed, **trial.params})
                 ended, failed = trial.state.is_finished(), _failed(trial)
                 curve = {} if failed else _curve(trial.intermediate_values, config.epochs, sign)
-                runs.append(_Run(config, self._coordinates.of(config), curve, ended, failed))
+                runs.append(_Run(config, self._coordinates.of(config), curve, ended, failed, task))
         return runs
 
     def _model(self, runs: Sequence[_Run]) -> Posterior:
         """What the runs tell of all configurations. Hyperparameters are fitted anew from time to time."""
         told = [run for run in runs if run.curve]
-        due = _fit_at(sum(run.ended for run in told))
+        ended = [run for run in told if run.ended]
+        due = _fit_at(len(ended))
         if due and due != self._fitted_to:
-            self._process.fit(*self._points(told[:due][:: math.ceil(due / _FIT_RUNS)]))
+            self._process.fit(*self._points(ended[:due][:: math.ceil(due / _FIT_RUNS)]))
             self._fitted_to = due
         points, values = self._points(told)
         model = self._process.condition(points, values)
@@ -107,20 +116,28 @@ class CurveSampler(optuna.samplers.BaseSampler):
         return self._process.condition(points + expected, np.concatenate([values, guessed]))
 
     def _points(self, runs: Sequence[_Run]) -> tuple[Points, np.ndarray]:
-        """Every value of the runs: (N,) points, and (N,) values of variance 1 at the level expected of them.
+        """Every value of the runs: (N,) points and (N,) values.
 
-        Values further below the median than `_CUT` times the best is above it are cut to that.
+        In each task they have variance 1 and the level expected of them; values further below the median than
+        `_CUT` times the best is above it are cut to that.
         """
-        rows = [(run.x, share, i, value) for i, run in enumerate(runs) for share, value in run.curve.items()]
+        rows = [
+            (run.x, share, i, run.task, value)
+            for i, run in enumerate(runs)
+            for share, value in run.curve.items()
+        ]
         x = np.array([row[0] for row in rows]).reshape(len(rows), len(self._coordinates.categorical))
-        time, number, values = np.array([row[1:] for row in rows]).reshape(len(rows), 3).T
-        points = Points(x, time, number)
-        if not rows:
-            return points, values
-        middle = np.median(values)
-        cut = np.maximum(values, middle - _CUT * max(values.max() - middle, 1e-9))
-        scaled = (cut - cut.mean()) / max(cut.std(), 1e-9)
-        return points, scaled + self._process.expected(points).mean()
+        time, number, task, values = np.array([row[1:] for row in rows]).reshape(len(rows), 4).T
+        points = Points(x, time, number, task)
+        expected = self._process.expected(points)
+        scaled = np.empty(len(values))
+        for one in np.unique(task):
+            found = values[task == one]
+            middle = np.median(found)
+            cut = np.maximum(found, middle - _CUT * max(found.max() - middle, 1e-9))
+            level = expected[task == one].mean()
+            scaled[task == one] = (cut - cut.mean()) / max(cut.std(), 1e-9) + level
+        return points, scaled
 
     def _chance(self, runs: Sequence[_Run]) -> Callable[[np.ndarray], np.ndarray]:
         """(N, D) -> (N,) log of the probability that a configuration does not fail, by how the others ended.
@@ -129,7 +146,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
         Gelbart et al., 2014). Were a failure a bad value instead, all that fails at first would make
         everything look bad, and what was expected to be best least so.
         """
-        ended = [run for run in runs if run.ended]
+        ended = [run for run in runs if run.ended and not run.task]
         if not any(run.failed for run in ended):
             return lambda x: np.zeros(len(x))
         process = Process(self._coordinates.categorical, self._coordinates.longer)
@@ -149,15 +166,15 @@ class CurveSampler(optuna.samplers.BaseSampler):
     def _improving(self, runs: Sequence[_Run], rng: np.random.Generator) -> TrialConfig | None:
         """The accepted candidate with the largest expected improvement."""
         model, chance = self._model(runs), self._chance(runs)
-        told = [run for run in runs if run.curve]
-        known = told or [run for run in runs if not run.failed]  # of which at first something is expected
+        own = [run for run in runs if not run.task]
+        told = [run for run in own if run.curve]
+        known = told or [run for run in own if not run.failed]  # of which at first something is expected
         candidates = [self._random(rng) for _ in range(_RANDOM)]
-        best = -math.inf
-        if known:
-            means, _ = model.predict(Points.at_the_end(np.array([run.x for run in known])))
-            best = float(means.max())
-            top = [known[i].config for i in np.argsort(-means)[: _BEST + 1]]
+        if bases := known or [run for run in runs if run.curve]:
+            means, _ = model.predict(Points.at_the_end(np.array([run.x for run in bases])))
+            top = [bases[i].config for i in np.argsort(-means)[: _BEST + 1]]
             candidates += [self._near(top[i % len(top)], rng, _CHANGED, _STEP) for i in range(_NEAR)]
+            best = float(means.max())
 
         def improvement(configs: Sequence[TrialConfig]) -> np.ndarray:
             x = np.array([self._coordinates.of(c) for c in configs])
@@ -236,6 +253,7 @@ class _Run:
     curve: dict[float, float]  # share of the schedule -> value, more is better
     ended: bool
     failed: bool
+    task: int  # 0: this study
 
 
 def _order(trial: FrozenTrial) -> tuple[bool, float, int]:
@@ -249,7 +267,7 @@ def _failed(trial: FrozenTrial) -> bool:
     return trial.state is TrialState.FAIL or (bool(values) and not math.isfinite(values[max(values)]))
 
 
-def _curve(values: Mapping[int, float], epochs: int, sign: float) -> dict[float, float]:
+def _curve(values: Mapping[int, float], epochs: int, sign: int) -> dict[float, float]:
     """Of finite values by epoch, the last and the one halfway to it, by share of the schedule."""
     found = {epoch: value for epoch, value in values.items() if math.isfinite(value)}
     if not found:

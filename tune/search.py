@@ -93,6 +93,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="K",
         help="finish K stopped trials after all, drawn at random, to see whether the stops were right (0)",
     )
+    p.add_argument(
+        "--warm-start",
+        nargs="+",
+        default=[],
+        metavar="STUDY_DIR",
+        help="earlier studies, of any data, whose trials tell where to begin",
+    )
     setup.add_machine_options(p)
     p.add_argument("--seed", type=int, default=0, help="of the split, the draws and the training (0)")
     p.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
@@ -125,6 +132,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     overwrite = options.overwrite or is_bare(options)
     check_folder(study, resume=options.resume, overwrite=overwrite)
     report_findings(findings(study, space, granted, setup.cache_folder(options)), screen)
+    earlier = [] if options.resume else earlier_studies(options.warm_start, study, options.metric)
     data = Path(options.data).expanduser().absolute() if options.data else demo_data(screen)
     weights.fetch(space.backbones)
     if weights.source == "hub" and not options.address:
@@ -134,6 +142,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     facts = {
         "data": study.relative(data),
         "weights": study.relative(Path(weights.source)) if weights.is_folder else weights.source,
+        "warm_start": [study.relative(Path(f).expanduser().absolute()) for f in options.warm_start] or None,
         **describe(options, preset, space, splits),
     }
     describe_data(splits, screen)
@@ -142,6 +151,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         return 0
     with setup.held(study):
         begin(study, facts, splits, screen, resume=options.resume, overwrite=overwrite)
+        if earlier:
+            study.keep_earlier(earlier)
         with setup.ray_running(options, screen) as workers:
             screen.say(
                 f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
@@ -277,6 +288,19 @@ def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[S
     return space.with_backbones(tuple(b for b in space.backbones if b not in left_out)), left_out
 
 
+def earlier_studies(folders: Sequence[str], own: Study, metric: str) -> list[Study]:
+    """The studies in these folders; ValueError for one that cannot tell this one anything."""
+    studies = [Study(Path(folder).expanduser().absolute()) for folder in folders]
+    for study in studies:
+        if study.folder == own.folder:
+            raise ValueError(f"--warm-start {study.folder} is this study itself; --resume goes on with it")
+        if study.metric != metric:
+            raise ValueError(f"--warm-start {study.folder}: its metric is {study.metric}, not {metric}")
+        if not study.records():
+            raise ValueError(f"--warm-start {study.folder}: it has no trials; leave it out")
+    return studies
+
+
 def check_folder(study: Study, *, resume: bool, overwrite: bool) -> None:
     """Raises ValueError where the study's folder and --resume or --overwrite do not go together."""
     if resume and not study.exists:
@@ -296,10 +320,19 @@ def begin(
         if damaged := study.damaged_lines():
             screen.say(f"{study.trials_file}: lines {damaged} are damaged, their trials run again.", "yellow")
         before = study.facts
-        for name in ("preset", "space", "seed", "metric", "weights", "fingerprint", "split_hash"):
-            if before[name] != facts[name]:
+        for name in (
+            "preset",
+            "space",
+            "seed",
+            "metric",
+            "warm_start",
+            "weights",
+            "fingerprint",
+            "split_hash",
+        ):
+            if before.get(name) != facts[name]:
                 raise ValueError(
-                    f"--resume: {name} was {before[name]} in {study.folder} and is {facts[name]} now; "
+                    f"--resume: {name} was {before.get(name)} in {study.folder} and is {facts[name]} now; "
                     "give the options of the first run, or another --study NAME"
                 )
         return

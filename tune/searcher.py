@@ -51,7 +51,7 @@ class Draws(OptunaSearch):
 
     Optuna is told what happened: a stopped trial is pruned (with its intermediate values), a diverged one
     ends with NaN and has the worst value. `stamp` holds the fields that every configuration shares: seed,
-    metric, data and split.
+    metric, data and split. `earlier` are the records of other studies, of any data.
     """
 
     _ot_study: Any  # an optuna.Study; Ray's code starts from None and has no annotation
@@ -68,13 +68,19 @@ class Draws(OptunaSearch):
         fits: Callable[[TrialConfig], bool],
         queue: Sequence[TrialConfig] = (),
         known: Sequence[TrialRecord] = (),
+        earlier: Sequence[Sequence[TrialRecord]] = (),
         storage: optuna.storages.BaseStorage | None = None,
     ) -> None:
         super().__init__(
             partial(suggest, space=space),
             metric=metric,
             mode=mode,
-            sampler=CurveSampler(space, seed=seed, accepts=self._accepts),
+            sampler=CurveSampler(
+                space,
+                seed=seed,
+                accepts=self._accepts,
+                earlier=[useful(records, space) for records in earlier],
+            ),
             storage=storage,
         )
         self._dimensions = space
@@ -143,6 +149,18 @@ class Draws(OptunaSearch):
             self._ot_study.tell(trial, result["best_value"])
         else:
             self._ot_study.tell(trial, state=TrialState.PRUNED)
+
+
+def useful(records: Iterable[TrialRecord], space: Space) -> list[optuna.trial.FrozenTrial]:
+    """Those that the space could have drawn, whatever their epochs, with epochs counted as in this space."""
+    epochs = int(space.fixed["epochs"])
+    trials = []
+    for record in records:
+        config = replace(record.config, epochs=epochs)
+        scaled = [replace(e, epoch=math.ceil(e.epoch * epochs / record.config.epochs)) for e in record.curve]
+        if trial := learned(replace(record, config=config, curve=tuple(scaled)), space):
+            trials.append(trial)
+    return trials
 
 
 def learned(record: TrialRecord, space: Space) -> optuna.trial.FrozenTrial | None:

@@ -31,7 +31,7 @@ from tune import stops
 from tune.confirm import RERUNS, Reruns, described, expected_seconds, judged
 from tune.plan import Packing, make_plan
 from tune.scheduler import Deadline, Scheduler
-from tune.searcher import Draws, Queue
+from tune.searcher import Draws, Queue, useful
 from tune.trials import WEIGHTS_KEPT, Job, Watch, run_trials
 from tune.views import Members, judge_views
 
@@ -114,6 +114,9 @@ def search(
         protect=notes,
     )
     scheduler.replay(known)
+    earlier = study.earlier()
+    for folder, found in earlier.items():
+        say(f"Warm start: {len(useful(found, space))} of {len(found)} trials of {folder} are of this space.")
     study.optuna_file.unlink(missing_ok=True)  # it repeats what trials.jsonl says, and is rebuilt from that
     draws = Draws(
         space,
@@ -125,6 +128,7 @@ def search(
         fits=plan.fits,
         queue=queue,
         known=known,
+        earlier=list(earlier.values()),
         storage=optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}"),
     )
     complete = trials is not None and len(known) >= trials and not queue

@@ -3,7 +3,8 @@
 Searchers and schedulers against each other in simulated time, on surrogates of the learning curves in
 results/curves (`collect_curves.py` makes them). Regret is in points of noise-free val accuracy, of the
 model that a search has in hand at 1/8, 1/4, 1/2 and the whole of its budget. Two surrogates, of disjoint
-halves of the configurations: `--half design` to develop on, `--half final` for the table that is quoted.
+halves of the configurations: `--half design` to develop on, `--half final` for the table that is quoted;
+with `--trees` the truth is a forest instead of a Gaussian process.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 from rich.table import Table
 from simulation import Clock, Seen, simulate
-from surrogate import BACKBONES, Curves, Surrogate, errors
+from surrogate import BACKBONES, Curves, Surrogate, errors, repeat_noise
 
 from carmodels.space import SPACES, Space, TrialConfig, suggest
 from tune.plan import Plan
@@ -60,6 +61,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--half", choices=("design", "final"), default="design")
+    parser.add_argument("--trees", action="store_true")
     parser.add_argument("--curves", type=Path, default=FOLDER / "curves" / "cars9-cpu.csv")
     parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
@@ -69,30 +71,30 @@ def main() -> None:
         options.methods.remove("HyperBand + BOHB")
         print("HyperBand + BOHB is skipped; it needs: pip install hpbandster ConfigSpace")
     curves = Curves.read(options.curves)
-    found = errors(curves)
+    found = errors(curves, trees=options.trees)
     print("surrogate on unseen configurations: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
     jobs = [(name, seed) for name in options.methods for seed in range(options.seeds)]
-    run = partial(one, curves=options.curves, half=options.half)
+    run = partial(one, curves=options.curves, half=options.half, trees=options.trees)
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         outcomes = list(pool.map(run, jobs, chunksize=5))
     by_method = {
         name: np.array([o for (n, _), o in zip(jobs, outcomes, strict=True) if n == name])
         for name in options.methods
     }
-    report(by_method, options.half)
+    report(by_method, options.half + ("-trees" if options.trees else ""))
 
 
-def report(by_method: dict[str, np.ndarray], half: str) -> None:
+def report(by_method: dict[str, np.ndarray], name: str) -> None:
     """Mean regrets with the paired difference to ours, and the time to come within a point."""
     ours = by_method.get("ours")
     names = ["method", *(f"regret at {f:g}" for f in FRACTIONS), "minutes to within 1 point", "trials"]
-    table = Table(*names, title=f"{half} half, points of val accuracy; in brackets theirs - ours, 95 %")
+    table = Table(*names, title=f"{name}, points of val accuracy; in brackets theirs - ours, 95 %")
     rows = []
-    for name, outcome in by_method.items():
-        cells = [name]
+    for method, outcome in by_method.items():
+        cells = [method]
         for column in range(len(FRACTIONS)):
             text = f"{outcome[:, column].mean():.2f}"
-            if ours is not None and name != "ours":
+            if ours is not None and method != "ours":
                 low, high = paired(outcome[:, column] - ours[:, column])
                 text += f" ({low:+.2f} to {high:+.2f})"
             cells.append(text)
@@ -100,7 +102,7 @@ def report(by_method: dict[str, np.ndarray], half: str) -> None:
         table.add_row(*cells)
         rows.append(cells)
     Console(width=170).print(table)
-    path = FOLDER / "search" / f"{half}.csv"
+    path = FOLDER / "search" / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -115,23 +117,23 @@ def paired(difference: np.ndarray) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=2)
-def prepared(path: Path, half: str) -> tuple[Surrogate, Space, float]:
+def prepared(path: Path, half: str, trees: bool) -> tuple[Surrogate, Space, float]:
     """The surrogate of a half, the space, and the best accuracy in it."""
     curves = Curves.read(path)
-    surrogate = Surrogate(curves.halves()[half == "final"])
+    surrogate = Surrogate(curves.halves()[half == "final"], trees=trees, noise=repeat_noise(curves))
     space = SPACES["cpu"].with_override(SIZES).with_backbones(BACKBONES)  # as the curves were drawn
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     configs = [TrialConfig.from_dict(suggest(study.ask(), space)) for _ in range(_MANY)]
     return surrogate, space, float(surrogate.means(configs).max())
 
 
-def one(job: tuple[str, int], curves: Path, half: str) -> list[float]:
+def one(job: tuple[str, int], curves: Path, half: str, trees: bool) -> list[float]:
     """Regret in points at each fraction, seconds to within a point of the best, and trials, of one search."""
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     name, seed = job
     np.random.seed(seed)  # noqa: NPY002  Ray's schedulers draw from it
-    surrogate, space, best = prepared(curves, half)
+    surrogate, space, best = prepared(curves, half, trees)
     clock = Clock()
     searcher, scheduler = METHODS[name](seed, surrogate, space, clock)
     seen = simulate(

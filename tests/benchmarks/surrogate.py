@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from sklearn.ensemble import ExtraTreesRegressor
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from sklearn.model_selection import KFold
@@ -96,10 +98,19 @@ class Surrogate:
     principal components; the weight of each is a Gaussian process over the configuration (Matern kernel, a
     length for each feature; Rasmussen and Williams, 2006). Noise is that of the repeated seeds: a part that
     stays with a run, and one that is new in every epoch. Seconds are extremely randomised trees (Geurts et
-    al., 2006), one row an epoch.
+    al., 2006), one row an epoch. With `trees` the weights are such trees, too: a truth of another kind, which
+    no searcher that models with Gaussian processes has an advantage on.
     """
 
-    def __init__(self, curves: Curves, seed: int = 0) -> None:
+    def __init__(
+        self,
+        curves: Curves,
+        seed: int = 0,
+        *,
+        trees: bool = False,
+        noise: tuple[float, float] | None = None,
+    ) -> None:
+        """`noise` is that of a run and of an epoch, by default what the curves' own repeats show."""
         self.curves = curves
         numbers = sorted(curves.configs)
         means = np.array(
@@ -110,13 +121,19 @@ class Surrogate:
         self._shapes = shapes[:SHAPES]
         weights = (means - self._centre) @ self._shapes.T
         described = np.array([encoded(curves.configs[n]) for n in numbers])
-        self._processes = [_process(described.shape[1], seed).fit(described, w) for w in weights.T]
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # lengths of what does not matter go to the bound
+            self._regressions = [
+                _regression(trees, described.shape[1], seed).fit(described, w) for w in weights.T
+            ]
         keys = sorted(curves.seconds)
         rows = np.concatenate([epochs(curves.configs[n]) for n, _ in keys])
         seconds = np.concatenate([curves.seconds[k] for k in keys])
         self._seconds = ExtraTreesRegressor(300, max_features=0.6, random_state=seed)
         self._seconds.fit(rows, np.log(np.maximum(seconds, 0.05)))
-        self.run_noise, self.epoch_noise = _noise(curves)
+        self.run_noise, self.epoch_noise = noise or repeat_noise(curves)
         self._known: dict[TrialConfig, tuple[np.ndarray, np.ndarray]] = {}
 
     def of(self, config: TrialConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +149,7 @@ class Surrogate:
     def means(self, configs: Sequence[TrialConfig]) -> np.ndarray:
         """(N, epochs) mean accuracies on val."""
         described = np.array([encoded(config) for config in configs])
-        weights = np.stack([process.predict(described) for process in self._processes], axis=1)
+        weights = np.stack([regression.predict(described) for regression in self._regressions], axis=1)
         return _expit(self._centre + weights @ self._shapes)
 
     def sample(self, mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -169,19 +186,21 @@ def epochs(config: TrialConfig) -> np.ndarray:
     return np.array([[*encoded(config), share, float(share > 0)] for share in opened])
 
 
-def _process(dimensions: int, seed: int) -> GaussianProcessRegressor:
+def _regression(trees: bool, dimensions: int, seed: int) -> GaussianProcessRegressor | ExtraTreesRegressor:
+    if trees:
+        return ExtraTreesRegressor(300, max_features=0.6, random_state=seed)
     kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern([1.0] * dimensions, (0.2, 1e2), nu=2.5)
     return GaussianProcessRegressor(
         kernel + WhiteKernel(0.1, (1e-3, 1.0)), normalize_y=True, n_restarts_optimizer=1, random_state=seed
     )
 
 
-def errors(curves: Curves, folds: int = 5) -> dict[str, float]:
+def errors(curves: Curves, folds: int = 5, *, trees: bool = False) -> dict[str, float]:
     """The surrogate's error on unseen configurations: of the best epoch's accuracy, and of seconds."""
     numbers = np.array(sorted(curves.configs))
     truth, guess, took, guessed = [], [], [], []
     for seen, unseen in KFold(folds, shuffle=True, random_state=0).split(numbers):
-        model = Surrogate(curves.only(numbers[seen].tolist()))
+        model = Surrogate(curves.only(numbers[seen].tolist()), trees=trees)
         for number in numbers[unseen].tolist():
             mean, seconds = model.of(curves.configs[number])
             runs = [k for k in curves.accuracy if k[0] == number]
@@ -200,7 +219,7 @@ def errors(curves: Curves, folds: int = 5) -> dict[str, float]:
     }
 
 
-def _noise(curves: Curves) -> tuple[float, float]:
+def repeat_noise(curves: Curves) -> tuple[float, float]:
     """Standard deviations over seeds: of a run as a whole, and of an epoch around its run."""
     by_config = defaultdict(list)
     for number, seed in sorted(curves.accuracy):
