@@ -1,0 +1,217 @@
+"""python tests/benchmarks/bench_real.py --data PICTURES --weights DIR --tutorial SCRIPT
+
+Real searches of the same length over the same space, from several splits: the tutorial's script; its search
+(TPE, ASHA with Ray's defaults, no retraining) over our training; ours. Scored on each split's audit pictures,
+which no side has seen. A run is kept in results/search/real-runs.csv as it ends, and is not made again; what
+all of them come to is in results/search/real.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import optuna
+from rich.console import Console
+from rich.table import Table
+
+from carmodels.data import open_dataset
+from carmodels.predictions import Interval, share_interval
+from carmodels.study import Status, Study, read_json
+from tune import search, stages
+from tune.scheduler import Deadline, Scheduler
+from tune.searcher import Draws
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "results" / "search"
+ARMS = ("tutorial", "tutorial's search, our training", "ours")
+SPACE = (  # the tutorial's; it has three backbones, those of `--weights`
+    "image_size=96,128,160",
+    "lr=1e-5:1e-2",
+    "head_depth=0,1,2",
+    "unfreeze=frozen,full,once,gradual",
+    "dropout=0.25",
+    "layer_decay=1.0",
+    "augment=color",
+    "label_smoothing=0.0",
+)
+MODELS = ("single", "ensemble")
+SEARCH_SHARE = 0.97  # of the time, for a search that nothing but an ensemble follows
+_ONE = "--only-theirs"  # runs the second arm, in a process of its own
+
+
+def main() -> None:
+    """Make the runs that are missing, then print and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--tutorial", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--most", type=int, help="end after so many runs")
+    options = parser.parse_args()
+    jobs = [(seed, arm) for seed in range(options.seeds) for arm in ARMS]
+    missing = [job for job in jobs if job not in {(int(r["seed"]), r["arm"]) for r in runs()}]
+    for seed, arm in missing[: options.most]:
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            found = run(arm, seed, options, Path(folder))
+        keep({"arm": arm, "seed": seed, **found, "wall": round(time.monotonic() - started)})
+    report()
+
+
+def run(arm: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One search in a process of its own; what it came to."""
+    if arm == "tutorial":
+        return run_tutorial(seed, options, folder)
+    script = [str(ROOT / "tune" / "search.py")] if arm == "ours" else [__file__, _ONE]
+    command = [
+        sys.executable,
+        *script,
+        *("--data", str(options.data.absolute()), "--weights", str(options.weights.absolute())),
+        *("--preset", "cpu", "--hours", f"{options.minutes / 60:.5f}", "--seed", str(seed)),
+        *("--results", str(folder), "--study", "study", "--cache", str(folder / "cache")),
+        *(part for text in SPACE for part in ("--set", text)),
+        *(() if arm == "ours" else ("--confirm", "0")),
+    ]
+    subprocess.run(command, cwd=folder, check=True)
+    study = Study(folder / "study")
+    results = read_json(study.ensemble_file)
+    audit, records = results["audit"], study.records()
+    pictures = audit["pictures"]
+    return {
+        "trials": len(records),
+        "whole": sum(r.status is Status.FINISHED for r in records),
+        "pictures": pictures,
+        **{f"{name} right": round(audit[name]["value"] * pictures) for name in MODELS},
+    }
+
+
+def run_tutorial(seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The script, which leaves the audit pictures of our split out of its training and is scored on them."""
+    splits = open_dataset(options.data.absolute(), cache_dir=folder / "cache", max_size=32, seed=seed)
+    audit = splits.audit
+    assert audit.labels is not None
+    labels = folder / "audit.csv"
+    with labels.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Id", "Category"])
+        writer.writerows((i, splits.classes[k]) for i, k in zip(audit.ids, audit.labels, strict=True))
+    places = [str(path.absolute()) for path in (options.tutorial, options.data, options.weights)]
+    command = [sys.executable, *places, str(labels), str(60 * options.minutes), str(seed)]
+    ended = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    line = re.search(r"trials (\d+) .* whole (\d+) .* hidden ([\d.]+)", ended.stdout)
+    if line is None:
+        raise ValueError(f"{options.tutorial} printed no result: {ended.stdout[-500:]}")
+    right = round(float(line[3]) * len(audit))
+    return {
+        "trials": int(line[1]),
+        "whole": int(line[2]),
+        "pictures": len(audit),
+        "single right": right,
+        "ensemble right": "",
+    }
+
+
+class TutorialDraws(Draws):
+    """TPE as Ray's tutorials use it, with no recipe first."""
+
+    def __init__(self, *arguments: Any, seed: int, **named: Any) -> None:
+        super().__init__(*arguments, seed=seed, **{**named, "queue": (), "fits": lambda config: True})
+        self._ot_study.sampler = optuna.samplers.TPESampler(seed=seed)
+
+
+class TutorialScheduler(Scheduler):
+    """ASHA with the tutorials' grace period, no clock, nobody protected."""
+
+    def __init__(self, **named: Any) -> None:
+        endless = Deadline(draw_until=math.inf, end=math.inf)
+        super().__init__(**{**named, "grace_period": 1, "deadline": endless, "protect": ()})
+
+
+def search_as_the_tutorial(arguments: list[str]) -> int:
+    """`tune/search.py` with that search, and no stage but the ensemble after it."""
+    stages.Draws = TutorialDraws  # type: ignore[misc]
+    stages.Scheduler = TutorialScheduler  # type: ignore[misc]
+    stages.search_share = lambda **asked: SEARCH_SHARE
+    stages.retrain = lambda *given, **named: True
+    return search.main(arguments)
+
+
+def runs() -> list[dict[str, str]]:
+    """The runs that were made."""
+    path = FOLDER / "real-runs.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def keep(found: dict[str, Any]) -> None:
+    """Add a run to the file."""
+    known = runs()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "real-runs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(found), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*known, found])
+
+
+def report() -> None:
+    """Print and write right answers pooled over the splits, with 95 % intervals."""
+    counts: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for row in runs():
+        for name in MODELS:
+            if row[f"{name} right"]:
+                counts[row["arm"], name].append((int(row[f"{name} right"]), int(row["pictures"])))
+    shares = {
+        key: share_interval(*(sum(column) for column in zip(*found, strict=True)))
+        for key, found in counts.items()
+    }
+    names = ["arm", "model", "splits", "pictures", "audit accuracy", "gain on the tutorial, points"]
+    table, rows = Table(*names), []
+    base = shares.get((ARMS[0], "single"))
+    for (arm, name), found in counts.items():
+        share = shares[arm, name]
+        gain = described(difference(share, base)) if base and share is not base else ""
+        pictures = sum(among for _, among in found)
+        rows.append([arm, name, str(len(found)), str(pictures), described(share), gain])
+        table.add_row(*rows[-1])
+    Console(width=140).print(table)
+    with (FOLDER / "real.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(rows)
+
+
+def difference(a: Interval, b: Interval) -> Interval:
+    """a - b of independent shares, from their Wilson intervals (Newcombe, 1998, method 10)."""
+    value = a.value - b.value
+    low = value - math.hypot(a.value - a.low, b.high - b.value)
+    return Interval(value, low, value + math.hypot(a.high - a.value, b.value - b.low))
+
+
+def described(interval: Interval) -> str:
+    """In points."""
+    value, low, high = (100 * part for part in (interval.value, interval.low, interval.high))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
+if __name__ == "__main__":
+    if _ONE in sys.argv:
+        sys.exit(search_as_the_tutorial([a for a in sys.argv[1:] if a != _ONE]))
+    main()
