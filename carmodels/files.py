@@ -7,6 +7,19 @@ import secrets
 from pathlib import Path
 
 
+def user_path(text: str | Path) -> Path:
+    """The absolute path that a user means, with `~` as the home folder; ValueError names what is no path."""
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{str(text)!r}: there is no such home folder; write the path in full") from None
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(text)!r} is not UTF-8, as paths must be here: rename it") from None
+    return path
+
+
 def write_whole(path: Path, content: bytes | str) -> None:
     """Puts `content` (text as UTF-8) at `path`, whose folder must exist, in place of what was there.
 

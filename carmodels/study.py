@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -298,11 +298,28 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError naming a file that is no JSON."""
+    """Raises ValueError naming a file that is no JSON object, or, later, a key that it lacks."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda values: _Known(path, values))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); bring a copy back, or delete it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no object); bring a copy back, or delete it")
+    return found
+
+
+class _Known(dict[str, Any]):
+    """What a file says; asked for what it does not say, it names the file."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise ValueError(
+            f"{self.path} has no {key!r}: it is damaged, or of another version of this program; "
+            "use the version it was made with, or begin another study"
+        )
 
 
 def _plain(value: Any) -> Any:

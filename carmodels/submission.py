@@ -20,8 +20,8 @@ def read_sample(path: Path) -> pd.DataFrame:
     try:
         # header=None: pandas renames columns without a name or with another's, and guesses an index column
         rows = pd.read_csv(path, header=None, dtype=str, na_filter=False)
-    except ValueError as error:  # pandas' own errors are ValueErrors that do not name the file
-        raise ValueError(f"{path} is not a table of ids and categories: {error}") from error
+    except (ValueError, IsADirectoryError) as error:  # pandas' own are ValueErrors without the file's name
+        raise ValueError(f"{path} is not a table of ids and categories: {str(error).strip()}") from error
     if rows.shape[1] != len(_COLUMNS):
         raise ValueError(
             f"{path} must have two columns, ids and categories, but its header is {list(rows.iloc[0])}"
