@@ -298,7 +298,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError naming a file that is no JSON object, or, later, a key that it lacks."""
+    """Raises ValueError naming a file that is no JSON object; later, LackingKey for what it does not say."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda values: _Known(path, values))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -306,6 +306,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged (it holds no object); bring a copy back, or delete it")
     return found
+
+
+class LackingKey(ValueError, KeyError):
+    """A file of the study does not say what it should; a KeyError as well, which templates expect."""
+
+    __str__ = ValueError.__str__  # KeyError's puts it in quotes
 
 
 class _Known(dict[str, Any]):
@@ -316,7 +322,7 @@ class _Known(dict[str, Any]):
         self.path = path
 
     def __missing__(self, key: str) -> NoReturn:
-        raise ValueError(
+        raise LackingKey(
             f"{self.path} has no {key!r}: it is damaged, or of another version of this program; "
             "use the version it was made with, or begin another study"
         )
