@@ -6,11 +6,15 @@ exit status 2 and exactly that line, before Ray starts, and every file that was 
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import platform
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +27,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from carmodels.data import Splits, open_dataset
+from carmodels.data import open_dataset
 from carmodels.models import Weights
 from carmodels.predictions import Predictions
 from carmodels.space import TrialConfig
@@ -939,5 +943,178 @@ def test_bad_input_is_one_line_and_loses_nothing(
     assert files_of(place.folder) == before
 
 
-def test_the_table_is_long_enough() -> None:
-    assert len(TABLE) == sum(map(len, (DATA_SETS, ZIPS, TABLES, OPTIONS, STUDIES))) > 150
+def test_every_case_has_a_name_of_its_own() -> None:
+    assert len(TABLE) == sum(map(len, (DATA_SETS, ZIPS, TABLES, OPTIONS, STUDIES)))
+
+
+def test_a_study_that_another_process_works_on_is_refused_and_left_alone(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = (
+        "import sys; from pathlib import Path; from carmodels.study import Study; from tune import setup\n"
+        "with setup.held(Study(Path(sys.argv[1]))): print('held', flush=True); sys.stdin.read()"
+    )
+    before = files_of(place.folder)
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(place.study.folder)],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    with other:
+        assert other.stdout.readline() == b"held\n"
+        for options in (RESUME, (*BEGUN, "--overwrite")):
+            assert place.search(*options) == 2
+            assert capsys.readouterr().err == (
+                f"error: {place.study.folder} is in use by process {other.pid} on {platform.node()}; "
+                "wait for its end, stop it, or give another --study NAME\n"
+            )
+        other.stdin.close()
+    assert files_of(place.folder) == before
+
+
+def test_a_line_end_in_a_path_does_not_make_it_two_lines(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert place.search("--results", str(place.folder / "re\nsults"), "--resume", "--study", "a") == 2
+    assert capsys.readouterr().err == (
+        f"error: --resume: there is no study at {place.folder}/re sults/a; leave --resume out to begin one\n"
+    )
+
+
+# ---- what is unusual and right
+
+
+def with_bom_and_crlf(place: Place) -> None:
+    for table in (place.table, place.sample):
+        table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def renamed(picture: Callable[[str], str], category: Callable[[str], str] = str) -> Spoil:
+    """Pictures and classes of other names, on disk and in the tables."""
+
+    def spoil(place: Place) -> None:
+        rows = [["Id", "Category"]]
+        for folder in sorted((place.data / "train").iterdir()):
+            for path in sorted(folder.iterdir()):
+                path.rename(folder / picture(path.name))
+                rows.append([picture(path.name), category(folder.name)])
+            folder.rename(folder.with_name(category(folder.name)))
+        tests = [picture(f"t{n}.jpg") for n in reversed(range(TESTS))]
+        for n, name in zip(reversed(range(TESTS)), tests, strict=True):
+            (place.data / "test_upload" / f"t{n}.jpg").rename(place.data / "test_upload" / name)
+        write_rows(place.table, rows)
+        write_rows(place.sample, [["Id", "Category"], *([name, "0"] for name in tests)])
+
+    return spoil
+
+
+def write_rows(path: Path, rows: list[list[str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def widen_a_picture(place: Place) -> None:
+    draw(5).resize((20_000, 48)).save(place.data / "train" / "1" / "0_1.jpg")
+
+
+def link_pictures(place: Place) -> None:
+    """Pictures kept elsewhere, and a folder that leads back to the top among those of a class."""
+    for path in sorted(place.data.glob("train/*/*.jpg")):
+        target = place.folder / "elsewhere" / path.name
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        path.symlink_to(target)
+    (place.data / "train" / "1" / "back").symlink_to(place.data)
+
+
+def same(name: str) -> str:
+    return name
+
+
+def cyrillic(name: str) -> str:
+    return f"Жигули «{name}»"
+
+
+def spaced(name: str) -> str:
+    return f' a  b, "c" {name}'
+
+
+def broken_over_lines(name: str) -> str:
+    return f"a\nb\r\nc\r{name}"
+
+
+UNUSUAL: dict[str, tuple[Spoil, Callable[[str], str], Callable[[str], str]]] = {
+    "BOM and CRLF": (with_bom_and_crlf, same, same),
+    "blank lines": (swap("\n", "\n\n"), same, same),
+    "columns in another order, one more": (
+        lambda place: write_rows(
+            place.table,
+            [[*reversed(row.split(",")), "x"] for row in place.table.read_text().splitlines()],
+        ),
+        same,
+        same,
+    ),
+    "Cyrillic names": (
+        renamed(lambda n: cyrillic(n) + ".jpg", cyrillic),
+        lambda n: cyrillic(n) + ".jpg",
+        cyrillic,
+    ),
+    "names with spaces, commas and quotes": (renamed(spaced, spaced), spaced, spaced),
+    "names with line ends": (
+        renamed(broken_over_lines, broken_over_lines),
+        broken_over_lines,
+        broken_over_lines,
+    ),
+    "20,000 px wide": (widen_a_picture, same, same),
+    "linked pictures, a circle of folders": (link_pictures, same, same),
+    "a zip of Cyrillic names": (
+        both(renamed(lambda n: cyrillic(n) + ".jpg", cyrillic), packed(zipfile.ZIP_LZMA)),
+        lambda n: cyrillic(n) + ".jpg",
+        cyrillic,
+    ),
+    "a zip with a folder named .zip": (packed(**{"notes.zip/read.me": b"x"}), same, same),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_is_unusual_and_right_is_read_and_written_as_it_is(
+    name: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil, picture, category = UNUSUAL[name]
+    spoil(place)
+    before = files_of(place.folder)
+    without_ray(monkeypatch)
+    assert place.search("--study", "unusual") == 0
+    assert {n: content for n, content in files_of(place.folder).items() if n in before} == before
+
+    study = Study(place.folder / "results" / "unusual")
+    classes = study.facts["classes"]
+    found = {i: classes[k] for part in ("train", "val", "audit") for i, k in study.labels(part).items()}
+    assert found == {picture(f"{n}_{c}.jpg"): category(c) for c in CLASSES for n in range(EACH)}
+    ids = [picture(f"t{n}.jpg") for n in reversed(range(TESTS))]
+    assert list(study.labels("test")) == ids
+
+    source = place.zip if place.zip.exists() else place.data
+    sample = open_dataset(source, cache_dir=place.folder / "cache", max_size=96).sample_file
+    answers = Predictions(tuple(sorted(ids)), tuple(classes), np.full((TESTS, 3), [0.2, 0.3, 0.5]))
+    write_submission(answers, study.submission_file, sample=sample)
+    with study.submission_file.open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["Id", "Category"], *([i, classes[2]] for i in ids)]
+
+
+def test_damaged_lines_of_a_resumed_study_are_named_and_the_rest_is_kept(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_study("notes.txt", b"")(place)
+    with place.study.trials_file.open("ab") as file:
+        file.write(b'\xff\x00\n[]\n{"config": {"colour": "red"}, "curve": []}\n{"trial_id": ')
+    before = files_of(place.folder)
+    without_ray(monkeypatch)
+    assert place.search(*RESUME) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "lines [2, 3, 4, 5] are damaged, their trials run again." in said
+    assert files_of(place.folder) == before
+    assert [record.epochs_run for record in place.study.records()] == [2]
