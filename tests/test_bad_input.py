@@ -38,8 +38,9 @@ from tune.trials import Workers
 
 CLASSES, EACH, TESTS = ("2", "10", "1"), 8, 5
 SETTABLE = (
-    "backbone, image_size, epochs, head_depth, head, dropout, unfreeze, lr, layer_decay, optimizer, weight_decay, "
-    "schedule, batch_size, augment, label_smoothing, mixup, cutmix, ema, clip_norm, class_weights, patience"
+    "backbone, image_size, epochs, head_depth, head, dropout, unfreeze, lr, layer_decay, optimizer, "
+    "weight_decay, schedule, batch_size, augment, label_smoothing, mixup, cutmix, ema, clip_norm, "
+    "class_weights, patience"
 )
 
 
@@ -353,7 +354,7 @@ def lose_study_json(place: Place) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """`spoil` is done to a place; `says` is the line, with {names} of paths, … for what the machine decides."""
+    """`spoil` is done to a place; `says` is the line: {names} of paths, … what the machine decides."""
 
     spoil: Spoil
     says: str
@@ -404,8 +405,8 @@ DATA_SETS = {
     ),
     "zero-byte picture": Case(
         put("train/2/1_2.jpg", ""),
-        "1 of 24 labelled pictures cannot be read, more than 1%: '{data}/train/2/1_2.jpg': the file is empty; "
-        "fetch them again or take them out",
+        "1 of 24 labelled pictures cannot be read, more than 1%: '{data}/train/2/1_2.jpg': the file is empty"
+        "; fetch them again or take them out",
     ),
     "truncated picture": Case(
         truncate_test,
@@ -436,8 +437,8 @@ DATA_SETS = {
     ),
     "decompression bomb": Case(
         put("train/1/0_1.jpg", bomb(30_000, 30_000)),
-        "'{data}/train/1/0_1.jpg' is too large: Image size (900000000 pixels) exceeds limit of 178956970 pixels, "
-        "could be decompression bomb DOS attack.; remove or shrink it",
+        "'{data}/train/1/0_1.jpg' is too large: Image size (900000000 pixels) exceeds limit of 178956970 "
+        "pixels, could be decompression bomb DOS attack.; remove or shrink it",
     ),
     "name that is no UTF-8": Case(
         name_without_encoding, r"the name of '{data}/train/1/\udcff.jpg' is not UTF-8: rename it"
@@ -611,8 +612,8 @@ TABLES = {
     ),
     "test.csv against the sample": Case(
         put("test.csv", "path\ntest_upload/t1.jpg\n"),
-        "'{data}/test.csv' and '{data}/sample-submission.csv' do not list the same pictures, only one of them "
-        "names 't0.jpg': correct one, or take one away",
+        "'{data}/test.csv' and '{data}/sample-submission.csv' do not list the same pictures, only one of "
+        "them names 't0.jpg': correct one, or take one away",
     ),
     "empty sample": Case(
         put("sample-submission.csv", ""),
@@ -695,8 +696,8 @@ OPTIONS = {
         wrong("--cache-limit 1e300", "--cache-limit 1e+300 must be above 0 and below 1,000,000 GB"),
         Case(
             lambda place: shutil.rmtree(place.folder / "cache"),
-            "the pictures at up to 96 px would take 0.0 GB in '{folder}/cache/images', where there is room for "
-            "0.0 GB: give --cache DIR on a larger disk, a larger --cache-limit, or smaller sizes with "
+            "the pictures at up to 96 px would take 0.0 GB in '{folder}/cache/images', where there is room "
+            "for 0.0 GB: give --cache DIR on a larger disk, a larger --cache-limit, or smaller sizes with "
             "--set image_size=...",
             ("--cache-limit", "1e-9"),
         ),
@@ -776,8 +777,8 @@ OLD = (
 )
 CHANGED = "in {study} and is … now; give the options of the first run, or another --study NAME"
 NO_STUDY = (
-    "{study} is there already, but is no study: it holds no study.json; bring that back, move the folder away, "
-    "or give another --study NAME"
+    "{study} is there already, but is no study: it holds no study.json; bring that back, move the folder "
+    "away, or give another --study NAME"
 )
 BEGUN = ("--study", "begun")
 
@@ -992,23 +993,28 @@ def with_bom_and_crlf(place: Place) -> None:
         table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes().replace(b"\n", b"\r\n"))
 
 
-def renamed(picture: Callable[[str], str], category: Callable[[str], str] = str) -> Spoil:
+def renamed(other: Callable[[str], str]) -> Spoil:
     """Pictures and classes of other names, on disk and in the tables."""
 
     def spoil(place: Place) -> None:
         rows = [["Id", "Category"]]
         for folder in sorted((place.data / "train").iterdir()):
             for path in sorted(folder.iterdir()):
-                path.rename(folder / picture(path.name))
-                rows.append([picture(path.name), category(folder.name)])
-            folder.rename(folder.with_name(category(folder.name)))
-        tests = [picture(f"t{n}.jpg") for n in reversed(range(TESTS))]
+                path.rename(folder / other(path.name))
+                rows.append([other(path.name), other(folder.name)])
+            folder.rename(folder.with_name(other(folder.name)))
+        tests = [other(f"t{n}.jpg") for n in reversed(range(TESTS))]
         for n, name in zip(reversed(range(TESTS)), tests, strict=True):
             (place.data / "test_upload" / f"t{n}.jpg").rename(place.data / "test_upload" / name)
         write_rows(place.table, rows)
         write_rows(place.sample, [["Id", "Category"], *([name, "0"] for name in tests)])
 
     return spoil
+
+
+def reorder_columns(place: Place) -> None:
+    rows = [row.split(",") for row in place.table.read_text().splitlines()]
+    write_rows(place.table, [[category, name, "x"] for name, category in rows])
 
 
 def write_rows(path: Path, rows: list[list[str]]) -> None:
@@ -1035,47 +1041,28 @@ def same(name: str) -> str:
 
 
 def cyrillic(name: str) -> str:
-    return f"Жигули «{name}»"
+    return f"«Жигули» {name}"
 
 
 def spaced(name: str) -> str:
     return f' a  b, "c" {name}'
 
 
-def broken_over_lines(name: str) -> str:
+def folded(name: str) -> str:
     return f"a\nb\r\nc\r{name}"
 
 
-UNUSUAL: dict[str, tuple[Spoil, Callable[[str], str], Callable[[str], str]]] = {
-    "BOM and CRLF": (with_bom_and_crlf, same, same),
-    "blank lines": (swap("\n", "\n\n"), same, same),
-    "columns in another order, one more": (
-        lambda place: write_rows(
-            place.table,
-            [[*reversed(row.split(",")), "x"] for row in place.table.read_text().splitlines()],
-        ),
-        same,
-        same,
-    ),
-    "Cyrillic names": (
-        renamed(lambda n: cyrillic(n) + ".jpg", cyrillic),
-        lambda n: cyrillic(n) + ".jpg",
-        cyrillic,
-    ),
-    "names with spaces, commas and quotes": (renamed(spaced, spaced), spaced, spaced),
-    "names with line ends": (
-        renamed(broken_over_lines, broken_over_lines),
-        broken_over_lines,
-        broken_over_lines,
-    ),
-    "20,000 px wide": (widen_a_picture, same, same),
-    "linked pictures, a circle of folders": (link_pictures, same, same),
-    "a zip of Cyrillic names": (
-        both(renamed(lambda n: cyrillic(n) + ".jpg", cyrillic), packed(zipfile.ZIP_LZMA)),
-        lambda n: cyrillic(n) + ".jpg",
-        cyrillic,
-    ),
-    "a zip with a folder named .zip": (packed(**{"notes.zip/read.me": b"x"}), same, same),
+UNUSUAL: dict[str, tuple[Spoil, Callable[[str], str]]] = {  # and what each name becomes
+    "BOM and CRLF": (with_bom_and_crlf, same),
+    "blank lines": (swap("\n", "\n\n"), same),
+    "columns in another order, one more": (reorder_columns, same),
+    "Cyrillic names": (renamed(cyrillic), cyrillic),
+    "names with spaces, commas and quotes": (renamed(spaced), spaced),
+    "names with line ends": (renamed(folded), folded),
+    "20,000 px wide": (widen_a_picture, same),
+    "linked pictures, a circle of folders": (link_pictures, same),
+    "a zip of Cyrillic names": (both(renamed(cyrillic), packed(zipfile.ZIP_LZMA)), cyrillic),
+    "a zip with a folder named .zip": (packed(**{"notes.zip/read.me": b"x"}), same),
 }
 
 
@@ -1083,7 +1070,7 @@ UNUSUAL: dict[str, tuple[Spoil, Callable[[str], str], Callable[[str], str]]] = {
 def test_what_is_unusual_and_right_is_read_and_written_as_it_is(
     name: str, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil, picture, category = UNUSUAL[name]
+    spoil, renaming = UNUSUAL[name]
     spoil(place)
     before = files_of(place.folder)
     without_ray(monkeypatch)
@@ -1093,8 +1080,8 @@ def test_what_is_unusual_and_right_is_read_and_written_as_it_is(
     study = Study(place.folder / "results" / "unusual")
     classes = study.facts["classes"]
     found = {i: classes[k] for part in ("train", "val", "audit") for i, k in study.labels(part).items()}
-    assert found == {picture(f"{n}_{c}.jpg"): category(c) for c in CLASSES for n in range(EACH)}
-    ids = [picture(f"t{n}.jpg") for n in reversed(range(TESTS))]
+    assert found == {renaming(f"{n}_{c}.jpg"): renaming(c) for c in CLASSES for n in range(EACH)}
+    ids = [renaming(f"t{n}.jpg") for n in reversed(range(TESTS))]
     assert list(study.labels("test")) == ids
 
     source = place.zip if place.zip.exists() else place.data
