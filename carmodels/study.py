@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from carmodels.catalog import BACKBONES
-from carmodels.files import append_line, write_whole
+from carmodels.files import append_line, csv_text, write_whole
 from carmodels.predictions import METRICS, Predictions
 from carmodels.space import EpochMetrics, TrialConfig
 
@@ -285,11 +284,7 @@ def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, names: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(rows)
-    write_whole(path, text.getvalue())
+    write_whole(path, csv_text([names, *rows]))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from carmodels.files import write_whole
+from carmodels.files import csv_text, write_whole
 from carmodels.predictions import Predictions, refuse_doubles
 
 _COLUMNS = ["Id", "Category"]  # where there is no sample file
@@ -42,5 +42,4 @@ def write_submission(predictions: Predictions, out: Path, *, sample: Path | None
         columns = list(template.columns)
         predictions = predictions.aligned(tuple(template.iloc[:, 0]), theirs=f"the sample file {sample}")
     guesses = [predictions.classes[index] for index in predictions.probs.argmax(axis=1)]
-    table = pd.DataFrame(list(zip(predictions.ids, guesses, strict=True)), columns=columns)
-    write_whole(out, table.to_csv(index=False, lineterminator="\n"))
+    write_whole(out, csv_text([columns, *zip(predictions.ids, guesses, strict=True)]))

@@ -1052,6 +1052,10 @@ def folded(name: str) -> str:
     return f"a\nb\r\nc\r{name}"
 
 
+def returned(name: str) -> str:
+    return f"a\r{name}"
+
+
 UNUSUAL: dict[str, tuple[Spoil, Callable[[str], str]]] = {  # and what each name becomes
     "BOM and CRLF": (with_bom_and_crlf, same),
     "blank lines": (swap("\n", "\n\n"), same),
@@ -1059,6 +1063,7 @@ UNUSUAL: dict[str, tuple[Spoil, Callable[[str], str]]] = {  # and what each name
     "Cyrillic names": (renamed(cyrillic), cyrillic),
     "names with spaces, commas and quotes": (renamed(spaced), spaced),
     "names with line ends": (renamed(folded), folded),
+    "names with a carriage return": (renamed(returned), returned),
     "20,000 px wide": (widen_a_picture, same),
     "linked pictures, a circle of folders": (link_pictures, same),
     "a zip of Cyrillic names": (both(renamed(cyrillic), packed(zipfile.ZIP_LZMA)), cyrillic),
