@@ -1019,7 +1019,7 @@ def reorder_columns(place: Place) -> None:
 
 def write_rows(path: Path, rows: list[list[str]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+        csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
 
 
 def widen_a_picture(place: Place) -> None:
