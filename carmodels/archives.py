@@ -64,6 +64,8 @@ def _unpack(archive: Path, folder: Path, *, nested: bool) -> None:
 
 def _check_members(packed: zipfile.ZipFile, archive: Path, folder: Path) -> None:
     for member in packed.infolist():
+        if not member.filename:
+            raise ValueError(f"{archive.name!r} holds a file without a name: fetch it again")
         path = PureWindowsPath(member.filename)  # which takes slashes of both kinds, and drives
         if path.anchor or ".." in path.parts:
             raise ValueError(

@@ -507,6 +507,10 @@ ZIPS = {
     "file and folder of one name": Case(
         packed(**{"train.csv/x": b"x"}), "'cars.zip' cannot be unpacked: Not a directory; fetch it again"
     ),
+    "no name in a zip": Case(
+        packed(damage=lambda data: data.replace(b"evil.jpg", b"\0vil.jpg"), **{"evil.jpg": b"x"}),
+        "'cars.zip' holds a file without a name: fetch it again",
+    ),
     "name too long for a file": Case(
         packed(**{"train/1/" + "x" * 300: b"x"}),
         "'cars.zip' cannot be unpacked: File name too long; fetch it again",
