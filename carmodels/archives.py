@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import lzma
 import shutil
 import stat
 import zipfile
@@ -15,6 +17,11 @@ from carmodels.images import file_digests
 
 _BOMB_RATIO = 100  # unpacked over packed bytes; photographs stay below 2, deflate ends at 1032
 _BOMB_FLOOR = 100 << 20  # bytes that are unpacked whatever the ratio
+# what zipfile and its decompressors let out on damaged bytes
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, UnicodeDecodeError)
+# the OSErrors that are the archive's fault and not the machine's: from bz2 (no number), from a wrong offset
+# (EINVAL), from names that cannot be files
+_ITS_FAULT = (None, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def unpacked(archive: Path, cache_dir: Path) -> Path:
@@ -43,15 +50,22 @@ def _unpack(archive: Path, folder: Path, *, nested: bool) -> None:
         with zipfile.ZipFile(archive) as packed:
             _check_members(packed, archive, folder)
             packed.extractall(folder, [n for n in packed.namelist() if not n.startswith("__MACOSX/")])
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{archive.name!r} is damaged: {one_line(error)}; fetch it again") from None
-    for inner in sorted(folder.rglob("*.zip")) if nested else []:
+    except OSError as error:
+        if error.errno not in _ITS_FAULT:
+            raise
+        reason = error.strerror or one_line(error)
+        raise ValueError(f"{archive.name!r} cannot be unpacked: {reason}; fetch it again") from None
+    for inner in sorted(path for path in folder.rglob("*.zip") if path.is_file()) if nested else []:
         _unpack(inner, inner.parent, nested=False)
         inner.unlink()
 
 
 def _check_members(packed: zipfile.ZipFile, archive: Path, folder: Path) -> None:
     for member in packed.infolist():
+        if not member.filename:
+            raise ValueError(f"{archive.name!r} holds a file without a name: fetch it again")
         path = PureWindowsPath(member.filename)  # which takes slashes of both kinds, and drives
         if path.anchor or ".." in path.parts:
             raise ValueError(

@@ -36,6 +36,7 @@ from carmodels.images import (
     file_digests,
     open_images,
 )
+from carmodels.submission import read_sample
 
 SHARES = (("train", 0.70), ("val", 0.15), ("audit", 0.15))
 FEWEST_PER_CLASS = 4
@@ -331,6 +332,7 @@ def _list(roots: Sequence[Path], path: Path) -> _Listing:
     test = _tests(roots, sample)
     for pictures in (labelled, test):
         _refuse_twice(pictures)
+        _refuse_undecodable(pictures)
     labelled.sort(key=lambda picture: picture.id)
     return _Listing(labelled, test, _read_names(_find(roots, "classes.txt")), sample)
 
@@ -362,11 +364,14 @@ def _from_table(table: Path, roots: Sequence[Path]) -> list[_Picture]:
 def _from_folders(roots: Sequence[Path], path: Path) -> list[_Picture]:
     train = _find(roots, "train")
     apart = () if train else _TEST_FOLDERS
-    folders = [folder for folder in sorted((train or roots[0]).iterdir()) if folder.is_dir()]
+    base = train or roots[0]
+    folders = [folder for folder in sorted(base.iterdir()) if folder.is_dir()]
     labelled = []
     for folder in folders:
         if folder.name in apart or folder.name.startswith("."):
             continue
+        if base.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"the class folder {str(folder)!r} is a link to what holds it: remove the link")
         names = _names_in(folder)
         if not names:
             raise ValueError(f"the class folder {str(folder)!r} holds no pictures: fill or remove it")
@@ -376,19 +381,25 @@ def _from_folders(roots: Sequence[Path], path: Path) -> list[_Picture]:
 
 def _tests(roots: Sequence[Path], sample: Path | None) -> list[_Picture]:
     table, folder = _find(roots, "test.csv"), _find(roots, *_TEST_FOLDERS)
+    ids = [] if sample is None else [_inside(i, sample) for i in read_sample(sample).iloc[:, 0]]
     if table is not None:
         frame = _read_table(table)
         path = _first(frame, _PATH_COLUMNS)
         if path is None:
             raise ValueError(f"{str(table)!r} has the columns {list(frame)}; needed is path")
-        return [_Picture(_inside(i, table), table.parent / i) for i in frame[path]]
+        names = [_inside(i, table) for i in frame[path]]
+        if sample is not None and (odd := sorted(set(names) ^ set(ids))):
+            raise ValueError(
+                f"{str(table)!r} and {str(sample)!r} do not list the same pictures, only one of them names "
+                f"{odd[0]!r}: correct one, or take one away"
+            )
+        return [_Picture(name, table.parent / name) for name in names]
     if folder is None and sample is not None:
         raise ValueError(f"{str(sample)!r} lists test pictures, but there is no test_upload or test folder")
     if folder is None:
         return []
     names = _names_in(folder)
     if sample is not None:
-        ids = [_inside(i, sample) for i in _read_table(sample).iloc[:, 0]]
         unlisted = sorted(set(names) - set(ids))
         if unlisted:
             raise ValueError(
@@ -408,10 +419,16 @@ def _names_in(folder: Path) -> list[str]:
 def _read_table(table: Path) -> pd.DataFrame:
     """All columns as text, column names in lower case."""
     try:
-        frame = pd.read_csv(table, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+        # header=None: with one, pandas drops what a longer row has more, and renames columns of the same name
+        rows = pd.read_csv(table, header=None, dtype=str, na_filter=False, encoding="utf-8-sig").fillna("")
     except (ValueError, OSError) as error:
-        raise ValueError(f"{str(table)!r} cannot be read as CSV: {one_line(error)}") from None
-    return frame.fillna("").rename(columns=lambda name: name.strip().lower())
+        raise ValueError(
+            f"{str(table)!r} cannot be read as CSV: {one_line(error)}; needed is UTF-8 text with commas"
+        ) from None
+    columns = [name.strip().lower() for name in rows.iloc[0]]
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise ValueError(f"{str(table)!r} has more than one column {twice[0]!r}: keep one")
+    return pd.DataFrame(rows.iloc[1:].to_numpy(), columns=columns)
 
 
 def _first(frame: pd.DataFrame, columns: Sequence[str]) -> str | None:
@@ -434,10 +451,24 @@ def _refuse_twice(pictures: list[_Picture]) -> None:
         raise ValueError(f"the id {name!r} is there {count} times: ids must be unique")
 
 
+def _refuse_undecodable(pictures: list[_Picture]) -> None:
+    """File systems keep bytes; a name that is no text could not be written into a table."""
+    for picture in pictures:
+        try:
+            picture.id.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the name of {str(picture.path)!r} is not UTF-8: rename it") from None
+
+
 def _read_names(path: Path | None) -> dict[str, str]:
-    lines = path.read_text(encoding="utf-8-sig").splitlines() if path else []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines() if path else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not UTF-8: {one_line(error)}; save it as such") from None
     words = [line.split(maxsplit=1) for line in lines if line.strip()]
     for found in words:
         if len(found) != 2:
             raise ValueError(f"{str(path)!r} has the line {found[0]!r}; needed is '<category> <name>'")
+    if twice := [category for category, count in Counter(word[0] for word in words).items() if count > 1]:
+        raise ValueError(f"{str(path)!r} names the class {twice[0]!r} more than once: keep one line")
     return {category: name.strip() for category, name in words}

@@ -4,7 +4,34 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def user_path(text: str | Path) -> Path:
+    """The absolute path that a user means, with `~` as the home folder; ValueError names what is no path."""
+    try:
+        path = Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{str(text)!r}: there is no such home folder; write the path in full") from None
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(text)!r} is not UTF-8, as paths must be here: rename it") from None
+    return path
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Rows as RFC 4180 has it, but for line ends of Unix; None is empty.
+
+    Python 3.11's csv.writer leaves a carriage return in a name without quotes, with these line ends.
+    """
+    return "".join(",".join(map(_field, row)) + "\n" for row in rows)
+
+
+def _field(value: object) -> str:
+    text = "" if value is None else str(value)
+    return f'"{text.replace(chr(34), 2 * chr(34))}"' if any(c in text for c in '",\r\n') else text
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

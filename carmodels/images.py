@@ -66,11 +66,13 @@ def read_picture(path: Path) -> Image.Image:
     Raises BrokenPicture, or ValueError for a picture of more than 178 megapixels (Pillow's bomb limit).
     """
     try:
+        if not path.is_file():  # a named pipe would be waited for, for ever
+            raise BrokenPicture(_no_file(path))
         with Image.open(path, formats=FORMATS) as image:
             ImageOps.exif_transpose(image, in_place=True)
             return _as_rgb(image)
-    except FileNotFoundError:
-        raise BrokenPicture("the file is missing") from None
+    except BrokenPicture:
+        raise
     except UnidentifiedImageError:
         raise BrokenPicture(_unknown_kind(path)) from None
     except Image.DecompressionBombError as error:
@@ -84,6 +86,12 @@ def _raise_machine_trouble(error: Exception) -> None:
     """Too few file handles or too little memory say nothing about the file that was being read."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise error
+
+
+def _no_file(path: Path) -> str:
+    if path.exists():
+        return "it is a folder or a device, no file"
+    return "the link leads to no file" if path.is_symlink() else "the file is missing"
 
 
 def _unknown_kind(path: Path) -> str:
@@ -243,6 +251,8 @@ def estimated_bytes(paths: Sequence[Path], max_size: int, on_estimate: Estimate 
 
 def _header_size(path: Path) -> tuple[int, int] | None:
     try:
+        if not path.is_file():
+            return None
         with Image.open(path, formats=FORMATS) as image:
             return image.size
     except (*_PARSER_ERRORS, Image.DecompressionBombError):
@@ -328,6 +338,8 @@ def file_digests(paths: Sequence[Path], manifest: Path) -> list[str]:
 
     def entry(path: Path) -> list[Any]:
         try:
+            if not path.is_file():
+                return [None, None, ""]
             stat = path.stat()
             old = known.get(str(path), [None, None, ""])
             if old[:2] == [stat.st_size, stat.st_mtime_ns]:

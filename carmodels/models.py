@@ -20,7 +20,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from carmodels.catalog import BACKBONES, HEADS, UNFREEZE, Head, Unfreeze
-from carmodels.files import write_whole
+from carmodels.files import user_path, write_whole
 from carmodels.space import TrialConfig
 
 _CACHED = 2**17  # floats that stay in a core's second-level cache
@@ -38,7 +38,7 @@ class Weights:
         """Raises ValueError when text is neither hub nor none nor a folder with weights in it."""
         if text in ("hub", "none"):
             return cls(text)
-        folder = Path(text).expanduser().resolve()
+        folder = user_path(text).resolve()
         if not folder.is_dir():
             raise ValueError(
                 f"--weights {text} is no folder; give a folder of <timm name>.safetensors, hub or none"

@@ -230,6 +230,8 @@ class Space:
                 return replace(self, dimensions=others, fixed={**fixed, name: options[0]})._checked(
                     f"--set {text}"
                 )
+            if doubles := [v for n, v in enumerate(options) if v in options[:n]]:
+                raise ValueError(f"--set {text}: {doubles[0]!r} is there more than once")
             new = Choice(options, old.when if old else None)
         dimensions = {n: new if n == name else d for n, d in self.dimensions.items()} | {name: new}
         return replace(self, dimensions=dimensions, fixed=fixed)._checked(f"--set {text}")

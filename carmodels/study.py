@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
@@ -12,12 +11,12 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from carmodels.catalog import BACKBONES
-from carmodels.files import append_line, write_whole
+from carmodels.files import append_line, csv_text, write_whole
 from carmodels.predictions import METRICS, Predictions
 from carmodels.space import EpochMetrics, TrialConfig
 
@@ -301,11 +300,7 @@ def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, names: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(rows)
-    write_whole(path, text.getvalue())
+    write_whole(path, csv_text([names, *rows]))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -314,11 +309,34 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError naming a file that is no JSON."""
+    """Raises ValueError naming a file that is no JSON object; later, LackingKey for what it does not say."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda values: _Known(path, values))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); bring a copy back, or delete it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no object); bring a copy back, or delete it")
+    return found
+
+
+class LackingKey(ValueError, KeyError):
+    """A file of the study does not say what it should; a KeyError as well, which templates expect."""
+
+    __str__ = ValueError.__str__  # KeyError's puts it in quotes
+
+
+class _Known(dict[str, Any]):
+    """What a file says; asked for what it does not say, it names the file."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise LackingKey(
+            f"{self.path} has no {key!r}: it is damaged, or of another version of this program; "
+            "use the version it was made with, or begin another study"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from carmodels.files import write_whole
+from carmodels.files import csv_text, write_whole
 from carmodels.predictions import Predictions, refuse_doubles
 
 _COLUMNS = ["Id", "Category"]  # where there is no sample file
@@ -20,8 +20,8 @@ def read_sample(path: Path) -> pd.DataFrame:
     try:
         # header=None: pandas renames columns without a name or with another's, and guesses an index column
         rows = pd.read_csv(path, header=None, dtype=str, na_filter=False)
-    except ValueError as error:  # pandas' own errors are ValueErrors that do not name the file
-        raise ValueError(f"{path} is not a table of ids and categories: {error}") from error
+    except (ValueError, IsADirectoryError) as error:  # pandas' own are ValueErrors without the file's name
+        raise ValueError(f"{path} is not a table of ids and categories: {str(error).strip()}") from error
     if rows.shape[1] != len(_COLUMNS):
         raise ValueError(
             f"{path} must have two columns, ids and categories, but its header is {list(rows.iloc[0])}"
@@ -42,5 +42,4 @@ def write_submission(predictions: Predictions, out: Path, *, sample: Path | None
         columns = list(template.columns)
         predictions = predictions.aligned(tuple(template.iloc[:, 0]), theirs=f"the sample file {sample}")
     guesses = [predictions.classes[index] for index in predictions.probs.argmax(axis=1)]
-    table = pd.DataFrame(list(zip(predictions.ids, guesses, strict=True)), columns=columns)
-    write_whole(out, table.to_csv(index=False, lineterminator="\n"))
+    write_whole(out, csv_text([columns, *zip(predictions.ids, guesses, strict=True)]))

@@ -192,6 +192,7 @@ def test_a_csv_of_paths_and_labels_is_enough(competition: Path) -> None:
     ]
     (competition / "train.csv").write_text("\n".join(["path,label", *rows]))
     (competition / "test.csv").write_text("path\ntest_upload/t3.jpg\ntest_upload/t1.jpg\n")
+    (competition / "sample-submission.csv").unlink()
     found = opened(competition)
     assert found.classes == ("car 1", "car 10", "car 2")
     assert "train/10/0_10.jpg" in {*found.train.ids, *found.val.ids, *found.audit.ids}
@@ -377,7 +378,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "id twice": (change_table("3_1.jpg", "4_1.jpg"), "the id '4_1.jpg' is there 2 times"),
     "test id twice": (
         list_test_picture_twice,
-        "the id 't1.jpg' is there 2 times",
+        r"more than once in the sample file .*sample-submission.csv: 't1.jpg'",
     ),
     "empty folder": (
         empty_the_folder,

@@ -6,12 +6,12 @@ Choose an ensemble of a study's finished trials on val, score it once on audit, 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from pathlib import Path
 
 from carmodels.catalog import VIEWS
+from carmodels.files import user_path, write_whole
 from carmodels.study import Study
 from tune import setup, stages
 from tune.console import Screen
@@ -21,7 +21,7 @@ from tune.trials import WEIGHTS_KEPT
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     p.add_argument(
         "--top", type=int, default=12, metavar="K", help="best trials of the search to choose from (12)"
@@ -46,14 +46,17 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         )
     if not 1 <= options.tta <= len(VIEWS):
         raise ValueError(f"--tta {options.tta} must be from 1 to {len(VIEWS)}, the number of views there are")
-    study = Study(options.study.expanduser().absolute())
+    study = Study(user_path(options.study))
+    out = options.out
+    if out and not (out.absolute().parent.is_dir() and (out.is_file() or not out.exists())):
+        raise ValueError(f"--out {out} must name a file in a folder that exists")
     with setup.reopened(study, options, screen) as job:
         clock = stages.Clock(time.time())
         results = stages.ensemble(job, clock=clock, say=screen.say, top=options.top, views=options.tta)
     screen.answer(results, study)
     screen.say(f"Report: {write_report(study)}")
     if options.out and "submission" in results:
-        shutil.copyfile(study.submission_file, options.out)
+        write_whole(options.out, study.submission_file.read_bytes())
         screen.say(f"Copied to {options.out}.")
     return 0
 

@@ -13,6 +13,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from carmodels.files import user_path
 from carmodels.study import Study
 from tune import setup
 from tune.console import Screen
@@ -24,7 +25,7 @@ PORT = 8770
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     p.add_argument("--serve", action="store_true", help="show the page at a local address until Ctrl-C")
     p.add_argument("--port", type=int, metavar="N", help=f"of that address ({PORT}; 0: any)")
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, screen: Screen) -> int:
     """Write the page and say where it is, or serve it."""
-    study = Study(options.study.expanduser().absolute())
+    study = Study(user_path(options.study))
     if options.serve:
         return serve(study, PORT if options.port is None else options.port, screen)
     if options.port is not None:

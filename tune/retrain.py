@@ -10,15 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+from carmodels.files import user_path
 from carmodels.models import Weights
 from carmodels.study import Study
 from tune import setup, stages
 from tune.console import Screen
 
+MOST_SEEDS = 1000
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     p.add_argument("--trial", metavar="ID", help="the trial whose configuration is retrained (the best)")
     p.add_argument("--seeds", type=int, metavar="N", help="how many new seeds (3, or one for each worker)")
@@ -33,7 +36,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
-    study = Study(options.study.expanduser().absolute())
+    if options.seeds is not None and options.seeds > MOST_SEEDS:
+        raise ValueError(f"--seeds {options.seeds} must be at most {MOST_SEEDS}")
+    study = Study(user_path(options.study))
     clock = stages.Clock(time.time())
     with setup.reopened(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since

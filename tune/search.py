@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -30,6 +30,7 @@ from platformdirs import user_cache_path
 
 from carmodels import demo
 from carmodels.data import Splits
+from carmodels.files import user_path
 from carmodels.models import Weights
 from carmodels.predictions import METRICS
 from carmodels.space import SPACES, Space
@@ -43,21 +44,15 @@ from tune.trials import Job, Watch
 
 MOST_SEED = 2_000_000_000  # leaves room for the seeds of retraining
 STAGES = ("search", "confirm", "retrain", "ensemble", "report")
+LONGEST_NAME = 100  # characters of a study's name; file systems end at 255 bytes
 CPU_HOURS, GPU_HOURS = 0.25, 4.0  # where neither --hours nor --trials says more
 DEMO_HOURS = 0.15  # the demo ends by its number of trials; this is for slow machines
 DEMO_WEIGHTS = Path(demo.__file__).with_name("weights")
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with an option in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help lists the options\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--data", metavar="DIR|ZIP", help="pictures by class, or the competition's files; left out: a demo"
     )
@@ -126,14 +121,13 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     space, left_out = chosen_space(preset, options.set, weights)
     if left_out:
         screen.say(f"Left out of the space, no weights for them: {', '.join(left_out)}.")
-    study = Study(
-        (Path(options.results).expanduser() / (options.study or default_name(options.data))).absolute()
-    )
+    study = Study(user_path(options.results) / (options.study or default_name(options.data)))
+    refuse_within(study, options)
     overwrite = options.overwrite or is_bare(options)
     check_folder(study, resume=options.resume, overwrite=overwrite)
     report_findings(findings(study, space, granted, setup.cache_folder(options)), screen)
     earlier = [] if options.resume else earlier_studies(options.warm_start, study, options.metric)
-    data = Path(options.data).expanduser().absolute() if options.data else demo_data(screen)
+    data = user_path(options.data) if options.data else demo_data(screen)
     weights.fetch(space.backbones)
     if weights.source == "hub" and not options.address:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: what they need is on this disk now
@@ -142,7 +136,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     facts = {
         "data": study.relative(data),
         "weights": study.relative(Path(weights.source)) if weights.is_folder else weights.source,
-        "warm_start": [study.relative(Path(f).expanduser().absolute()) for f in options.warm_start] or None,
+        "warm_start": [study.relative(user_path(f)) for f in options.warm_start],
         **describe(options, preset, space, splits),
     }
     describe_data(splits, screen)
@@ -254,9 +248,11 @@ def check_numbers(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 0, which leaves it out")
     if not 0 <= options.seed <= MOST_SEED:
         raise ValueError(f"--seed {options.seed} must be from 0 to {MOST_SEED}")
-    if options.study is not None and not re.fullmatch(r"\w[\w.-]*", options.study):
+    name = options.study
+    if name is not None and not (re.fullmatch(r"\w[\w.-]*", name) and len(name) <= LONGEST_NAME):
         raise ValueError(
-            f"--study {options.study!r} must be a plain name of letters, digits, '.', '_' and '-'"
+            f"--study {name!r} must be a plain name of letters, digits, '.', '_' and '-', "
+            f"{LONGEST_NAME} characters at most"
         )
 
 
@@ -270,7 +266,7 @@ def demo_data(screen: Screen) -> Path:
 
 def default_name(data: str | None) -> str:
     """The study's name where none is given: that of the data."""
-    return re.sub(r"[^\w.-]", "_", Path(data).expanduser().resolve().stem) if data else "demo"
+    return re.sub(r"[^\w.-]", "_", user_path(data).resolve().stem)[:LONGEST_NAME] if data else "demo"
 
 
 def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[Space, list[str]]:
@@ -290,7 +286,7 @@ def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[S
 
 def earlier_studies(folders: Sequence[str], own: Study, metric: str) -> list[Study]:
     """The studies in these folders; ValueError for one that cannot tell this one anything."""
-    studies = [Study(Path(folder).expanduser().absolute()) for folder in folders]
+    studies = [Study(user_path(folder)) for folder in folders]
     for study in studies:
         if study.folder == own.folder:
             raise ValueError(f"--warm-start {study.folder} is this study itself; --resume goes on with it")
@@ -302,7 +298,15 @@ def earlier_studies(folders: Sequence[str], own: Study, metric: str) -> list[Stu
 
 
 def check_folder(study: Study, *, resume: bool, overwrite: bool) -> None:
-    """Raises ValueError where the study's folder and --resume or --overwrite do not go together."""
+    """Raises ValueError where the study's folder and --resume or --overwrite do not go together.
+
+    What is no study is left alone: it may be someone's pictures, which --overwrite would later delete.
+    """
+    if not study.exists and (study.folder.is_file() or any(study.folder.glob("*"))):
+        raise ValueError(
+            f"{study.folder} is there already, but is no study: it holds no study.json; bring that back, "
+            "move the folder away, or give another --study NAME"
+        )
     if resume and not study.exists:
         raise ValueError(f"--resume: there is no study at {study.folder}; leave --resume out to begin one")
     if study.exists and not (resume or overwrite):
@@ -310,6 +314,19 @@ def check_folder(study: Study, *, resume: bool, overwrite: bool) -> None:
             f"{study.folder} holds a study already; give --resume to go on with it, "
             "--overwrite to delete it, or another --study NAME"
         )
+
+
+def refuse_within(study: Study, options: argparse.Namespace) -> None:
+    """Raises ValueError for data, weights or a cache in the study's own folder, which --overwrite deletes."""
+    for name in ("data", "weights", "cache"):
+        value = getattr(options, name)
+        if value in (None, "hub", "none"):
+            continue
+        if user_path(value).resolve().is_relative_to(study.folder.resolve()):
+            raise ValueError(
+                f"--{name} {value} lies in the folder of the study, {study.folder}; "
+                "give another --study NAME or --results DIR"
+            )
 
 
 def begin(
@@ -330,9 +347,9 @@ def begin(
             "fingerprint",
             "split_hash",
         ):
-            if before.get(name) != facts[name]:
+            if before[name] != facts[name]:
                 raise ValueError(
-                    f"--resume: {name} was {before.get(name)} in {study.folder} and is {facts[name]} now; "
+                    f"--resume: {name} was {before[name]} in {study.folder} and is {facts[name]} now; "
                     "give the options of the first run, or another --study NAME"
                 )
         return

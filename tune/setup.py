@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -20,27 +21,44 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from carmodels.data import Splits, open_dataset
-from carmodels.files import write_whole
+from carmodels.files import user_path, write_whole
 from carmodels.models import Weights
 from carmodels.study import Study
 from tune.console import Screen
 from tune.costs import GPU_SHARES
 from tune.trials import Job, Workers, start_ray
 
+MOST_CACHE = 1e6  # GB
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an option in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
 
 def guarded(run: Callable[[argparse.Namespace, Screen], int], options: argparse.Namespace) -> int:
     """Run a script's job; one line on standard error for what a user can mend. Returns the exit code."""
     screen = Screen()
     try:
+        _refuse_empty(options)
         return run(options, screen)
     except (ValueError, OSError) as error:
         screen.rest()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         screen.rest()
         print("stopped at once; search.py --resume goes on with what was recorded", file=sys.stderr)
         return 130
+
+
+def _refuse_empty(options: argparse.Namespace) -> None:
+    """An empty text is a shell variable that was not set, not the wish for a default."""
+    for name, value in vars(options).items():
+        if value == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
@@ -121,13 +139,15 @@ def _share(text: str) -> float:
 
 def cache_folder(options: argparse.Namespace) -> Path:
     """What `--cache` says, else the user's cache folder."""
-    return Path(options.cache).expanduser().absolute() if options.cache else user_cache_path("carmodels")
+    return user_path(options.cache) if options.cache else user_cache_path("carmodels")
 
 
 def open_data(data: Path, options: argparse.Namespace, max_size: int, seed: int, screen: Screen) -> Splits:
     """The data set, decoded once for every size up to `max_size` pixels."""
-    if not options.cache_limit > 0:
-        raise ValueError(f"--cache-limit {options.cache_limit:g} must be above 0 GB")
+    if not 0 < options.cache_limit < MOST_CACHE:
+        raise ValueError(
+            f"--cache-limit {options.cache_limit:g} must be above 0 and below {MOST_CACHE:,.0f} GB"
+        )
     cache_dir = cache_folder(options)
     progress, on_progress = screen.decoding()
     with progress:
