@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export NO_ALBUMENTATIONS_UPDATE = 1
 
-.PHONY: search test install lint types check bench clean
+.PHONY: search test install lint types check soak bench clean
 
 search: .venv/installed
 	$(BIN)/python tune/search.py
@@ -21,6 +21,9 @@ types: .venv/installed
 	$(BIN)/mypy
 
 check: lint types test
+
+soak: .venv/installed
+	$(BIN)/python tests/soak.py
 
 bench: .venv/installed
 	$(BIN)/python tests/benchmarks/bench_input.py

@@ -28,12 +28,16 @@ class Status(StrEnum):
     STOPPED = "stopped"  # by the scheduler or the clock
     DIVERGED = "diverged"  # its loss was no longer finite
     FAILED = "failed"  # an error
-    INTERRUPTED = "interrupted"  # by the user or a dying machine; to be run again
+    INTERRUPTED = "interrupted"  # by the user; to be run again
+    RUNNING = "running"  # or cut off by a dying process; where nothing runs, to be run again
+
+
+CUT_OFF = (Status.INTERRUPTED, Status.RUNNING)
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One line of trials.jsonl: a trial and how it ended."""
+    """One line of trials.jsonl: a trial as it begins, or how it ended."""
 
     trial_id: str
     config: TrialConfig
@@ -204,7 +208,7 @@ class Study:
         append_line(self.trials_file, record.to_json())
 
     def records(self) -> list[TrialRecord]:
-        """Every trial in the order of first lines; a trial's last line wins, a torn line is skipped."""
+        """Every trial as its last line has it, in the order of those; a torn line is skipped."""
         return list(self._read()[0].values())
 
     def damaged_lines(self) -> list[int]:
@@ -262,6 +266,7 @@ def _parsed(path: Path, size: int, modified: int) -> tuple[dict[str, TrialRecord
     for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, start=1):
         try:
             record = _record(line)
+            found.pop(record.trial_id, None)
             found[record.trial_id] = record
         except ValueError:
             damaged.append(number)

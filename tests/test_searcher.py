@@ -82,6 +82,7 @@ def test_optuna_is_told_how_each_trial_ended() -> None:
         draws.suggest(str(i))
         draws.on_trial_result(str(i), result(0.1, 1))
     draws.on_trial_complete("0", result(0.6, 8, status="finished", best_value=0.7))
+    draws.on_trial_result("1", result(0.2, 2))  # Ray repeats the last one
     draws.on_trial_complete("1", result(0.2, 2))
     draws.on_trial_complete("2", None, error=True)
     draws.on_trial_complete("3", result(0.0, 2, status="diverged", best_value=0.0))

@@ -41,7 +41,7 @@ def test_the_last_line_of_a_trial_wins(study: Study) -> None:
     study.append(record(1, 0.4, Status.INTERRUPTED))
     study.append(record(2, 0.6))
     study.append(record(1, 0.5))
-    assert [(r.config.seed, r.value) for r in study.records()] == [(1, 0.5), (2, 0.6)]
+    assert [(r.config.seed, r.value) for r in study.records()] == [(2, 0.6), (1, 0.5)]
 
 
 @pytest.mark.parametrize("kept", [1, 40, 200])

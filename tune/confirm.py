@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 
 from carmodels.predictions import METRICS, Interval
 from carmodels.space import TrialConfig
-from carmodels.study import Status, Study, TrialRecord
+from carmodels.study import CUT_OFF, Status, Study, TrialRecord
 
 RERUNS = 6  # most runs with new seeds in a study
 CONTENDERS = 4  # best configurations that are run again
@@ -343,7 +343,7 @@ class Reruns(Searcher):
         made = sum(r.stage == "confirm" and r.status in _ENDED for r in records)
         if made + len(pending) >= self._most:
             return None
-        cut_off = (r for r in records if r.stage == "confirm" and r.status is Status.INTERRUPTED)
+        cut_off = (r for r in records if r.stage == "confirm" and r.status in CUT_OFF)
         if begun := [r.config for r in cut_off if r.config not in pending]:
             return begun[0]  # as what is cut off in the search: no row stays without an end
         return next_rerun(records, metric=self.metric, pictures=self._pictures, pending=pending)

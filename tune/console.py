@@ -13,7 +13,7 @@ from rich.status import Status as Spinner
 from rich.table import Table
 
 from carmodels.predictions import METRICS
-from carmodels.study import Status, Study, TrialRecord, read_json
+from carmodels.study import CUT_OFF, Status, Study, TrialRecord, read_json
 from tune import dimensions, stops
 from tune.confirm import Standing, judged, leading, sentence
 from tune.stages import Clock
@@ -44,7 +44,7 @@ class Screen:
     def watch(self, study: Study, clock: Clock, trials: int | None) -> Watch:
         """What a run calls as trials end and time goes by."""
         metric = study.metric
-        ended = {r.trial_id: r for r in study.records() if r.status is not Status.INTERRUPTED}
+        ended = {r.trial_id: r for r in study.records() if r.status not in CUT_OFF}
 
         def on_record(record: TrialRecord) -> None:
             ended[record.trial_id] = record

@@ -84,6 +84,7 @@ class Draws(OptunaSearch):
             storage=storage,
         )
         self._dimensions = space
+        self._reported: dict[str, int] = {}  # Ray's trial id -> the last epoch that Optuna knows
         self._stamp = stamp
         self._queue = list(queue)
         self._seen = {r.trial_id for r in known} | {c.id for c in queue}
@@ -129,9 +130,14 @@ class Draws(OptunaSearch):
         return stamped.id not in self._seen and self._fits(stamped)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Tell Optuna an epoch's value."""
-        if trial_id in self._ot_trials:  # of what was queued, some are not Optuna's
-            self._ot_trials[trial_id].report(result[self.metric], result["epoch"])
+        """Tell Optuna an epoch's value, once: Ray repeats the last result at a trial's end."""
+        if trial_id not in self._ot_trials:  # of what was queued, some are not Optuna's
+            return
+        epoch = result["epoch"]
+        if self._reported.get(trial_id) != epoch:
+            diverged = result.get("status") == Status.DIVERGED
+            self._ot_trials[trial_id].report(math.nan if diverged else result[self.metric], epoch)
+            self._reported[trial_id] = epoch
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -139,12 +145,11 @@ class Draws(OptunaSearch):
         """Tell Optuna how a trial of its own ended."""
         if trial_id not in self._ot_trials:
             return
-        trial = self._ot_trials.pop(trial_id)
         if error or not result or self.metric not in result:
-            self._ot_study.tell(trial, state=TrialState.FAIL)
+            self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
             return
-        diverged = result.get("status") == Status.DIVERGED
-        trial.report(math.nan if diverged else result[self.metric], result["epoch"])
+        self.on_trial_result(trial_id, result)
+        trial = self._ot_trials.pop(trial_id)
         if result.get("status"):
             self._ot_study.tell(trial, result["best_value"])
         else:

@@ -25,7 +25,7 @@ from carmodels.predictions import (
     with_temperature,
 )
 from carmodels.space import Space, TrialConfig, baseline
-from carmodels.study import Status, Study, TrialRecord, read_json, write_json
+from carmodels.study import CUT_OFF, Status, Study, TrialRecord, read_json, write_json
 from carmodels.submission import write_submission
 from tune import stops
 from tune.confirm import RERUNS, Reruns, described, expected_seconds, judged
@@ -150,7 +150,7 @@ def search(
 
 def _to_run_again(record: TrialRecord) -> bool:
     """Whether a trial of an earlier run is queued once more: it was cut off, or is the recipe, unfinished."""
-    cut_off = record.status is Status.INTERRUPTED
+    cut_off = record.status in CUT_OFF
     return cut_off or (record.note != "" and record.status in (Status.STOPPED, Status.FAILED))
 
 

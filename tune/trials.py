@@ -275,8 +275,11 @@ class Recorder(_StaysHere, Callback):
         return self.failures >= HOPELESS
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.running.setdefault(trial.trial_id, [])
-        self.configs[trial.trial_id] = TrialConfig.from_dict(trial.config)
+        """Write down that it runs, so that it is run again should this process die."""
+        if trial.trial_id not in self.running and trial.trial_id not in self.recorded:
+            self.running[trial.trial_id] = []
+            self.configs[trial.trial_id] = TrialConfig.from_dict(trial.config)
+            self.study.append(self._record(trial, Status.RUNNING, ""))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -311,10 +314,21 @@ class Recorder(_StaysHere, Callback):
     def _write(self, trial: Any, status: Status, reason: str, value: float | None = None) -> None:
         if trial.trial_id in self.recorded or trial.trial_id not in self.configs:
             return
+        record = self._record(trial, status, reason, value)
+        self.recorded.add(trial.trial_id)
+        self.failures = self.failures + 1 if status is Status.FAILED else 0
+        self.running.pop(trial.trial_id, None)
+        self.study.append(record)
+        self.study.write_table()
+        if status is Status.FINISHED and self.stage == "search":
+            self.study.keep_weights(WEIGHTS_KEPT, also=self.notes)
+        self.watch.on_record(record)
+
+    def _record(self, trial: Any, status: Status, reason: str, value: float | None = None) -> TrialRecord:
         config, curve = self.configs[trial.trial_id], tuple(self.running.get(trial.trial_id, ()))
-        if value is None and curve and status is not Status.FAILED:
+        if value is None and curve:
             value = curve[-1].value
-        record = TrialRecord(
+        return TrialRecord(
             trial_id=config.id,
             config=config,
             status=status,
@@ -327,14 +341,6 @@ class Recorder(_StaysHere, Callback):
             at=time.time() - self.begun,
             curve=curve,
         )
-        self.recorded.add(trial.trial_id)
-        self.failures = self.failures + 1 if status is Status.FAILED else 0
-        self.running.pop(trial.trial_id, None)
-        self.study.append(record)
-        self.study.write_table()
-        if status is Status.FINISHED and self.stage == "search":
-            self.study.keep_weights(WEIGHTS_KEPT, also=self.notes)
-        self.watch.on_record(record)
 
 
 def _last_line(trial: Any) -> str:
