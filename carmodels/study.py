@@ -146,6 +146,10 @@ class Study:
         return self.folder / "ray"
 
     @property
+    def tensorboard_folder(self) -> Path:
+        return self.folder / "tensorboard"
+
+    @property
     def optuna_file(self) -> Path:
         return self.folder / "optuna.db"
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from rich.status import Status as Spinner
 from rich.table import Table
 
-from carmodels.predictions import METRICS
 from carmodels.study import CUT_OFF, Status, Study, TrialRecord, read_json
-from tune import dimensions, stops
+from tune import dimensions, live, stops
 from tune.confirm import Standing, judged, leading, sentence
 from tune.stages import Clock
 from tune.trials import Recorder, Watch
@@ -27,14 +26,19 @@ _AUDITED = {
     "gain_over_recipe": "gain over the recipe",
 }
 _COLOURS = {Status.FINISHED: "green", Status.STOPPED: "yellow", Status.FAILED: "red", Status.DIVERGED: "red"}
+_CONFIGURATION = ("backbone", "px", "head", "strategy", "lr", "augment")
+_DETAILS = ("trial", "augment", "epochs", "s")  # which a narrow terminal has no room for
 
 
 class Screen:
-    """Prints for people: a moving status line on a terminal, plain lines now and then elsewhere."""
+    """Prints for people: a live view on a terminal; plain lines elsewhere, and where they are asked for."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
-        self._spinner: Spinner | None = None
+    def __init__(self, *, plain: bool = False) -> None:
+        plain = plain or not sys.stdout.isatty()  # FORCE_COLOR or not: a program reads it
+        self._terminal = False if plain else None  # None: rich finds out what the terminal can do
+        self.console = Console(highlight=False, soft_wrap=True, force_terminal=self._terminal)
+        self._alive = self.console.is_interactive and not self.console.options.ascii_only
+        self._live: Live | None = None
         self._last_word = time.monotonic()
 
     def say(self, text: str, style: str = "") -> None:
@@ -56,60 +60,48 @@ class Screen:
             )
 
         def on_step(recorder: Recorder) -> None:
-            self._status(_standing(list(ended.values()), recorder, metric, clock, trials))
+            self._show(live.standing(ended.values(), recorder, metric, clock, trials))
 
         return Watch(on_record, on_step)
 
-    def _status(self, text: str) -> None:
-        if self.console.is_terminal:
-            if self._spinner is None:
-                self._spinner = self.console.status(text)
-                self._spinner.start()
-            self._spinner.update(text)
+    def _show(self, now: live.Standing) -> None:
+        if self._alive:
+            if self._live is None:
+                self._live = Live(console=self.console, transient=True)
+                self._live.start()
+            self._live.update(live.View(now))
         elif time.monotonic() - self._last_word >= QUIET_SECONDS:
             self._last_word = time.monotonic()
-            self.say(f"      {text}")
+            self.say(f"      {live.line(now)}")
 
     def rest(self) -> None:
-        """Take the status line away."""
-        if self._spinner is not None:
-            self._spinner.stop()
-            self._spinner = None
+        """Take the live view away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def decoding(self) -> tuple[Progress, Any]:
         """A progress bar for the data cache, and the function that moves it."""
         columns = (TextColumn("Decoding pictures, once for all trials"), BarColumn(), TaskProgressColumn())
-        progress = Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        )
+        progress = Progress(*columns, console=self.console, transient=True, disable=not self._alive)
         task = progress.add_task("decode", total=None)
         return progress, lambda done, total: progress.update(task, completed=done, total=total)
 
     def table(self, study: Study, rows: int = 10) -> None:
         """The best finished trials, with their names and scores."""
         table = Table(title=f"{study.metric} on val, best first", title_justify="left")
-        names = (
-            "rank",
-            "trial",
-            study.metric,
-            "backbone",
-            "px",
-            "head",
-            "strategy",
-            "lr",
-            "augment",
-            "epochs",
-            "s",
-            "note",
-        )
-        for name in names:
-            table.add_column(
-                name, justify="right" if name in {"rank", study.metric, "px", "lr", "epochs", "s"} else "left"
-            )
+        names = ("rank", "trial", study.metric, *_CONFIGURATION, "epochs", "s", "note")
+        narrow = self._alive and self.console.width < live.WIDE
+        shown = [i for i, name in enumerate(names) if not (narrow and name in _DETAILS)]
+        for i in shown:
+            right = names[i] in {"rank", study.metric, "px", "lr", "epochs", "s"}
+            table.add_column(names[i], justify="right" if right else "left", overflow="fold")
         for rank, record in enumerate(study.leaderboard(), start=1):
             if rank <= rows or record.note.startswith("the competitor"):
-                table.add_row(str(rank), *_cells(record))
-        self._wide(table)
+                cells = (str(rank), *_cells(record))
+                table.add_row(*(cells[i] for i in shown))
+        if table.rows:
+            self._wide(table)
 
     def standings(self, study: Study) -> None:
         """The best few by all their runs, and which of them cannot be told apart."""
@@ -159,7 +151,9 @@ class Screen:
             self.say(f"At the edge: {edge}; another study looks further with {edge.option}", "yellow")
 
     def _wide(self, table: Table) -> None:
-        Console(width=max(self.console.width, 150), highlight=False, markup=False).print(table)
+        self.rest()
+        width = self.console.width if self._alive else max(self.console.width, 150)
+        Console(width=width, highlight=False, markup=False, force_terminal=self._terminal).print(table)
 
     def answer(self, results: dict[str, Any], study: Study) -> None:
         """What the ensemble is made of and scores on audit, what searching gained, the submission's path."""
@@ -223,38 +217,6 @@ def _stop_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['seconds_saved']:.0f}",
         row["verdict"],
     )
-
-
-def _standing(
-    ended: list[TrialRecord], recorder: Recorder, metric: str, clock: Clock, trials: int | None
-) -> str:
-    """How things stand, in a line."""
-    sign = 1 if METRICS[metric].mode == "max" else -1
-    finished = [(r.value, r) for r in ended if r.status is Status.FINISHED and r.value is not None]
-    best = max(finished, key=lambda pair: sign * pair[0], default=None)
-    goal = f" of {trials}" if trials and recorder.stage == "search" else ""
-    count = sum(r.stage == recorder.stage for r in ended)
-    parts = [f"{recorder.stage}: {count}{goal} trials ended, {len(recorder.running)} running"]
-    if best:
-        value, record = best
-        parts.append(f"best {value:.4f} ({record.config.title})")
-    running = [f"{len(c)}/{recorder.configs[i].epochs}" for i, c in recorder.running.items()]
-    if running:
-        parts.append("epochs " + " ".join(running))
-    left = clock.left
-    if math.isinf(left) and trials and count and recorder.stage == "search":
-        left = (time.time() - clock.begun) / count * (trials - count)
-    if not math.isinf(left):
-        parts.append(f"{duration(left)} left")
-    return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3.5 h."""
-    seconds = max(0.0, seconds)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _percent(interval: dict[str, float]) -> str:

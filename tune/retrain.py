@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         completed = stages.retrain(
             job,
             clock=clock,
-            watch=screen.watch(study, clock, None),
+            watch=setup.watched(job, clock, None, screen),
             say=screen.say,
             trial_id=options.trial,
             seeds=options.seeds,

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ from carmodels.space import SPACES, Space
 from carmodels.study import Study
 from tune import setup, stages
 from tune.confirm import CONTENDERS, RERUNS
-from tune.console import Screen, duration
+from tune.console import Screen
+from tune.live import duration
 from tune.page import write_report
 from tune.preflight import Finding, findings
 from tune.trials import Job, Watch
@@ -165,8 +166,8 @@ def report_findings(found: Sequence[Finding], screen: Screen) -> None:
 
 
 def is_bare(options: argparse.Namespace) -> bool:
-    """Whether this is the demo without an option (--check aside), which may overwrite its own study."""
-    return vars(options) == {**vars(parser().parse_args([])), "check": options.check}
+    """Whether this is the demo without an option (but --check and --plain): it may overwrite its study."""
+    return vars(options) == {**vars(parser().parse_args([])), "check": options.check, "plain": options.plain}
 
 
 def described_budget(clock: stages.Clock, trials: int | None) -> str:
@@ -190,7 +191,7 @@ def go(
         "data": job.splits.fingerprint,
         "split": job.splits.split_hash,
     }
-    watch = screen.watch(job.study, clock, trials)
+    watch = setup.watched(job, clock, trials, screen)
     completed = stages.search(
         job, space, stamp=stamp, trials=trials, clock=clock, seed=options.seed, watch=watch, say=screen.say
     )
@@ -225,7 +226,9 @@ def trained_further(
             count=options.audit_stops,
             seed=options.seed,
             clock=clock,
-            watching=lambda study: screen.watch(study, clock, None),
+            watching=lambda study: setup.watched(
+                replace(job, study=study), clock, None, screen, inner="stops"
+            ),
             say=say,
         ):
             return False

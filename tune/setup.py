@@ -26,7 +26,10 @@ from carmodels.models import Weights
 from carmodels.study import Study
 from tune.console import Screen
 from tune.costs import GPU_SHARES
-from tune.trials import Job, Workers, start_ray
+from tune.curves import written
+from tune.metrics import exported
+from tune.stages import Clock
+from tune.trials import Job, Watch, Workers, start_ray, together
 
 MOST_CACHE = 1e6  # GB
 
@@ -40,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 def guarded(run: Callable[[argparse.Namespace, Screen], int], options: argparse.Namespace) -> int:
     """Run a script's job; one line on standard error for what a user can mend. Returns the exit code."""
-    screen = Screen()
+    screen = Screen(plain=getattr(options, "plain", False))  # report.py has no live view to leave out
     try:
         _refuse_empty(options)
         return run(options, screen)
@@ -52,6 +55,8 @@ def guarded(run: Callable[[argparse.Namespace, Screen], int], options: argparse.
         screen.rest()
         print("stopped at once; search.py --resume goes on with what was recorded", file=sys.stderr)
         return 130
+    finally:
+        screen.rest()
 
 
 def _refuse_empty(options: argparse.Namespace) -> None:
@@ -74,6 +79,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--address", metavar="ADDR", help="join this Ray cluster instead of starting Ray here")
     add("--cache", metavar="DIR", help="where decoded pictures are kept (the user's cache folder)")
     add("--cache-limit", type=float, default=100.0, metavar="GB", help="most that they may take (100)")
+    add("--plain", action="store_true", help="plain lines, on a terminal, too, in place of the live view")
 
 
 def check_machine(options: argparse.Namespace) -> Workers | None:
@@ -163,6 +169,22 @@ def open_data(data: Path, options: argparse.Namespace, max_size: int, seed: int,
             ),
             cache_limit=round(options.cache_limit * 1e9),
         )
+
+
+def watched(job: Job, clock: Clock, trials: int | None, screen: Screen, *, inner: str = "") -> Watch:
+    """What looks on while the job's study runs: the screen, Ray's metrics and TensorBoard's curves.
+
+    `inner` names a study inside the user's own.
+    """
+    study = job.study
+    metrics = exported(
+        f"{study.folder.parent.name}/{inner}" if inner else study.folder.name,
+        study.metric,
+        pictures=len(job.splits.train),
+        clock=clock,
+        records=study.records(),
+    )
+    return together(screen.watch(study, clock, trials), metrics, written(study))
 
 
 @contextmanager

@@ -134,14 +134,18 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
         torch.cuda.set_per_process_memory_fraction(job.workers.gpus)  # its neighbours keep theirs
     config = TrialConfig.from_dict(values)
     started = time.time()
+    if job.workers.gpus:
+        torch.cuda.reset_peak_memory_stats()
 
     def send(metrics: EpochMetrics, **more: Any) -> None:
         seconds = time.time() - started
+        gpu_bytes = torch.cuda.max_memory_reserved() if job.workers.gpus else 0
         report(
             {
                 config.metric: metrics.value,
                 "config_id": config.id,
                 "seconds": seconds,
+                "gpu_bytes": gpu_bytes,
                 **asdict(metrics),
                 **more,
             }
@@ -248,10 +252,29 @@ class _Ender(_StaysHere, Stopper):
 
 @dataclass
 class Watch:
-    """What a run tells whoever looks on: each trial as it ends, and how things stand in between."""
+    """What a run tells whoever looks on: each epoch, each trial's end, and how things stand meanwhile."""
 
     on_record: Callable[[TrialRecord], None] = lambda record: None
     on_step: Callable[[Recorder], None] = lambda recorder: None
+    on_epoch: Callable[[str, TrialConfig, EpochMetrics, int], None] = lambda *epoch: None
+
+
+def together(*watches: Watch) -> Watch:
+    """One watch that passes everything on to all of them, in their order."""
+
+    def on_record(record: TrialRecord) -> None:
+        for watch in watches:
+            watch.on_record(record)
+
+    def on_step(recorder: Recorder) -> None:
+        for watch in watches:
+            watch.on_step(recorder)
+
+    def on_epoch(stage: str, config: TrialConfig, epoch: EpochMetrics, gpu_bytes: int) -> None:
+        for watch in watches:
+            watch.on_epoch(stage, config, epoch, gpu_bytes)
+
+    return Watch(on_record, on_step, on_epoch)
 
 
 @dataclass
@@ -286,6 +309,7 @@ class Recorder(_StaysHere, Callback):
     ) -> None:
         epoch = EpochMetrics(**{name: result[name] for name in EpochMetrics.__dataclass_fields__})
         self.running[trial.trial_id].append(epoch)
+        self.watch.on_epoch(self.stage, self.configs[trial.trial_id], epoch, result.get("gpu_bytes", 0))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
@@ -343,6 +367,11 @@ class Recorder(_StaysHere, Callback):
         )
 
 
+def trial_name(config: TrialConfig) -> str:
+    """What the configuration is called in Ray, in its metrics and in file names."""
+    return f"{config.backbone}-{config.image_size}px-{config.unfreeze}-{config.id}"
+
+
 def _last_line(trial: Any) -> str:
     """The error's own words, from the file Ray keeps of it."""
     path = Path(trial.error_file) if trial.error_file else None
@@ -378,7 +407,8 @@ def run_trials(
             num_samples=-1,
             max_concurrent_trials=job.workers.at_once,
             reuse_actors=True,
-            trial_dirname_creator=lambda trial: trial.trial_id,
+            trial_name_creator=lambda trial: trial_name(TrialConfig.from_dict(trial.config)),
+            trial_dirname_creator=lambda trial: f"{trial}-{trial.trial_id}",
         ),
         run_config=RunConfig(
             name=f"{stage}-{int(time.time())}",
