@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeE
 _Score = TypeVar("_Score", float, np.ndarray)
 _RESAMPLED_AT_ONCE = 4_000_000  # probabilities a bootstrap holds in memory: 16 MB
 _TEMPERATURES = (0.05, 20.0)
+_MOST_HIDDEN = 10_000  # pictures drawn in a resample
 
 
 @dataclass(frozen=True, eq=False)
@@ -413,6 +415,52 @@ def score_interval(
     return _percentiles(value, _bootstrap(row, probs, labels, seed, resamples))
 
 
+def hidden_share(hits: int, among: int, hidden: int, confidence: float = 0.95) -> Interval:
+    """The share of hits with a prediction interval for the share among `hidden` further pictures.
+
+    That of Krishnamoorthy and Peng (2011), from joint sampling: the values y of the further share with
+
+        (y - x)^2 <= z^2 q (1 - q) (1 / n + 1 / m),  q = (n x + m y) / (n + m)
+
+    where x is the share seen among n, m = `hidden`, and z the normal quantile. What n pictures leave unknown
+    and what m others vary by are both in it; with m without limit it is the interval of Wilson (1927).
+    """
+    if not (hidden >= 1 and among >= 1 and 0 <= hits <= among):
+        raise ValueError(f"{hidden=} and {among=} must be at least 1, {hits=} from 0 to {among}")
+    share, seen = hits / among, among / (among + hidden)
+    spread = NormalDist().inv_cdf((1 + confidence) / 2) ** 2 * (1 / among + 1 / hidden)
+    # a y^2 - 2 b y + c <= 0
+    a = 1 + spread * (1 - seen) ** 2
+    b = share + spread * (1 - seen) * (0.5 - seen * share)
+    c = share**2 - spread * seen * share * (1 - seen * share)
+    root = math.sqrt(max(0.0, b * b - a * c))
+    return Interval(share, max(0.0, (b - root) / a), min(1.0, (b + root) / a))
+
+
+def hidden_score(
+    metric: str,
+    probs: np.ndarray,
+    labels: np.ndarray,
+    hidden: int,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> Interval:
+    """The metric, with a 95 % prediction interval for its value on `hidden` further pictures of the kind.
+
+    Of accuracy as in `hidden_share`. Of others by a bootstrap in two steps (Mojirsheibani and Tibshirani,
+    1996): the pictures seen are drawn anew, and from those the hidden ones, so that both samples vary. Hidden
+    pictures past 10,000 add next to nothing and are left out.
+    """
+    row = _metric(metric)
+    value = row.score(probs, labels)
+    if metric == "accuracy":
+        return hidden_share(round(value * len(labels)), len(labels), hidden)
+    if hidden < 1:
+        raise ValueError(f"{hidden=} must be at least 1")
+    return _percentiles(value, _bootstrap(row, probs, labels, seed, resamples, min(hidden, _MOST_HIDDEN)))
+
+
 def paired_gain(
     metric: str, a: np.ndarray, b: np.ndarray, labels: np.ndarray, *, seed: int = 0, resamples: int = 2000
 ) -> Interval:
@@ -426,11 +474,21 @@ def paired_gain(
     return _percentiles(value, row.gain(drawn_a, drawn_b))
 
 
-def _bootstrap(row: Metric, probs: np.ndarray, labels: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-    """Scores, (resamples,), of N pictures drawn with replacement: the same ones for the same seed."""
+def _bootstrap(
+    row: Metric, probs: np.ndarray, labels: np.ndarray, seed: int, resamples: int, hidden: int = 0
+) -> np.ndarray:
+    """Scores, (resamples,), of N pictures drawn with replacement: the same ones for the same seed.
+
+    With `hidden`, of so many drawn with replacement from each draw.
+    """
     rng = np.random.default_rng(seed)
-    parts = -(-resamples * probs.size // _RESAMPLED_AT_ONCE)
+    parts = -(-resamples * max(len(probs), hidden) * probs.shape[1] // _RESAMPLED_AT_ONCE)
     draws = np.array_split(rng.integers(len(labels), size=(resamples, len(labels)), dtype=np.int32), parts)
+    if hidden:
+        draws = [
+            np.take_along_axis(drawn, rng.integers(len(labels), size=(len(drawn), hidden), dtype=np.int32), 1)
+            for drawn in draws
+        ]
     return np.concatenate([row.scores(probs[drawn], labels[drawn]) for drawn in draws])
 
 

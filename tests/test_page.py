@@ -120,6 +120,7 @@ def made(folder: Path, count: int) -> Study:
                 "looks": 1,
             },
             "submission": {"file": "submission.csv", "rows": 7},
+            "hidden": {"value": 0.9, "low": 0.8, "high": 0.95, "pictures": 7},
         },
     )
     return study
@@ -139,6 +140,7 @@ def test_the_page_says_what_to_submit_what_it_is_worth_and_every_trial(study: St
     page = write_report(study).read_text()
     assert "<b>90.0 % (85.0 to 94.0)</b>accuracy of the ensemble on audit, 95 %" in page
     assert "<b>+3.4 (-1.0 to +8.0)</b>points over the competitor&#39;s recipe" in page
+    assert "<b>90.0 % (80.0 to 95.0)</b>accuracy expected on the 7 hidden pictures, in 95 of 100" in page
     assert "Submit <code>submission.csv</code> (7 rows)" in page
     for record in study.records():
         assert record.trial_id in page
@@ -196,8 +198,10 @@ def test_the_page_shows_what_became_of_the_stopped_trials_that_were_finished(stu
 
 def test_without_test_pictures_there_is_nothing_to_submit(study: Study) -> None:
     results = read_json(study.ensemble_file)
-    write_json(study.ensemble_file, {k: v for k, v in results.items() if k != "submission"})
-    assert "Submit" not in render(study)
+    write_json(study.ensemble_file, {k: v for k, v in results.items() if k not in ("submission", "hidden")})
+    page = render(study)
+    assert "Submit" not in page
+    assert "hidden pictures" not in page
 
 
 def test_words_from_outside_do_not_become_part_of_the_page(study: Study) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from carmodels.predictions import (
     METRICS,
@@ -18,12 +20,15 @@ from carmodels.predictions import (
     accuracy_interval,
     blend,
     fit_temperature,
+    hidden_score,
+    hidden_share,
     log_loss,
     macro_f1,
     paired_gain,
     right_and_wrong,
     score_interval,
     select_ensemble,
+    share_interval,
     with_temperature,
 )
 
@@ -554,3 +559,53 @@ def test_changed_minds_are_counted_each_way() -> None:
     before, after = np.eye(2)[[0, 1, 1, 0, 1]], np.eye(2)[[1, 0, 0, 0, 1]]
     assert right_and_wrong(before, after, labels) == (2, 1)
     assert right_and_wrong(after, before, labels) == (1, 2)
+
+
+def test_a_prediction_interval_of_ever_more_pictures_is_the_score_interval() -> None:
+    for hits, among in ((0, 20), (13, 20), (270, 300), (300, 300)):
+        wilson, predicted = share_interval(hits, among), hidden_share(hits, among, 10**9)
+        np.testing.assert_allclose(
+            (predicted.low, predicted.high), (wilson.low, wilson.high), rtol=0, atol=1e-6
+        )
+        widths = [hidden_share(hits, among, m) for m in (10, 100, 1000)]
+        assert all(a.high - a.low > b.high - b.low for a, b in pairwise([*widths, wilson]))
+
+
+@pytest.mark.parametrize(("among", "hidden"), [(150, 300), (297, 660), (60, 2000), (2000, 60)])
+def test_of_hidden_shares_95_in_100_lie_in_their_prediction_interval(among: int, hidden: int) -> None:
+    """No simulation: summed over everything that can be seen and everything that can be hidden."""
+    found = [hidden_share(hits, among, hidden) for hits in range(among + 1)]
+    ends = np.array([(i.low, i.high) for i in found])[:, :, None]
+    shares = np.arange(hidden + 1) / hidden
+    inside = (shares >= ends[:, 0] - 1e-12) & (shares <= ends[:, 1] + 1e-12)
+    for p in np.linspace(0.3, 0.98, 30):
+        seen, later = (binom.pmf(np.arange(count + 1), count, p) for count in (among, hidden))
+        assert 0.945 <= seen @ inside @ later <= 0.97
+
+
+def test_an_interval_that_forgets_the_hidden_sample_covers_too_seldom() -> None:
+    """What the prediction interval is for: Wilson's says where the true share lies, not the hidden one."""
+    wilson = np.array([(i.low, i.high) for i in (share_interval(h, 297) for h in range(298))])
+    shares = np.arange(661)[None] / 660
+    inside = (shares >= wilson[:, :1]) & (shares <= wilson[:, 1:])
+    assert binom.pmf(np.arange(298), 297, 0.85) @ inside @ binom.pmf(np.arange(661), 660, 0.85) < 0.92
+
+
+@pytest.mark.parametrize("name", ["log_loss", "macro_f1"])
+def test_of_other_metrics_about_95_in_100_lie_in_their_interval(name: str) -> None:
+    truth = drawn_labels(30_000)
+    probs = drawn(truth, 1, 2.0).probs
+    pick, covered = np.random.default_rng(2), 0
+    for trial in range(100):
+        rows = pick.choice(len(truth), 600, replace=False)
+        seen, later = rows[:200], rows[200:]
+        found = hidden_score(name, probs[seen], truth[seen], len(later), seed=trial, resamples=300)
+        covered += found.low <= METRICS[name].score(probs[later], truth[later]) <= found.high
+    assert 88 <= covered <= 100
+
+
+def test_hidden_pictures_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="hidden=0 and among=5 must be at least 1"):
+        hidden_share(2, 5, 0)
+    with pytest.raises(ValueError, match="hidden=0 must be at least 1"):
+        hidden_score("log_loss", drawn(drawn_labels(5), 0).probs, drawn_labels(5), 0)

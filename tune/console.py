@@ -171,6 +171,9 @@ class Screen:
             self.say(
                 f"  (audit was looked at {audit['looks']} times in this study: quote the first)", "yellow"
             )
+        if "hidden" in results:
+            hidden = results["hidden"]
+            self.say(f"Expected on the {hidden['pictures']} hidden pictures, in 95 of 100: {shown(hidden)}.")
         if "submission" in results:
             given = ", ".join(f"{row['name']} {row['rows']}" for row in results["submission"]["classes"])
             self.say(f"Submission: {study.submission_file}, {results['submission']['rows']} rows: {given}.")

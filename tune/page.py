@@ -133,6 +133,10 @@ def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> li
         return [*best, (str(len(study.records())), "trials")]
     audit = results["audit"]
     found = [(_interval(metric, audit["ensemble"]), f"{metric} of the ensemble on audit, 95 %")]
+    if "hidden" in results:
+        hidden = results["hidden"]
+        words = f"{metric} expected on the {hidden['pictures']} hidden pictures, in 95 of 100"
+        found.append((_interval(metric, hidden), words))
     if "gain_over_recipe" in audit:
         gain = audit["gain_over_recipe"]
         unit = 1 if metric == "log_loss" else 100

@@ -19,6 +19,7 @@ from carmodels.predictions import (
     Predictions,
     accuracy_interval,
     fit_temperature,
+    hidden_score,
     paired_gain,
     score_interval,
     select_ensemble,
@@ -373,6 +374,7 @@ def ensemble(
     if "test" in blended:
         write_submission(blended["test"], study.submission_file, sample=job.splits.sample_file)
         results["submission"] = _described(study, job.splits.class_names, blended["test"])
+        results["hidden"] = _expected(study, metric, blended["audit"], len(blended["test"].ids))
     write_json(study.ensemble_file, results)
     return results
 
@@ -409,6 +411,14 @@ def _audit(study: Study, metric: str, ensembled: Predictions, single: str) -> di
         scores[f"gain_over_{name}"] = asdict(paired_gain(metric, probs["ensemble"], probs[name], truth))
     looks = 1 + (read_json(study.ensemble_file)["audit"]["looks"] if study.ensemble_file.is_file() else 0)
     return {**scores, "pictures": len(truth), "looks": looks}
+
+
+def _expected(study: Study, metric: str, audit: Predictions, pictures: int) -> dict[str, Any]:
+    """What the submission is going to score: a 95 % prediction interval, from audit alone."""
+    labels = study.labels("audit")
+    truth = np.array(list(labels.values()))
+    found = hidden_score(metric, audit.aligned(list(labels)).probs, truth, pictures)
+    return {**asdict(found), "pictures": pictures}
 
 
 def _interval(metric: str, probs: np.ndarray, labels: np.ndarray) -> Interval:
