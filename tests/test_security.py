@@ -1,4 +1,4 @@
-"""What a search opens to the network: pages on loopback alone, Ray's own ports to nobody without its token."""
+"""What a search opens to the network: pages on loopback alone, Ray's own ports to those with its token."""
 
 from __future__ import annotations
 
