@@ -25,6 +25,8 @@ import albumentations
 _BILINEAR_SHRINKS = 2.0  # by so much every pixel still counts
 _SHARP, _SHARP_SHRINKS = 192, 2.4  # from this size on, pixels, a little more does no harm
 
+Pictures = ImageCache | Sequence[np.ndarray]  # (H, W, 3) uint8 each, by row
+
 
 class Batch(NamedTuple):
     """What a step of training or prediction needs."""
@@ -45,7 +47,7 @@ class Loader:
 
     def __init__(
         self,
-        images: ImageCache,
+        images: Pictures,
         split: Split,
         *,
         image_size: int,
@@ -96,7 +98,7 @@ class _Batches(Dataset[Batch]):
 
     def __init__(
         self,
-        images: ImageCache,
+        images: Pictures,
         split: Split,
         size: int,
         augment: Augment | None,

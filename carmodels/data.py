@@ -372,7 +372,7 @@ def _from_folders(roots: Sequence[Path], path: Path) -> list[_Picture]:
             continue
         if base.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"the class folder {str(folder)!r} is a link to what holds it: remove the link")
-        names = _names_in(folder)
+        names = picture_names(folder)
         if not names:
             raise ValueError(f"the class folder {str(folder)!r} holds no pictures: fill or remove it")
         labelled += [_Picture(f"{folder.name}/{name}", folder / name, folder.name) for name in names]
@@ -398,7 +398,7 @@ def _tests(roots: Sequence[Path], sample: Path | None) -> list[_Picture]:
         raise ValueError(f"{str(sample)!r} lists test pictures, but there is no test_upload or test folder")
     if folder is None:
         return []
-    names = _names_in(folder)
+    names = picture_names(folder)
     if sample is not None:
         unlisted = sorted(set(names) - set(ids))
         if unlisted:
@@ -410,7 +410,7 @@ def _tests(roots: Sequence[Path], sample: Path | None) -> list[_Picture]:
     return [_Picture(name, folder / name) for name in names]
 
 
-def _names_in(folder: Path) -> list[str]:
+def picture_names(folder: Path) -> list[str]:
     """Paths of the pictures at any depth below `folder`, relative to it, sorted; without hidden ones."""
     found = [Path(parent, name).relative_to(folder) for parent, _, files in os.walk(folder) for name in files]
     return sorted(p.as_posix() for p in found if p.suffix.lower() in _PICTURE_SUFFIXES and p.name[0] != ".")

@@ -148,6 +148,8 @@ class Classifier(nn.Module):
         Done on whole rows of pixels, on a CPU so many at a time as its cache holds: (images - mean) / std
         takes ten times as long there.
         """
+        if torch.compiler.is_exporting():  # the loop below would fix the size of a batch
+            return images.float() * self.scale[:, None, None] + self.shift[:, None, None]
         batch, channels, height, width = images.shape
         rows = images.permute(0, 2, 3, 1).reshape(batch * height, width * channels)
         scale, shift = self.scale.repeat(width), self.shift.repeat(width)

@@ -28,6 +28,7 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeE
 _Score = TypeVar("_Score", float, np.ndarray)
 _RESAMPLED_AT_ONCE = 4_000_000  # probabilities a bootstrap holds in memory: 16 MB
 _TEMPERATURES = (0.05, 20.0)
+FEWEST_ANSWERED = 20  # pictures, to say how often answers of so much confidence are right
 _MOST_HIDDEN = 10_000  # pictures drawn in a resample
 
 
@@ -413,6 +414,33 @@ def score_interval(
     row = _metric(metric)
     value = row.score(probs, labels)
     return _percentiles(value, _bootstrap(row, probs, labels, seed, resamples))
+
+
+def sure_from(probs: np.ndarray, labels: np.ndarray, accuracy: float) -> float:
+    """The smallest confidence from which on the answers are right so often, over rows of probs (N, C).
+
+    0 where that is so of all answers; infinity where it is not so even of the `FEWEST_ANSWERED` most
+    confident ones: fewer prove nothing. The answers from a confidence on are selective classification's
+    (El-Yaniv and Wiener, 2010).
+    """
+    if not 0 <= accuracy <= 1:
+        raise ValueError(f"{accuracy=} must be from 0 to 1")
+    _check_labels(probs, labels)
+    order = np.argsort(-probs.max(axis=1), kind="stable")
+    confidence, right = probs.max(axis=1)[order], (probs.argmax(axis=1) == labels)[order]
+    answered = np.arange(1, len(order) + 1)
+    enough = (right.cumsum() >= accuracy * answered) & (answered >= min(FEWEST_ANSWERED, len(order)))
+    enough &= np.append(confidence[:-1] > confidence[1:], True)  # equal confidence, equal treatment
+    if not enough.any():
+        return math.inf
+    return 0.0 if enough[-1] else float(confidence[enough][-1])
+
+
+def answered(probs: np.ndarray, labels: np.ndarray, confidence: float) -> Interval | None:
+    """Accuracy, with its 95 % interval, of the answers of so much confidence; None where there are none."""
+    _check_labels(probs, labels)
+    chosen = probs.max(axis=1) >= confidence
+    return accuracy_interval(probs[chosen], labels[chosen]) if chosen.any() else None
 
 
 def hidden_share(hits: int, among: int, hidden: int, confidence: float = 0.95) -> Interval:

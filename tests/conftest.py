@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -42,6 +45,25 @@ def weights() -> Weights:
 def config() -> TrialConfig:
     """A configuration that trains in about a second."""
     return TrialConfig(backbone="test_resnet", image_size=32, epochs=2, lr=3e-3)
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A Chromium that notes errors and requests; the test is skipped where there is none."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1440,1000"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(chromedriver))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -344,25 +342,6 @@ def test_a_port_without_a_server_is_refused(study: Study) -> None:
 
 # ---- in a browser, where there is one
 
-needs_browser = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver"
-)
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for argument in ("--headless=new", "--no-sandbox", "--window-size=1440,1000"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
 
 def wait_for_charts(browser: Any, count: int) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
@@ -372,7 +351,6 @@ def wait_for_charts(browser: Any, count: int) -> None:
     )
 
 
-@needs_browser
 @pytest.mark.parametrize("width", [1440, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_opens_from_disk_and_asks_nothing_of_the_network(
@@ -397,7 +375,6 @@ def test_the_page_opens_from_disk_and_asks_nothing_of_the_network(
     assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
 
 
-@needs_browser
 def test_the_table_sorts_and_filters_and_a_point_answers_to_the_mouse(study: Study, browser: Any) -> None:
     from selenium.webdriver import ActionChains
 

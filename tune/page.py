@@ -83,8 +83,8 @@ def render(study: Study, refresh: int = 0) -> str:
         excluded=facts["excluded"],
         library=_library(),
         written=time.strftime("%Y-%m-%d %H:%M"),
-        score=lambda value: _score(metric, value),
-        interval=lambda found: _interval(metric, found),
+        score=lambda value: score_text(metric, value),
+        interval=lambda found: interval_text(metric, found),
         points=lambda value: _points(metric, value),
         json=_json,
     )
@@ -109,7 +109,7 @@ def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _score(metric: str, value: float | None) -> str:
+def score_text(metric: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if metric == "log_loss" else f"{100 * value:.1f} %"
@@ -120,29 +120,29 @@ def _points(metric: str, value: float) -> str:
     return f"{value:+.4f}" if metric == "log_loss" else f"{100 * value:+.1f}"
 
 
-def _interval(metric: str, found: Mapping[str, float]) -> str:
-    low, high = (_score(metric, found[end]).removesuffix(" %") for end in ("low", "high"))
-    return f"{_score(metric, found['value'])} ({low} to {high})"
+def interval_text(metric: str, found: Mapping[str, float]) -> str:
+    low, high = (score_text(metric, found[end]).removesuffix(" %") for end in ("low", "high"))
+    return f"{score_text(metric, found['value'])} ({low} to {high})"
 
 
 def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> list[tuple[str, str]]:
     """Figures with what they are, the most wanted first."""
     board = study.leaderboard()
     if results is None:
-        best = [(_score(metric, board[0].value), f"{metric} on val, best trial so far")] if board else []
+        best = [(score_text(metric, board[0].value), f"{metric} on val, best trial so far")] if board else []
         return [*best, (str(len(study.records())), "trials")]
     audit = results["audit"]
-    found = [(_interval(metric, audit["ensemble"]), f"{metric} of the ensemble on audit, 95 %")]
+    found = [(interval_text(metric, audit["ensemble"]), f"{metric} of the ensemble on audit, 95 %")]
     if "hidden" in results:
         hidden = results["hidden"]
         words = f"{metric} expected on the {hidden['pictures']} hidden pictures, in 95 of 100"
-        found.append((_interval(metric, hidden), words))
+        found.append((interval_text(metric, hidden), words))
     if "gain_over_recipe" in audit:
         gain = audit["gain_over_recipe"]
         unit = 1 if metric == "log_loss" else 100
         text = f"{unit * gain['value']:+.1f} ({unit * gain['low']:+.1f} to {unit * gain['high']:+.1f})"
         found.append((text, "points over the competitor's recipe"))
-    found.append((_interval(metric, audit["single"]), "best single trial on audit"))
+    found.append((interval_text(metric, audit["single"]), "best single trial on audit"))
     return found
 
 

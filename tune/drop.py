@@ -1,0 +1,140 @@
+"""A local page to drop a picture on: its class, how sure that is, and which parts of it spoke for it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from carmodels.ensemble import Ensemble, decoded, occlusion
+from carmodels.study import Study
+from tune.answers import Threshold
+from tune.console import Screen
+
+PORT = 8771
+MOST_BYTES = 40_000_000  # of a picture
+MOST_CLASSES = 5  # that the page lists
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The ensemble behind the page; one picture at a time."""
+
+    ensemble: Ensemble
+    limit: Threshold
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def answer(self, content: bytes) -> dict[str, Any]:
+        """The likeliest classes of a picture, the first one first; ValueError for a file that is none."""
+        with self.turn:
+            probs = self.ensemble.probabilities([self._opened(content)])[0]
+        names = self.ensemble.recipe.class_names
+        order = np.argsort(-probs, kind="stable")[:MOST_CLASSES].tolist()
+        return {
+            "sure": bool(self.limit.sure(probs[None])[0]),
+            "classes": [{"column": k, "name": names[k], "probability": float(probs[k])} for k in order],
+        }
+
+    def parts(self, content: bytes) -> dict[str, Any]:
+        """By how much the likeliest class loses where a part of the picture is hidden, row by row."""
+        with self.turn:
+            picture = self._opened(content)
+            column = int(self.ensemble.probabilities([picture])[0].argmax())
+            return {"falls": occlusion(self.ensemble, picture, column).tolist()}
+
+    def _opened(self, content: bytes) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "picture"
+            path.write_bytes(content)
+            return decoded(path, self.ensemble.recipe.max_size)
+
+
+def serve(study: Study, ensemble: Ensemble, limit: Threshold, port: int, screen: Screen) -> int:
+    """Show the page on this machine alone, until Ctrl-C; pictures are kept nowhere."""
+    if not 0 <= port < 65536:
+        raise ValueError(f"--port {port} must be from 0 to 65535")
+    desk, page = Desk(ensemble, limit), render(study, limit)
+    with ThreadingHTTPServer(("127.0.0.1", port), partial(_Visitor, desk, page)) as server:
+        screen.say(f"Drop pictures on http://127.0.0.1:{server.server_port} (Ctrl-C ends).")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            screen.say("Ended.")
+    return 0
+
+
+def render(study: Study, limit: Threshold) -> str:
+    """The page, as HTML."""
+    here = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=here, autoescape=True, undefined=jinja2.StrictUndefined)
+    names = study.facts["class_names"]
+    return environment.get_template("drop.html").render(name=study.folder.name, limit=limit, names=names)
+
+
+class _Visitor(BaseHTTPRequestHandler):
+    """One request."""
+
+    timeout = 60  # seconds that a picture may take to arrive
+
+    def __init__(self, desk: Desk, page: str, *arguments: Any) -> None:
+        self.desk, self.page = desk, page
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        if not self._from_here():
+            self._send(HTTPStatus.FORBIDDEN, "text/plain", "this page is for its own address")
+        elif self.path == "/":
+            self._send(HTTPStatus.OK, "text/html", self.page)
+        else:
+            self._send(HTTPStatus.NOT_FOUND, "text/plain", "there is one page, /")
+
+    def do_POST(self) -> None:
+        jobs: dict[str, Callable[[bytes], dict[str, Any]]] = {
+            "/answer": self.desk.answer,
+            "/parts": self.desk.parts,
+        }
+        length = self.headers.get("Content-Length", "")
+        if not self._from_here():
+            self._refuse(HTTPStatus.FORBIDDEN, "this page is for its own address")
+        elif self.path not in jobs:
+            self._refuse(HTTPStatus.NOT_FOUND, "pictures go to /answer or /parts")
+        elif not length.isdecimal() or int(length) > MOST_BYTES:
+            self._refuse(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a picture may have {MOST_BYTES // 10**6} MB at most"
+            )
+        else:
+            try:
+                found = jobs[self.path](self.rfile.read(int(length)))
+            except ValueError as reason:
+                self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, f"This file is of no use: {reason}.")
+            else:
+                self._send(HTTPStatus.OK, "application/json", json.dumps(found))
+
+    def _from_here(self) -> bool:
+        """Whether the page's own address was asked: other sites' names may be made to lead here, too."""
+        return self.headers.get("Host", "").rsplit(":", 1)[0] in ("127.0.0.1", "localhost")
+
+    def _refuse(self, status: HTTPStatus, words: str) -> None:
+        self.close_connection = True
+        self._send(status, "application/json", json.dumps({"error": words}))
+
+    def _send(self, status: HTTPStatus, kind: str, text: str) -> None:
+        content = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *words: object) -> None:
+        """Nothing: the terminal is for what matters."""

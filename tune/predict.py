@@ -1,0 +1,130 @@
+"""python tune/predict.py results/demo PICTURE_OR_FOLDER... --out answers.csv
+
+Show pictures to a study's ensemble: class, name and confidence of each, and "not sure" where answers of so
+little confidence are wrong too often. With --export the ensemble leaves the study (ONNX, safetensors, model
+card); with --serve a local page takes a picture that is dropped on it, and shows what spoke for the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from carmodels.ensemble import Ensemble, of_study
+from carmodels.export import TOLERANCE, check_packages, export
+from carmodels.files import user_path
+from carmodels.study import Study
+from tune import setup
+from tune.answers import (
+    ACCURACY,
+    NOT_SURE,
+    Answer,
+    Threshold,
+    Unreadable,
+    answers,
+    found_pictures,
+    threshold,
+    write_answers,
+)
+from tune.card import write_card
+from tune.console import Screen
+from tune.drop import PORT, serve
+
+MOST_LINES = 100  # of answers on the screen, where a CSV has them all
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
+    add("pictures", metavar="PICTURES", type=Path, nargs="*", help="pictures and folders of pictures")
+    add("--out", type=Path, metavar="CSV", help="write the answers with all probabilities to this file")
+    add(
+        "--not-sure",
+        type=float,
+        default=ACCURACY,
+        metavar="P",
+        help=f"how often answers are to be right; the others are not given ({ACCURACY}; 0: give all)",
+    )
+    add("--export", type=Path, metavar="DIR", help="write ONNX, safetensors and a model card to this folder")
+    add("--serve", action="store_true", help="show a page to drop pictures on, until Ctrl-C")
+    add("--port", type=int, metavar="N", help=f"of that page ({PORT}; 0: any)")
+    return p
+
+
+def run(options: argparse.Namespace, screen: Screen) -> int:
+    """Export, answer, serve: whatever was asked for, in this order."""
+    _check(options)
+    study = Study(user_path(options.study))
+    paths = found_pictures([path.expanduser() for path in options.pictures])
+    ensemble, limit = of_study(study), threshold(study, options.not_sure)
+    screen.say(limit.sentence)
+    if options.export:
+        _export(study, ensemble, limit, user_path(options.export), screen)
+    ensemble = ensemble.to("cuda" if torch.cuda.is_available() else "cpu")
+    if paths:
+        _answer(ensemble, limit, paths, options.out, screen)
+    if options.serve:
+        return serve(study, ensemble, limit, PORT if options.port is None else options.port, screen)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if not (options.pictures or options.export or options.serve):
+        raise ValueError("there is nothing to do: give pictures or folders, --export DIR or --serve")
+    if options.out and not options.pictures:
+        raise ValueError(f"--out {options.out} is for answers; give pictures or folders, too")
+    if options.out and not user_path(options.out).parent.is_dir():
+        raise ValueError(f"--out {options.out} is in a folder that does not exist; make it first")
+    if options.port is not None and not options.serve:
+        raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
+    if options.export:
+        check_packages()
+
+
+def _export(study: Study, ensemble: Ensemble, limit: Threshold, folder: Path, screen: Screen) -> None:
+    difference = export(ensemble, folder)
+    write_card(study, ensemble.recipe, limit, difference, folder)
+    screen.say(
+        f"Exported to {folder}: onnxruntime is within {difference:.1e} of torch (at most {TOLERANCE:.0e})."
+    )
+
+
+def _answer(
+    ensemble: Ensemble, limit: Threshold, paths: list[Path], out: Path | None, screen: Screen
+) -> None:
+    names, shown = ensemble.recipe.class_names, len(paths) <= MOST_LINES or out is None
+    console = screen.console
+    looked = track(
+        answers(ensemble, paths, limit),
+        "Looking at pictures",
+        total=len(paths),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    found: list[Answer] = []
+    for answer in looked:
+        if isinstance(answer, Unreadable):
+            screen.say(f"Left out: {answer.picture} ({answer.reason}).", "yellow")
+            continue
+        found.append(answer)
+        if shown:
+            guess = f"{names[answer.column]} ({answer.confidence:.0%})"
+            screen.say(f"{answer.picture}: {guess if answer.sure else f'{NOT_SURE}, perhaps {guess}'}")
+    if not found:
+        raise ValueError(f"none of the {len(paths)} pictures can be read; the lines above say why")
+    unsure = sum(not answer.sure for answer in found)
+    screen.say(f"{len(found)} pictures, {unsure} of them {NOT_SURE!r}, {len(paths) - len(found)} left out.")
+    if out:
+        write_answers(found, ensemble.recipe, user_path(out))
+        screen.say(f"Written to {out}.")
+
+
+if __name__ == "__main__":
+    sys.exit(setup.guarded(run, parser().parse_args()))
