@@ -178,6 +178,7 @@ def test_below_the_confidence_nothing_is_answered(study: Study, audit: Predictio
     assert always.confidence == 0
     assert always.sure(audit.probs).all()
     assert always.audit.unanswered == 0
+    assert always.sentence.startswith(f"Every picture is answered: on val {always.val.right}; on audit ")
     assert never.sure(audit.probs).sum() == never.audit.pictures - never.audit.unanswered
     with pytest.raises(ValueError, match=r"--not-sure 1\.5 must be from 0"):
         threshold(study, 1.5)

@@ -31,15 +31,19 @@ class Given:
     accuracy: Interval | None  # of the answers; None where there are none
 
     @property
+    def right(self) -> str:
+        """How many answers are right, in words; empty where there are none."""
+        if self.accuracy is None:
+            return ""
+        found = self.accuracy
+        value, low, high = (f"{100 * share:.1f}" for share in (found.value, found.low, found.high))
+        return f"{value} % are right ({low} to {high})"
+
+    @property
     def sentence(self) -> str:
         """In words."""
         left = f"{self.unanswered} of {self.pictures} pictures are left unanswered"
-        if self.accuracy is None:
-            return left
-        value, low, high = (
-            f"{100 * x:.1f}" for x in (self.accuracy.value, self.accuracy.low, self.accuracy.high)
-        )
-        return f"{left}, of the others {value} % are right ({low} to {high})"
+        return f"{left}, of the others {self.right}" if self.right else left
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Threshold:
                 f"No answer is sure: not even the {FEWEST_ANSWERED} most confident ones on val are right in "
                 f"{self.wanted:.0%} of cases; a lower --not-sure gives answers."
             )
+        if not self.confidence:
+            return f"Every picture is answered: on val {self.val.right}; on audit {self.audit.right}."
         return (
             f"Below a confidence of {self.confidence:.2f} the answer is {NOT_SURE!r}, so that of the others "
             f"{self.wanted:.0%} are right. On val {self.val.sentence}; on audit {self.audit.sentence}."
