@@ -314,7 +314,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
         env=environment(),
     )
     deadline = time.time() + 200
-    while time.time() < deadline and not study.records():
+    while time.time() < deadline and not any(r.status is Status.FINISHED for r in study.records()):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=100)

@@ -65,14 +65,15 @@ def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
 
 
 def run(job: Job, configs: list[TrialConfig], cores: int, cpus: dict[str, int]) -> dict[str, Any]:
-    """What the script above prints, with every line of trials.jsonl."""
+    """What the script above prints, with every trial's last line of trials.jsonl."""
     asked = job.study.folder / "asked.pickle"
     asked.write_bytes(pickle.dumps((job, configs, cores, cpus)))
     command = [sys.executable, "-c", SCRIPT, str(asked)]
     found = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, timeout=280)
     assert found.returncode == 0, found.stderr
     lines = [json.loads(line) for line in job.study.trials_file.read_text().splitlines()]
-    return {**json.loads(found.stdout.splitlines()[-1]), "trials": lines}
+    ended = [line for line in lines if line["status"] != "running"]
+    return {**json.loads(found.stdout.splitlines()[-1]), "trials": ended}
 
 
 def numbers(curve: list[dict[str, Any]]) -> list[tuple[float, ...]]:
