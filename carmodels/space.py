@@ -66,8 +66,12 @@ class TrialConfig:
 
     @property
     def id(self) -> str:
-        """12 hex digits of the content: equal for equal draws, and the name of every file a trial leaves."""
-        content = json.dumps(asdict(self), sort_keys=True)
+        """12 hex digits of the content: equal for equal draws, and the name of every file a trial leaves.
+
+        A field of `_LATER` is left out where it has its default: studies made before it keep their ids.
+        """
+        said = {n: v for n, v in asdict(self).items() if n not in _LATER or v != _LATER[n]}
+        content = json.dumps(said, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     @property
@@ -97,6 +101,7 @@ class EpochMetrics:
 
 
 _FIELDS = tuple(f.name for f in fields(TrialConfig))
+_LATER: dict[str, object] = {}  # fields that came after the first studies, with their defaults
 _ROWS: dict[str, tuple[str, ...]] = {
     "backbone": tuple(BACKBONES),
     "head": tuple(HEADS),
