@@ -63,7 +63,8 @@ def main() -> None:
     parser.add_argument("--half", choices=("design", "final"), default="design")
     parser.add_argument("--trees", action="store_true")
     parser.add_argument("--curves", type=Path, default=FOLDER / "curves" / "cars9-cpu.csv")
-    parser.add_argument("--seeds", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=30, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, help="other than 0: a replication, kept apart")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
@@ -73,7 +74,8 @@ def main() -> None:
     curves = Curves.read(options.curves)
     found = errors(curves, trees=options.trees)
     print("surrogate on unseen configurations: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
-    jobs = [(name, seed) for name in options.methods for seed in range(options.seeds)]
+    first = options.first_seed
+    jobs = [(name, seed) for name in options.methods for seed in range(first, first + options.seeds)]
     run = partial(one, curves=options.curves, half=options.half, trees=options.trees)
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         outcomes = list(pool.map(run, jobs, chunksize=5))
@@ -81,7 +83,8 @@ def main() -> None:
         name: np.array([o for (n, _), o in zip(jobs, outcomes, strict=True) if n == name])
         for name in options.methods
     }
-    report(by_method, options.half + ("-trees" if options.trees else ""))
+    parts = [options.half, *(["trees"] if options.trees else []), *([f"from-{first}"] if first else [])]
+    report(by_method, "-".join(parts))
 
 
 def report(by_method: dict[str, np.ndarray], name: str) -> None:

@@ -1,0 +1,130 @@
+"""python tests/benchmarks/bench_final.py --data ../shared/data/cars9 --weights ../shared/weights
+
+Whole jobs of the same length from several splits: is the ensemble better than the best single trial, and by
+how much than the competitor's recipe? Right and wrong answers on each split's audit pictures are kept in
+results/final/answers.csv as a run ends, and the run is not made again; results/final/final.csv holds what all
+of them come to. Intervals are by bootstrap over pictures, since a picture can be in the audit of several
+splits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from carmodels.predictions import Interval
+from carmodels.study import Study, read_json
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "results" / "final"
+MODELS = ("ensemble", "single", "recipe")
+COMPARED = (("ensemble", "single", 0.0), ("ensemble", "recipe", 3.0), ("single", "recipe", None))  # + target
+RESAMPLES = 10_000
+
+
+def main() -> None:
+    """Make the runs that are missing, then print and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--hours", type=float, default=0.5)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--most", type=int, help="end after so many runs")
+    parser.add_argument("--only-report", action="store_true", help="no runs, only the table")
+    options, more = parser.parse_known_args()  # what it does not know goes to the search
+    known = answers()
+    missing = [seed for seed in range(options.seeds) if seed not in set(known["seed"])]
+    for seed in [] if options.only_report else missing[: options.most]:
+        with tempfile.TemporaryDirectory() as folder:
+            found = run(seed, options, more, Path(folder))
+        known = pd.concat([known, found])
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        known.to_csv(FOLDER / "answers.csv", index=False, lineterminator="\n")
+    report(known)
+
+
+def answers() -> pd.DataFrame:
+    """A row a picture and split: 1 where the model's answer was right, else 0."""
+    path = FOLDER / "answers.csv"
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["seed", "id", *MODELS])
+
+
+def run(seed: int, options: argparse.Namespace, more: Sequence[str], folder: Path) -> pd.DataFrame:
+    """One whole job in a process of its own; which of its audit pictures each model got right."""
+    command = [
+        *(sys.executable, str(ROOT / "tune" / "search.py"), "--plain", "--hours", str(options.hours)),
+        *("--data", str(options.data.absolute()), "--weights", str(options.weights.absolute())),
+        *(
+            "--seed",
+            str(seed),
+            "--results",
+            str(folder),
+            "--study",
+            "study",
+            "--cache",
+            str(folder / "cache"),
+        ),
+    ]
+    subprocess.run([*command, *more], cwd=folder, check=True)
+    study = Study(folder / "study")
+    labels = study.labels("audit")
+    recipe = next(r.trial_id for r in study.leaderboard() if r.note.startswith("the competitor's recipe"))
+    single = read_json(study.ensemble_file)["val"]["single"]["trial_id"]
+    found = pd.DataFrame({"seed": seed, "id": list(labels)})
+    for model, name in zip(MODELS, ("ensemble", single, recipe), strict=True):
+        probs = study.predictions(name, "audit").aligned(list(labels)).probs
+        found[model] = (probs.argmax(axis=1) == np.array(list(labels.values()))).astype(int)
+    return found
+
+
+def report(known: pd.DataFrame) -> None:
+    """Print and write shares of right answers over all splits and their differences, in points."""
+    names = ["what", "splits", "answers", "points", "95 % interval", "target"]
+    rows = []
+    for model in MODELS if len(known) else ():
+        rows.append([model, *described(known, interval(known, known[model]), "")])
+    for better, worse, target in COMPARED if len(known) else ():
+        found = interval(known, known[better] - known[worse])
+        aim = "" if target is None else f"low end above {target:g}" if target == 0 else f"at least {target:g}"
+        rows.append([f"{better} less {worse}", *described(known, found, aim)])
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=120).print(table)
+    with (FOLDER / "final.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(rows)
+
+
+def described(known: pd.DataFrame, found: Interval, target: str) -> list[str]:
+    """The cells of a row."""
+    value, low, high = (100 * part for part in (found.value, found.low, found.high))
+    counts = [str(known["seed"].nunique()), str(len(known))]
+    return [*counts, f"{value:.1f}", f"{low:.1f} to {high:.1f}", target]
+
+
+def interval(known: pd.DataFrame, values: pd.Series) -> Interval:
+    """Mean of the values over all answers, with a 95 % bootstrap interval over pictures (Efron, 1979)."""
+    by_picture = values.groupby(known["id"]).agg(["sum", "count"]).to_numpy(dtype=float)
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(by_picture), np.full(len(by_picture), 1 / len(by_picture)), size=RESAMPLES)
+    totals = drawn @ by_picture
+    low, high = np.quantile(totals[:, 0] / totals[:, 1], (0.025, 0.975))
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+if __name__ == "__main__":
+    main()
