@@ -113,10 +113,12 @@ def run_tutorial(seed: int, options: argparse.Namespace, folder: Path) -> dict[s
         writer.writerows((i, splits.classes[k]) for i, k in zip(audit.ids, audit.labels, strict=True))
     places = [str(path.absolute()) for path in (options.tutorial, options.data, options.weights)]
     command = [sys.executable, *places, str(labels), str(60 * options.minutes), str(seed)]
-    ended = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    ended = subprocess.run(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     line = re.search(r"trials (\d+) .* whole (\d+) .* hidden ([\d.]+)", ended.stdout)
-    if line is None:
-        raise ValueError(f"{options.tutorial} printed no result: {ended.stdout[-500:]}")
+    if ended.returncode or line is None:
+        raise ValueError(f"{options.tutorial}: exit code {ended.returncode}, {ended.stdout[-2000:]}")
     right = round(float(line[3]) * len(audit))
     return {
         "trials": int(line[1]),
