@@ -14,7 +14,7 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from timm.models import group_parameters
 from torch import nn
@@ -231,6 +231,15 @@ def save_weights(model: Classifier, path: Path) -> None:
     """Write a trained model's parameters and buffers as safetensors, whole or not at all."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     write_whole(path, save(state))
+
+
+def weights_damage(path: Path) -> str:
+    """What is wrong with what `save_weights` wrote, by its header and length; empty where nothing is."""
+    try:
+        with safe_open(path, "pt"):
+            return ""
+    except (SafetensorError, OSError) as error:
+        return str(error)[:200]
 
 
 def load_weights(config: TrialConfig, path: Path, *, classes: int) -> Classifier:

@@ -130,11 +130,11 @@ class Draws(OptunaSearch):
         return stamped.id not in self._seen and self._fits(stamped)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Tell Optuna an epoch's value, once: Ray repeats the last result at a trial's end."""
+        """Tell Optuna an epoch's value, once: Ray repeats a trial's last, a trial begun anew all of them."""
         if trial_id not in self._ot_trials:  # of what was queued, some are not Optuna's
             return
         epoch = result["epoch"]
-        if self._reported.get(trial_id) != epoch:
+        if self._reported.get(trial_id, 0) < epoch:
             diverged = result.get("status") == Status.DIVERGED
             self._ot_trials[trial_id].report(math.nan if diverged else result[self.metric], epoch)
             self._reported[trial_id] = epoch
