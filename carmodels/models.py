@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
+from huggingface_hub.errors import HTTPError  # of the hub's transport, its timeouts too
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from timm.models import group_parameters
@@ -85,7 +86,7 @@ class Weights:
         for name in backbones:
             try:
                 create_backbone(name, image_size=224, weights=self)
-            except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            except (OSError, RuntimeError, ValueError, SafetensorError, HTTPError) as error:
                 where = "from the hub" if self.source == "hub" else f"from {self.file(name)}"
                 first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -213,15 +214,16 @@ class Study:
         return self.folder / "splits.csv"
 
     def _split_rows(self) -> list[dict[str, str]]:
-        """Raises ValueError where it does not hold as many pictures as study.json says."""
+        """Raises ValueError where it does not end as it should, or lacks pictures that study.json counts."""
         with self._splits_file.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        found = Counter(row["split"] for row in rows if row["label"])
+            text = file.read()
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        found = Counter(row["split"] for row in rows)
         wanted = Counter(self.facts.get("pictures", {}))
-        if wanted and found != wanted:
+        if not text.endswith("\n") or (wanted and found != wanted):
             raise ValueError(
-                f"{self._splits_file} names {found.total()} pictures instead of {wanted.total()}, it is "
-                "damaged; search.py --resume writes it anew"
+                f"{self._splits_file} is damaged: it names {found.total()} pictures instead of "
+                f"{wanted.total()}, or ends within a line; search.py --resume writes it anew"
             )
         return rows
 

@@ -134,21 +134,44 @@ def _handles() -> list[Finding]:
 
 
 def _other_rays() -> list[Finding]:
-    """Ray instances of the same user that are there already, which take cores that are not theirs alone."""
-    found = []
-    for process in psutil.process_iter(["pid", "name", "uids"]):
+    """Ray instances of the same user, which take cores and GPUs that are not theirs alone.
+
+    Each search is the parent of one.
+    """
+    rays: list[int] = []
+    searches: list[str] = []
+    for process in psutil.process_iter(["pid", "ppid", "name", "uids"]):
         uids = process.info["uids"]
         if process.info["name"] == "raylet" and uids is not None and uids.real == os.getuid():
-            found.append(process.info["pid"])
-    if not found:
-        return []
-    numbers = ", ".join(map(str, found))
-    return [
-        Finding(
+            if study := _searched(process.info["ppid"]):
+                searches.append(study)
+            else:
+                rays.append(process.info["pid"])
+    found = []
+    if searches:
+        found.append(
+            f"another search is running here ({'; '.join(searches)}) and takes the same cores and GPUs; "
+            "wait for its end, or give each its own with --workers and CUDA_VISIBLE_DEVICES"
+        )
+    if rays:
+        numbers = ", ".join(map(str, rays))
+        found.append(
             f"another Ray is running here (process {numbers}) and will share the machine with this search; "
             "`ray stop` ends it if it was left behind"
         )
-    ]
+    return [Finding(words) for words in found]
+
+
+def _searched(pid: int) -> str:
+    """What the process searches, in words; empty where it is no search of ours."""
+    try:
+        command = psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return ""
+    if not any(Path(word).parts[-2:] == ("tune", "search.py") for word in command):
+        return ""
+    study = command[command.index("--study") + 1] if "--study" in command[:-1] else "its own"
+    return f"process {pid}, study {study}"
 
 
 # ---- the machines of a cluster

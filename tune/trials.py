@@ -55,6 +55,7 @@ from ray.tune import (
     with_parameters,
     with_resources,
 )
+from ray.tune.error import TuneError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
@@ -486,9 +487,22 @@ def run_trials(
         ),
     )
     with interrupts.caught():
-        results = tuner.fit()
+        results = _fitted(tuner, job.study)
     recorder.close(results._experiment_analysis.trials, interrupts.seen)
     return not interrupts.seen
+
+
+def _fitted(tuner: Tuner, study: Study) -> Any:
+    """What `Tuner.fit` gives; an OSError of the recorder's, which Ray hides in its own, is one again."""
+    try:
+        return tuner.fit()
+    except (TuneError, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(
+            f"{study.folder}: {cause.strerror or cause}; mend that, then search.py --resume goes on"
+        ) from None
 
 
 def start_ray(*, address: str | None, cores: int, gpus: int) -> str:
