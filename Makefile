@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 export NO_ALBUMENTATIONS_UPDATE = 1
 
-.PHONY: search test install lint types check soak bench clean
+.PHONY: search test install lint types check soak audit bench clean
 
 search: .venv/installed
 	$(BIN)/python tune/search.py
@@ -25,12 +25,18 @@ check: lint types test
 soak: .venv/installed
 	$(BIN)/python tests/soak.py
 
+audit:  # needs a network: known vulnerabilities of the pinned versions
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet pip-audit
+	.audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
+
 bench: .venv/installed
 	$(BIN)/python tests/benchmarks/bench_input.py
 	$(BIN)/python tests/benchmarks/bench_frozen.py
 	$(BIN)/python tests/benchmarks/bench_scale.py
 	$(BIN)/python tests/benchmarks/bench_overhead.py
 	$(BIN)/python tests/benchmarks/bench_trials.py
+	$(BIN)/python tests/benchmarks/bench_nodes.py
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -39,4 +45,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .audit build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -22,6 +22,9 @@ from carmodels.images import ImageCache
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network when imported otherwise
 import albumentations
 
+PATIENCE = (
+    900.0  # seconds for a batch, after which a loader process counts as hung and a RuntimeError says so
+)
 _BILINEAR_SHRINKS = 2.0  # by so much every pixel still counts
 _SHARP, _SHARP_SHRINKS = 192, 2.4  # from this size on, pixels, a little more does no harm
 
@@ -155,6 +158,7 @@ def _start_workers(
         batch_size=None,  # an item of the plan is a whole batch
         sampler=plan,
         num_workers=processes,
+        timeout=PATIENCE,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=True,

@@ -17,11 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,6 +32,8 @@ from carmodels.archives import one_line, unpacked
 from carmodels.images import (
     CACHE_VERSION,
     LIMIT,
+    Damage,
+    DamagedCache,
     Estimate,
     ImageCache,
     Progress,
@@ -83,8 +87,24 @@ class Excluded:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """How a data set was opened: enough to open it again, on another machine, too."""
+
+    path: Path
+    cache_dir: Path
+    max_size: int  # pixels
+    seed: int
+    cache_limit: int  # bytes
+
+
+@dataclass(frozen=True)
 class Splits:
-    """A data set ready to learn from."""
+    """A data set ready to learn from.
+
+    Pickled, it takes the pictures along as the path of their cache. Where that is missing or damaged, as on
+    another machine, it is built from the data set, by one process of a machine while others wait; ValueError
+    where that is not the same data set.
+    """
 
     classes: tuple[str, ...]  # category values as the data set writes them, numbers in numeric order
     class_names: tuple[str, ...]  # for display
@@ -98,6 +118,38 @@ class Splits:
     excluded: tuple[Excluded, ...]
     test_duplicates: tuple[tuple[str, str], ...]  # (test id, id of the nearest labelled near-duplicate)
     sample_file: Path | None  # absolute path of the competition's sample submission
+    opening: Opening
+
+    def __reduce__(self) -> tuple[Callable[..., Splits], tuple[dict[str, Any], object]]:
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "images"}
+        kept = self.images.path if isinstance(self.images, ImageCache) else self.images
+        return _unpickled, (values, kept)
+
+
+def _unpickled(values: dict[str, Any], kept: object) -> Splits:
+    """The splits, with the pictures of the folder `kept` (or with `kept` itself, which is pictures)."""
+    if not isinstance(kept, Path):
+        return Splits(images=kept, **values)  # type: ignore[arg-type]
+    try:
+        return Splits(images=ImageCache(kept), **values)
+    except DamagedCache:
+        return _opened_here(values["opening"], values["fingerprint"], values["split_hash"])
+
+
+def _opened_here(opening: Opening, fingerprint: str, split_hash: str) -> Splits:
+    found = open_dataset(
+        opening.path,
+        cache_dir=opening.cache_dir,
+        max_size=opening.max_size,
+        seed=opening.seed,
+        cache_limit=opening.cache_limit,
+    )
+    if (found.fingerprint, found.split_hash) != (fingerprint, split_hash):
+        raise ValueError(
+            f"{str(opening.path)!r} on {platform.node()} is not the data set that was opened first: give a "
+            "folder that all machines share, or the same copy on each"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -125,14 +177,16 @@ def open_dataset(
     seed: int = 0,
     on_progress: Progress | None = None,
     on_estimate: Estimate | None = None,
+    on_damage: Damage | None = None,
     cache_limit: int = LIMIT,
 ) -> Splits:
     """The data set at `path` (folder or zip), its pictures decoded into `cache_dir` unless they are there.
 
     max_size: the largest image_size in pixels that will be asked for. The split depends on content and `seed`
     alone. Before the cache is built `on_estimate` is called with its size in bytes, and for each picture
-    `on_progress(done, total)`. Raises ValueError with one line for a data set that cannot be used, or whose
-    pictures take more than `cache_limit` bytes; broken training pictures are excluded, up to 1 %.
+    `on_progress(done, total)`; `on_damage` is told of a cache that is rebuilt. Raises ValueError with one
+    line for a data set that cannot be used, or whose pictures take more than `cache_limit` bytes; broken
+    training pictures are excluded, up to 1 %.
     """
     if max_size < 1:
         raise ValueError(f"max_size={max_size} must be at least 1 pixel")
@@ -146,8 +200,17 @@ def open_dataset(
         [[picture.category, picture.id, digest] for picture, digest in zip(pictures, digests, strict=True)]
     )
     folder = cache_dir / "images" / f"{fingerprint}-{max_size}px-v{CACHE_VERSION}"
-    images = open_images(paths, folder, max_size, on_progress, on_estimate=on_estimate, limit=cache_limit)
-    return _assemble(listing, pictures, images, fingerprint, seed)
+    images = open_images(
+        paths,
+        folder,
+        max_size,
+        on_progress,
+        on_estimate=on_estimate,
+        on_damage=on_damage,
+        limit=cache_limit,
+    )
+    opening = Opening(path, cache_dir, max_size, seed, cache_limit)
+    return _assemble(listing, pictures, images, fingerprint, opening)
 
 
 def _hash(value: object) -> str:
@@ -155,7 +218,7 @@ def _hash(value: object) -> str:
 
 
 def _assemble(
-    listing: _Listing, pictures: list[_Picture], images: ImageCache, fingerprint: str, seed: int
+    listing: _Listing, pictures: list[_Picture], images: ImageCache, fingerprint: str, opening: Opening
 ) -> Splits:
     _check_tests(pictures, images)
     labelled, excluded = _usable(listing.labelled, images)
@@ -163,7 +226,7 @@ def _assemble(
     labels = np.array([classes.index(picture.category) for picture in labelled], dtype=np.int64)
     first_test = len(listing.labelled)
     rows = images.rows[:first_test][images.rows[:first_test] >= 0]
-    sides = assign_splits(labels, images.groups[rows], seed)
+    sides = assign_splits(labels, images.groups[rows], opening.seed)
     train, val, audit = (
         _part(name, labelled, labels, rows, sides == number) for number, (name, _) in enumerate(SHARES)
     )
@@ -185,6 +248,7 @@ def _assemble(
         excluded=excluded,
         test_duplicates=_test_duplicates((train, val, audit), test, images),
         sample_file=listing.sample_file,
+        opening=opening,
     )
 
 

@@ -50,6 +50,7 @@ _UNUSED_SECONDS = 7 * 86400  # since it was last opened, before a cache may make
 
 Progress = Callable[[int, int], None]  # pictures done, pictures in all
 Estimate = Callable[[int], None]  # bytes that a cache will take on disk
+Damage = Callable[[str], None]  # what is wrong with a cache that is rebuilt
 
 
 class BrokenPicture(ValueError):
@@ -207,6 +208,7 @@ def open_images(
     on_progress: Progress | None,
     *,
     on_estimate: Estimate | None = None,
+    on_damage: Damage | None = None,
     limit: int = LIMIT,
 ) -> ImageCache:
     """The cache of `paths` at `folder`, built if it is missing or damaged; one process builds, others wait.
@@ -214,14 +216,17 @@ def open_images(
     `folder` must name the content of the files and `max_size`, since an intact cache is taken as it is.
     Before one is built `on_estimate` is told its size, and caches beside it that were not opened for a week
     make room for it, the oldest first; ValueError where it would not fit into `limit` bytes, or onto the
-    disk.
+    disk. `on_damage` is told what is wrong with one that is there and rebuilt.
     """
     with contextlib.suppress(DamagedCache):
         return ImageCache(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        with contextlib.suppress(DamagedCache):
+        try:
             return ImageCache(folder)
+        except DamagedCache as error:
+            if on_damage is not None and folder.exists():
+                on_damage(str(error))
         unfinished = folder.with_name(f"{folder.name}.tmp")
         for leftover in (unfinished, folder):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -14,7 +14,8 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import HTTPError  # of the hub's transport, its timeouts too
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from timm.models import group_parameters
 from torch import nn
@@ -85,7 +86,7 @@ class Weights:
         for name in backbones:
             try:
                 create_backbone(name, image_size=224, weights=self)
-            except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            except (OSError, RuntimeError, ValueError, SafetensorError, HTTPError) as error:
                 where = "from the hub" if self.source == "hub" else f"from {self.file(name)}"
                 first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 raise ValueError(
@@ -231,6 +232,15 @@ def save_weights(model: Classifier, path: Path) -> None:
     """Write a trained model's parameters and buffers as safetensors, whole or not at all."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     write_whole(path, save(state))
+
+
+def weights_damage(path: Path) -> str:
+    """What is wrong with what `save_weights` wrote, by its header and length; empty where nothing is."""
+    try:
+        with safe_open(path, "pt"):
+            return ""
+    except (SafetensorError, OSError) as error:
+        return str(error)[:200]
 
 
 def load_weights(config: TrialConfig, path: Path, *, classes: int) -> Classifier:

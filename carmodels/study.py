@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -171,11 +173,15 @@ class Study:
         return (self.folder / "study.json").is_file()
 
     def begin(self, facts: Mapping[str, Any], splits: Iterable[tuple[str, str, int]]) -> None:
-        """Write study.json and splits.csv, the latter from rows of (split, id, class index or -1)."""
+        """Write study.json and splits.csv, the latter from rows as in `write_splits`."""
         for name in ("predictions", "weights"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        _write_csv(self.folder / "splits.csv", ("split", "id", "label"), splits)
+        self.write_splits(splits)
         write_json(self.folder / "study.json", facts)
+
+    def write_splits(self, splits: Iterable[tuple[str, str, int]]) -> None:
+        """Write splits.csv from rows of (split, id, class index or -1)."""
+        _write_csv(self._splits_file, ("split", "id", "label"), splits)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -203,9 +209,23 @@ class Study:
         """Class index by id for a labelled split."""
         return {row["id"]: int(row["label"]) for row in self._split_rows() if row["split"] == split}
 
+    @property
+    def _splits_file(self) -> Path:
+        return self.folder / "splits.csv"
+
     def _split_rows(self) -> list[dict[str, str]]:
-        with (self.folder / "splits.csv").open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        """Raises ValueError where it does not end as it should, or lacks pictures that study.json counts."""
+        with self._splits_file.open(newline="", encoding="utf-8") as file:
+            text = file.read()
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        found = Counter(row["split"] for row in rows)
+        wanted = Counter(self.facts.get("pictures", {}))
+        if not text.endswith("\n") or (wanted and found != wanted):
+            raise ValueError(
+                f"{self._splits_file} is damaged: it names {found.total()} pictures instead of "
+                f"{wanted.total()}, or ends within a line; search.py --resume writes it anew"
+            )
+        return rows
 
     def append(self, record: TrialRecord) -> None:
         """Add a trial to trials.jsonl: one write, on disk before this returns."""
@@ -214,6 +234,14 @@ class Study:
     def records(self) -> list[TrialRecord]:
         """Every trial as its last line has it, in the order of those; a torn line is skipped."""
         return list(self._read()[0].values())
+
+    def lost(self) -> list[str]:
+        """Ids of trials that trials.csv names and trials.jsonl does not: it was cut short at a line's end."""
+        if not self.table_file.is_file():
+            return []
+        known = {r.trial_id for r in self.records()}
+        with self.table_file.open(newline="", encoding="utf-8") as file:
+            return [row["trial_id"] for row in csv.DictReader(file) if row["trial_id"] not in known]
 
     def damaged_lines(self) -> list[int]:
         """Numbers of the lines of trials.jsonl that are no records (the first line is 1)."""
@@ -235,6 +263,14 @@ class Study:
     def predictions(self, trial_id: str, split: str, view: str = "plain") -> Predictions:
         """Raises ValueError where the file is damaged, OSError where it is missing."""
         return Predictions.load(self.predictions_file(trial_id, split, view))
+
+    def has_predictions(self, trial_id: str, split: str, view: str = "plain") -> bool:
+        """Whether they are there and intact."""
+        try:
+            self.predictions(trial_id, split, view)
+        except (FileNotFoundError, ValueError):
+            return False
+        return True
 
     def table(self) -> list[dict[str, Any]]:
         """A row a trial, finished ones first, best first; a column a hyperparameter."""

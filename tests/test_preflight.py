@@ -40,7 +40,7 @@ def plenty(
         return SimpleNamespace(free=shared if str(folder) == "/dev/shm" else disk)
 
     running = [
-        SimpleNamespace(info={"pid": 4000 + n, "name": name, "uids": SimpleNamespace(real=uid)})
+        SimpleNamespace(info={"pid": 4000 + n, "ppid": 1, "name": name, "uids": SimpleNamespace(real=uid)})
         for n, (name, uid) in enumerate(processes)
     ]
     patch.setattr(preflight.shutil, "disk_usage", usage)
@@ -97,6 +97,25 @@ def test_each_shortage_is_one_line_with_its_remedy(
 ) -> None:
     plenty(monkeypatch, **scarce)  # type: ignore[arg-type]
     assert found(tmp_path) == [Finding(words.format(results=tmp_path / "results"), fatal)]
+
+
+def test_another_search_on_this_machine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that looks like one, as the parent of a Ray."""
+    script = tmp_path / "tune" / "search.py"
+    script.parent.mkdir()
+    script.write_text("input()")
+    other = subprocess.Popen([sys.executable, str(script), "--study", "vans"], stdin=subprocess.PIPE)
+    uids = SimpleNamespace(real=os.getuid())
+    raylet = SimpleNamespace(info={"pid": 4000, "ppid": other.pid, "name": "raylet", "uids": uids})
+    monkeypatch.setattr(preflight.psutil, "process_iter", lambda wanted: [raylet])
+    found_now = found(tmp_path)
+    other.communicate(b"\n")
+    assert found_now == [
+        Finding(
+            f"another search is running here (process {other.pid}, study vans) and takes the same cores and "
+            "GPUs; wait for its end, or give each its own with --workers and CUDA_VISIBLE_DEVICES"
+        )
+    ]
 
 
 @pytest.mark.parametrize(("name", "option"), [("results", "--results"), ("cache", "--cache")])

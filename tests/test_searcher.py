@@ -106,6 +106,11 @@ def test_a_restart_leaves_optuna_with_the_recorded_trials_and_none_running(tmp_p
         new.append(TrialConfig.from_dict(drawn))
     assert len(new) == 3
     assert not {c.id for c in new} & {c.id for c in configs[:4]}
+    draws.on_trial_complete("1", result(0.5, 1))
+    kept = optuna.load_study(study_name=None, storage=storage).trials
+    assert [t.state for t in kept] == [*states(draws)[:4], TrialState.PRUNED]
+    assert kept[4].intermediate_values == {1: 0.5}
+    assert kept[4].params["lr"] == new[1].lr
 
 
 def test_a_queued_configuration_of_the_space_is_a_trial_of_optunas() -> None:

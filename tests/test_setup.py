@@ -7,6 +7,7 @@ import argparse
 import pytest
 
 from tune import setup
+from tune.setup import Machine
 from tune.trials import Workers
 
 
@@ -33,7 +34,7 @@ def options(share: str = "1", workers: int | None = None) -> argparse.Namespace:
 def test_trials_get_their_share_of_gpus_or_cores(
     share: str, asked: int | None, gpus: int, cores: int, expected: Workers
 ) -> None:
-    assert setup._shared_out(options(share, asked), gpus=gpus, cores=cores) == expected
+    assert setup._shared_out(options(share, asked), [Machine(cores, gpus)]) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,23 @@ def test_trials_get_their_share_of_gpus_or_cores(
 )
 def test_more_than_there_is_is_refused(share: str, asked: int | None, gpus: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        setup._shared_out(options(share, asked), gpus=gpus, cores=8)
+        setup._shared_out(options(share, asked), [Machine(8, gpus)])
+
+
+@pytest.mark.parametrize(
+    ("asked", "machines", "expected"),
+    [
+        (None, [(0, 0), (2, 0), (4, 0)], Workers(6, 1, 0.0)),
+        (1, [(2, 0), (2, 0)], Workers(1, 2, 0.0)),  # four cores, but no machine that has them all
+        (3, [(4, 0), (8, 0)], Workers(3, 4, 0.0)),
+        (None, [(64, 0), (8, 1), (8, 1)], Workers(2, 8, 1.0)),  # the head's cores are no GPU's
+        (None, [(16, 4), (4, 1)], Workers(5, 4, 1.0)),
+    ],
+)
+def test_on_a_cluster_a_trial_asks_for_what_one_machine_has(
+    asked: int | None, machines: list[tuple[int, int]], expected: Workers
+) -> None:
+    assert setup._shared_out(options("1", asked), [Machine(*m) for m in machines]) == expected
 
 
 @pytest.mark.parametrize(

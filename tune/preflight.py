@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import resource
+import secrets
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carmodels.catalog import BACKBONES
 from carmodels.space import Space
@@ -33,20 +39,18 @@ class Finding:
 
 
 def findings(study: Study, space: Space, workers: Workers | None, cache: Path) -> list[Finding]:
-    """Everything that was found, the fatal first. Without `workers` they are another machine's matter."""
+    """Everything that was found, the fatal first. Without `workers` they are other machines' matter."""
     found = [
-        *_folders(study, cache),
+        *_folders({"--results": study.folder.parent, "--cache": cache}),
         *_disk(study, space),
-        *(_memory(workers) if workers else ()),
+        *([*_memory(workers), *_other_rays()] if workers else ()),
         *_shared_memory(),
         *_handles(),
-        *_other_rays(),
     ]
     return sorted(found, key=lambda finding: not finding.fatal)
 
 
-def _folders(study: Study, cache: Path) -> list[Finding]:
-    wanted = {"--results": study.folder.parent, "--cache": cache}
+def _folders(wanted: Mapping[str, Path]) -> list[Finding]:
     return [
         Finding(f"{option} {folder}: no writing there ({trouble}); give a folder of your own", fatal=True)
         for option, folder in wanted.items()
@@ -130,18 +134,122 @@ def _handles() -> list[Finding]:
 
 
 def _other_rays() -> list[Finding]:
-    """Ray instances of the same user that are there already, which take cores that are not theirs alone."""
-    found = []
-    for process in psutil.process_iter(["pid", "name", "uids"]):
+    """Ray instances of the same user, which take cores and GPUs that are not theirs alone.
+
+    Each search is the parent of one.
+    """
+    rays: list[int] = []
+    searches: list[str] = []
+    for process in psutil.process_iter(["pid", "ppid", "name", "uids"]):
         uids = process.info["uids"]
         if process.info["name"] == "raylet" and uids is not None and uids.real == os.getuid():
-            found.append(process.info["pid"])
-    if not found:
-        return []
-    numbers = ", ".join(map(str, found))
-    return [
-        Finding(
+            if study := _searched(process.info["ppid"]):
+                searches.append(study)
+            else:
+                rays.append(process.info["pid"])
+    found = []
+    if searches:
+        found.append(
+            f"another search is running here ({'; '.join(searches)}) and takes the same cores and GPUs; "
+            "wait for its end, or give each its own with --workers and CUDA_VISIBLE_DEVICES"
+        )
+    if rays:
+        numbers = ", ".join(map(str, rays))
+        found.append(
             f"another Ray is running here (process {numbers}) and will share the machine with this search; "
             "`ray stop` ends it if it was left behind"
         )
+    return [Finding(words) for words in found]
+
+
+def _searched(pid: int) -> str:
+    """What the process searches, in words; empty where it is no search of ours."""
+    try:
+        command = psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return ""
+    if not any(Path(word).parts[-2:] == ("tune", "search.py") for word in command):
+        return ""
+    study = command[command.index("--study") + 1] if "--study" in command[:-1] else "its own"
+    return f"process {pid}, study {study}"
+
+
+# ---- the machines of a cluster
+
+PATIENCE = 120.0  # seconds for a machine to receive our code, start a worker and answer
+PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy")  # which change what a trial comes to
+
+
+def cluster_findings(results: Path, shared: Mapping[str, Path], cache: Path) -> list[Finding]:
+    """What is amiss on the machines of the cluster that was joined, the fatal first.
+
+    `results` must be one folder that all see, `shared` (by option) must be there on all, `cache` is each
+    machine's own or shared.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    marker = results / f".{secrets.token_hex(8)}.shared"
+    marker.touch()
+    look = ray.remote(num_cpus=0, max_retries=0)(_on_this_machine)
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    try:
+        asked = {
+            address: look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+            ).remote(marker, shared, cache, _versions())
+            for node_id, address in nodes.items()
+        }
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE)
+        found = [
+            Finding(f"machine {address}: {finding.words}", finding.fatal)
+            for address, answer in asked.items()
+            for finding in _answer(answer)
+        ]
+    finally:
+        marker.unlink()
+    return sorted(found, key=lambda finding: not finding.fatal)
+
+
+def _answer(answer: ray.ObjectRef) -> list[Finding]:
+    try:
+        return ray.get(answer, timeout=0)
+    except GetTimeoutError:
+        return [
+            Finding(f"no answer in {PATIENCE:.0f} s; look at it, or take it out of the cluster", fatal=True)
+        ]
+    except RayError as error:
+        last = str(error).strip().splitlines()[-1]
+        return [
+            Finding(
+                f"our code does not run there ({last}); install what requirements.lock lists, in the same "
+                "versions",
+                fatal=True,
+            )
+        ]
+
+
+def _on_this_machine(
+    marker: Path, shared: Mapping[str, Path], cache: Path, versions: Mapping[str, str]
+) -> list[Finding]:
+    """What is amiss here, with what the machine that asks has at these paths and in these versions."""
+    results = marker.parent
+    if not marker.is_file():
+        words = (
+            f"--results {results} is not the folder that the search sees; give one that all machines share"
+        )
+        return [Finding(words, fatal=True)]
+    missing = [
+        Finding(f"{option} {path} is not there; share it, or put a copy at the same path", fatal=True)
+        for option, path in shared.items()
+        if not path.exists()
     ]
+    other = [
+        Finding(f"{name} is {here} there and {versions[name]} here; install the same")
+        for name, here in _versions().items()
+        if here != versions[name]
+    ]
+    folders = _folders({"--results": results, "--cache": cache})
+    return [*missing, *folders, *other, *_shared_memory(), *_handles()]
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}

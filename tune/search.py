@@ -40,7 +40,7 @@ from tune.confirm import CONTENDERS, RERUNS
 from tune.console import Screen
 from tune.live import duration
 from tune.page import write_report
-from tune.preflight import Finding, findings
+from tune.preflight import findings
 from tune.trials import Job, Watch
 
 MOST_SEED = 2_000_000_000  # leaves room for the seeds of retraining
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     refuse_within(study, options)
     overwrite = options.overwrite or is_bare(options)
     check_folder(study, resume=options.resume, overwrite=overwrite)
-    report_findings(findings(study, space, granted, setup.cache_folder(options)), screen)
+    setup.report(findings(study, space, granted, setup.cache_folder(options)), screen)
     earlier = [] if options.resume else earlier_studies(options.warm_start, study, options.metric)
     data = user_path(options.data) if options.data else demo_data(screen)
     weights.fetch(space.backbones)
@@ -142,27 +142,25 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     }
     describe_data(splits, screen)
     if options.check:
+        if options.address:
+            with setup.ray_running(options, screen):
+                setup.look_at_machines(study, data, weights, options, screen)
         screen.say("Checked: data, weights, space, folders, disk, memory. Nothing stands in the way.")
         return 0
     with setup.held(study):
-        begin(study, facts, splits, screen, resume=options.resume, overwrite=overwrite)
-        if earlier:
-            study.keep_earlier(earlier)
+        if options.resume:
+            check_resumed(study, facts, splits, screen)
         with setup.ray_running(options, screen) as workers:
+            if options.address:
+                setup.look_at_machines(study, data, weights, options, screen)
+            if not options.resume:
+                begin(study, facts, splits, earlier)
             screen.say(
                 f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
                 f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
             )
             job = Job(study, splits, weights, workers, setup.cache_folder(options))
             return go(job, space, options, clock, trials, screen)
-
-
-def report_findings(found: Sequence[Finding], screen: Screen) -> None:
-    """A line for each; ValueError with the first that is fatal."""
-    for finding in found:
-        if finding.fatal:
-            raise ValueError(finding.words)
-        screen.say(f"Note: {finding.words}.", "yellow")
 
 
 def is_bare(options: argparse.Namespace) -> bool:
@@ -332,38 +330,42 @@ def refuse_within(study: Study, options: argparse.Namespace) -> None:
             )
 
 
-def begin(
-    study: Study, facts: dict[str, Any], splits: Splits, screen: Screen, *, resume: bool, overwrite: bool
-) -> None:
-    """Begin the study, or check that what is resumed is the same search of the same data."""
-    if resume:
-        if damaged := study.damaged_lines():
-            screen.say(f"{study.trials_file}: lines {damaged} are damaged, their trials run again.", "yellow")
-        before = study.facts
-        for name in (
-            "preset",
-            "space",
-            "seed",
-            "metric",
-            "warm_start",
-            "weights",
-            "fingerprint",
-            "split_hash",
-        ):
-            if before[name] != facts[name]:
-                raise ValueError(
-                    f"--resume: {name} was {before[name]} in {study.folder} and is {facts[name]} now; "
-                    "give the options of the first run, or another --study NAME"
-                )
-        return
-    if overwrite and study.exists:
+def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: Screen) -> None:
+    """Says what is damaged; ValueError where what is resumed is not the same search of the same data."""
+    if damaged := study.damaged_lines():
+        screen.say(f"{study.trials_file}: lines {damaged} are damaged, their trials run again.", "yellow")
+    if lost := study.lost():
+        screen.say(
+            f"{study.trials_file} was cut short: it lacks {len(lost)} trials of "
+            f"{study.table_file.name}, which may run again.",
+            "yellow",
+        )
+    before = study.facts
+    for name in ("preset", "space", "seed", "metric", "warm_start", "weights", "fingerprint", "split_hash"):
+        if before[name] != facts[name]:
+            raise ValueError(
+                f"--resume: {name} was {before[name]} in {study.folder} and is {facts[name]} now; "
+                "give the options of the first run, or another --study NAME"
+            )
+    study.write_splits(split_rows(splits))  # the same, were it not damaged
+
+
+def begin(study: Study, facts: dict[str, Any], splits: Splits, earlier: Sequence[Study]) -> None:
+    """Begin the study, in the place of one that is there."""
+    if study.exists:
         shutil.rmtree(study.folder)
-    rows = [
+    study.begin(facts, split_rows(splits))
+    if earlier:
+        study.keep_earlier(earlier)
+
+
+def split_rows(splits: Splits) -> list[tuple[str, str, int]]:
+    """(split, id, class index or -1) of every picture."""
+    return [
         (split.name, picture, -1 if split.labels is None else int(split.labels[i]))
         for split in (splits.train, splits.val, splits.audit, splits.test)
         for i, picture in enumerate(split.ids)
     ]
-    study.begin(facts, rows)
 
 
 def budget(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -51,7 +52,8 @@ class Draws(OptunaSearch):
 
     Optuna is told what happened: a stopped trial is pruned (with its intermediate values), a diverged one
     ends with NaN and has the worst value. `stamp` holds the fields that every configuration shares: seed,
-    metric, data and split. `earlier` are the records of other studies, of any data.
+    metric, data and split. `earlier` are the records of other studies, of any data. `storage` gets what has
+    ended, and is not read: a database asked for all trials at each draw takes seconds where hundreds run.
     """
 
     _ot_study: Any  # an optuna.Study; Ray's code starts from None and has no annotation
@@ -81,7 +83,9 @@ class Draws(OptunaSearch):
                 accepts=self._accepts,
                 earlier=[useful(records, space) for records in earlier],
             ),
-            storage=storage,
+        )
+        self._kept = storage and optuna.create_study(
+            storage=storage, study_name=self._ot_study.study_name, direction=self._ot_study.direction
         )
         self._dimensions = space
         self._reported: dict[str, int] = {}  # Ray's trial id -> the last epoch that Optuna knows
@@ -93,6 +97,8 @@ class Draws(OptunaSearch):
         for record in known:
             if (trial := learned(record, space)) is not None:
                 self._ot_study.add_trial(trial)
+        if self._kept:
+            self._kept.add_trials(self._ot_study.trials)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # omits FINISHED
         """The next TrialConfig's fields, or FINISHED at the limit, after the time, with nothing new left."""
@@ -116,13 +122,15 @@ class Draws(OptunaSearch):
 
     def _drawn(self, trial_id: str) -> TrialConfig | None:
         """A configuration that was not drawn before and ends in time; None where none is found."""
-        drawn = super().suggest(trial_id)
+        with warnings.catch_warnings():  # Ray takes a sampler that thinks for a training in the wrong place
+            warnings.filterwarnings("ignore", message="Define-by-run function")
+            drawn = super().suggest(trial_id)
         assert drawn is not None
         config = TrialConfig.from_dict({**drawn, **self._stamp})
         if self._accepts(config):
             self._seen.add(config.id)
             return config
-        self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
+        self._tell(trial_id, state=TrialState.FAIL)
         return None
 
     def _accepts(self, config: TrialConfig) -> bool:
@@ -130,11 +138,11 @@ class Draws(OptunaSearch):
         return stamped.id not in self._seen and self._fits(stamped)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Tell Optuna an epoch's value, once: Ray repeats the last result at a trial's end."""
+        """Tell Optuna an epoch's value, once: Ray repeats a trial's last, a trial begun anew all of them."""
         if trial_id not in self._ot_trials:  # of what was queued, some are not Optuna's
             return
         epoch = result["epoch"]
-        if self._reported.get(trial_id) != epoch:
+        if self._reported.get(trial_id, 0) < epoch:
             diverged = result.get("status") == Status.DIVERGED
             self._ot_trials[trial_id].report(math.nan if diverged else result[self.metric], epoch)
             self._reported[trial_id] = epoch
@@ -146,14 +154,19 @@ class Draws(OptunaSearch):
         if trial_id not in self._ot_trials:
             return
         if error or not result or self.metric not in result:
-            self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
+            self._tell(trial_id, state=TrialState.FAIL)
             return
         self.on_trial_result(trial_id, result)
-        trial = self._ot_trials.pop(trial_id)
         if result.get("status"):
-            self._ot_study.tell(trial, result["best_value"])
+            self._tell(trial_id, result["best_value"])
         else:
-            self._ot_study.tell(trial, state=TrialState.PRUNED)
+            self._tell(trial_id, state=TrialState.PRUNED)
+
+    def _tell(self, trial_id: str, value: float | None = None, state: TrialState | None = None) -> None:
+        """Tell Optuna how a trial of its own ended."""
+        told = self._ot_study.tell(self._ot_trials.pop(trial_id), value, state)
+        if self._kept:
+            self._kept.add_trial(told)
 
 
 def useful(records: Iterable[TrialRecord], space: Space) -> list[optuna.trial.FrozenTrial]:

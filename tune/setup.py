@@ -7,10 +7,10 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
@@ -28,10 +28,18 @@ from tune.console import Screen
 from tune.costs import GPU_SHARES
 from tune.curves import written
 from tune.metrics import exported
+from tune.preflight import Finding, cluster_findings
 from tune.stages import Clock
 from tune.trials import Job, Watch, Workers, start_ray, together
 
 MOST_CACHE = 1e6  # GB
+
+
+class Machine(NamedTuple):
+    """What one machine has; a trial runs on one."""
+
+    cores: int
+    gpus: int
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,7 +95,7 @@ def check_machine(options: argparse.Namespace) -> Workers | None:
 
     None for a cluster, which is asked when it is joined.
     """
-    return None if options.address else _shared_out(options, gpus=_gpus_here(), cores=joblib.cpu_count())
+    return None if options.address else _shared_out(options, [_here()])
 
 
 @contextmanager
@@ -111,15 +119,20 @@ def held(study: Study) -> Iterator[None]:
         lock.release()
 
 
-def _gpus_here() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+def _here() -> Machine:
+    return Machine(joblib.cpu_count(), torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
-def _shared_out(options: argparse.Namespace, *, gpus: int, cores: int) -> Workers:
-    """As many trials side by side as the GPUs, or else the cores, hold; ValueError for more."""
+def _shared_out(options: argparse.Namespace, machines: Sequence[Machine]) -> Workers:
+    """As many trials side by side as the GPUs, or else the cores, hold; ValueError for more.
+
+    Machines without a GPU are left alone where another has one. Each trial gets as many cores as leave room
+    for all of them, on whichever machines.
+    """
+    gpus, cores = sum(m.gpus for m in machines), sum(m.cores for m in machines)
     packed = options.gpus_per_trial == "auto"
     share = min(GPU_SHARES) if packed else _share(options.gpus_per_trial)
-    fits = gpus * int(1 / share + 1e-9) if gpus else cores
+    fits = sum(_places(m, share) for m in machines) if gpus else cores
     count = fits if options.workers is None else options.workers
     if count < 1:
         raise ValueError(f"--workers {count} must be at least 1")
@@ -127,8 +140,25 @@ def _shared_out(options: argparse.Namespace, *, gpus: int, cores: int) -> Worker
         there = f"{gpus} GPUs at --gpus-per-trial {options.gpus_per_trial}" if gpus else f"{cores} cores"
         raise ValueError(f"--workers {count} is more than {there} hold; at most {fits}")
     if packed and gpus:
-        return Workers(gpus, max(1, cores // gpus), 1.0, packed=count)
-    return Workers(count, max(1, cores // count), share if gpus else 0.0)
+        return Workers(gpus, _cores_each(machines, gpus, 1.0), 1.0, packed=count)
+    return Workers(count, _cores_each(machines, count, share), share if gpus else 0.0)
+
+
+def _places(machine: Machine, share: float) -> int:
+    """How many trials its GPUs hold."""
+    return machine.gpus * int(1 / share + 1e-9)
+
+
+def _cores_each(machines: Sequence[Machine], count: int, share: float) -> int:
+    """The most cores a trial can have with `count` of them side by side, each on one machine; at least 1."""
+    on_gpus = any(m.gpus for m in machines)
+
+    def held(cores: int) -> int:
+        return sum(
+            min(m.cores // cores, _places(m, share)) if on_gpus else m.cores // cores for m in machines
+        )
+
+    return next((c for c in range(max(m.cores for m in machines), 1, -1) if held(c) >= count), 1)
 
 
 def _share(text: str) -> float:
@@ -167,6 +197,7 @@ def open_data(data: Path, options: argparse.Namespace, max_size: int, seed: int,
                 f"Decoding the pictures, once for all trials at up to {max_size} px: "
                 f"about {size / 1e6:,.0f} MB in {cache_dir / 'images'}."
             ),
+            on_damage=lambda damage: screen.say(f"Rebuilt: {damage.split(':')[0]}.", "yellow"),
             cache_limit=round(options.cache_limit * 1e9),
         )
 
@@ -200,20 +231,44 @@ def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Itera
         )
     source = Weights(weights if weights in ("hub", "none") else str(study.resolved(weights)))
     with held(study), ray_running(options, screen) as workers:
+        if options.address:
+            look_at_machines(study, data, source, options, screen)
         yield Job(study, splits, source, workers, cache_folder(options))
 
 
 @contextmanager
 def ray_running(options: argparse.Namespace, screen: Screen) -> Iterator[Workers]:
     """Ray, from here to the end of the block; gives what each trial may use."""
-    cores, gpus = joblib.cpu_count(), _gpus_here()
-    dashboard = start_ray(address=options.address, cores=cores, gpus=gpus)
+    here = _here()
+    dashboard = start_ray(address=options.address, cores=here.cores, gpus=here.gpus)
     if dashboard:
         screen.say(f"Ray dashboard: {dashboard}")
     try:
-        if options.address:
-            there = ray.cluster_resources()
-            cores, gpus = int(there.get("CPU", 1)), int(there.get("GPU", 0))
-        yield _shared_out(options, gpus=gpus, cores=cores)
+        yield _shared_out(options, _joined(options.address) if options.address else [here])
     finally:
         ray.shutdown()
+
+
+def _joined(address: str) -> list[Machine]:
+    """The machines of the cluster that are there; ValueError where none can train."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    machines = [Machine(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in resources]
+    if not any(m.cores for m in machines):
+        raise ValueError(f"--address {address}: the cluster has no cores; start machines that have some")
+    return machines
+
+
+def look_at_machines(
+    study: Study, data: Path, weights: Weights, options: argparse.Namespace, screen: Screen
+) -> None:
+    """Every machine of a cluster before the first trial: a line a finding, ValueError for a fatal one."""
+    shared = {"--data": data, **({"--weights": Path(weights.source)} if weights.is_folder else {})}
+    report(cluster_findings(study.folder.parent, shared, cache_folder(options)), screen)
+
+
+def report(found: Sequence[Finding], screen: Screen) -> None:
+    """A line for each; ValueError with the first that is fatal."""
+    for finding in found:
+        if finding.fatal:
+            raise ValueError(finding.words)
+        screen.say(f"Note: {finding.words}.", "yellow")

@@ -13,6 +13,7 @@ import optuna
 from ray.tune.schedulers import FIFOScheduler
 
 from carmodels.catalog import UNFREEZE, VIEWS
+from carmodels.models import weights_damage
 from carmodels.predictions import (
     METRICS,
     Interval,
@@ -340,10 +341,13 @@ def ensemble(
 ) -> dict[str, Any]:
     """Choose members, views and temperature on val, score once on audit, write ensemble and submission."""
     study, metric = job.study, job.study.metric
-    ready = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
+    ready = _with_weights(study, say)
     candidates = [r for r in ready if r.stage == "search"][:top] + [r for r in ready if r.stage != "search"]
     if not candidates:
         raise ValueError(f"{study.folder} has no finished trial to make a submission from; --resume goes on")
+    for split in ("val", "audit"):
+        for file in Members(job, dict.fromkeys(candidates, 1.0)).show(split, ("plain",)):
+            say(f"{file} was damaged, it is made anew from the weights.")
     labels = study.labels("val")
     truth = np.array(list(labels.values()))
     library = {r.trial_id: study.predictions(r.trial_id, "val").aligned(list(labels)) for r in candidates}
@@ -377,6 +381,15 @@ def ensemble(
         results["hidden"] = _expected(study, metric, blended["audit"], len(blended["test"].ids))
     write_json(study.ensemble_file, results)
     return results
+
+
+def _with_weights(study: Study, say: Say) -> list[TrialRecord]:
+    """Finished trials whose weights are there and intact, best first."""
+    there = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
+    damaged = {r.trial_id: d for r in there if (d := weights_damage(study.weights_file(r.trial_id)))}
+    for trial_id, damage in damaged.items():
+        say(f"Left out: {study.weights_file(trial_id)} is damaged ({damage}); bring a copy back.")
+    return [r for r in there if r.trial_id not in damaged]
 
 
 def _member(record: TrialRecord, weight: float, gains: Mapping[str, float]) -> dict[str, Any]:

@@ -19,10 +19,8 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials.jsonl holds every result
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `Interrupts` ends a run in better order
-os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")  # a stopped trial's loaders end in time
 os.environ.setdefault("RAY_worker_niceness", "0")  # training is what the machine is here for
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # it would print over our own lines
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # The C library gives freed memory back and asks for it anew in every step otherwise, and a page that is
 # touched for the first time costs more than what is computed on it: 17 % of the time of mobilenetv2_100 at
 # 128 px.
@@ -31,14 +29,22 @@ MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
-for _name, _value in MALLOC.items():
-    os.environ.setdefault(_name, _value)  # read by the workers, as they start
+# Read by the workers as they start; those of a cluster are sent it.
+WORKER_ENVIRONMENT = {
+    **MALLOC,
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial's loaders end in time
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+for _name, _value in WORKER_ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 
 import ray
 import torch
 from ray.tune import (
     Callback,
     CheckpointConfig,
+    FailureConfig,
     PlacementGroupFactory,
     RunConfig,
     Stopper,
@@ -49,9 +55,11 @@ from ray.tune import (
     with_parameters,
     with_resources,
 )
+from ray.tune.error import TuneError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+import carmodels
 from carmodels.data import Splits
 from carmodels.features import FeatureStore
 from carmodels.models import Weights, save_weights
@@ -63,6 +71,9 @@ from tune.costs import Costs
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial ended with is in its record
 
 HOPELESS = 5  # failed trials in a row that end a run
+LONGEST_SILENCE = 6 * 3600.0  # seconds from one epoch's end to the next before a worker counts as hung
+SHORTEST_SILENCE, MUCH_SLOWER = 1800.0, 20.0  # likewise, where an epoch's cost is known: seconds, times that
+RETRIES = 1  # of a trial that died or failed: machines go, memory is short for a while
 WEIGHTS_KEPT = 12  # best trials of the search whose weights stay on disk
 
 
@@ -278,6 +289,43 @@ def together(*watches: Watch) -> Watch:
 
 
 @dataclass
+class Silence:
+    """Ends workers that were not heard of for too long: of a hung loader, disk or GPU nothing else is seen.
+
+    `costs` say what an epoch should take; without them a trial may be silent for LONGEST_SILENCE.
+    """
+
+    costs: Costs | None
+    until: dict[str, tuple[Any, float, float]] = field(default_factory=dict)  # trial, moment, seconds
+    ended: dict[str, str] = field(default_factory=dict)  # Ray's trial id -> why, in words
+
+    def heard(self, trial: Any, config: TrialConfig) -> None:
+        """It has begun, or an epoch has ended."""
+        seconds = self.allowed(config)
+        self.until[trial.trial_id] = trial, time.monotonic() + seconds, seconds
+
+    def forget(self, trial: Any) -> None:
+        """It has ended."""
+        self.until.pop(trial.trial_id, None)
+
+    def allowed(self, config: TrialConfig) -> float:
+        """Seconds from one epoch's end to the next, or to the first, before the worker counts as hung."""
+        if self.costs is None:
+            return LONGEST_SILENCE
+        epoch = max(self.costs.epoch(config, number) for number in range(1, config.epochs + 1))
+        return min(LONGEST_SILENCE, max(SHORTEST_SILENCE, MUCH_SLOWER * epoch))
+
+    def end(self) -> None:
+        """Kill the workers whose time is over; Ray then tells of a worker that died."""
+        over = [entry for entry in self.until.values() if time.monotonic() > entry[1]]
+        for trial, _, seconds in over:
+            self.forget(trial)
+            if (actor := trial.temporary_state.ray_actor) is not None:
+                self.ended[trial.trial_id] = f"no epoch ended in {seconds:.0f} s, its worker was hung"
+                ray.kill(actor)
+
+
+@dataclass
 class Recorder(_StaysHere, Callback):
     """Writes each trial into the study as it ends; the only writer of trials.jsonl."""
 
@@ -290,6 +338,8 @@ class Recorder(_StaysHere, Callback):
     running: dict[str, list[EpochMetrics]] = field(default_factory=dict)  # Ray's trial id -> epochs so far
     configs: dict[str, TrialConfig] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
+    retried: dict[str, str] = field(default_factory=dict)  # Ray's trial id -> what its first attempt died of
+    silence: Silence = field(default_factory=lambda: Silence(None))
     failures: int = 0  # in a row
 
     @property
@@ -303,12 +353,19 @@ class Recorder(_StaysHere, Callback):
             self.running[trial.trial_id] = []
             self.configs[trial.trial_id] = TrialConfig.from_dict(trial.config)
             self.study.append(self._record(trial, Status.RUNNING, ""))
+        self.silence.heard(trial, self.configs[trial.trial_id])
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """It begins anew, on any machine: its worker died, or it ended in an error for the first time."""
+        self.running[trial.trial_id] = []
+        self.retried[trial.trial_id] = self._cause(trial)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         epoch = EpochMetrics(**{name: result[name] for name in EpochMetrics.__dataclass_fields__})
         self.running[trial.trial_id].append(epoch)
+        self.silence.heard(trial, self.configs[trial.trial_id])
         self.watch.on_epoch(self.stage, self.configs[trial.trial_id], epoch, result.get("gpu_bytes", 0))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -319,17 +376,22 @@ class Recorder(_StaysHere, Callback):
             self._write(trial, Status.STOPPED, self.reasons.get(trial.trial_id, "stopped"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._write(trial, Status.FAILED, _last_line(trial))
+        self._write(trial, Status.FAILED, self._cause(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.silence.end()
         self.watch.on_step(self)
+
+    def _cause(self, trial: Any) -> str:
+        """What its worker ended with, in words."""
+        return self.silence.ended.pop(trial.trial_id, "") or _last_line(trial)
 
     def close(self, trials: list[Any], interrupted: bool) -> None:
         """Write down the trials that the end of the run cut off."""
         for trial in trials:
             if trial.trial_id in self.running and trial.trial_id not in self.recorded:
                 if trial.status == "ERROR":
-                    self._write(trial, Status.FAILED, _last_line(trial))
+                    self._write(trial, Status.FAILED, self._cause(trial))
                 elif interrupted:
                     self._write(trial, Status.INTERRUPTED, "interrupted by the user")
                 else:
@@ -338,8 +400,11 @@ class Recorder(_StaysHere, Callback):
     def _write(self, trial: Any, status: Status, reason: str, value: float | None = None) -> None:
         if trial.trial_id in self.recorded or trial.trial_id not in self.configs:
             return
+        if trial.trial_id in self.retried:
+            reason += f" (begun anew, first ended by: {self.retried[trial.trial_id]})"
         record = self._record(trial, status, reason, value)
         self.recorded.add(trial.trial_id)
+        self.silence.forget(trial)
         self.failures = self.failures + 1 if status is Status.FAILED else 0
         self.running.pop(trial.trial_id, None)
         self.study.append(record)
@@ -397,7 +462,8 @@ def run_trials(
     `packing` says what each configuration asks of Ray; without it all ask for the same.
     """
     interrupts = Interrupts()
-    recorder = Recorder(job.study, stage, begun, getattr(scheduler, "reasons", {}), watch, notes)
+    reasons = getattr(scheduler, "reasons", {})
+    recorder = Recorder(job.study, stage, begun, reasons, watch, notes, silence=Silence(job.costs))
     resources = packing or {"cpu": job.workers.cpus, "gpu": job.workers.gpus}
     tuner = Tuner(
         with_resources(with_parameters(train_trial, job=job), resources),
@@ -416,19 +482,43 @@ def run_trials(
             stop=_Ender(end, interrupts, recorder),
             callbacks=[recorder],
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=RETRIES),
             verbose=0,
         ),
     )
     with interrupts.caught():
-        results = tuner.fit()
+        results = _fitted(tuner, job.study)
     recorder.close(results._experiment_analysis.trials, interrupts.seen)
     return not interrupts.seen
 
 
+def _fitted(tuner: Tuner, study: Study) -> Any:
+    """What `Tuner.fit` gives; an OSError of the recorder's, which Ray hides in its own, is one again."""
+    try:
+        return tuner.fit()
+    except (TuneError, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(
+            f"{study.folder}: {cause.strerror or cause}; mend that, then search.py --resume goes on"
+        ) from None
+
+
 def start_ray(*, address: str | None, cores: int, gpus: int) -> str:
-    """Start a Ray of our own or join the cluster at `address`; returns the dashboard's URL, if any."""
+    """Start a Ray of our own or join the cluster at `address`; returns the dashboard's URL, if any.
+
+    A cluster is sent our own code, so that its machines need what that imports, and no more.
+    """
     arguments: dict[str, Any] = (
-        {"address": address}
+        {
+            "address": address,
+            "runtime_env": {
+                "py_modules": [str(Path(package).parent) for package in (carmodels.__file__, __file__)],
+                "excludes": ["__pycache__"],
+                "env_vars": {name: os.environ[name] for name in WORKER_ENVIRONMENT},
+            },
+        }
         if address
         else {
             "address": "local",

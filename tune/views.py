@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,14 +37,21 @@ class Members:
         means = [blend([study.predictions(r.trial_id, split, v) for v in views]) for r in self.weights]
         return blend(means, list(self.weights.values()))
 
-    def show(self, split: str, views: Sequence[str]) -> None:
-        """Show the split to every member through every view that has left no probabilities, side by side."""
-        path = self.job.study.predictions_file
-        missing = [(r, v) for r in self.weights for v in views if not path(r.trial_id, split, v).is_file()]
+    def show(self, split: str, views: Sequence[str]) -> list[Path]:
+        """Show the split to every member through every view whose probabilities are missing or damaged.
+
+        They are made side by side. What comes back are the files that were there, but damaged.
+        """
+        study, path = self.job.study, self.job.study.predictions_file
+        missing = [
+            (r, v) for r in self.weights for v in views if not study.has_predictions(r.trial_id, split, v)
+        ]
+        damaged = [f for r, v in missing if (f := path(r.trial_id, split, v)).is_file()]
         task = as_task(_show_one, self.job.workers)
         made = ray.get([task.remote(self.job, r, split, v) for r, v in missing])
         for (record, view), predictions in zip(missing, made, strict=True):
             predictions.save(path(record.trial_id, split, view))
+        return damaged
 
     def identity(self) -> tuple[bool, float]:
         """Show val to the first member again: whether that gives what it left, and seconds a picture.

@@ -1,0 +1,124 @@
+"""A file that was cut short, anywhere, is noticed and named; what can be made anew is made anew."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_images import save_many
+
+from carmodels.images import ImageCache, file_digests, open_images
+from carmodels.models import Weights, build, load_weights, save_weights, weights_damage
+from carmodels.predictions import Predictions
+from carmodels.space import EpochMetrics, TrialConfig
+from carmodels.study import Status, Study, TrialRecord, read_json, write_json
+
+KEPT = (0.0, 0.02, 0.3, 0.7, 0.99)  # shares of a file
+
+
+def cut(path: Path, share: float) -> None:
+    size = path.stat().st_size
+    os.truncate(path, min(size - 2, round(share * size)))  # of JSON, more than the last line's end
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """With three finished trials in its files."""
+    made = Study(tmp_path / "study")
+    rows = [("val", f"{number}.jpg", number % 2) for number in range(6)]
+    made.begin({"metric": "accuracy", "pictures": {"val": 6, "test": 1}}, [*rows, ("test", "t.jpg", -1)])
+    config = TrialConfig(backbone="test_resnet", image_size=32, epochs=2)
+    for seed in range(3):
+        made.append(ended(replace(config, seed=seed)))
+    made.write_table()
+    return made
+
+
+def ended(config: TrialConfig) -> TrialRecord:
+    curve = (EpochMetrics(1, 1.0, 1.0, 0.5, 0.5, 1.0),)
+    return TrialRecord(config.id, config, Status.FINISHED, 1, 0.5, 1.0, "ran its 1 epochs", curve=curve)
+
+
+@pytest.mark.parametrize("share", KEPT)
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("study.json", lambda study: study.facts),
+        ("ensemble.json", lambda study: read_json(study.ensemble_file)),
+        ("earlier.json", lambda study: study.earlier()),
+        ("splits.csv", lambda study: study.labels("val")),
+        ("predictions/a.val.npz", lambda study: study.predictions("a", "val")),
+    ],
+)
+def test_a_file_of_a_study_cut_short_is_named(
+    name: str, read: Callable[[Study], object], share: float, study: Study
+) -> None:
+    write_json(study.ensemble_file, {"members": ["a", "b"]})
+    write_json(study.earlier_file, {"b": [ended(TrialConfig("test_resnet", 32, 2)).to_json()]})
+    Predictions(("x", "y"), ("0", "1"), np.full((2, 2), 0.5)).save(study.predictions_file("a", "val"))
+    read(study)
+    cut(study.folder / name, share)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        read(study)
+
+
+@pytest.mark.parametrize("share", [*KEPT, 1 / 3, 2 / 3])
+def test_trials_that_a_cut_took_are_counted_or_their_line_named(share: float, study: Study) -> None:
+    before = study.trials_file.read_bytes()
+    cut(study.trials_file, share)
+    lost = before.count(b"\n") - len(study.records())
+    assert lost > 0
+    assert len(study.lost()) == lost
+    half = study.trials_file.read_bytes().rsplit(b"\n", 1)[-1]
+    assert bool(study.damaged_lines()) == bool(half and half + b"\n" not in before)
+
+
+@pytest.mark.parametrize("share", KEPT)
+def test_damaged_predictions_are_not_taken_for_there(share: float, study: Study) -> None:
+    path = study.predictions_file("a", "val")
+    assert not study.has_predictions("a", "val")
+    Predictions(("x", "y"), ("0", "1"), np.full((2, 2), 0.5)).save(path)
+    assert study.has_predictions("a", "val")
+    cut(path, share)
+    assert not study.has_predictions("a", "val")
+
+
+@pytest.mark.parametrize("share", KEPT)
+def test_weights_cut_short_are_noticed_and_named(share: float, tmp_path: Path) -> None:
+    config = TrialConfig(backbone="test_resnet", image_size=32, epochs=2)
+    path = tmp_path / "w.safetensors"
+    save_weights(build(config, classes=3, weights=Weights("none")), path)
+    assert weights_damage(path) == ""
+    cut(path, share)
+    assert weights_damage(path)
+    with pytest.raises(ValueError, match=r"w\.safetensors is damaged"):
+        load_weights(config, path, classes=3)
+
+
+@pytest.mark.parametrize("share", KEPT)
+@pytest.mark.parametrize("name", ["index.json", "pixels.bin"])
+def test_a_picture_cache_cut_short_is_named_and_rebuilt(name: str, share: float, tmp_path: Path) -> None:
+    paths = save_many(tmp_path / "pictures", 5)
+    before = [picture.copy() for picture in open_images(paths, tmp_path / "cache", 16, None)]
+    cut(tmp_path / "cache" / name, share)
+    said: list[str] = []
+    found = open_images(paths, tmp_path / "cache", 16, None, on_damage=said.append)
+    assert [name in words for words in said] == [True]
+    assert isinstance(found, ImageCache)
+    for old, new in zip(before, found, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("share", KEPT)
+def test_remembered_digests_cut_short_are_computed_again(share: float, tmp_path: Path) -> None:
+    paths = save_many(tmp_path / "pictures", 3)
+    manifest = tmp_path / "digests" / "d.json"
+    before = file_digests(paths, manifest)
+    whole = manifest.read_bytes()
+    cut(manifest, share)
+    assert file_digests(paths, manifest) == before
+    assert manifest.read_bytes() == whole
