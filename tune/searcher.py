@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,6 +19,7 @@ from carmodels.study import Status, TrialRecord
 from tune.sampler import CurveSampler, distribution
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", message="Define-by-run function")  # Ray times the sampler with it
 
 
 class Queue(Searcher):
