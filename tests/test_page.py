@@ -389,6 +389,13 @@ def test_a_space_that_this_version_does_not_know_is_left_out_of_the_page(
     assert capsys.readouterr().out == f"{UNKNOWN}\n"
 
 
+def test_a_study_that_an_earlier_version_made_is_reported() -> None:
+    study = Study(ROOT / "results" / "cars9")
+    page = render(study)
+    assert all(record.trial_id in page for record in study.records())
+    assert "79.1 % <small>(74.1 to 83.8)</small>" in page
+
+
 def test_nothing_beats_what_is_on_the_pareto_front(study: Study) -> None:
     finished = study.leaderboard()
     front = charts.pareto(finished, "accuracy")
