@@ -25,6 +25,7 @@ from carmodels.training import autocast, view_size
 
 EXPORTED = ("model.json", "ensemble.safetensors", "ensemble.onnx", "README.md")
 CELLS = 8  # of an attribution map, a side
+SQUARES = (CELLS - 1) ** 2  # looks at a picture that a map takes
 _FLOOR = float(np.finfo(np.float32).eps)  # as in carmodels.predictions
 
 

@@ -106,6 +106,10 @@ class Study:
         return self.folder / "report.html"
 
     @property
+    def thumbnails_file(self) -> Path:
+        return self.folder / "thumbnails.json"
+
+    @property
     def earlier_file(self) -> Path:
         return self.folder / "earlier.json"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,33 @@ def browser() -> Iterator[Any]:
     driver = webdriver.Chrome(options=options, service=Service(chromedriver))
     yield driver
     driver.quit()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Callable[..., None]:
+    """Opens a page from disk in `browser`: all charts are drawn, no error, no request, nothing too wide."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def drawn(count: int) -> bool:
+        return len(browser.find_elements("css selector", ".chart svg.marks")) == count
+
+    def opened(page: Path, *, charts: int, width: int = 1440, scheme: str = "light") -> None:
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        screen = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        browser.get(page.as_uri())
+        WebDriverWait(browser, 100).until(lambda _: drawn(charts))
+        assert not browser.get_log("browser")
+        asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+        urls = {m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"}
+        assert page.as_uri() in urls
+        assert all(url.startswith(("file:", "data:", "blob:")) for url in urls)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
+
+    return opened
 
 
 @pytest.fixture(autouse=True)

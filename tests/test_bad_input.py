@@ -710,6 +710,7 @@ OPTIONS = {
         wrong("--study " + "x" * 101, f"--study '{'x' * 101}' {PLAIN}"),
         wrong("--preset tpu", "argument --preset: invalid choice: 'tpu' (choose from …)" + HELP),
         wrong("--metric f1", "argument --metric: invalid choice: 'f1' (choose from …)" + HELP),
+        wrong("--pictures --until search", "--pictures is for the report, which --until search leaves out"),
         wrong("--until never", "argument --until: invalid choice: 'never' (choose from …)" + HELP),
         wrong("--frobnicate", "unrecognized arguments: --frobnicate" + HELP),
         wrong("pictures", "unrecognized arguments: pictures" + HELP),
@@ -907,6 +908,33 @@ STUDIES = {
         in_study("ensemble.json", b"{}"),
     ),
     "report --port alone": script(report, "--port 80", "--port 80 is for --serve; add that or leave it out"),
+    "report twice": script(report, "{study}", "{study} is given twice: name each study once"),
+    "report: another that is none": script(
+        report, "{data}", "{data} is no study: it holds no study.json; give a folder under results/"
+    ),
+    "report --out nowhere": script(
+        report,
+        "--out {folder}/nowhere/a.html",
+        "--out {folder}/nowhere/a.html must name a file in a folder that exists",
+    ),
+    "report --out --serve": script(
+        report,
+        "--serve --out a.html",
+        "--out a.html is for a page that is written; leave it or --serve out",
+    ),
+    "report --pictures of two": script(
+        report,
+        "{data} --pictures",
+        "--pictures is for the report of one study; leave it or the other studies out",
+    ),
+    "report --pictures too early": script(
+        report,
+        "--pictures --cache {folder}/cache",
+        "{study} has no ensemble.json; python tune/ensemble.py {study} makes it",
+    ),
+    "report --cache alone": script(
+        report, "--cache x", "--cache and --cache-limit are for --pictures; add that or leave them out"
+    ),
     "report --port huge": script(report, "--serve --port 99999", "--port 99999 must be from 0 to 65535"),
 }
 

@@ -252,3 +252,39 @@ def test_a_real_prometheus_scrapes_a_running_search(
     reasons = {v["metric"]["reason"] for v in asked(prometheus, "ray_carmodels_ended_total")}
     assert "schedule" in reasons
     assert "\x1b" not in (tmp_path / "said.txt").read_text()
+
+
+def dashboard_of(said: Path, process: subprocess.Popen[bytes]) -> str:
+    """The address that a search prints."""
+    deadline = time.time() + 200
+    while time.time() < deadline and process.poll() is None:
+        if found := re.search(r"Ray dashboard: (http://127\.0\.0\.1:\d+)", said.read_text()):
+            return found.group(1)
+        time.sleep(0.2)
+    raise AssertionError(said.read_text())
+
+
+def test_rays_dashboard_asks_for_the_token_and_shows_the_running_trials_by_name(
+    searching: subprocess.Popen[bytes], browser: Any, tmp_path: Path
+) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    study, wait = Study(tmp_path / "results" / "cars"), WebDriverWait(browser, 100)
+    browser.get(f"{dashboard_of(tmp_path / 'said.txt', searching)}/#/cluster")
+    asks = wait.until(lambda b: b.find_element("css selector", "[role=dialog] input"))
+    token = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    asks.send_keys(token.stdout.strip())
+    [button] = [b for b in browser.find_elements("css selector", "[role=dialog] button") if b.text]
+    button.click()
+
+    def seen(driver: Any) -> bool:
+        shown = set(re.findall(r"ray::(\S+px-\S+)", driver.find_element("css selector", "body").text))
+        return bool(shown) and shown <= {trial_name(record.config) for record in study.records()}
+
+    wait.until(seen)

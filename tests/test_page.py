@@ -7,8 +7,11 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,12 @@ import pytest
 from carmodels.predictions import Predictions
 from carmodels.space import SPACES, EpochMetrics, TrialConfig, suggest
 from carmodels.study import Status, Study, TrialRecord, read_json, write_json
-from tune import charts
+from tune import charts, report
 from tune.console import Screen
 from tune.dimensions import CAVEAT, UNKNOWN, edges, importances
-from tune.page import reliability, render, write_report
+from tune.live import duration
+from tune.mistakes import found_mistakes, overlay, thumbnail
+from tune.page import by_class, recall, reliability, render, write_report
 from tune.search import describe_space
 from tune.stops import audited
 
@@ -91,7 +96,8 @@ def made(folder: Path, count: int) -> Study:
         study.append(record)
     probs = np.full((60, 3), 0.1) + 0.7 * np.eye(3)[np.where(np.arange(60) < 50, truth, 0)]
     probs = (probs / probs.sum(1, keepdims=True)).astype(np.float32)
-    Predictions(ids, ("0", "1", "2"), probs).save(study.predictions_file("ensemble", "audit"))
+    for split in ("val", "audit"):
+        Predictions(ids, ("0", "1", "2"), probs).save(study.predictions_file("ensemble", split))
     best = (study.leaderboard() or trials)[0]
     interval = {"value": 0.9, "low": 0.85, "high": 0.94}
     write_json(
@@ -104,11 +110,24 @@ def made(folder: Path, count: int) -> Study:
                     "title": best.config.title,
                     "stage": "search",
                     "weight": 1.0,
+                    "gain": 0.0,
                     "val": 0.9,
                 }
             ],
             "temperature": 0.5,
-            "tta": {"sentence": "kept flip"},
+            "tta": {
+                "sentence": "kept flip",
+                "tried": [
+                    {
+                        "views": ["plain", "flip"],
+                        "val": 0.92,
+                        "log_loss": 0.3,
+                        "set_right": 2,
+                        "set_wrong": 1,
+                    },
+                    {"views": ["plain", "flip", "larger"], "left_out": "it would take about 9 s"},
+                ],
+            },
             "val": {"ensemble": 0.91, "single": {"trial_id": best.trial_id, "value": best.value}},
             "audit": {
                 "ensemble": interval,
@@ -136,10 +155,19 @@ def drawn(page: str) -> dict[str, Any]:
 
 def test_the_page_says_what_to_submit_what_it_is_worth_and_every_trial(study: Study) -> None:
     page = write_report(study).read_text()
-    assert "<b>90.0 % (85.0 to 94.0)</b>accuracy of the ensemble on audit, 95 %" in page
-    assert "<b>+3.4 (-1.0 to +8.0)</b>points over the competitor&#39;s recipe" in page
-    assert "<b>90.0 % (80.0 to 95.0)</b>accuracy expected on the 7 hidden pictures, in 95 of 100" in page
+    seconds = sum(r.seconds for r in study.records())
+    for figure in (
+        "90.0 % <small>(85.0 to 94.0)</small></b>accuracy of the ensemble on audit<",
+        "+3.4 <small>(-1.0 to +8.0)</small></b>points over the competitor&#39;s recipe, on audit<",
+        "90.0 % <small>(80.0 to 95.0)</small></b>accuracy expected on the 7 hidden pictures<",
+        f"{duration(seconds)}</b>of training in 41 trials<",
+    ):
+        assert f"<div><b>{figure}" in page
     assert "Submit <code>submission.csv</code> (7 rows)" in page
+    assert cells(page, "views")[1:] == [
+        ["plain, flip", "92.0 %", "0.3000", "2", "1"],
+        ["plain, flip, larger", "left out: it would take about 9 s"],
+    ]
     for record in study.records():
         assert record.trial_id in page
     assert set(drawn(page)) == {
@@ -149,13 +177,14 @@ def test_the_page_says_what_to_submit_what_it_is_worth_and_every_trial(study: St
         "cost",
         "importance",
         "confusion",
+        "recall",
         "calibration",
     }
 
 
 def cells(page: str, name: str) -> list[list[str]]:
     """The rows of the table of this name, heading first, as text."""
-    table = page[page.index(f'<table id="{name}">') :].split("</table>")[0]
+    table = page[page.index(f'<table id="{name}"') :].split("</table>")[0]
     rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in table.split("<tr>")[1:]]
     return [[re.sub(r"<[^>]+>", "", cell) for cell in row] for row in rows]
 
@@ -209,9 +238,85 @@ def test_words_from_outside_do_not_become_part_of_the_page(study: Study) -> None
     assert page.count("<script>") == page.count("</script>") == 2
 
 
+def test_what_failed_is_told_by_reason_the_commonest_first(study: Study) -> None:
+    first = study.leaderboard()[0]
+    for number in range(5):
+        config = replace(first.config, seed=700 + number)
+        study.append(
+            TrialRecord(config.id, config, Status.FAILED, 0, None, 0.0, "CUDA out of <memory>", at=9e4)
+        )
+    page = render(study)
+    rows = [
+        re.sub(r"<[^>]+>", "", row).split("\n")[0]
+        for row in page[page.index('id="failures"') :].split("</table>")[0].split("<tr>")[2:]
+    ]
+    assert rows[0].startswith("5CUDA out of &lt;memory&gt;")
+    assert "and 2 more" in page
+    assert rows[1].startswith(f"1{html.escape(EVIL, quote=False)[:20]}")
+
+
+def test_a_resumed_search_goes_on_where_the_first_part_ended(study: Study) -> None:
+    board = study.leaderboard()
+    ends = [replace(board[0], at=at) for at in (60.0, 120.0, 30.0, 90.0)]
+    assert charts.elapsed(ends) == [60.0, 120.0, 150.0, 210.0]
+    values = [replace(r, value=v) for r, v in zip(ends, (0.5, 0.4, 0.7, 0.6), strict=True)]
+    rows = next(iter(charts.progress(values, "accuracy")["datasets"].values()))
+    searched = [(r["minutes"], r["value"]) for r in rows if r["order"] == "as searched"]
+    assert searched == [(1, 0.5), (2, 0.5), (2.5, 0.7), (3.5, 0.7)]
+    losses = next(iter(charts.progress(values, "log_loss")["datasets"].values()))
+    assert [r["value"] for r in losses if r["order"] == "as searched"] == [0.5, 0.4, 0.4, 0.4]
+
+
+def test_recall_counts_each_class_by_its_own_pictures() -> None:
+    rows = recall(np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]]), ["a", "b", "c"])
+    assert [(r["name"], r["recall"], r["pictures"]) for r in rows] == [("c", 0.5, 4), ("a", 0.75, 4)]
+    assert all(r["low"] < r["recall"] < r["high"] for r in rows)
+
+
+def test_of_many_classes_the_least_recognised_are_drawn() -> None:
+    truth = np.repeat(np.arange(60), 4)
+    told = np.where(truth % 2 == 0, truth, (truth + 2) % 60)
+    parts = by_class(np.eye(60)[told], truth, [f"class {k}" for k in range(60)])
+    for part in parts:
+        assert "Of 60 classes the 30 that are least often recognised" in part.words
+    rows = next(iter(parts[1].chart["datasets"].values()))
+    assert {row["name"] for row in rows} == {f"class {k}" for k in range(1, 60, 2)}
+
+
+def test_mistakes_are_listed_and_shown_where_there_are_thumbnails(study: Study) -> None:
+    page = render(study)
+    rows = cells(page, "wrong")
+    found = found_mistakes(study)
+    assert found is not None
+    assert (found.among, found.wrong, len(found.worst)) == (60, 7, 7)
+    assert [row[0] for row in rows[1:]] == [m.picture for m in found.worst]
+    assert "<figure>" not in page
+    assert f"python tune/report.py {study.folder} --pictures" in page
+    picture = "data:image/jpeg;base64,AAAA"
+    shown = {found.worst[0].picture: {"picture": picture, "map": None}}
+    write_json(study.thumbnails_file, shown)
+    page = render(study)
+    assert page.count("<figure>") == 7
+    assert page.count(f'<img src="{picture}"') == 1
+    assert 'class="map"' not in page
+
+
 def test_a_report_of_five_hundred_trials_stays_below_five_megabytes(tmp_path: Path) -> None:
-    study = made(tmp_path / "large", 500)
-    assert write_report(study).stat().st_size < 5_000_000
+    assert write_report(large(tmp_path)).stat().st_size < 5_000_000
+
+
+def large(folder: Path) -> Study:
+    """A study of 500 trials with as many thumbnails as a report shows, none of which compresses well."""
+    study = made(folder / "large", 500)
+    found = found_mistakes(study)
+    assert found is not None
+    noise = np.random.default_rng(0).integers(0, 256, (480, 480, 3), np.uint8)
+    falls = np.random.default_rng(0).normal(size=(8, 8))
+    write_json(
+        study.thumbnails_file,
+        {m.picture: {"picture": thumbnail(noise), "map": overlay(falls)} for m in found.worst},
+    )
+    return study
 
 
 def test_a_study_without_an_ensemble_or_a_finished_trial_is_reported_as_far_as_it_went(
@@ -279,9 +384,16 @@ def test_a_space_that_this_version_does_not_know_is_left_out_of_the_page(
     page = render(study)
     assert f"<p>{UNKNOWN}</p>" in page
     assert "At the edge" not in page
-    assert set(drawn(page)) == {"curves", "progress", "cost", "confusion", "calibration"}
+    assert set(drawn(page)) == {"curves", "progress", "cost", "confusion", "recall", "calibration"}
     Screen().dimensions(study)
     assert capsys.readouterr().out == f"{UNKNOWN}\n"
+
+
+def test_a_study_that_an_earlier_version_made_is_reported() -> None:
+    study = Study(ROOT / "results" / "cars9")
+    page = render(study)
+    assert all(record.trial_id in page for record in study.records())
+    assert "79.1 % <small>(74.1 to 83.8)</small>" in page
 
 
 def test_nothing_beats_what_is_on_the_pareto_front(study: Study) -> None:
@@ -333,6 +445,32 @@ def test_served_the_page_follows_the_study_on_loopback_alone(study: Study) -> No
     assert more.id in second
 
 
+def test_a_page_that_loads_anew_keeps_what_was_sorted_and_filtered(
+    study: Study, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    monkeypatch.setattr(report, "REFRESH_SECONDS", 3)
+    spoken: list[str] = []
+    screen = Screen(plain=True)
+    monkeypatch.setattr(screen, "say", spoken.append)
+    threading.Thread(
+        target=report.serve, args=([study], partial(render, study), 0, screen), daemon=True
+    ).start()
+    wait = WebDriverWait(browser, 100)
+    wait.until(lambda _: spoken)
+    browser.get(spoken[0].split()[-3])
+    browser.find_element("css selector", "#filter").send_keys("stopped")
+    browser.find_element("css selector", "#trials th:nth-child(5) button").click()
+    more = replace(study.records()[0].config, seed=77)
+    study.append(replace(study.records()[0], trial_id=more.id, config=more))
+    wait.until(lambda b: more.id in b.page_source)
+    wait.until(lambda b: b.find_element("css selector", "#shown").text == "15 of 42")
+    assert browser.find_element("css selector", "#filter").get_attribute("value") == "stopped"
+    assert browser.find_elements("css selector", "#trials th[aria-sort]")
+    assert not browser.get_log("browser")
+
+
 def test_a_port_without_a_server_is_refused(study: Study) -> None:
     command = [sys.executable, str(ROOT / "tune" / "report.py"), str(study.folder), "--port", "8000"]
     refused = subprocess.run(command, text=True, capture_output=True, check=False, timeout=100)
@@ -343,43 +481,39 @@ def test_a_port_without_a_server_is_refused(study: Study) -> None:
 # ---- in a browser, where there is one
 
 
-def wait_for_charts(browser: Any, count: int) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(browser, 60).until(
-        lambda b: len(b.find_elements("css selector", ".chart svg.marks")) == count
-    )
-
-
 @pytest.mark.parametrize("width", [1440, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_opens_from_disk_and_asks_nothing_of_the_network(
-    study: Study, browser: Any, width: int, scheme: str
+    study: Study, browser: Any, open_page: Callable[..., None], width: int, scheme: str
 ) -> None:
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    )
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
-    browser.get(write_report(study).as_uri())
-    wait_for_charts(browser, 7)
+    open_page(write_report(study), charts=8, width=width, scheme=scheme)
     assert browser.title == "a study · accuracy"
-    assert not browser.get_log("browser")
-    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = {m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"}
-    assert all(url.startswith(("file:", "data:", "blob:")) for url in urls)
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
 
 
-def test_the_table_sorts_and_filters_and_a_point_answers_to_the_mouse(study: Study, browser: Any) -> None:
+def test_five_hundred_trials_open_with_pictures_that_show_what_spoke_for_the_answer(
+    browser: Any, open_page: Callable[..., None], tmp_path: Path
+) -> None:
+    open_page(write_report(large(tmp_path)), charts=8)
+    assert len(browser.find_elements("css selector", "#trials tbody tr")) == 501
+    sizes = browser.execute_script(
+        "return [...document.querySelectorAll('figure img')].map(i => [i.naturalWidth, i.naturalHeight])"
+    )
+    assert sizes == 7 * [[240, 240], [8, 8]]
+    [*maps] = browser.find_elements("css selector", "img.map")
+    frame = browser.find_element("css selector", "figure > div")
+    assert maps[0].rect == frame.rect
+    box = browser.find_element("id", "maps")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+    box.click()
+    assert not any(one.is_displayed() for one in maps)
+
+
+def test_the_table_sorts_and_filters_and_a_point_answers_to_the_mouse(
+    study: Study, browser: Any, open_page: Callable[..., None]
+) -> None:
     from selenium.webdriver import ActionChains
 
-    browser.get(write_report(study).as_uri())
-    wait_for_charts(browser, 7)
+    open_page(write_report(study), charts=8)
 
     def column(name: str) -> list[str]:
         heads = [

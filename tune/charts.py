@@ -19,17 +19,20 @@ Chart = dict[str, Any]  # a Vega-Lite specification
 
 MOST_CURVES = 150  # in one picture; of more, the finished ones and an even choice of the others
 HEIGHT = 300  # pixels
+_AS_SEARCHED, _BY_CHANCE = "as searched", "in random order, mean"
+_BEYOND = 0.05  # of an axis, past its ends
 _ORDERS = 200  # random orders behind the picture of what chance would have found
 # Okabe and Ito (2008): told apart with any kind of colour vision, on light and on dark
-_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933"]
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933"]
 
 
 def _spec(chart: alt.TopLevelMixin) -> Chart:
     return chart.to_dict(validate=False)
 
 
-def _colour(field: str, title: str) -> alt.Color:
-    return alt.Color(field, title=title, scale=alt.Scale(range=_COLOURS), legend=alt.Legend(orient="top"))
+def _colour(field: str, title: str, order: Sequence[str] = ()) -> alt.Color:
+    scale = alt.Scale(domain=list(order), range=COLOURS) if order else alt.Scale(range=COLOURS)
+    return alt.Color(field, title=title, scale=scale, legend=alt.Legend(orient="top"))
 
 
 def curves(records: Sequence[TrialRecord], metric: str) -> Chart:
@@ -77,21 +80,48 @@ def thinned(records: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
     return finished + others
 
 
+def elapsed(records: Sequence[TrialRecord]) -> list[float]:
+    """Seconds of searching by the end of each trial, in the study's order.
+
+    A resumed search counts from its own start; what ran before is added.
+    """
+    found: list[float] = []
+    before, last = 0.0, 0.0
+    for record in records:
+        if record.at < last:
+            before += last
+        last = record.at
+        found.append(before + last)
+    return found
+
+
+def finished_by(records: Sequence[TrialRecord]) -> tuple[np.ndarray, np.ndarray]:
+    """Minutes of searching by which each finished trial had ended, (N,), and their values, (N,)."""
+    ends = zip(elapsed(records), records, strict=True)
+    done = [(at / 60, r.value) for at, r in ends if r.status is Status.FINISHED and r.value is not None]
+    found = np.array(done, dtype=float).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
+def best_so_far(values: np.ndarray, metric: str) -> np.ndarray:
+    """(..., N) in the order of time -> the best up to each."""
+    best = np.maximum if METRICS[metric].mode == "max" else np.minimum
+    found: np.ndarray = best.accumulate(values, axis=-1)
+    return found
+
+
 def progress(records: Sequence[TrialRecord], metric: str) -> Chart:
     """Best value so far over time, and what the same trials in random order would have had by then."""
-    sign = 1 if METRICS[metric].mode == "max" else -1
-    done = sorted((r for r in records if r.value is not None), key=lambda r: r.at)
-    finished = [(r.at, sign * r.value) for r in done if r.value is not None and r.status is Status.FINISHED]
-    minutes = [at / 60 for at, _ in finished]
-    best = np.maximum.accumulate([value for _, value in finished])
+    minutes, values = finished_by(records)
+    rng = np.random.default_rng(0)
+    orders = np.array([rng.permutation(values) for _ in range(_ORDERS)])
     rows = [
-        {"minutes": m, "value": sign * v, "order": "as searched"} for m, v in zip(minutes, best, strict=True)
-    ]
-    rng, values = np.random.default_rng(0), np.array([value for _, value in finished])
-    orders = np.array([np.maximum.accumulate(rng.permutation(values)) for _ in range(_ORDERS)])
-    rows += [
-        {"minutes": m, "value": sign * v, "order": "same trials in random order, mean"}
-        for m, v in zip(minutes, orders.mean(0), strict=True)
+        {"minutes": m, "value": v, "order": order}
+        for order, best in (
+            (_AS_SEARCHED, best_so_far(values, metric)),
+            (_BY_CHANCE, best_so_far(orders, metric).mean(0)),
+        )
+        for m, v in zip(minutes.tolist(), best.tolist(), strict=True)
     ]
     chart = (
         alt.Chart(pd.DataFrame(rows))
@@ -99,7 +129,7 @@ def progress(records: Sequence[TrialRecord], metric: str) -> Chart:
         .encode(
             x=alt.X("minutes:Q", title="minutes since the start"),
             y=alt.Y("value:Q", title=f"best {metric} on val so far", scale=alt.Scale(zero=False)),
-            color=_colour("order:N", ""),
+            color=_colour("order:N", "", (_AS_SEARCHED, _BY_CHANCE)),
             tooltip=[alt.Tooltip("minutes:Q", format=".1f"), alt.Tooltip("value:Q", format=".4f")],
         )
     )
@@ -170,12 +200,19 @@ def parallel(records: Sequence[TrialRecord], space: Space, metric: str) -> Chart
                     }
                 )
     reverse = METRICS[metric].mode == "min"
-    chart = (
+    x = alt.X("dimension:N", sort=names, title=None, axis=alt.Axis(labelAngle=-30))
+    y = alt.Y("place:Q", axis=None, scale=alt.Scale(domain=[-0.09, 1.09]))
+    ends = (
+        alt.Chart(pd.DataFrame([end for name in names for end in _ends(space, name)]))
+        .mark_text(fontSize=10, color="currentColor", limit=alt.ExprRef(f"width / {len(names)} - 4"))
+        .encode(x=x, y=y, text="setting:N")
+    )
+    lines = (
         alt.Chart(pd.DataFrame(rows))
         .mark_line(point=alt.OverlayMarkDef(size=30), strokeWidth=1.5, opacity=0.7)
         .encode(
-            x=alt.X("dimension:N", sort=names, title=None, axis=alt.Axis(labelAngle=-30)),
-            y=alt.Y("place:Q", axis=None),
+            x=x,
+            y=y,
             detail="trial:N",
             color=alt.Color(
                 "value:Q",
@@ -186,7 +223,21 @@ def parallel(records: Sequence[TrialRecord], space: Space, metric: str) -> Chart
             tooltip=["title:N", "dimension:N", "setting:N", alt.Tooltip("value:Q", format=".4f")],
         )
     )
-    return _spec(chart.properties(width="container", height=HEIGHT))
+    return _spec((lines + ends).properties(width="container", height=HEIGHT))
+
+
+def _ends(space: Space, name: str) -> list[dict[str, Any]]:
+    """What is at the bottom and the top of a dimension's axis, to be written just beyond."""
+    dimension = space.dimensions[name]
+    if isinstance(dimension, Choice):
+        settings = dict.fromkeys((dimension.options[0], dimension.options[-1]))
+    else:
+        settings = dict.fromkeys((dimension.low, dimension.high))
+    places = (-_BEYOND, 1 + _BEYOND)
+    return [
+        {"dimension": name, "place": at, "setting": short(value)}
+        for at, value in zip(places, settings, strict=False)
+    ]
 
 
 def place(space: Space, name: str, value: Any) -> float:
@@ -217,11 +268,11 @@ def importance(found: Sequence[Importance]) -> Chart:
             alt.Tooltip("drawn:Q", title="trials"),
         ],
     )
-    bars = base.mark_bar(color=_COLOURS[0]).encode(
+    bars = base.mark_bar(color=COLOURS[0]).encode(
         x=alt.X("share:Q", title="share of what sets the best third apart", axis=alt.Axis(format="%")),
         opacity=alt.condition("datum.matters", alt.value(1.0), alt.value(0.35)),
     )
-    ticks = base.mark_tick(color=_COLOURS[1], thickness=3, opacity=1).encode(x="chance:Q")
+    ticks = base.mark_tick(color=COLOURS[1], thickness=3, opacity=1).encode(x="chance:Q")
     return _spec((bars + ticks).properties(width="container", height=26 * len(rows)))
 
 
@@ -231,26 +282,44 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Chart:
     rows = [
         {
             "truth": names[i],
-            "predicted": names[j],
+            "answer": names[j],
             "pictures": int(counts[i, j]),
             "share": float(shares[i, j]),
         }
-        for i, truth in enumerate(names)
-        for j in range(len(names))
+        for i, j in np.argwhere(counts).tolist()
     ]
     base = alt.Chart(pd.DataFrame(rows)).encode(
-        x=alt.X("predicted:N", sort=list(names), axis=alt.Axis(labelAngle=-40)),
-        y=alt.Y("truth:N", sort=list(names)),
-        tooltip=["truth:N", "predicted:N", "pictures:Q", alt.Tooltip("share:Q", format=".1%")],
+        x=alt.X("answer:N", scale=alt.Scale(domain=list(names)), axis=alt.Axis(labelAngle=-40)),
+        y=alt.Y("truth:N", scale=alt.Scale(domain=list(names))),
+        tooltip=["truth:N", "answer:N", "pictures:Q", alt.Tooltip("share:Q", format=".1%")],
     )
-    cells = base.mark_rect().encode(
-        color=alt.Color("share:Q", scale=alt.Scale(scheme="blues", domain=[0, 1]), legend=None)
-    )
+    # the colour's strength says how much, so that the ground shows through on light and on dark
+    strength = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 1], range=[0.12, 1]), legend=None)
+    cells = base.mark_rect(color=COLOURS[0]).encode(opacity=strength)
     text = base.mark_text(fontSize=11).encode(
         text="pictures:Q",
-        color=alt.condition("datum.share > 0.5", alt.value("white"), alt.value("#333")),
+        color=alt.condition("datum.share > 0.5", alt.value("white"), alt.value("currentColor")),
     )
-    return _spec((cells + text).properties(width="container", height=HEIGHT))
+    side = max(HEIGHT, 24 * len(names))
+    return _spec((cells + text).properties(width="container", height=side))
+
+
+def recall(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    """A dot a class, with its interval."""
+    base = alt.Chart(pd.DataFrame(rows)).encode(
+        y=alt.Y("name:N", sort=[row["name"] for row in rows], title=None),
+        tooltip=[
+            alt.Tooltip("name:N", title="class"),
+            alt.Tooltip("recall:Q", format=".1%"),
+            alt.Tooltip("low:Q", format=".1%"),
+            alt.Tooltip("high:Q", format=".1%"),
+            "pictures:Q",
+        ],
+    )
+    x = alt.X("low:Q", title="recall", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%"))
+    lines = base.mark_rule(color=COLOURS[0], strokeWidth=2, opacity=0.6).encode(x=x, x2="high:Q")
+    dots = base.mark_circle(color=COLOURS[0], size=80, opacity=1).encode(x="recall:Q")
+    return _spec((lines + dots).properties(width="container", height=max(60, 26 * len(rows))))
 
 
 def calibration(bins: Sequence[Mapping[str, Any]]) -> Chart:
@@ -264,7 +333,7 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> Chart:
     lines = base.mark_line(point=True).encode(
         x=alt.X("confidence:Q", scale=alt.Scale(domain=[0, 1])),
         y=alt.Y("right:Q", title="share that is right", scale=alt.Scale(domain=[0, 1])),
-        color=_colour("when:N", ""),
+        color=_colour("when:N", "", list(dict.fromkeys(row["when"] for row in bins))),
         tooltip=[
             "when:N",
             "pictures:Q",
@@ -273,3 +342,76 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> Chart:
         ],
     )
     return _spec((ideal + lines).properties(width="container", height=HEIGHT))
+
+
+def rivals(studies: Mapping[str, Sequence[TrialRecord]], metric: str) -> Chart:
+    """Best value so far over time, a line a study, drawn on to the end of its search."""
+    rows = []
+    for name, records in studies.items():
+        minutes, values = finished_by(records)
+        best = best_so_far(values, metric)
+        points = list(zip(minutes.tolist(), best.tolist(), strict=True))
+        if points:
+            points.append((max(elapsed(records)) / 60, points[-1][1]))
+        rows += [{"study": name, "minutes": m, "value": v} for m, v in points]
+    chart = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_line(interpolate="step-after", point=alt.OverlayMarkDef(size=25), strokeWidth=2)
+        .encode(
+            x=alt.X("minutes:Q", title="minutes of searching"),
+            y=alt.Y("value:Q", title=f"best {metric} on val so far", scale=alt.Scale(zero=False)),
+            color=_colour("study:N", "", list(studies)),
+            tooltip=[
+                "study:N",
+                alt.Tooltip("minutes:Q", format=".1f"),
+                alt.Tooltip("value:Q", format=".4f"),
+            ],
+        )
+    )
+    return _spec(chart.properties(width="container", height=HEIGHT))
+
+
+def scores(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
+    """A dot a score on audit, with its interval, of each study's ensemble, single trial and recipe."""
+    names = list(dict.fromkeys(row["study"] for row in rows))
+    what = list(dict.fromkeys(row["what"] for row in rows))
+    base = alt.Chart(pd.DataFrame(rows)).encode(
+        y=alt.Y("what:N", sort=what, title=None),
+        yOffset=alt.YOffset("study:N", sort=names),
+        color=_colour("study:N", "", names),
+        tooltip=[
+            "study:N",
+            "what:N",
+            *(alt.Tooltip(f"{v}:Q", format=".4f") for v in ("value", "low", "high")),
+        ],
+    )
+    x = alt.X("low:Q", title=f"{metric} on audit, 95 % interval", scale=alt.Scale(zero=False))
+    lines = base.mark_rule(strokeWidth=2, opacity=0.6).encode(x=x, x2="high:Q")
+    dots = base.mark_circle(size=90, opacity=1).encode(x="value:Q")
+    return _spec((lines + dots).properties(width="container", height=30 + 24 * len(rows)))
+
+
+def spent(studies: Mapping[str, Sequence[TrialRecord]]) -> Chart:
+    """Minutes of training of each study, by how the trials ended."""
+    rows = [
+        {
+            "study": name,
+            "status": str(status),
+            "minutes": sum(r.seconds for r in records if r.status is status) / 60,
+            "trials": sum(r.status is status for r in records),
+        }
+        for name, records in studies.items()
+        for status in Status
+        if any(r.status is status for r in records)
+    ]
+    chart = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_bar()
+        .encode(
+            x=alt.X("minutes:Q", title="minutes of training"),
+            y=alt.Y("study:N", sort=list(studies), title=None, axis=alt.Axis(labelLimit=140)),
+            color=_colour("status:N", "", [str(s) for s in Status if any(r["status"] == s for r in rows)]),
+            tooltip=["study:N", "status:N", "trials:Q", alt.Tooltip("minutes:Q", format=".1f")],
+        )
+    )
+    return _spec(chart.properties(width="container", height=30 + 40 * len(studies)))

@@ -15,15 +15,18 @@ import numpy as np
 import vl_convert
 
 from carmodels.files import write_whole
-from carmodels.predictions import with_temperature
+from carmodels.predictions import log_loss, share_interval, with_temperature
 from carmodels.space import Space
 from carmodels.study import Status, Study, TrialRecord, read_json
 from tune import charts, stops
 from tune.charts import Chart
 from tune.confirm import described, judged, sentence
 from tune.dimensions import CAVEAT, UNKNOWN, edges, importances, space_of
+from tune.live import duration
+from tune.mistakes import found_mistakes
 
 MOST_ROWS = 1000  # of the table of trials; the CSV has them all
+MOST_CLASSES = 30  # in the pictures of confusion and recall: those least often recognised
 BINS = 10  # of confidence, in the picture of calibration
 
 
@@ -37,17 +40,20 @@ class Section:
     chart: Chart
 
 
-def write_report(study: Study) -> Path:
-    """Write report.html into the study's folder, whole or not at all; ValueError without a trial."""
-    write_whole(study.report_file, render(study))
-    return study.report_file
+def write_report(study: Study, path: Path | None = None) -> Path:
+    """Write the page to `path` (report.html in the study's folder), whole or not at all.
+
+    ValueError without a trial.
+    """
+    path = path or study.report_file
+    write_whole(path, render(study))
+    return path
 
 
 def render(study: Study, refresh: int = 0) -> str:
     """The page of a study, as HTML; one that loads itself anew every `refresh` seconds, if that is not 0."""
     facts, records = study.facts, study.records()
-    if not records:
-        raise ValueError(f"{study.folder} has no trials yet: there is nothing to report")
+    refuse_empty(study)
     results = read_json(study.ensemble_file) if study.ensemble_file.is_file() else None
     space, metric = space_of(facts), facts["metric"]
     rows, columns = table(study)
@@ -58,15 +64,16 @@ def render(study: Study, refresh: int = 0) -> str:
     if mattered and mattered.dimensions:
         drawn["importance"] = charts.importance(mattered.dimensions)
     found_stops = read_json(study.stops_file) if study.stops_file.is_file() else None
-    return _template().render(
+    return rendered(
+        "page.html",
+        title=f"{study.folder.name} · {metric}",
         name=study.folder.name,
+        folder=study.folder,
         refresh=refresh,
         facts=facts,
-        metric=metric,
         results=results,
         headline=headline(study, results, metric),
-        counts={str(s): sum(r.status is s for r in records) for s in Status},
-        hours=sum(r.seconds for r in records) / 3600,
+        counts=counts(records),
         rows=rows,
         columns=columns,
         sections=pictures,
@@ -79,22 +86,32 @@ def render(study: Study, refresh: int = 0) -> str:
         verdict=sentence(standings) if standings else "",
         stops=found_stops,
         stops_verdict=stops.sentence(found_stops) if found_stops else "",
-        failures=[r for r in records if r.status in (Status.FAILED, Status.DIVERGED)],
+        mistakes=found_mistakes(study) if results else None,
+        thumbnails=read_json(study.thumbnails_file) if study.thumbnails_file.is_file() else {},
+        failures=failures(records),
         excluded=facts["excluded"],
-        library=_library(),
         written=time.strftime("%Y-%m-%d %H:%M"),
         score=lambda value: score_text(metric, value),
         interval=lambda found: interval_text(metric, found),
-        points=lambda value: _points(metric, value),
-        json=_json,
+        points=lambda value: points_text(metric, value),
     )
 
 
+def refuse_empty(study: Study) -> None:
+    """ValueError for a study without a trial."""
+    if not study.records():
+        raise ValueError(f"{study.folder} has no trials yet: there is nothing to report")
+
+
+def rendered(template: str, **values: Any) -> str:
+    """One of the templates beside this file, filled in; `charts` are drawn by the scripts in the page."""
+    return _templates().get_template(template).render(library=_library(), json=_json, **values)
+
+
 @cache
-def _template() -> jinja2.Template:
+def _templates() -> jinja2.Environment:
     here = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=here, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("page.html")
+    return jinja2.Environment(loader=here, autoescape=True, undefined=jinja2.StrictUndefined)
 
 
 @cache
@@ -109,41 +126,71 @@ def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
+def counts(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """How many trials ended in each way."""
+    return {str(s): sum(r.status is s for r in records) for s in Status}
+
+
+def failures(records: Sequence[TrialRecord]) -> list[tuple[str, list[TrialRecord]]]:
+    """Trials that failed or diverged, by reason, the commonest first."""
+    found: dict[str, list[TrialRecord]] = {}
+    for record in records:
+        if record.status in (Status.FAILED, Status.DIVERGED):
+            found.setdefault(record.reason, []).append(record)
+    return sorted(found.items(), key=lambda pair: -len(pair[1]))
+
+
 def score_text(metric: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if metric == "log_loss" else f"{100 * value:.1f} %"
 
 
-def _points(metric: str, value: float) -> str:
+def points_text(metric: str, value: float) -> str:
     """A difference between two scores, with its sign."""
     return f"{value:+.4f}" if metric == "log_loss" else f"{100 * value:+.1f}"
 
 
-def interval_text(metric: str, found: Mapping[str, float]) -> str:
+def range_text(metric: str, found: Mapping[str, float]) -> str:
+    """The ends of an interval."""
     low, high = (score_text(metric, found[end]).removesuffix(" %") for end in ("low", "high"))
-    return f"{score_text(metric, found['value'])} ({low} to {high})"
+    return f"{low} to {high}"
 
 
-def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> list[tuple[str, str]]:
-    """Figures with what they are, the most wanted first."""
-    board = study.leaderboard()
+def interval_text(metric: str, found: Mapping[str, float]) -> str:
+    return f"{score_text(metric, found['value'])} ({range_text(metric, found)})"
+
+
+def gain_text(metric: str, found: Mapping[str, float]) -> tuple[str, str]:
+    """A difference between two scores and the ends of its interval."""
+    value, low, high = (points_text(metric, found[name]) for name in ("value", "low", "high"))
+    return value, f"{low} to {high}"
+
+
+def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> list[tuple[str, str, str]]:
+    """Figures, their intervals and what they are, the most wanted first, the cost last."""
+    board, records = study.leaderboard(), study.records()
+    seconds = sum(r.seconds for r in records)
+    cost = (duration(seconds), "", f"of training in {len(records)} trials")
     if results is None:
-        best = [(score_text(metric, board[0].value), f"{metric} on val, best trial so far")] if board else []
-        return [*best, (str(len(study.records())), "trials")]
+        best = (
+            [(score_text(metric, board[0].value), "", f"{metric} on val, best trial so far")] if board else []
+        )
+        return [*best, cost]
     audit = results["audit"]
-    found = [(interval_text(metric, audit["ensemble"]), f"{metric} of the ensemble on audit, 95 %")]
+
+    def scored(found: Mapping[str, float], words: str) -> tuple[str, str, str]:
+        return score_text(metric, found["value"]), range_text(metric, found), words
+
+    found = [scored(audit["ensemble"], f"{metric} of the ensemble on audit")]
+    if "gain_over_recipe" in audit:
+        found.append(
+            (*gain_text(metric, audit["gain_over_recipe"]), "points over the competitor's recipe, on audit")
+        )
     if "hidden" in results:
         hidden = results["hidden"]
-        words = f"{metric} expected on the {hidden['pictures']} hidden pictures, in 95 of 100"
-        found.append((interval_text(metric, hidden), words))
-    if "gain_over_recipe" in audit:
-        gain = audit["gain_over_recipe"]
-        unit = 1 if metric == "log_loss" else 100
-        text = f"{unit * gain['value']:+.1f} ({unit * gain['low']:+.1f} to {unit * gain['high']:+.1f})"
-        found.append((text, "points over the competitor's recipe"))
-    found.append((interval_text(metric, audit["single"]), "best single trial on audit"))
-    return found
+        found.append(scored(hidden, f"{metric} expected on the {hidden['pictures']} hidden pictures"))
+    return [*found, scored(audit["single"], "best single trial, on audit"), cost]
 
 
 def table(study: Study) -> tuple[list[dict[str, str]], list[str]]:
@@ -206,37 +253,77 @@ def answers(study: Study, results: Mapping[str, Any] | None) -> list[Section]:
     path = study.predictions_file("ensemble", "audit")
     if results is None or not path.is_file():
         return []
-    facts = study.facts
-    names = facts["class_names"]
+    names = study.facts["class_names"]
     labels = study.labels("audit")
     audit = study.predictions("ensemble", "audit").aligned(list(labels))
     truth = np.array(list(labels.values()))
-    counts = np.zeros((len(names), len(names)), int)
-    np.add.at(counts, (truth, audit.probs.argmax(1)), 1)
     before = with_temperature(audit, 1 / results["temperature"])
     bins = [
         {"when": when, **row}
         for when, probs in (("before the temperature", before.probs), ("after", audit.probs))
         for row in reliability(probs, truth)
     ]
-    recalls = counts.diagonal() / np.maximum(counts.sum(1), 1)
-    worst = [names[k] for k in np.argsort(recalls)[:2]]
+    return [
+        *by_class(audit.probs, truth, names),
+        Section(
+            "calibration",
+            "Calibration",
+            f"Of answers given with so much confidence, the share that is right, on audit. Temperature "
+            f"{results['temperature']:.2f}, fitted on val: log loss "
+            f"{log_loss(before.probs, truth):.3f} before, {log_loss(audit.probs, truth):.3f} after.",
+            charts.calibration(bins),
+        ),
+    ]
+
+
+def by_class(probs: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> list[Section]:
+    """probs (N, C), truth (N,) -> confusion and recall; of many classes those least often recognised."""
+    confused = np.zeros((len(names), len(names)), int)
+    np.add.at(confused, (truth, probs.argmax(1)), 1)
+    recalls = recall(confused, names)
+    worst = " and ".join(f"{row['name']} ({row['recall']:.0%})" for row in recalls[:2])
+    shown, some = list(range(len(names))), ""
+    if len(names) > MOST_CLASSES:
+        recalls = recalls[:MOST_CLASSES]
+        shown = sorted(row["column"] for row in recalls)
+        some = f" Of {len(names)} classes the {MOST_CLASSES} that are least often recognised."
     return [
         Section(
             "confusion",
             "Confusion",
-            f"The ensemble on audit: rows are the truth. Least often recognised: {' and '.join(worst)} "
-            f"({' and '.join(f'{recalls[names.index(n)]:.0%}' for n in worst)}).",
-            charts.confusion(counts, names),
+            f"The ensemble on audit: a row a class as it is, a column as it was answered.{some}",
+            charts.confusion(confused[np.ix_(shown, shown)], [names[k] for k in shown]),
         ),
         Section(
-            "calibration",
-            "Calibration",
-            f"Of answers given with so much confidence, the share that is right, on audit; temperature "
-            f"{results['temperature']:.2f}, fitted on val.",
-            charts.calibration(bins),
+            "recall",
+            "Recall by class",
+            f"Of a class's pictures in audit, the share that is answered rightly, with its 95 % interval. "
+            f"Least often recognised: {worst}.{some}",
+            charts.recall(recalls),
         ),
     ]
+
+
+def recall(confused: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Confusion (C, C), rows are the truth -> recall of each class that occurs, with Wilson's 95 % interval.
+
+    The least often recognised ones first.
+    """
+    found = []
+    for k, pictures in enumerate(confused.sum(axis=1).tolist()):
+        if pictures:
+            share = share_interval(int(confused[k, k]), pictures)
+            found.append(
+                {
+                    "column": k,
+                    "name": names[k],
+                    "recall": share.value,
+                    "low": share.low,
+                    "high": share.high,
+                    "pictures": pictures,
+                }
+            )
+    return sorted(found, key=lambda row: (row["recall"], -row["pictures"]))
 
 
 def reliability(probs: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:

@@ -1,7 +1,8 @@
 """python tune/report.py results/demo
 
-Write a study's report: report.html in its folder, one page that opens without a network. With --serve the
-page is shown at a local address instead, and follows a search that goes on.
+Write a study's report: report.html in its folder, one page that opens without a network. Of several studies
+the page puts them side by side (compare.html beside the first). With --serve the page is shown at a local
+address instead, and follows searches that go on.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import argparse
 import html
 import sys
+from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import torch
+
+from carmodels.ensemble import of_study
 from carmodels.files import user_path
 from carmodels.study import Study
-from tune import setup
+from tune import compare, page, setup
 from tune.console import Screen
-from tune.page import render, write_report
+from tune.mistakes import write_thumbnails
 
 REFRESH_SECONDS = 20
 PORT = 8770
@@ -26,33 +32,67 @@ PORT = 8770
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
-    p.add_argument("--serve", action="store_true", help="show the page at a local address until Ctrl-C")
-    p.add_argument("--port", type=int, metavar="N", help=f"of that address ({PORT}; 0: any)")
+    add = p.add_argument
+    add(
+        "studies",
+        metavar="STUDY_DIR",
+        type=Path,
+        nargs="+",
+        help="a folder under results/; several are compared",
+    )
+    add("--out", type=Path, metavar="HTML", help="write the page to this file instead")
+    add(
+        "--pictures",
+        action="store_true",
+        help="show pictures of the most confident mistakes, with what spoke for each answer",
+    )
+    setup.add_cache_options(p)
+    add("--serve", action="store_true", help="show the page at a local address until Ctrl-C")
+    add("--port", type=int, metavar="N", help=f"of that address ({PORT}; 0: any)")
     return p
 
 
 def run(options: argparse.Namespace, screen: Screen) -> int:
     """Write the page and say where it is, or serve it."""
-    study = Study(user_path(options.study))
+    check(options)
+    studies = [Study(user_path(folder)) for folder in options.studies]
+    out = user_path(options.out) if options.out else None
+    if options.pictures:
+        ensemble = of_study(studies[0]).to("cuda" if torch.cuda.is_available() else "cpu")
+        write_thumbnails(studies[0], ensemble, setup.data_of(studies[0], options, screen))
+    several = len(studies) > 1
     if options.serve:
-        return serve(study, PORT if options.port is None else options.port, screen)
-    if options.port is not None:
-        raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
-    screen.say(f"Report: {write_report(study)}")
+        make = partial(compare.render, studies) if several else partial(page.render, studies[0])
+        return serve(studies, make, PORT if options.port is None else options.port, screen)
+    path = compare.write_comparison(studies, out) if several else page.write_report(studies[0], out)
+    screen.say(f"{'Comparison' if several else 'Report'}: {path}")
     return 0
 
 
-def serve(study: Study, port: int, screen: Screen) -> int:
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not go together, before any work."""
+    if options.port is not None and not options.serve:
+        raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
+    if options.out and options.serve:
+        raise ValueError(f"--out {options.out} is for a page that is written; leave it or --serve out")
+    if options.out and (options.out.is_dir() or not user_path(options.out).parent.is_dir()):
+        raise ValueError(f"--out {options.out} must name a file in a folder that exists")
+    if not options.pictures and (options.cache or options.cache_limit != setup.CACHE_LIMIT):
+        raise ValueError("--cache and --cache-limit are for --pictures; add that or leave them out")
+    if options.pictures and len(options.studies) > 1:
+        raise ValueError("--pictures is for the report of one study; leave it or the other studies out")
+
+
+def serve(studies: list[Study], make: Callable[[int], str], port: int, screen: Screen) -> int:
     """Show the page on this machine alone, made anew for every request, until Ctrl-C."""
     if not 0 <= port < 65536:
         raise ValueError(f"--port {port} must be from 0 to 65535")
-    facts = study.facts  # one clear line where this is no study
+    begun = ", ".join(study.facts["begun"] for study in studies)  # one clear line where one is no study
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             try:
-                status, text = HTTPStatus.OK, render(study, refresh=REFRESH_SECONDS)
+                status, text = HTTPStatus.OK, make(REFRESH_SECONDS)
             except ValueError as error:
                 status, text = HTTPStatus.SERVICE_UNAVAILABLE, waiting(str(error))
             content = text.encode()
@@ -66,9 +106,7 @@ def serve(study: Study, port: int, screen: Screen) -> int:
             """Nothing: the terminal is for what matters."""
 
     with ThreadingHTTPServer(("127.0.0.1", port), Page) as server:
-        screen.say(
-            f"Report of the search of {facts['begun']}: http://127.0.0.1:{server.server_port} (Ctrl-C ends)."
-        )
+        screen.say(f"Report of the search of {begun}: http://127.0.0.1:{server.server_port} (Ctrl-C ends).")
         try:
             server.serve_forever()
         except KeyboardInterrupt:

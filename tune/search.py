@@ -30,6 +30,7 @@ from platformdirs import user_cache_path
 
 from carmodels import demo
 from carmodels.data import Splits
+from carmodels.ensemble import of_study
 from carmodels.files import user_path
 from carmodels.models import Weights
 from carmodels.predictions import METRICS
@@ -39,6 +40,7 @@ from tune import setup, stages
 from tune.confirm import CONTENDERS, RERUNS
 from tune.console import Screen
 from tune.live import duration
+from tune.mistakes import SECONDS, write_thumbnails
 from tune.page import write_report
 from tune.preflight import findings
 from tune.trials import Job, Watch
@@ -98,6 +100,11 @@ def parser() -> argparse.ArgumentParser:
     )
     setup.add_machine_options(p)
     p.add_argument("--seed", type=int, default=0, help="of the split, the draws and the training (0)")
+    p.add_argument(
+        "--pictures",
+        action="store_true",
+        help="show pictures of the most confident mistakes in the report (the demo does so anyway)",
+    )
     p.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     p.add_argument("--check", action="store_true", help="look for what would stop a search, and start none")
     again = p.add_mutually_exclusive_group()
@@ -208,6 +215,9 @@ def go(
     if results:
         screen.answer(results, job.study)
     if options.until == "report":
+        if options.pictures or options.data is None:
+            ensemble = of_study(job.study).to(job.workers.device)
+            write_thumbnails(job.study, ensemble, job.splits, seconds=min(SECONDS, clock.left))
         screen.say(f"Report: {write_report(job.study)}")
     screen.say(f"Every trial: {job.study.table_file}. All of it took {duration(time.time() - clock.begun)}.")
     return 0
@@ -247,6 +257,8 @@ def check_numbers(options: argparse.Namespace) -> None:
     for name in ("confirm", "audit_stops"):
         if (value := getattr(options, name)) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 0, which leaves it out")
+    if options.pictures and options.until != "report":
+        raise ValueError(f"--pictures is for the report, which --until {options.until} leaves out")
     if not 0 <= options.seed <= MOST_SEED:
         raise ValueError(f"--seed {options.seed} must be from 0 to {MOST_SEED}")
     name = options.study

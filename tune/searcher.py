@@ -19,6 +19,7 @@ from carmodels.study import Status, TrialRecord
 from tune.sampler import CurveSampler, distribution
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", message="Define-by-run function")  # Ray times the sampler with it
 
 
 class Queue(Searcher):

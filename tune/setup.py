@@ -32,7 +32,7 @@ from tune.preflight import Finding, cluster_findings
 from tune.stages import Clock
 from tune.trials import Job, Watch, Workers, start_ray, together
 
-MOST_CACHE = 1e6  # GB
+CACHE_LIMIT, MOST_CACHE = 100.0, 1e6  # GB
 
 
 class Machine(NamedTuple):
@@ -85,9 +85,21 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--workers", type=int, metavar="N", help="trials side by side (as many as GPUs or cores hold)")
     add("--address", metavar="ADDR", help="join this Ray cluster instead of starting Ray here")
-    add("--cache", metavar="DIR", help="where decoded pictures are kept (the user's cache folder)")
-    add("--cache-limit", type=float, default=100.0, metavar="GB", help="most that they may take (100)")
+    add_cache_options(parser)
     add("--plain", action="store_true", help="plain lines, on a terminal, too, in place of the live view")
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say where decoded pictures are kept."""
+    add = parser.add_argument
+    add("--cache", metavar="DIR", help="where decoded pictures are kept (the user's cache folder)")
+    add(
+        "--cache-limit",
+        type=float,
+        default=CACHE_LIMIT,
+        metavar="GB",
+        help=f"most that they may take ({CACHE_LIMIT:g})",
+    )
 
 
 def check_machine(options: argparse.Namespace) -> Workers | None:
@@ -202,6 +214,18 @@ def open_data(data: Path, options: argparse.Namespace, max_size: int, seed: int,
         )
 
 
+def data_of(study: Study, options: argparse.Namespace, screen: Screen) -> Splits:
+    """The data set of a study that exists; ValueError where it has changed."""
+    facts = study.facts
+    data = study.resolved(facts["data"])
+    splits = open_data(data, options, facts["max_size"], facts["seed"], screen)
+    if (splits.fingerprint, splits.split_hash) != (facts["fingerprint"], facts["split_hash"]):
+        raise ValueError(
+            f"{data} is no longer the data set that {study.folder} was made with; bring that one back"
+        )
+    return splits
+
+
 def watched(job: Job, clock: Clock, trials: int | None, screen: Screen, *, inner: str = "") -> Watch:
     """What looks on while the job's study runs: the screen, Ray's metrics and TensorBoard's curves.
 
@@ -221,14 +245,9 @@ def watched(job: Job, clock: Clock, trials: int | None, screen: Screen, *, inner
 @contextmanager
 def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
     """The job of a study that exists, with Ray running for it; ValueError where its data set has changed."""
-    facts = study.facts
+    weights = study.facts["weights"]
     check_machine(options)
-    data, weights = study.resolved(facts["data"]), facts["weights"]
-    splits = open_data(data, options, facts["max_size"], facts["seed"], screen)
-    if (splits.fingerprint, splits.split_hash) != (facts["fingerprint"], facts["split_hash"]):
-        raise ValueError(
-            f"{data} is no longer the data set that {study.folder} was made with; bring that one back"
-        )
+    splits = data_of(study, options, screen)
     source = Weights(weights if weights in ("hub", "none") else str(study.resolved(weights)))
     with held(study), ray_running(options, screen) as workers:
         if options.address:
@@ -242,7 +261,7 @@ def ray_running(options: argparse.Namespace, screen: Screen) -> Iterator[Workers
     here = _here()
     dashboard = start_ray(address=options.address, cores=here.cores, gpus=here.gpus)
     if dashboard:
-        screen.say(f"Ray dashboard: {dashboard}")
+        screen.say(f"Ray dashboard: {dashboard} (it asks for the token that `ray get-auth-token` prints)")
     try:
         yield _shared_out(options, _joined(options.address) if options.address else [here])
     finally:

@@ -379,6 +379,7 @@ def ensemble(
         write_submission(blended["test"], study.submission_file, sample=job.splits.sample_file)
         results["submission"] = _described(study, job.splits.class_names, blended["test"])
         results["hidden"] = _expected(study, metric, blended["audit"], len(blended["test"].ids))
+    study.thumbnails_file.unlink(missing_ok=True)  # of the mistakes of the ensemble before
     write_json(study.ensemble_file, results)
     return results
 

@@ -41,6 +41,7 @@ for _name, _value in WORKER_ENVIRONMENT.items():
 
 import ray
 import torch
+from ray._raylet import setproctitle  # type: ignore[attr-defined]  # its stubs are not complete
 from ray.tune import (
     Callback,
     CheckpointConfig,
@@ -144,6 +145,8 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
     if 0 < job.workers.gpus < 1:
         torch.cuda.set_per_process_memory_fraction(job.workers.gpus)  # its neighbours keep theirs
     config = TrialConfig.from_dict(values)
+    title = f"ray::{trial_name(config)}"  # by which the dashboard, ps and top tell workers apart
+    setproctitle(title)
     started = time.time()
     if job.workers.gpus:
         torch.cuda.reset_peak_memory_stats()
@@ -161,6 +164,7 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
                 **more,
             }
         )
+        setproctitle(title)  # Ray puts its own there, an actor's method, with each report
 
     def on_epoch(metrics: EpochMetrics) -> None:
         if not metrics.ending:  # the last epoch is reported when all that the trial leaves is on disk
