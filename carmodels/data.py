@@ -72,6 +72,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def part(self, mine: np.ndarray, name: str = "") -> Split:
+        """The pictures, (N,), that are marked as mine, under the same or another name."""
+        ids = tuple(self.ids[n] for n in np.flatnonzero(mine))
+        return Split(
+            name or self.name, ids, None if self.labels is None else self.labels[mine], self.rows[mine]
+        )
+
 
 @dataclass(frozen=True)
 class Excluded:
@@ -297,13 +304,13 @@ def with_fold(splits: Splits, *, folds: int, fold: int, seed: int) -> Splits:
     both = _together("both", (splits.train, splits.val))
     assert both.labels is not None
     held_out = assign_folds(both.labels, splits.images.groups[both.rows], folds, seed) == fold
-    return _parted(splits, _chosen("train", both, ~held_out), _chosen("oof", both, held_out), splits.audit)
+    return _parted(splits, both.part(~held_out, "train"), both.part(held_out, "oof"), splits.audit)
 
 
 def with_everything(splits: Splits) -> Splits:
     """All labelled pictures become `train`; `val` and `audit` are empty."""
     everything = _together("train", (splits.train, splits.val, splits.audit))
-    val, audit = (_chosen(name, everything, np.zeros(len(everything), bool)) for name in ("val", "audit"))
+    val, audit = (everything.part(np.zeros(len(everything), bool), name) for name in ("val", "audit"))
     return _parted(splits, everything, val, audit)
 
 
@@ -312,12 +319,6 @@ def _together(name: str, parts: Sequence[Split]) -> Split:
     labels = [part.labels for part in parts if part.labels is not None]
     ids = tuple(i for part in parts for i in part.ids)
     return Split(name, ids, np.concatenate(labels), np.concatenate([part.rows for part in parts]))
-
-
-def _chosen(name: str, split: Split, mine: np.ndarray) -> Split:
-    assert split.labels is not None
-    ids = tuple(split.ids[n] for n in np.flatnonzero(mine))
-    return Split(name, ids, split.labels[mine], split.rows[mine])
 
 
 def _parted(splits: Splits, train: Split, val: Split, audit: Split) -> Splits:

@@ -50,7 +50,7 @@ class TrialConfig:
     seed: int = 0
     data: str = ""  # fingerprint of the data set
     split: str = ""  # hash of the split
-    fold: int | None = None  # of `folds`, which one is held out
+    fold: int | None = None  # of `folds`, which one is held out; None: the models of all of them together
     folds: int = 0  # into which train and val together are cut, by `seed`; 0: the study's own train and val
     fold_in: bool = False  # learns from all labelled pictures, audit too, so that none is left to score it
     start_size: int = 0  # side in the first epoch, pixels, from where it grows; 0: image_size throughout
@@ -87,15 +87,7 @@ class TrialConfig:
             raise ValueError(f"start_size={self.start_size} must be at most image_size={self.image_size}")
 
     def _check_held_out(self) -> None:
-        if (
-            self.folds == 1
-            or (self.fold is None) != (self.folds == 0)
-            or self.fold
-            not in (
-                None,
-                *range(self.folds),
-            )
-        ):
+        if self.folds == 1 or self.fold not in (None, *range(self.folds)):
             raise ValueError(
                 f"fold={self.fold} of folds={self.folds}: there must be 2 folds or more, the first is fold 0"
             )
@@ -109,7 +101,7 @@ class TrialConfig:
     @property
     def blind(self) -> bool:
         """Whether what is held out has no say in training: the last epoch is kept, whatever it scores."""
-        return self.fold is not None or self.fold_in
+        return self.folds > 0 or self.fold_in
 
     @property
     def tested_size(self) -> int:

@@ -103,8 +103,10 @@ def parted(config: TrialConfig, splits: Splits) -> Splits:
     """The splits as a configuration sees them: those of its fold, or with everything in train."""
     if config.fold_in:
         return with_everything(splits)
-    if config.fold is None:
+    if not config.folds:
         return splits
+    if config.fold is None:
+        raise ValueError(f"folds={config.folds}: these are {config.folds} models; name the fold of one")
     return with_fold(splits, folds=config.folds, fold=config.fold, seed=config.seed)
 
 
@@ -470,7 +472,7 @@ def seconds_per_picture(
 ) -> float:
     """What loading and training on one picture cost with everything open: the median of a few steps."""
     run = _Run(
-        replace(config, unfreeze="full"),
+        replace(config, unfreeze="full", start_size=0),
         splits,
         weights=weights,
         device=torch.device(device),

@@ -1,10 +1,10 @@
-"""The stages of the whole job, each from study folder to study folder: search, confirm, retrain, ensemble."""
+"""Stages of the whole job, each from study folder to study folder: search, confirm, ensemble."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,11 +25,11 @@ from carmodels.predictions import (
     select_ensemble,
     with_temperature,
 )
-from carmodels.space import Space, TrialConfig, baseline
+from carmodels.space import Space, baseline
 from carmodels.study import CUT_OFF, Status, Study, TrialRecord, read_json, write_json
 from carmodels.submission import write_submission
-from tune import stops
-from tune.confirm import RERUNS, Reruns, described, expected_seconds, judged
+from tune import folds, stops
+from tune.confirm import RERUNS, Reruns, expected_seconds
 from tune.plan import Packing, make_plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws, Queue, useful
@@ -222,119 +222,6 @@ def confirm(job: Job, *, clock: Clock, watch: Watch, say: Say, most: int = RERUN
     return completed
 
 
-def retrain(
-    job: Job,
-    *,
-    clock: Clock,
-    watch: Watch,
-    say: Say,
-    trial_id: str | None = None,
-    seeds: int = 3,
-    epochs: int | None = None,
-) -> bool:
-    """Train the best (or the named) configuration from new seeds, side by side; False if interrupted.
-
-    Runs with new seeds that there are already count.
-    """
-    study = job.study
-    job = replace(job, workers=replace(job.workers, packed=0))  # the best one has a GPU of its own
-    chosen = _chosen(study, trial_id)
-    configs, planned = _to_train(study, chosen, seeds, epochs, clock, job.workers.count)
-    metric = chosen.config.metric
-    end = clock.at(RETRAIN_SHARE)
-    late = end + 0.3 * (clock.at(1) - end) if clock.seconds < math.inf else math.inf
-    say(_announced(chosen, len(configs), len(_again(study, chosen, planned)), planned))
-    completed = not configs or run_trials(
-        replace(job, until=end),
-        stage="retrain",
-        begun=clock.begun,
-        end=late,
-        search_alg=Queue(configs, metric=metric, mode=METRICS[metric].mode),
-        scheduler=FIFOScheduler(),
-        notes={c.id: f"seed {c.seed} of {chosen.trial_id}" for c in configs},
-        watch=watch,
-    )
-    study.write_table()
-    write_json(
-        study.best_file,
-        {
-            "trial_id": chosen.trial_id,
-            "config": asdict(replace(chosen.config, epochs=planned)),
-            "metric": metric,
-            "val": chosen.value,
-            "retrained": {
-                r.trial_id: {"seed": r.config.seed, "val": r.value} for r in _again(study, chosen, planned)
-            },
-            "standings": described(judged(study)),
-        },
-    )
-    return completed
-
-
-def _to_train(
-    study: Study, chosen: TrialRecord, seeds: int, epochs: int | None, clock: Clock, workers: int
-) -> tuple[list[TrialConfig], int]:
-    """The configurations that retraining lacks and has time for, and the epochs of each."""
-    wanted = epochs or chosen.config.epochs
-    first = chosen.config.seed + 1
-    configs = [replace(chosen.config, seed=first + i, epochs=wanted) for i in range(seeds)]
-    done = {r.trial_id for r in _again(study, chosen, wanted)}
-    missing = [c for c in configs if c.id not in done]
-    per_epoch = expected_seconds(chosen) / chosen.config.epochs
-    left = clock.at(RETRAIN_SHARE) - time.time()
-    count, planned = _fitting(len(missing), wanted, per_epoch, left, workers)
-    if planned < wanted and (done or not count):
-        return [], wanted  # a shorter schedule is only for want of a whole one
-    return [replace(c, epochs=planned) for c in missing[:count]], planned
-
-
-def _again(study: Study, chosen: TrialRecord, epochs: int) -> list[TrialRecord]:
-    """Finished runs of the configuration with other seeds and so many epochs, best first."""
-    same = replace(chosen.config, epochs=epochs)
-    found = (r for r in study.leaderboard() if r.trial_id != chosen.trial_id)
-    return [r for r in found if replace(r.config, seed=same.seed) == same]
-
-
-def _announced(chosen: TrialRecord, missing: int, done: int, epochs: int) -> str:
-    """What retraining is about to do, in words."""
-    name = f"{chosen.config.title} ({chosen.trial_id})"
-    if missing:
-        there = f", {done} more are there" if done else ""
-        return f"Retraining {name}, new seeds: {missing}{there}; {epochs} epochs each."
-    if done:
-        return f"Retraining {name} is left out, new seeds that are there: {done}."
-    return "Retraining is left out: the time that is left does not hold one run of it."
-
-
-def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
-    """The named trial, else the one whose configuration is best by all its runs."""
-    candidates = [r for r in study.leaderboard() if r.stage == "search"]
-    if trial_id is not None:
-        candidates = [r for r in candidates if r.trial_id == trial_id]
-        if not candidates:
-            raise ValueError(
-                f"--trial {trial_id}: no finished trial of {study.folder} has this id; see trials.csv"
-            )
-        return candidates[0]
-    if not candidates:
-        reasons = [r.reason for r in study.records() if r.status is not Status.FINISHED]
-        last = f" (the last one: {reasons[-1]})" if reasons else ""
-        raise ValueError(f"{study.folder} has no finished trial{last}; --resume goes on, with more --hours")
-    found = judged(study)
-    return found[0].record if found else candidates[0]
-
-
-def _fitting(seeds: int, epochs: int, per_epoch: float, seconds: float, workers: int) -> tuple[int, int]:
-    """Seeds and epochs that fit into `seconds`: whole schedules if one fits, else a round of shorter ones."""
-    if math.isinf(seconds) or per_epoch <= 0:
-        return seeds, epochs
-    rounds = int(seconds / (per_epoch * epochs))
-    if rounds:
-        return min(seeds, rounds * workers), epochs
-    shorter = int(seconds / per_epoch)
-    return (min(seeds, workers), shorter) if shorter >= max(2, epochs // 2) else (0, 0)
-
-
 def ensemble(
     job: Job, *, clock: Clock, say: Say, top: int = WEIGHTS_KEPT, views: int = len(VIEWS)
 ) -> dict[str, Any]:
@@ -344,10 +231,11 @@ def ensemble(
     candidates = [r for r in ready if r.stage == "search"][:top] + [r for r in ready if r.stage != "search"]
     if not candidates:
         raise ValueError(f"{study.folder} has no finished trial to make a submission from; --resume goes on")
+    candidates, on, asked = folds.judged_on(study, candidates)
+    library = {r.trial_id: study.predictions(r.trial_id, on).aligned(list(asked)) for r in candidates}
+    selection = select_ensemble(library, np.array(list(asked.values())), metric=metric)
     labels = study.labels("val")
     truth = np.array(list(labels.values()))
-    library = {r.trial_id: study.predictions(r.trial_id, "val").aligned(list(labels)) for r in candidates}
-    selection = select_ensemble(library, truth, metric=metric)
     records = {r.trial_id: r for r in candidates}
     members = Members(job, {records[i]: weight for i, weight in selection.weights.items()})
     verdict = judge_views(members, labels, limit=views, seconds=clock.left)
@@ -362,7 +250,12 @@ def ensemble(
         predictions.save(study.predictions_file("ensemble", split))
     results = {
         "metric": metric,
-        "members": [_member(r, weight, selection.gains) for r, weight in members.weights.items()],
+        "members": [
+            _member(one, record, weight / len(models), selection.gains[record.trial_id] / len(models))
+            for record, weight in members.weights.items()
+            for models in [folds.models_of(study, record)]
+            for one in models
+        ],
         "temperature": temperature,
         "tta": asdict(verdict),
         "val": {
@@ -379,13 +272,14 @@ def ensemble(
     return results
 
 
-def _member(record: TrialRecord, weight: float, gains: Mapping[str, float]) -> dict[str, Any]:
+def _member(one: TrialRecord, record: TrialRecord, weight: float, gain: float) -> dict[str, Any]:
+    """A model, which is what was chosen, or one of its folds."""
     return {
-        "trial_id": record.trial_id,
-        "title": record.config.title,
-        "stage": record.stage,
+        "trial_id": one.trial_id,
+        "title": one.config.title,
+        "stage": one.stage,
         "weight": weight,
-        "gain": gains[record.trial_id],
+        "gain": gain,
         "val": record.value,
     }
 

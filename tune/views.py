@@ -15,8 +15,9 @@ from carmodels.catalog import VIEWS
 from carmodels.data import Split
 from carmodels.models import load_weights
 from carmodels.predictions import METRICS, Predictions, blend, log_loss, right_and_wrong
-from carmodels.study import TrialRecord
+from carmodels.study import FOLDS, TrialRecord
 from carmodels.training import predict
+from tune import folds
 from tune.trials import Job, as_task
 
 _HALF_PRECISION = 0.02  # by how much probabilities differ between two batch layouts on a GPU
@@ -63,6 +64,8 @@ class Members:
 
 def _show_one(job: Job, record: TrialRecord, split: str, view: str) -> Predictions:
     """One trial's probabilities for one split through one view, from the weights it left."""
+    if record.stage == FOLDS:
+        return folds.shown(job, record, split, view)
     torch.set_num_threads(job.workers.cpus)
     weights = job.study.weights_file(record.trial_id)
     model = load_weights(record.config, weights, classes=len(job.splits.classes))
