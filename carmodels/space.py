@@ -48,6 +48,7 @@ class TrialConfig:
     data: str = ""  # fingerprint of the data set
     split: str = ""  # hash of the split
     fold: int | None = None
+    head_seed: int | None = None  # of the head's initial weights; None: `seed`
 
     def __post_init__(self) -> None:
         for name, known in _ROWS.items():
@@ -58,11 +59,18 @@ class TrialConfig:
             if not isinstance(value, kinds) or not low <= value <= high:
                 what = "whole number" if kinds is int else "number"
                 raise ValueError(f"{name}={value!r} must be a {what} from {low:g} to {high:g}")
+        if not (self.head_seed is None or (isinstance(self.head_seed, int) and self.head_seed >= 0)):
+            raise ValueError(f"head_seed={self.head_seed!r} must be None or a whole number from 0")
         multiple = BACKBONES[self.backbone].multiple
         if self.image_size % multiple:
             raise ValueError(
                 f"image_size={self.image_size} must be a multiple of {multiple} for {self.backbone}"
             )
+
+    @property
+    def start(self) -> int:
+        """The seed of the head's initial weights."""
+        return self.seed if self.head_seed is None else self.head_seed
 
     @property
     def id(self) -> str:
@@ -101,7 +109,9 @@ class EpochMetrics:
 
 
 _FIELDS = tuple(f.name for f in fields(TrialConfig))
-_LATER: dict[str, object] = {}  # fields that came after the first studies, with their defaults
+_LATER: dict[str, object] = {
+    "head_seed": None
+}  # fields that came after the first studies, with their defaults
 _ROWS: dict[str, tuple[str, ...]] = {
     "backbone": tuple(BACKBONES),
     "head": tuple(HEADS),
@@ -277,7 +287,7 @@ def _try_value(space: Space, name: str, value: Any, source: str) -> None:
         raise ValueError(f"{source}: {error}") from None
 
 
-_OWNED = ("seed", "data", "split", "fold", "metric")  # set by the search itself
+_OWNED = ("seed", "data", "split", "fold", "head_seed", "metric")  # set by the search itself
 _SETTABLE = ", ".join(name for name in _FIELDS if name not in _OWNED)
 _TYPES = {f.name: str(f.type) for f in fields(TrialConfig)}
 

@@ -52,6 +52,7 @@ def fit(
     features: FeatureStore | None = None,
     compiled: bool = False,
     until: float = math.inf,
+    targets: np.ndarray | None = None,
 ) -> Fitted:
     """Train by the configuration's schedule and keep the epoch that is best by its metric on val.
 
@@ -60,7 +61,10 @@ def fit(
     `features`, epochs in which the whole backbone is frozen train the head on its stored outputs, for
     VIEWS_KEPT fixed views of every picture instead of a new one each epoch. `compiled` trains through
     torch.compile. Where memory runs out batches are trained on in parts. Training ends early, with the best
-    epoch so far, where one more epoch would not end by `until`, in seconds of time.time().
+    epoch so far, where one more epoch would not end by `until`, in seconds of time.time(). `targets`,
+    (V, N, C) probabilities, are learnt in the place of the labels (distillation, Hinton et al., 2015): epoch
+    e shows each of the N train pictures as in epoch v = (e - 1) mod V of a loader, where `targets[v]` is what
+    to say of it.
     """
     if config.fold is not None:
         raise ValueError(f"fold={config.fold}: these splits hold no folds; leave it out")
@@ -72,6 +76,7 @@ def fit(
         processes=processes,
         features=features,
         compiled=compiled,
+        targets=targets,
     )
     history: list[EpochMetrics] = []
     best: EpochMetrics | None = None
@@ -133,11 +138,14 @@ class _Run:
         processes: int = 0,
         features: FeatureStore | None = None,
         compiled: bool = False,
+        targets: np.ndarray | None = None,
     ) -> None:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.start)
         self.config, self.device, self.splits, self.processes = config, device, splits, processes
         self.weights = weights
         self.model = build(config, classes=len(splits.classes), weights=weights).to(device)
+        if config.head_seed is not None:
+            torch.manual_seed(config.seed)
         self.model = self.model.to(memory_format=torch.channels_last)
         self.network: nn.Module = cast(nn.Module, torch.compile(self.model)) if compiled else self.model
         # With timm's warm-up of the decay: short schedules would average the first weights otherwise.
@@ -174,6 +182,9 @@ class _Run:
         self.mix = _mixer(config, len(splits.classes))
         # Random weights are another backbone for every seed, and mixing asks for pictures.
         self.features = features if weights.source != "none" and self.mix is None else None
+        if targets is not None and (self.features or self.mix):
+            raise ValueError("targets are of single pictures as a loader shows them: no mixup, no features")
+        self.targets = None if targets is None else torch.from_numpy(targets)
         self.precision = autocast(device)
         half = device.type == "cuda" and not _has_bf16()
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -218,8 +229,12 @@ class _Run:
         }
 
     def shown(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of pictures with their labels."""
-        return ((batch.images, batch.labels) for batch in self.train_loader.epoch(number))
+        """Batches of pictures with their labels, (B,), or targets, (B, C)."""
+        if self.targets is None:
+            return ((batch.images, batch.labels) for batch in self.train_loader.epoch(number))
+        view = (number - 1) % len(self.targets)
+        targets = self.targets[view]
+        return ((b.images, targets[b.rows]) for b in self.train_loader.epoch(number, like=view))
 
     def _remembered(self, store: FeatureStore, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of the frozen backbone's outputs for one of the stored views, in this epoch's order."""

@@ -57,7 +57,7 @@ def to_train(study: Study, seconds: float = math.inf, epochs: int | None = None)
     """Seeds, and epochs of each, that two workers have in a job with so many seconds left for retraining."""
     clock = Clock(time.time(), seconds / 0.88)
     configs, planned = _to_train(study, LUCKY, 3, epochs, clock, workers=2)
-    assert all(c == replace(LUCKY.config, seed=c.seed, epochs=planned) for c in configs)
+    assert all(c == replace(LUCKY.config, seed=c.seed, epochs=planned, head_seed=0) for c in configs)
     return [c.seed for c in configs], planned
 
 
@@ -70,6 +70,14 @@ def test_only_seeds_that_have_not_run_are_trained(study: Study) -> None:
     for seed in (1, 3):
         study.append(run(1e-3, 0.9, seed, "confirm"))
     assert to_train(study) == ([], 8)
+
+
+def test_a_soup_is_no_run_of_its_configuration(study: Study) -> None:
+    study.append(replace(run(1e-3, 0.95, 2), trial_id="soup", stage="soup"))
+    assert to_train(study) == ([1, 2, 3], 8)
+    retrained = replace(LUCKY.config, seed=2, head_seed=0)
+    study.append(replace(run(1e-3, 0.9, 2, "retrain"), trial_id=retrained.id, config=retrained))
+    assert to_train(study) == ([1, 3], 8)
 
 
 def test_a_shorter_schedule_is_only_for_want_of_a_whole_one(study: Study) -> None:

@@ -56,7 +56,7 @@ def asked(doc: str | None, add: Callable[[argparse.ArgumentParser], object]) -> 
 def finish(name: str, rows: Sequence[Row]) -> None:
     """Print the rows and write them to results/benchmarks/<name>.csv; cases not measured now stay there."""
     on = {
-        "hardware": f"{os.cpu_count()} cores, {_processor()}",
+        "hardware": f"{os.cpu_count()} cores, {processor()}",
         "versions": ", ".join(
             f"{p} {importlib.metadata.version(p)}" for p in ("torch", "timm", "albumentations", "ray")
         ),
@@ -87,7 +87,7 @@ def _written(path: Path) -> dict[str, dict[str, str]]:
         return {row["case"]: row for row in csv.DictReader(file)}
 
 
-def _processor() -> str:
+def processor() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if os.name == "posix" else []
