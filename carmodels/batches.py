@@ -94,12 +94,16 @@ class Loader:
             order = np.random.default_rng((self._seed, number)).permutation(order)
         return [order[n * self._batch_size : (n + 1) * self._batch_size] for n in range(len(self))]
 
-    def epoch(self, number: int, *, size: int | None = None, strength: float = 1.0) -> Iterator[Batch]:
-        """The batches of epoch `number`, 0 or more, at another size in pixels where one is given.
+    def epoch(
+        self, number: int, *, like: int | None = None, size: int | None = None, strength: float = 1.0
+    ) -> Iterator[Batch]:
+        """The batches of epoch `number`, 0 or more; with `like`, of pictures as they are in that epoch.
 
-        With a strength below 1 crops cut off that much less, and that share of the steps is taken.
+        `size` in pixels is another one than the loader's. With a strength below 1 crops cut off that much
+        less, and that share of the steps is taken.
         """
-        plan = [_Plan(number, order, size or self._size, strength) for order in self.orders(number)]
+        shown, size = number if like is None else like, size or self._size
+        plan = [_Plan(shown, order, size, strength) for order in self.orders(number)]
         if self._workers is None:
             return map(self._batches.__getitem__, plan)
         self._plan[:] = plan
@@ -119,9 +123,8 @@ class _Batches(Dataset[Batch]):
     ) -> None:
         self._images, self._rows, self._seed = images, split.rows, seed
         self._labels = np.full(len(split), -1, np.int64) if split.labels is None else split.labels
-        self._augment = augment
-        shown = augment or view
-        self._steps = [_transform(step) for step in shown.steps] if shown else []
+        self._augment, self._view = augment, view or View()
+        self._steps = [_transform(step) for step in augment.steps] if augment else []
 
     def __getitem__(self, plan: _Plan) -> Batch:
         pixels = np.empty((len(plan.positions), plan.size, plan.size, 3), np.uint8)
@@ -135,12 +138,10 @@ class _Batches(Dataset[Batch]):
     def _picture(self, plan: _Plan, position: int, place: np.ndarray) -> np.ndarray:
         """(size, size, 3), in `place` or elsewhere."""
         picture = self._images[self._rows[position]]
-        if self._augment is None and not self._steps:
-            return squash(picture, plan.size)
+        if self._augment is None:
+            return seen(picture, self._view, plan.size)
         rng = _Generator(self._seed, plan.epoch, position)
         draw = random.Random((self._seed << 64) + (plan.epoch << 32) + position)
-        if self._augment is None:
-            return squash(_apply(self._steps, picture, rng, draw), plan.size)
         crop = picture
         if self._augment.crop:
             least, most = (1 - plan.strength * (1 - share) for share in self._augment.crop)
@@ -179,6 +180,21 @@ def _start_workers(batches: _Batches, plan: list[_Plan], processes: int) -> Data
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def seen(picture: np.ndarray, view: View, size: int) -> np.ndarray:
+    """(H, W, 3) -> (size, size, 3), as the view shows it (its scale is in `size`)."""
+    height, width = picture.shape[:2]
+    left, top, right, bottom = (
+        round(share * side) for share, side in zip(view.box, (width, height) * 2, strict=True)
+    )
+    shown = squash(picture[top : max(bottom, top + 1), left : max(right, left + 1)], size)
+    if view.flip:
+        shown = shown[:, ::-1]
+    if view.contrast == view.brightness == 1:
+        return shown
+    levels = ((np.arange(256) - 127.5) * view.contrast + 127.5) * view.brightness
+    return levels.round().clip(0, 255).astype(np.uint8)[shown]
 
 
 def squash(picture: np.ndarray, size: int) -> np.ndarray:

@@ -51,6 +51,7 @@ class TrialConfig:
     data: str = ""  # fingerprint of the data set
     split: str = ""  # hash of the split
     fold: int | None = None  # of `folds`, which one is held out; None: the models of all of them together
+    head_seed: int | None = None  # of the head's initial weights; None: `seed`
     folds: int = 0  # into which train and val together are cut, by `seed`; 0: the study's own train and val
     fold_in: bool = False  # learns from all labelled pictures, audit too, so that none is left to score it
     start_size: int = 0  # side in the first epoch, pixels, from where it grows; 0: image_size throughout
@@ -65,6 +66,8 @@ class TrialConfig:
             if not isinstance(value, kinds) or not low <= value <= high:
                 what = "whole number" if kinds is int else "number"
                 raise ValueError(f"{name}={value!r} must be a {what} from {low:g} to {high:g}")
+        if not (self.head_seed is None or (isinstance(self.head_seed, int) and self.head_seed >= 0)):
+            raise ValueError(f"head_seed={self.head_seed!r} must be None or a whole number from 0")
         multiple = BACKBONES[self.backbone].multiple
         if self.image_size % multiple:
             raise ValueError(
@@ -128,6 +131,11 @@ class TrialConfig:
         return FIRST_STRENGTH + self.grown(epoch) * (1 - FIRST_STRENGTH)
 
     @property
+    def start(self) -> int:
+        """The seed of the head's initial weights."""
+        return self.seed if self.head_seed is None else self.head_seed
+
+    @property
     def id(self) -> str:
         """12 hex digits of the content: equal for equal draws, and the name of every file a trial leaves.
 
@@ -165,6 +173,7 @@ class EpochMetrics:
 
 _FIELDS = tuple(f.name for f in fields(TrialConfig))
 _LATER: dict[str, object] = {  # fields that came after the first studies, with their defaults
+    "head_seed": None,
     "folds": 0,
     "fold_in": False,
     "start_size": 0,
@@ -349,7 +358,7 @@ def _try_value(space: Space, name: str, value: Any, source: str) -> None:
 
 
 # set by the search itself
-_OWNED = ("seed", "data", "split", "fold", "folds", "fold_in", "metric")
+_OWNED = ("seed", "data", "split", "fold", "head_seed", "folds", "fold_in", "metric")
 _SETTABLE = ", ".join(name for name in _FIELDS if name not in _OWNED)
 _TYPES = {f.name: str(f.type) for f in fields(TrialConfig)}
 

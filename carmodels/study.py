@@ -33,6 +33,7 @@ class Status(StrEnum):
 
 
 FOLD, FOLDS, FOLD_IN = "fold", "folds", "fold-in"  # stages: one fold, all of a configuration, everything
+TRAINED = ("search", "confirm", "retrain")  # stages whose models were trained on train by a configuration
 CUT_OFF = (Status.INTERRUPTED, Status.RUNNING)
 
 
@@ -40,14 +41,14 @@ CUT_OFF = (Status.INTERRUPTED, Status.RUNNING)
 class TrialRecord:
     """One line of trials.jsonl: a trial as it begins, or how it ended."""
 
-    trial_id: str
+    trial_id: str  # of a soup or student, whose configuration alone does not make it, not the configuration's
     config: TrialConfig
     status: Status
     epochs_run: int
     value: float | None  # the study's metric on val at the best epoch; of a stopped trial, at its last
     seconds: float
     reason: str  # why it ended, a sentence
-    stage: str = "search"  # or "confirm", "retrain", those of folds; in the study of stops "audit"
+    stage: str = "search"  # or one of those above, "soup", "student"; in the study of stops "audit"
     note: str = ""  # e.g. that this is the competitor's recipe
     at: float = 0.0  # seconds from the start of the command that ran it to the trial's end
     curve: tuple[EpochMetrics, ...] = ()
@@ -94,7 +95,11 @@ class Study:
 
     @property
     def ensemble_file(self) -> Path:
-        return self.folder / "ensemble.json"
+        return self.answer_file("ensemble")
+
+    def answer_file(self, name: str) -> Path:
+        """ensemble.json, or student.json for what was distilled from it."""
+        return self.folder / f"{name}.json"
 
     @property
     def submission_file(self) -> Path:

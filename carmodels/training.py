@@ -52,6 +52,7 @@ def fit(
     features: FeatureStore | None = None,
     compiled: bool = False,
     until: float = math.inf,
+    targets: np.ndarray | None = None,
 ) -> Fitted:
     """Train by the configuration's schedule and keep the epoch that is best by its metric on val.
 
@@ -63,7 +64,10 @@ def fit(
     `features`, epochs in which the whole backbone is frozen train the head on its stored outputs, for
     VIEWS_KEPT fixed views of every picture instead of a new one each epoch. `compiled` trains through
     torch.compile. Where memory runs out batches are trained on in parts. Training ends early, with the best
-    epoch so far, where one more epoch would not end by `until`, in seconds of time.time().
+    epoch so far, where one more epoch would not end by `until`, in seconds of time.time(). `targets`,
+    (V, N, C) probabilities, are learnt in the place of the labels (distillation, Hinton et al., 2015): epoch
+    e shows each of the N train pictures as in epoch v = (e - 1) mod V of a loader, where `targets[v]` is what
+    to say of it.
     """
     run = _Run(
         config,
@@ -73,6 +77,7 @@ def fit(
         processes=processes,
         features=features,
         compiled=compiled,
+        targets=targets,
     )
     history: list[EpochMetrics] = []
     best: EpochMetrics | None = None
@@ -151,11 +156,14 @@ class _Run:
         processes: int = 0,
         features: FeatureStore | None = None,
         compiled: bool = False,
+        targets: np.ndarray | None = None,
     ) -> None:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.start)
         self.config, self.device, self.splits, self.processes = config, device, splits, processes
         self.weights = weights
         self.model = build(config, classes=len(splits.classes), weights=weights).to(device)
+        if config.head_seed is not None:
+            torch.manual_seed(config.seed)
         self.model = self.model.to(memory_format=torch.channels_last)
         self.network: nn.Module = cast(nn.Module, torch.compile(self.model)) if compiled else self.model
         # With timm's warm-up of the decay: short schedules would average the first weights otherwise.
@@ -192,6 +200,9 @@ class _Run:
         self.mix = _mixer(config, len(splits.classes))
         # Random weights are another backbone for every seed, and mixing asks for pictures.
         self.features = features if weights.source != "none" and self.mix is None else None
+        if targets is not None and (self.features or self.mix):
+            raise ValueError("targets are of single pictures as a loader shows them: no mixup, no features")
+        self.targets = None if targets is None else torch.from_numpy(targets)
         self.precision = autocast(device)
         half = device.type == "cuda" and not _has_bf16()
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -238,10 +249,15 @@ class _Run:
         }
 
     def shown(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of pictures with their labels."""
+        """Batches of pictures with their labels, (B,), or targets, (B, C)."""
         size, strength = self.config.shown_size(number), self.config.strength(number)
-        batches = self.train_loader.epoch(number, size=size, strength=strength)
-        return ((batch.images, batch.labels) for batch in batches)
+        if self.targets is None:
+            batches = self.train_loader.epoch(number, size=size, strength=strength)
+            return ((batch.images, batch.labels) for batch in batches)
+        view = (number - 1) % len(self.targets)
+        targets = self.targets[view]
+        batches = self.train_loader.epoch(number, like=view, size=size, strength=strength)
+        return ((batch.images, targets[batch.rows]) for batch in batches)
 
     def _remembered(self, store: FeatureStore, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of the frozen backbone's outputs for one of the stored views, in this epoch's order."""

@@ -889,7 +889,10 @@ STUDIES = {
         ensemble, "--top 0", "--top 0 must be from 1 to 12, whose weights a search keeps"
     ),
     "ensemble --tta 99": script(
-        ensemble, "--tta 99", "--tta 99 must be from 1 to 4, the number of views there are"
+        ensemble, "--tta 99", "--tta 99 must be from 1 to 15, the number of views there are"
+    ),
+    "ensemble --max-seconds-per-1000 0": script(
+        ensemble, "--max-seconds-per-1000 0", "--max-seconds-per-1000 0 must be above 0"
     ),
     "ensemble --tta many": script(ensemble, "--tta many", "argument --tta: invalid int value: 'many'" + HELP),
     "ensemble --out nowhere": script(

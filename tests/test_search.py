@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,12 @@ import numpy as np
 import optuna
 import pytest
 
+from carmodels.catalog import VIEWS
 from carmodels.data import open_dataset
 from carmodels.ensemble import of_study
 from carmodels.models import Weights
-from carmodels.predictions import Predictions
-from carmodels.study import Status, Study
+from carmodels.predictions import with_temperature
+from carmodels.study import TRAINED, Status, Study
 from tune import search, setup, stages
 from tune.confirm import judged, sentence
 from tune.stops import at_rungs
@@ -153,7 +155,7 @@ def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_audit(place: Pl
     probs = 0
     for member in result["members"]:
         shown = [
-            Predictions.load(study.predictions_file(member["trial_id"], "audit", view))
+            with_temperature(study.predictions(member["trial_id"], "audit", view), member["temperature"])
             .aligned(list(labels))
             .probs
             for view in result["tta"]["views"]
@@ -163,8 +165,13 @@ def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_audit(place: Pl
     assert result["audit"]["ensemble"]["value"] == pytest.approx(right)
     assert result["audit"]["looks"] == 1
     assert {"single", "recipe", "gain_over_recipe", "gain_over_single"} <= set(result["audit"])
-    assert [len(row["views"]) for row in result["tta"]["tried"]] == [2, 3, 4]
+    assert [row["views"] for row in result["tta"]["tried"]][: len(VIEWS) - 1] == [
+        ["plain", view] for view in VIEWS if view != "plain"
+    ]
     assert all({"val", "set_right", "set_wrong"} <= set(row) for row in result["tta"]["tried"])
+    assert set(result["nested"]) == {"chosen", "before", "gains", "gain", "helps", "sentence"}
+    costs = [member["seconds_per_1000"] for member in result["members"]]
+    assert result["cost"]["seconds_per_1000"] >= sum(costs) > 0
     assert sum(row["rows"] for row in result["submission"]["classes"]) == 20
 
 
@@ -183,7 +190,7 @@ def test_the_best_is_that_of_all_its_runs_and_none_of_them_is_trained_twice(plac
     best = json.loads(study.best_file.read_text())
     assert best["standings"][0]["trial_id"] == best["trial_id"] == judged(study)[0].record.trial_id
     assert sorted(run["seed"] for run in best["retrained"].values()) == [1, 2, 3]
-    further = [r for r in study.records() if r.stage != "search"]
+    further = [r for r in study.records() if r.stage in TRAINED and r.stage != "search"]
     assert len({(replace(r.config, seed=0), r.config.seed) for r in further}) == len(further)
     retrained = {r.trial_id: r.config for r in further if r.stage == "retrain"}
     assert set(best["retrained"]) == set(retrained)
@@ -244,7 +251,10 @@ def test_the_output_is_a_line_a_trial_and_the_answer(whole: str) -> None:
     assert sum(" px" not in line and "ran its 3 epochs" in line for line in whole.splitlines()) >= 4
     assert "competitor's recipe" in whole
     assert "Submission: " in whole
-    assert len(whole.splitlines()) < 70
+    assert re.search(r"(The ensemble is (kept|left out)|One model is the ensemble)", whole)
+    assert all(f"  plain, {view}: val " in whole for view in VIEWS if view != "plain")
+    assert re.search(r"Ensemble: \d+\.\d s for 1,000 pictures on 1 CPU core, views included", whole)
+    assert len(whole.splitlines()) < 95
 
 
 @pytest.mark.usefixtures("whole")
@@ -426,6 +436,7 @@ def test_only_the_demo_without_any_option_overwrites_its_study() -> None:
         (["--study", "../x"], "--study '../x' must be a plain name"),
         (["--confirm", "-1"], "--confirm -1 must be at least 0, which leaves it out"),
         (["--audit-stops", "-2"], "--audit-stops -2 must be at least 0"),
+        (["--max-seconds-per-1000", "-1"], "--max-seconds-per-1000 -1 must be above 0"),
         (["--weights", "/no/such"], "--weights /no/such is no folder"),
         (["--set", "colour=red"], "--set colour=red: expected NAME=V"),
         (["--resume", "--study", "never"], "--resume: there is no study at"),

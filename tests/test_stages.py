@@ -57,7 +57,7 @@ def to_train(study: Study, seconds: float = math.inf, epochs: int | None = None)
     """Seeds, and epochs of each, that two workers have in a job with so many seconds left for retraining."""
     configs, like = _to_train(study, LUCKY, 3, epochs, seconds, workers=2)
     assert all(c == replace(like, seed=c.seed) for c in configs)
-    assert replace(LUCKY.config, epochs=like.epochs, **retraining.RETRAINED) == like
+    assert replace(LUCKY.config, epochs=like.epochs, head_seed=0, **retraining.RETRAINED) == like
     return [c.seed for c in configs], like.epochs
 
 
@@ -80,6 +80,14 @@ def test_where_the_time_allows_training_is_longer_and_a_shorter_run_is_no_run_of
     study.append(run(1e-3, 0.9, 2, "retrain", epochs=16))
     assert to_train(study, seconds=190) == ([1, 3], 16)
     assert to_train(study, seconds=20) == ([], 8)
+
+
+def test_a_soup_is_no_run_of_its_configuration(study: Study) -> None:
+    study.append(replace(run(1e-3, 0.95, 2), trial_id="soup", stage="soup"))
+    assert to_train(study, epochs=8) == ([1, 2, 3], 8)
+    retrained = replace(LUCKY.config, seed=2, head_seed=0)
+    study.append(replace(run(1e-3, 0.9, 2, "retrain"), trial_id=retrained.id, config=retrained))
+    assert to_train(study, epochs=8) == ([1, 3], 8)
 
 
 def test_a_shorter_schedule_is_only_for_want_of_a_whole_one(study: Study) -> None:

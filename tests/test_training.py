@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from carmodels import training
-from carmodels.batches import Batch
+from carmodels.batches import Batch, Loader
 from carmodels.catalog import AUGMENTS, SCHEDULES, UNFREEZE, VIEWS
 from carmodels.data import Split, Splits
 from carmodels.models import Weights
@@ -34,6 +34,59 @@ def test_the_same_seed_gives_the_same_numbers_to_the_bit_and_another_seed_does_n
     for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert curve(fit(replace(config, seed=1), splits, weights=weights).history) != curve(first.history)
+
+
+def test_the_seed_of_the_head_decides_its_initial_weights_and_nothing_else(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    def run(seed: int, head_seed: int | None) -> _Run:
+        changed = replace(config, head_depth=1, seed=seed, head_seed=head_seed)
+        return _Run(changed, splits, weights=weights, device=torch.device("cpu"))
+
+    def head(of: _Run) -> torch.Tensor:
+        return of.model.head[0].weight
+
+    assert torch.equal(head(run(0, None)), head(run(1, 0)))
+    assert torch.equal(head(run(1, None)), head(run(1, 1)))
+    assert not torch.equal(head(run(1, None)), head(run(1, 0)))
+    orders = [
+        [b.tolist() for b in run(*seeds).train_loader.orders(1)] for seeds in ((1, None), (1, 0), (0, 1))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    assert replace(config, head_seed=3).id != config.id
+    assert (replace(config, seed=5).start, replace(config, seed=5, head_seed=0).start) == (5, 0)
+    with pytest.raises(ValueError, match="head_seed=-1 must be None or a whole number from 0"):
+        replace(config, head_seed=-1)
+
+
+def test_targets_are_learnt_in_the_place_of_labels_and_shown_as_they_were_made(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    assert splits.train.labels is not None
+    right, epochs = np.eye(10, dtype=np.float32)[splits.train.labels], 4
+    longer = replace(config, epochs=epochs, image_size=48)
+    other = np.roll(right, 1, axis=1)[None]
+    misled = fit(longer, splits, weights=weights, targets=other)
+    probs = predict(misled.model, splits, splits.val, config=longer).probs
+    assert accuracy(probs, (splits.val.labels + 1) % 10) > 0.25
+    run = _Run(
+        longer, splits, weights=weights, device=torch.device("cpu"), targets=np.stack([right, 1 - right])
+    )
+    loader = Loader(
+        splits.images,
+        splits.train,
+        image_size=48,
+        batch_size=len(splits.train),
+        augment=AUGMENTS[longer.augment],
+        seed=longer.seed,
+    )
+    for number, view in ((1, 0), (2, 1), (3, 0)):
+        images, targets = next(iter(run.shown(number)))
+        rows = run.train_loader.orders(number)[0]
+        assert torch.equal(images, next(loader.epoch(view)).images[rows])
+        assert np.array_equal(targets.numpy(), (right if view == 0 else 1 - right)[rows])
+    with pytest.raises(ValueError, match="no mixup, no features"):
+        fit(replace(config, mixup=0.2), splits, weights=weights, targets=other)
 
 
 def test_the_models_of_all_folds_are_not_trained_at_once(

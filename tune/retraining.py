@@ -13,7 +13,7 @@ from ray.tune.schedulers import FIFOScheduler
 from carmodels.data import Splits
 from carmodels.predictions import METRICS, blend
 from carmodels.space import TrialConfig
-from carmodels.study import FOLD, FOLD_IN, Status, Study, TrialRecord, write_json
+from carmodels.study import FOLD, FOLD_IN, TRAINED, Status, Study, TrialRecord, write_json
 from carmodels.submission import write_submission
 from tune.confirm import described, expected_seconds, judged
 from tune.costs import times_as_long
@@ -139,11 +139,11 @@ def _to_train(
     first = chosen.config.seed + 1
     some = False
     for wanted in _lengths(chosen.config, epochs):
-        like = retraining(chosen.config, wanted)
-        done = {r.trial_id for r in _again(study, chosen, like)}
+        like = replace(retraining(chosen.config, wanted), head_seed=chosen.config.start)  # for a soup
+        done = {r.config.seed for r in _again(study, chosen, like)}
         some = some or bool(done)
         configs = [replace(like, seed=first + i) for i in range(seeds)]
-        missing = [c for c in configs if c.id not in done]
+        missing = [c for c in configs if c.seed not in done]
         count, planned = _fitting(len(missing), wanted, _seconds(chosen, like) / wanted, left, workers)
         if not missing or (count and planned == wanted):
             return missing[:count], like
@@ -154,8 +154,8 @@ def _to_train(
 
 def _again(study: Study, chosen: TrialRecord, like: TrialConfig) -> list[TrialRecord]:
     """Finished runs of just that configuration with other seeds than the trial's, best first."""
-    found = (r for r in study.leaderboard() if r.trial_id != chosen.trial_id)
-    return [r for r in found if replace(r.config, seed=like.seed) == like]
+    board = (r for r in study.leaderboard() if r.stage in TRAINED and r.trial_id != chosen.trial_id)
+    return [r for r in board if replace(r.config, seed=like.seed, head_seed=like.head_seed) == like]
 
 
 def _announced(chosen: TrialRecord, missing: int, done: int, like: TrialConfig) -> str:

@@ -36,6 +36,7 @@ from carmodels.predictions import METRICS
 from carmodels.space import SPACES, Space
 from carmodels.study import Study
 from tune import retraining, setup, stages
+from tune.blend import ensemble
 from tune.confirm import CONTENDERS, RERUNS
 from tune.console import Screen
 from tune.live import duration
@@ -97,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
         help="earlier studies, of any data, whose trials tell where to begin",
     )
     setup.add_fold_options(p)
+    setup.add_cost_option(p)
     setup.add_machine_options(p)
     p.add_argument("--seed", type=int, default=0, help="of the split, the draws and the training (0)")
     p.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
@@ -207,7 +209,9 @@ def go(
         )
         return 130
     last = STAGES.index(options.until)
-    results = stages.ensemble(job, clock=clock, say=screen.say) if last >= STAGES.index("ensemble") else None
+    results = None
+    if last >= STAGES.index("ensemble"):
+        results = ensemble(job, clock=clock, say=screen.say, max_seconds=setup.most_seconds(options))
     screen.table(job.study)
     screen.dimensions(job.study)
     if results:
@@ -255,6 +259,7 @@ def check_numbers(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 0, which leaves it out")
     setup.check_folds(options)
+    setup.most_seconds(options)
     if not 0 <= options.seed <= MOST_SEED:
         raise ValueError(f"--seed {options.seed} must be from 0 to {MOST_SEED}")
     name = options.study

@@ -78,6 +78,12 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--workers", type=int, metavar="N", help="trials side by side (as many as GPUs or cores hold)")
     add("--address", metavar="ADDR", help="join this Ray cluster instead of starting Ray here")
+    add_cache_options(parser)
+
+
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Where pictures are kept, and how lines are printed."""
+    add = parser.add_argument
     add("--cache", metavar="DIR", help="where decoded pictures are kept (the user's cache folder)")
     add("--cache-limit", type=float, default=100.0, metavar="GB", help="most that they may take (100)")
     add("--plain", action="store_true", help="plain lines, on a terminal, too, in place of the live view")
@@ -103,6 +109,24 @@ def check_folds(options: argparse.Namespace) -> None:
     """Raises ValueError for a number of folds that makes no sense."""
     if options.folds and not 2 <= options.folds <= MOST_FOLDS:
         raise ValueError(f"--folds {options.folds} must be 0, which leaves it out, or from 2 to {MOST_FOLDS}")
+
+
+def add_cost_option(parser: argparse.ArgumentParser) -> None:
+    """The option that says what answers may cost."""
+    parser.add_argument(
+        "--max-seconds-per-1000",
+        type=float,
+        metavar="S",
+        help="most that the ensemble with its views may take a worker here for 1,000 pictures (no limit)",
+    )
+
+
+def most_seconds(options: argparse.Namespace) -> float:
+    """What 1,000 pictures may take; infinite where nothing was said. ValueError for a limit that is none."""
+    given = options.max_seconds_per_1000
+    if given is not None and not given > 0:
+        raise ValueError(f"--max-seconds-per-1000 {given:g} must be above 0")
+    return math.inf if given is None else float(given)
 
 
 def check_machine(options: argparse.Namespace) -> Workers | None:
@@ -213,17 +237,31 @@ def watched(job: Job, clock: Clock, trials: int | None, screen: Screen, *, inner
 @contextmanager
 def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
     """The job of a study that exists, with Ray running for it; ValueError where its data set has changed."""
-    facts = study.facts
     check_machine(options)
+    splits, weights = _as_it_was(study, options, screen)
+    with held(study), ray_running(options, screen) as workers:
+        yield Job(study, splits, weights, workers, cache_folder(options))
+
+
+@contextmanager
+def alone(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
+    """Likewise without Ray: one worker that has all cores and one GPU, if there is any, to itself."""
+    splits, weights = _as_it_was(study, options, screen)
+    workers = Workers(1, joblib.cpu_count(), float(min(1, _gpus_here())))
+    with held(study):
+        yield Job(study, splits, weights, workers, cache_folder(options))
+
+
+def _as_it_was(study: Study, options: argparse.Namespace, screen: Screen) -> tuple[Splits, Weights]:
+    """The data and weights of a study; ValueError where the data set has changed."""
+    facts = study.facts
     data, weights = study.resolved(facts["data"]), facts["weights"]
     splits = open_data(data, options, facts["max_size"], facts["seed"], screen)
     if (splits.fingerprint, splits.split_hash) != (facts["fingerprint"], facts["split_hash"]):
         raise ValueError(
             f"{data} is no longer the data set that {study.folder} was made with; bring that one back"
         )
-    source = Weights(weights if weights in ("hub", "none") else str(study.resolved(weights)))
-    with held(study), ray_running(options, screen) as workers:
-        yield Job(study, splits, source, workers, cache_folder(options))
+    return splits, Weights(weights if weights in ("hub", "none") else str(study.resolved(weights)))
 
 
 @contextmanager

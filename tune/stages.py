@@ -1,40 +1,26 @@
-"""Stages of the whole job, each from study folder to study folder: search, confirm, ensemble."""
+"""The stages of the search, each from study folder to study folder: search, audit of stops, confirm."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import optuna
 from ray.tune.schedulers import FIFOScheduler
 
-from carmodels.catalog import UNFREEZE, VIEWS
-from carmodels.predictions import (
-    METRICS,
-    Interval,
-    Predictions,
-    accuracy_interval,
-    fit_temperature,
-    hidden_score,
-    paired_gain,
-    score_interval,
-    select_ensemble,
-    with_temperature,
-)
+from carmodels.catalog import UNFREEZE
+from carmodels.predictions import METRICS
 from carmodels.space import Space, baseline
-from carmodels.study import CUT_OFF, Status, Study, TrialRecord, read_json, write_json
-from carmodels.submission import write_submission
-from tune import folds, stops
+from carmodels.study import CUT_OFF, Status, Study, TrialRecord, write_json
+from tune import stops
 from tune.confirm import RERUNS, Reruns, expected_seconds
 from tune.plan import Packing, make_plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws, Queue, useful
-from tune.trials import WEIGHTS_KEPT, Job, Watch, run_trials
-from tune.views import Members, judge_views
+from tune.trials import Job, Watch, run_trials
 
 Say = Callable[[str], None]
 
@@ -220,101 +206,3 @@ def confirm(job: Job, *, clock: Clock, watch: Watch, say: Say, most: int = RERUN
     )
     job.study.write_table()
     return completed
-
-
-def ensemble(
-    job: Job, *, clock: Clock, say: Say, top: int = WEIGHTS_KEPT, views: int = len(VIEWS)
-) -> dict[str, Any]:
-    """Choose members, views and temperature on val, score once on audit, write ensemble and submission."""
-    study, metric = job.study, job.study.metric
-    ready = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
-    candidates = [r for r in ready if r.stage == "search"][:top] + [r for r in ready if r.stage != "search"]
-    if not candidates:
-        raise ValueError(f"{study.folder} has no finished trial to make a submission from; --resume goes on")
-    candidates, on, asked = folds.judged_on(study, candidates)
-    library = {r.trial_id: study.predictions(r.trial_id, on).aligned(list(asked)) for r in candidates}
-    selection = select_ensemble(library, np.array(list(asked.values())), metric=metric)
-    labels = study.labels("val")
-    truth = np.array(list(labels.values()))
-    records = {r.trial_id: r for r in candidates}
-    members = Members(job, {records[i]: weight for i, weight in selection.weights.items()})
-    verdict = judge_views(members, labels, limit=views, seconds=clock.left)
-    say(f"Test-time augmentation: {verdict.sentence}.")
-    temperature = fit_temperature(members.blended("val", verdict.views).aligned(list(labels)).probs, truth)
-    blended = {
-        split.name: with_temperature(members.blended(split.name, verdict.views), temperature)
-        for split in (job.splits.val, job.splits.audit, job.splits.test)
-        if len(split)
-    }
-    for split, predictions in blended.items():
-        predictions.save(study.predictions_file("ensemble", split))
-    results = {
-        "metric": metric,
-        "members": [
-            _member(one, record, weight / len(models), selection.gains[record.trial_id] / len(models))
-            for record, weight in members.weights.items()
-            for models in [folds.models_of(study, record)]
-            for one in models
-        ],
-        "temperature": temperature,
-        "tta": asdict(verdict),
-        "val": {
-            "ensemble": METRICS[metric].score(blended["val"].aligned(list(labels)).probs, truth),
-            "single": {"trial_id": selection.single, "value": selection.single_score},
-        },
-        "audit": _audit(study, metric, blended["audit"], selection.single),
-    }
-    if "test" in blended:
-        write_submission(blended["test"], study.submission_file, sample=job.splits.sample_file)
-        results["submission"] = _described(study, job.splits.class_names, blended["test"])
-        results["hidden"] = _expected(study, metric, blended["audit"], len(blended["test"].ids))
-    write_json(study.ensemble_file, results)
-    return results
-
-
-def _member(one: TrialRecord, record: TrialRecord, weight: float, gain: float) -> dict[str, Any]:
-    """A model, which is what was chosen, or one of its folds."""
-    return {
-        "trial_id": one.trial_id,
-        "title": one.config.title,
-        "stage": one.stage,
-        "weight": weight,
-        "gain": gain,
-        "val": record.value,
-    }
-
-
-def _described(study: Study, names: Sequence[str], test: Predictions) -> dict[str, Any]:
-    """What the submission says: its rows, and how many of them are of each class, by name."""
-    counts = np.bincount(test.probs.argmax(1), minlength=len(names)).tolist()
-    given = [{"class": c, "name": n, "rows": k} for c, n, k in zip(test.classes, names, counts, strict=True)]
-    return {"file": study.submission_file.name, "rows": len(test.ids), "classes": given}
-
-
-def _audit(study: Study, metric: str, ensembled: Predictions, single: str) -> dict[str, Any]:
-    """The one look at audit: ensemble, best single trial and competitor's recipe, with 95 % intervals."""
-    labels = study.labels("audit")
-    truth = np.array(list(labels.values()))
-    probs = {"ensemble": ensembled.aligned(list(labels)).probs}
-    recipe = next((r.trial_id for r in study.leaderboard() if r.note.startswith(RECIPE)), None)
-    named = {"single": single} | ({"recipe": recipe} if recipe else {})
-    for name, trial_id in named.items():
-        probs[name] = study.predictions(trial_id, "audit").aligned(list(labels)).probs
-    scores: dict[str, Any] = {name: asdict(_interval(metric, p, truth)) for name, p in probs.items()}
-    for name in named:
-        scores[f"gain_over_{name}"] = asdict(paired_gain(metric, probs["ensemble"], probs[name], truth))
-    looks = 1 + (read_json(study.ensemble_file)["audit"]["looks"] if study.ensemble_file.is_file() else 0)
-    return {**scores, "pictures": len(truth), "looks": looks}
-
-
-def _expected(study: Study, metric: str, audit: Predictions, pictures: int) -> dict[str, Any]:
-    """What the submission is going to score: a 95 % prediction interval, from audit alone."""
-    labels = study.labels("audit")
-    truth = np.array(list(labels.values()))
-    found = hidden_score(metric, audit.aligned(list(labels)).probs, truth, pictures)
-    return {**asdict(found), "pictures": pictures}
-
-
-def _interval(metric: str, probs: np.ndarray, labels: np.ndarray) -> Interval:
-    """95 %: Wilson's for accuracy, which holds near 1 as well; by bootstrap for the other metrics."""
-    return accuracy_interval(probs, labels) if metric == "accuracy" else score_interval(metric, probs, labels)
