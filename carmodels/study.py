@@ -32,6 +32,7 @@ class Status(StrEnum):
     RUNNING = "running"  # or cut off by a dying process; where nothing runs, to be run again
 
 
+FOLD, FOLDS, FOLD_IN = "fold", "folds", "fold-in"  # stages: one fold, all of a configuration, everything
 TRAINED = ("search", "confirm", "retrain")  # stages whose models were trained on train by a configuration
 CUT_OFF = (Status.INTERRUPTED, Status.RUNNING)
 
@@ -47,7 +48,7 @@ class TrialRecord:
     value: float | None  # the study's metric on val at the best epoch; of a stopped trial, at its last
     seconds: float
     reason: str  # why it ended, a sentence
-    stage: str = "search"  # or "confirm", "retrain", "soup", "student"; in the study of stops "audit"
+    stage: str = "search"  # or one of those above, "soup", "student"; in the study of stops "audit"
     note: str = ""  # e.g. that this is the competitor's recipe
     at: float = 0.0  # seconds from the start of the command that ran it to the trial's end
     curve: tuple[EpochMetrics, ...] = ()
@@ -103,6 +104,11 @@ class Study:
     @property
     def submission_file(self) -> Path:
         return self.folder / "submission.csv"
+
+    @property
+    def fold_in_file(self) -> Path:
+        """The submission of models that learnt from all labelled pictures."""
+        return self.folder / "submission-fold-in.csv"
 
     @property
     def report_file(self) -> Path:
@@ -231,9 +237,9 @@ class Study:
         return _parsed(self.trials_file, found.st_size, found.st_mtime_ns)
 
     def leaderboard(self) -> list[TrialRecord]:
-        """Finished trials, best on val first."""
+        """Finished trials that have a value on val, best first; a single fold has one on other pictures."""
         sign = -1 if METRICS[self.metric].mode == "max" else 1
-        finished = (r for r in self.records() if r.status is Status.FINISHED)
+        finished = (r for r in self.records() if r.status is Status.FINISHED and r.stage != FOLD)
         ranked = [(sign * r.value, r) for r in finished if r.value is not None]
         return [record for _, record in sorted(ranked, key=lambda pair: pair[0])]
 

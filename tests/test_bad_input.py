@@ -693,6 +693,7 @@ OPTIONS = {
         wrong("--gpus-per-trial nan", f"--gpus-per-trial nan {SHARE}"),
         wrong("--gpus-per-trial half", f"--gpus-per-trial half {SHARE}"),
         wrong("--confirm -1", "--confirm -1 must be at least 0, which leaves it out"),
+        wrong("--folds 99", "--folds 99 must be 0, which leaves it out, or from 2 to 20"),
         wrong("--audit-stops -1", "--audit-stops -1 must be at least 0, which leaves it out"),
         wrong("--cache-limit 0", "--cache-limit 0 must be above 0 and below 1,000,000 GB"),
         wrong("--cache-limit nan", "--cache-limit nan must be above 0 and below 1,000,000 GB"),
@@ -875,6 +876,14 @@ STUDIES = {
     ),
     "retrain --seeds 0": script(retrain, "--seeds 0", "--seeds 0 must be at least 1"),
     "retrain --seeds huge": script(retrain, "--seeds 9999999", "--seeds 9999999 must be at most 1000"),
+    "retrain --folds 1": script(
+        retrain, "--folds 1", "--folds 1 must be 0, which leaves it out, or from 2 to 20"
+    ),
+    "retrain --folds with --seeds": script(
+        retrain,
+        "--folds 3 --seeds 2",
+        "--seeds 2 does not go with --folds: each fold is a run of its own",
+    ),
     "retrain --epochs -1": script(retrain, "--epochs -1", "--epochs -1 must be at least 1"),
     "ensemble --top 0": script(
         ensemble, "--top 0", "--top 0 must be from 1 to 12, whose weights a search keeps"

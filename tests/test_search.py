@@ -14,10 +14,13 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 
 from carmodels.catalog import VIEWS
+from carmodels.data import open_dataset
+from carmodels.ensemble import of_study
 from carmodels.models import Weights
 from carmodels.predictions import with_temperature
 from carmodels.study import TRAINED, Status, Study
@@ -189,8 +192,10 @@ def test_the_best_is_that_of_all_its_runs_and_none_of_them_is_trained_twice(plac
     assert sorted(run["seed"] for run in best["retrained"].values()) == [1, 2, 3]
     further = [r for r in study.records() if r.stage in TRAINED and r.stage != "search"]
     assert len({(replace(r.config, seed=0), r.config.seed) for r in further}) == len(further)
+    retrained = {r.trial_id: r.config for r in further if r.stage == "retrain"}
+    assert set(best["retrained"]) == set(retrained)
+    assert {c.epochs for c in retrained.values()} == {6}  # reruns for 3, as in the search, are no such runs
     reruns = [r for r in further if r.stage == "confirm"]
-    assert all(r.trial_id in best["retrained"] for r in reruns if r.note.endswith(best["trial_id"]))
     for rerun in reruns:
         assert study.weights_file(rerun.trial_id).is_file()
         assert len(study.predictions(rerun.trial_id, "test").ids) == 20
@@ -310,6 +315,43 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
     assert result.returncode == 0, result.stderr
     assert "audit was looked at 2 times" in result.stdout
     assert out.read_text() == place.study.submission_file.read_text()
+
+
+@pytest.mark.usefixtures("whole")
+def test_folds_are_members_of_the_ensemble_and_a_last_run_learns_from_everything(place: Place) -> None:
+    study, splits = place.study, [place.study.labels(name) for name in ("train", "val", "audit")]
+    cache = ("--cache", str(place.folder / "cache"))
+    options = ("--folds", "2", "--epochs", "1", "--fold-in", *cache)
+    command = place.command("retrain.py", str(study.folder), *options)
+    result = place.run(command)
+    assert result.returncode == 0, result.stderr
+    folds = [r for r in study.records() if r.stage == "fold"]
+    sets = [r for r in study.records() if r.stage == "folds"]
+    assert len(folds) == 2 * len(sets) == 6
+    for record in folds:
+        held_out = study.predictions(record.trial_id, "oof").ids
+        assert set(held_out) < {*splits[0], *splits[1]}
+        assert len(study.predictions(record.trial_id, "audit").ids) == len(splits[2])
+    [last, *_] = [r for r in study.records() if r.stage == "fold-in"]
+    assert last.value is None
+    assert not study.predictions_file(last.trial_id, "audit").is_file()
+    assert study.fold_in_file.read_text() != study.submission_file.read_text()
+    assert len(study.fold_in_file.read_text().splitlines()) == 21
+    assert "No score goes with it" in result.stdout.replace("\n", " ")
+    before = study.records()
+    again = place.run(command)
+    assert again.returncode == 0, again.stderr
+    assert study.records() == before  # nothing is trained twice
+    result = place.run(place.command("ensemble.py", str(study.folder), "--tta", "2", *cache))
+    assert result.returncode == 0, result.stderr
+    members = json.loads(study.ensemble_file.read_text())["members"]
+    assert {m["stage"] for m in members} == {"fold"}
+    assert sum(m["weight"] for m in members) == pytest.approx(1)
+    ensemble, audit = of_study(study), study.predictions("ensemble", "audit")
+    opened = open_dataset(place.data, cache_dir=place.folder / "cache", max_size=48)
+    shown = [opened.images[row] for row in opened.audit.rows]
+    said = audit.aligned(opened.audit.ids).probs
+    np.testing.assert_allclose(ensemble.probabilities(shown), said, atol=1e-4)
 
 
 def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Place) -> None:

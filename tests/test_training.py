@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from carmodels import training
 from carmodels.batches import Batch, Loader
 from carmodels.catalog import AUGMENTS, SCHEDULES, UNFREEZE, VIEWS
-from carmodels.data import Splits
+from carmodels.data import Split, Splits
 from carmodels.models import Weights
 from carmodels.predictions import METRICS, accuracy
 from carmodels.space import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
-from carmodels.training import Fitted, _Run, fit, predict, seconds_per_picture
+from carmodels.training import Fitted, _Run, fit, parted, predict, seconds_per_picture, view_size
 
 
 def curve(history: tuple[EpochMetrics, ...]) -> list[tuple[float, ...]]:
@@ -88,11 +89,64 @@ def test_targets_are_learnt_in_the_place_of_labels_and_shown_as_they_were_made(
         fit(replace(config, mixup=0.2), splits, weights=weights, targets=other)
 
 
-def test_a_fold_that_the_splits_do_not_hold_is_refused(
+def test_the_models_of_all_folds_are_not_trained_at_once(
     config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
-    with pytest.raises(ValueError, match="fold=1: these splits hold no folds"):
-        fit(replace(config, fold=1), splits, weights=weights)
+    with pytest.raises(ValueError, match="folds=3: these are 3 models; name the fold of one"):
+        fit(replace(config, folds=3), splits, weights=weights)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_held_out_has_no_say_in_a_fold(
+    schedule: str, config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    """Whatever the fold's labels are, the model is the same, and that of the last epoch."""
+    one = replace(config, folds=3, fold=1, epochs=4, lr=2e-2, schedule=schedule)
+    fitted = fit(one, splits, weights=weights)
+    assert fitted.best.epoch == 4
+    held_out = parted(one, splits).val
+    kept = predict(fitted.model, splits, held_out, config=one)
+    assert accuracy(kept.probs, held_out.labels) == pytest.approx(fitted.best.value, abs=1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_labels", _wrong_labels)
+        other = fit(one, splits, weights=weights)
+    assert other.best.value != fitted.best.value
+    for first, second in zip(fitted.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def _wrong_labels(split: Split) -> np.ndarray:
+    return np.roll(split.labels, 7) if split.name == "oof" else split.labels
+
+
+def test_a_last_run_learns_from_everything_and_has_no_score(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    last = replace(config, fold_in=True, schedule="plateau")
+    parts = parted(last, splits)
+    assert (len(parts.train), len(parts.val), len(parts.audit)) == (200, 0, 0)
+    assert set(parts.train.ids) == {*splits.train.ids, *splits.val.ids, *splits.audit.ids}
+    fitted = fit(last, splits, weights=weights)
+    assert fitted.ending == "schedule"
+    assert fitted.best.epoch == 2
+    for epoch in fitted.history:
+        assert np.isfinite(epoch.train_loss)
+        assert np.isnan([epoch.val_loss, epoch.val_accuracy, epoch.value]).all()
+
+
+def test_growing_pictures_are_trained_on_at_each_size_and_tested_at_the_whole_one(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    growing = replace(config, image_size=48, start_size=16, epochs=4)
+    run = _Run(growing, splits, weights=weights, device=torch.device("cpu"))
+    sizes = [next(run.shown(number))[0].shape[-1] for number in range(1, 5)]
+    assert sizes == [growing.shown_size(number) for number in range(1, 5)] == [16, 32, 32, 48]
+    assert next(run.val_loader.epoch(0)).images.shape[-1] == 48
+    larger = replace(config, test_size=64)
+    run = _Run(larger, splits, weights=weights, device=torch.device("cpu"))
+    assert next(run.val_loader.epoch(0)).images.shape[-1] == 64
+    assert next(run.shown(1))[0].shape[-1] == 32
+    assert view_size(larger, "plain") == 64
 
 
 def test_training_learns_far_beyond_chance(config: TrialConfig, splits: Splits, weights: Weights) -> None:
@@ -142,6 +196,9 @@ def test_what_a_strategy_keeps_frozen_does_not_move(
         {"lr": 1e-2},
         {"batch_size": 16},
         {"unfreeze": "frozen"},
+        {"start_size": 16},
+        {"test_size": 48},
+        {"folds": 2, "fold": 0},
     ],
     ids=str,
 )

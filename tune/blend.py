@@ -26,9 +26,9 @@ from carmodels.predictions import (
     select_ensemble,
     with_temperature,
 )
-from carmodels.study import TRAINED, Study, TrialRecord, read_json, write_json
+from carmodels.study import FOLDS, TRAINED, Study, TrialRecord, read_json, write_json
 from carmodels.submission import write_submission
-from tune import soups
+from tune import folds, soups
 from tune.stages import RECIPE, Clock, Say
 from tune.trials import WEIGHTS_KEPT, Job
 from tune.views import MOST_VIEWS, Members, Paces, judge_views
@@ -56,11 +56,12 @@ def ensemble(
     for record in cooked:
         say(f"Soup {record.trial_id}: {record.reason}, {record.config.title}; val {record.value:.4f}.")
     paces = Paces(job)
-    paces.measure(record.config for record in trained)
-    library = Library.of(study, [*trained, *cooked], labels, paces, max_seconds)
+    candidates, on, asked = folds.judged_on(study, [*trained, *cooked])
+    paces.measure(record.config for record in candidates)
+    library = Library.of(study, candidates, on, asked, paces, max_seconds)
     chosen = library.choose(until=time.time() + CHECK_SHARE * clock.left)
     say(f"{chosen.sentence}.")
-    records = {r.trial_id: r for r in [*trained, *cooked]}
+    records = {r.trial_id: r for r in [*trained, *candidates]}
     members = Members(
         job, {records[i]: w for i, w in chosen.weights.items()}, library.temperatures(library.all_rows)
     )
@@ -68,10 +69,16 @@ def ensemble(
     for line in (*(f"  {line}" for line in verdict.lines), f"Test-time augmentation: {verdict.sentence}"):
         say(f"{line}.")
     blended, temperature = _answers(members, verdict.views, labels)
-    single = records[library.best_of([record.trial_id for record in trained])]
+    truth = np.array(list(labels.values()))
+    best = library.best_of([r.trial_id for r in trained]) if on == "val" else trained[0].trial_id
+    single = records[best]
     results = {
         "metric": study.metric,
-        "members": [_member(r, w, chosen.gains, members, library) for r, w in members.weights.items()],
+        "members": [
+            described
+            for record, weight in members.weights.items()
+            for described in _described_members(study, record, weight, chosen.gains, members, library)
+        ],
         "temperature": temperature,
         "tta": asdict(verdict),
         "nested": {**asdict(chosen.check), "gain": chosen.check.gain, "sentence": chosen.sentence},
@@ -83,9 +90,7 @@ def ensemble(
             "cores": job.workers.cpus,
         },
         "val": {
-            "ensemble": METRICS[study.metric].score(
-                blended["val"].aligned(list(labels)).probs, library.truth
-            ),
+            "ensemble": METRICS[study.metric].score(blended["val"].aligned(list(labels)).probs, truth),
             "single": {"trial_id": single.trial_id, "value": single.value},
         },
         "audit": _audit(study, study.metric, blended["audit"], single.trial_id),
@@ -153,25 +158,28 @@ class Library:
     truth: np.ndarray  # (N,)
     costs: Mapping[str, float]  # seconds for 1,000 pictures
     max_cost: float
+    means: frozenset[str] = frozenset()  # of several models, whose temperature is left alone
 
     @classmethod
     def of(
         cls,
         study: Study,
         candidates: Sequence[TrialRecord],
+        on: str,
         labels: Mapping[str, int],
         paces: Paces,
         max_cost: float,
     ) -> Library:
-        """The candidates' answers on val; ValueError where none of them is cheap enough."""
+        """The candidates' answers on a split; ValueError where none of them is cheap enough."""
         costs = {r.trial_id: 1000 * paces.of(r.config) for r in candidates}
         if min(costs.values()) > max_cost:
             raise ValueError(
                 f"--max-seconds-per-1000 {max_cost:g} is less than the fastest candidate takes here, "
                 f"{min(costs.values()):.2f} s; allow more"
             )
-        probs = {r.trial_id: study.predictions(r.trial_id, "val").aligned(list(labels)) for r in candidates}
-        return cls(study.metric, probs, np.array(list(labels.values())), costs, max_cost)
+        probs = {r.trial_id: study.predictions(r.trial_id, on).aligned(list(labels)) for r in candidates}
+        means = frozenset(r.trial_id for r in candidates if r.stage == FOLDS)
+        return cls(study.metric, probs, np.array(list(labels.values())), costs, max_cost, means)
 
     @property
     def all_rows(self) -> np.ndarray:
@@ -190,7 +198,10 @@ class Library:
 
     def temperatures(self, rows: np.ndarray) -> dict[str, float]:
         """Each model's temperature, fitted on these rows."""
-        return {name: fit_temperature(p.probs[rows], self.truth[rows]) for name, p in self.probs.items()}
+        return {
+            name: 1.0 if name in self.means else fit_temperature(p.probs[rows], self.truth[rows])
+            for name, p in self.probs.items()
+        }
 
     def tempered(self, rows: np.ndarray) -> dict[str, Predictions]:
         """All rows, with the temperatures fitted on some."""
@@ -233,19 +244,29 @@ def _sentence(selection: Selection, check: Nested) -> str:
     return f"The ensemble is {'kept' if check.helps else 'left out for the best model'}: {halves}"
 
 
-def _member(
-    record: TrialRecord, weight: float, gains: Mapping[str, float], members: Members, library: Library
-) -> dict[str, Any]:
-    return {
-        "trial_id": record.trial_id,
-        "title": record.config.title,
-        "stage": record.stage,
-        "weight": weight,
-        "gain": gains[record.trial_id],
-        "val": record.value,
-        "temperature": members.temperatures[record.trial_id],
-        "seconds_per_1000": library.costs[record.trial_id],
-    }
+def _described_members(
+    study: Study,
+    record: TrialRecord,
+    weight: float,
+    gains: Mapping[str, float],
+    members: Members,
+    library: Library,
+) -> list[dict[str, Any]]:
+    """The models of what was chosen: that itself, or its folds, which share what there is to it."""
+    models = folds.models_of(study, record)
+    return [
+        {
+            "trial_id": one.trial_id,
+            "title": one.config.title,
+            "stage": one.stage,
+            "weight": weight / len(models),
+            "gain": gains[record.trial_id] / len(models),
+            "val": record.value,
+            "temperature": members.temperatures[record.trial_id],
+            "seconds_per_1000": library.costs[record.trial_id] / len(models),
+        }
+        for one in models
+    ]
 
 
 def _soup(record: TrialRecord) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from carmodels.models import Weights
 from carmodels.predictions import METRICS
 from carmodels.space import SPACES, Space
 from carmodels.study import Study
-from tune import setup, stages
+from tune import retraining, setup, stages
 from tune.blend import ensemble
 from tune.confirm import CONTENDERS, RERUNS
 from tune.console import Screen
@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="STUDY_DIR",
         help="earlier studies, of any data, whose trials tell where to begin",
     )
+    setup.add_fold_options(p)
     setup.add_cost_option(p)
     setup.add_machine_options(p)
     p.add_argument("--seed", type=int, default=0, help="of the split, the draws and the training (0)")
@@ -135,6 +136,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     if weights.source == "hub" and not options.address:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: what they need is on this disk now
     splits = setup.open_data(data, options, max(space.image_sizes), options.seed, screen)
+    if options.fold_in:
+        retraining.check_test(splits)
     clock, trials = budget(options, space, bare, begun)
     facts = {
         "data": study.relative(data),
@@ -241,7 +244,9 @@ def trained_further(
         if not stages.confirm(job, clock=clock, watch=watch, say=say, most=options.confirm):
             return False
         screen.standings(job.study)
-    return last < STAGES.index("retrain") or stages.retrain(job, clock=clock, watch=watch, say=say)
+    return last < STAGES.index("retrain") or retraining.retrain_all(
+        job, clock=clock, watch=watch, say=say, folds=options.folds, fold_in=options.fold_in
+    )
 
 
 def check_numbers(options: argparse.Namespace) -> None:
@@ -253,6 +258,7 @@ def check_numbers(options: argparse.Namespace) -> None:
     for name in ("confirm", "audit_stops"):
         if (value := getattr(options, name)) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 0, which leaves it out")
+    setup.check_folds(options)
     setup.most_seconds(options)
     if not 0 <= options.seed <= MOST_SEED:
         raise ValueError(f"--seed {options.seed} must be from 0 to {MOST_SEED}")

@@ -32,6 +32,7 @@ from tune.stages import Clock
 from tune.trials import Job, Watch, Workers, start_ray, together
 
 MOST_CACHE = 1e6  # GB
+MOST_FOLDS = 20
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +87,28 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add("--cache", metavar="DIR", help="where decoded pictures are kept (the user's cache folder)")
     add("--cache-limit", type=float, default=100.0, metavar="GB", help="most that they may take (100)")
     add("--plain", action="store_true", help="plain lines, on a terminal, too, in place of the live view")
+
+
+def add_fold_options(parser: argparse.ArgumentParser) -> None:
+    """The options of retraining that change what is learnt from."""
+    parser.add_argument(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="K",
+        help="retrain the best few once for each of K folds of train and val, not from new seeds (0: off)",
+    )
+    parser.add_argument(
+        "--fold-in",
+        action="store_true",
+        help="train the best a last time on all labelled pictures, audit too: a submission without a score",
+    )
+
+
+def check_folds(options: argparse.Namespace) -> None:
+    """Raises ValueError for a number of folds that makes no sense."""
+    if options.folds and not 2 <= options.folds <= MOST_FOLDS:
+        raise ValueError(f"--folds {options.folds} must be 0, which leaves it out, or from 2 to {MOST_FOLDS}")
 
 
 def add_cost_option(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,11 @@
-"""The stages that train, each from study folder to study folder: search, confirm, retrain."""
+"""The stages of the search, each from study folder to study folder: search, audit of stops, confirm."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -13,10 +13,10 @@ from ray.tune.schedulers import FIFOScheduler
 
 from carmodels.catalog import UNFREEZE
 from carmodels.predictions import METRICS
-from carmodels.space import Space, TrialConfig, baseline
-from carmodels.study import CUT_OFF, TRAINED, Status, Study, TrialRecord, write_json
+from carmodels.space import Space, baseline
+from carmodels.study import CUT_OFF, Status, Study, TrialRecord, write_json
 from tune import stops
-from tune.confirm import RERUNS, Reruns, described, expected_seconds, judged
+from tune.confirm import RERUNS, Reruns, expected_seconds
 from tune.plan import Packing, make_plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws, Queue, useful
@@ -206,117 +206,3 @@ def confirm(job: Job, *, clock: Clock, watch: Watch, say: Say, most: int = RERUN
     )
     job.study.write_table()
     return completed
-
-
-def retrain(
-    job: Job,
-    *,
-    clock: Clock,
-    watch: Watch,
-    say: Say,
-    trial_id: str | None = None,
-    seeds: int = 3,
-    epochs: int | None = None,
-) -> bool:
-    """Train the best (or the named) configuration from new seeds, side by side; False if interrupted.
-
-    Runs with new seeds that there are already count.
-    """
-    study = job.study
-    job = replace(job, workers=replace(job.workers, packed=0))  # the best one has a GPU of its own
-    chosen = _chosen(study, trial_id)
-    configs, planned = _to_train(study, chosen, seeds, epochs, clock, job.workers.count)
-    metric = chosen.config.metric
-    end = clock.at(RETRAIN_SHARE)
-    late = end + 0.3 * (clock.at(1) - end) if clock.seconds < math.inf else math.inf
-    say(_announced(chosen, len(configs), len(_again(study, chosen, planned)), planned))
-    completed = not configs or run_trials(
-        replace(job, until=end),
-        stage="retrain",
-        begun=clock.begun,
-        end=late,
-        search_alg=Queue(configs, metric=metric, mode=METRICS[metric].mode),
-        scheduler=FIFOScheduler(),
-        notes={c.id: f"seed {c.seed} of {chosen.trial_id}" for c in configs},
-        watch=watch,
-    )
-    study.write_table()
-    write_json(
-        study.best_file,
-        {
-            "trial_id": chosen.trial_id,
-            "config": asdict(replace(chosen.config, epochs=planned)),
-            "metric": metric,
-            "val": chosen.value,
-            "retrained": {
-                r.trial_id: {"seed": r.config.seed, "val": r.value} for r in _again(study, chosen, planned)
-            },
-            "standings": described(judged(study)),
-        },
-    )
-    return completed
-
-
-def _to_train(
-    study: Study, chosen: TrialRecord, seeds: int, epochs: int | None, clock: Clock, workers: int
-) -> tuple[list[TrialConfig], int]:
-    """The configurations that retraining lacks and has time for, and the epochs of each."""
-    wanted = epochs or chosen.config.epochs
-    first = chosen.config.seed + 1
-    like = replace(chosen.config, epochs=wanted, head_seed=chosen.config.start)  # so that they make a soup
-    configs = [replace(like, seed=first + i) for i in range(seeds)]
-    done = {r.config.seed for r in _again(study, chosen, wanted)}
-    missing = [c for c in configs if c.seed not in done]
-    per_epoch = expected_seconds(chosen) / chosen.config.epochs
-    left = clock.at(RETRAIN_SHARE) - time.time()
-    count, planned = _fitting(len(missing), wanted, per_epoch, left, workers)
-    if planned < wanted and (done or not count):
-        return [], wanted  # a shorter schedule is only for want of a whole one
-    return [replace(c, epochs=planned) for c in missing[:count]], planned
-
-
-def _again(study: Study, chosen: TrialRecord, epochs: int) -> list[TrialRecord]:
-    """Finished runs of the configuration with other seeds and so many epochs, best first."""
-    same = replace(chosen.config, epochs=epochs)
-    board = (r for r in study.leaderboard() if r.stage in TRAINED and r.trial_id != chosen.trial_id)
-    return [r for r in board if replace(r.config, seed=same.seed, head_seed=same.head_seed) == same]
-
-
-def _announced(chosen: TrialRecord, missing: int, done: int, epochs: int) -> str:
-    """What retraining is about to do, in words."""
-    name = f"{chosen.config.title} ({chosen.trial_id})"
-    if missing:
-        there = f", {done} more are there" if done else ""
-        return f"Retraining {name}, new seeds: {missing}{there}; {epochs} epochs each."
-    if done:
-        return f"Retraining {name} is left out, new seeds that are there: {done}."
-    return "Retraining is left out: the time that is left does not hold one run of it."
-
-
-def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
-    """The named trial, else the one whose configuration is best by all its runs."""
-    candidates = [r for r in study.leaderboard() if r.stage == "search"]
-    if trial_id is not None:
-        candidates = [r for r in candidates if r.trial_id == trial_id]
-        if not candidates:
-            raise ValueError(
-                f"--trial {trial_id}: no finished trial of {study.folder} has this id; see trials.csv"
-            )
-        return candidates[0]
-    if not candidates:
-        reasons = [r.reason for r in study.records() if r.status is not Status.FINISHED]
-        last = f" (the last one: {reasons[-1]})" if reasons else ""
-        raise ValueError(f"{study.folder} has no finished trial{last}; --resume goes on, with more --hours")
-    found = judged(study)
-    return found[0].record if found else candidates[0]
-
-
-def _fitting(seeds: int, epochs: int, per_epoch: float, seconds: float, workers: int) -> tuple[int, int]:
-    """Seeds and epochs that fit into `seconds`: whole schedules if one fits, else a round of shorter ones."""
-    if math.isinf(seconds) or per_epoch <= 0:
-        return seeds, epochs
-    rounds = int(seconds / (per_epoch * epochs))
-    if rounds:
-        return min(seeds, rounds * workers), epochs
-    shorter = int(seconds / per_epoch)
-    return (min(seeds, workers), shorter) if shorter >= max(2, epochs // 2) else (0, 0)

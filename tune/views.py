@@ -27,12 +27,14 @@ from carmodels.predictions import (
     with_temperature,
 )
 from carmodels.space import TrialConfig
-from carmodels.study import TrialRecord
+from carmodels.study import FOLDS, TrialRecord
 from carmodels.training import predict, view_size
+from tune import folds
 from tune.trials import Job, as_task
 
 MOST_VIEWS = 4  # a picture, the plain one included
 _HALF_PRECISION = 0.02  # by how much probabilities differ between two batch layouts on a GPU
+_ROUNDING = 1e-5
 _TIMED = 64  # pictures
 _JUDGING = 0.5  # of the time that is left: for showing val; the rest is for audit and test
 
@@ -46,7 +48,8 @@ class Paces:
 
     def of(self, config: TrialConfig, view: str = "plain") -> float:
         """Seconds a picture, loading included."""
-        return self.seconds[self._key(config, view)]
+        models = config.folds or 1
+        return models * self.seconds[self._key(config, view)]
 
     def measure(self, configs: Iterable[TrialConfig], views: Iterable[str] = ("plain",)) -> None:
         """Time what was not timed yet, side by side as it will run."""
@@ -64,7 +67,7 @@ class Paces:
 def seconds_a_picture(job: Job, config: TrialConfig, size: int) -> float:
     """The better of two passes over some pictures of val, after the network has warmed up on them."""
     torch.set_num_threads(job.workers.cpus)
-    config = replace(config, image_size=size)
+    config = replace(config, image_size=size, start_size=0, test_size=0)
     model = build(config, classes=len(job.splits.classes), weights=Weights("none"))
     val = job.splits.val
     assert val.labels is not None
@@ -113,7 +116,9 @@ class Members:
         before = self.job.study.predictions(record.trial_id, "val")
         task = as_task(_show_one, self.job.workers)
         again = ray.get(task.remote(self.job, record, "val", "plain")).aligned(before.ids)
-        tolerance = _HALF_PRECISION if self.job.workers.gpus else 0.0
+        tolerance = _ROUNDING if record.stage == FOLDS else 0.0  # whose pictures come in other batches now
+        if self.job.workers.gpus:
+            tolerance = _HALF_PRECISION
         return np.allclose(again.probs, before.probs, rtol=0, atol=tolerance)
 
     def costs(self, paces: Paces, views: Iterable[str]) -> dict[str, float]:
@@ -125,6 +130,8 @@ class Members:
 
 def _show_one(job: Job, record: TrialRecord, split: str, view: str) -> Predictions:
     """One trial's probabilities for one split through one view, from the weights it left."""
+    if record.stage == FOLDS:
+        return folds.shown(job, record, split, view)
     torch.set_num_threads(job.workers.cpus)
     weights = job.study.weights_file(record.trial_id)
     model = load_weights(record.config, weights, classes=len(job.splits.classes))
