@@ -48,7 +48,8 @@ def kind(config: TrialConfig) -> Hashable | None:
     """
     if UNFREEZE[config.unfreeze].head_only_epochs is None or config.fold is not None:
         return None
-    return (config.backbone, config.image_size, config.head, config.head_depth, config.start)
+    sizes = (config.image_size, config.test_size)
+    return (config.backbone, *sizes, config.head, config.head_depth, config.start)
 
 
 def greedy_soup(

@@ -56,6 +56,18 @@ def test_an_ensemble_that_is_lucky_on_val_is_not_kept() -> None:
     assert np.mean(gains) < np.mean(lucky) / 2
 
 
+def test_where_the_check_fails_the_best_model_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = library({f"m{n}": answers(1.5, n) for n in range(8)})
+    kept = some.choose(until=0)
+    assert kept.weights == some.select(EVERY).weights
+    assert kept.sentence.startswith("The ensemble is kept: ")
+    single = some.select(EVERY).single
+    monkeypatch.setattr(Library, "check", lambda self, until: Nested(0.8, 0.85, (-0.05,), False))
+    left = some.choose(until=0)
+    assert (left.weights, left.gains) == ({single: 1.0}, {single: 0.0})
+    assert left.sentence.startswith("The ensemble is left out for the best model: ")
+
+
 def test_each_model_has_the_temperature_that_fits_it_before_the_mean() -> None:
     probs = {"soft": answers(2.0, 1, sharpness=0.2), "sharp": answers(2.0, 2, sharpness=5.0)}
     some = library(probs, "log_loss")

@@ -160,5 +160,5 @@ def test_what_cannot_be_distilled_is_one_line(
     bare.begin(json.loads((study.folder / "study.json").read_text()), [])
     cache = ("--cache", str(tmp_path / "cache"))
     assert "has no ensemble.json; python tune/ensemble.py" in said(str(bare.folder), *cache)
-    asked = [str(bare.folder), "--student", str(tmp_path)]
+    asked = [str(bare.folder), str(study.folder / "study.json"), "--student"]
     assert setup.guarded(answering.run, answering.parser().parse_args(asked)) == 2

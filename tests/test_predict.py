@@ -35,7 +35,7 @@ from tune.answers import found_pictures, threshold
 from tune.drop import Desk, _Visitor, render
 from tune.predict import parser, run
 
-VIEWS = ["plain", "flip", "top_right", "darker", "more_contrast"]
+VIEWS = ["flip", "top_right", "darker"]
 TEMPERATURES = (0.8, 1.6)
 CONFIGS = (
     TrialConfig("test_resnet", image_size=48, epochs=2, lr=3e-3),

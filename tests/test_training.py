@@ -16,7 +16,7 @@ from carmodels.data import Split, Splits
 from carmodels.models import Weights
 from carmodels.predictions import METRICS, accuracy
 from carmodels.space import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
-from carmodels.training import _Run, fit, parted, predict, seconds_per_picture, view_size
+from carmodels.training import Fitted, _Run, fit, parted, predict, seconds_per_picture, view_size
 
 
 def curve(history: tuple[EpochMetrics, ...]) -> list[tuple[float, ...]]:
@@ -303,11 +303,14 @@ def test_cosine_warms_up_and_ends_at_zero_and_plateau_falls_when_val_loss_stays(
     assert set(rates("constant", 3)) == {1e-2}
 
 
+@pytest.fixture(scope="module")
+def fitted(splits: Splits, weights: Weights) -> Fitted:
+    """A model that knows its pictures, for tests that only ask it."""
+    return fit(TrialConfig("test_resnet", image_size=48, epochs=4, lr=3e-3), splits, weights=weights)
+
+
 @pytest.mark.parametrize("view", VIEWS)
-def test_every_view_keeps_ids_with_their_pictures(
-    view: str, config: TrialConfig, splits: Splits, weights: Weights
-) -> None:
-    fitted = fit(replace(config, epochs=4, image_size=48), splits, weights=weights)
+def test_every_view_keeps_ids_with_their_pictures(view: str, fitted: Fitted, splits: Splits) -> None:
     shown = predict(fitted.model, splits, splits.val, config=fitted.config, view=view)
     assert shown.ids == splits.val.ids
     assert accuracy(shown.probs, splits.val.labels) > 0.25  # ten classes: a mix-up would be at chance

@@ -116,8 +116,8 @@ class MadeUp:
     def identity(self) -> bool:
         return self.same
 
-    def costs(self, paces: Paces) -> dict[str, float]:
-        return self.cost
+    def costs(self, paces: Paces, views: Sequence[str]) -> dict[str, float]:
+        return {view: self.cost[view] for view in views}
 
     def blended(self, split: str, views: Sequence[str]) -> Predictions:
         self.asked += views

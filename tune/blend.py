@@ -50,7 +50,7 @@ def ensemble(
 
     `max_seconds` is what all members with all views may take one worker for 1,000 pictures.
     """
-    study, metric = job.study, job.study.metric
+    study, labels = job.study, job.study.labels("val")
     trained = _trained(study, top)
     cooked = soups.cook(job, trained, until=time.time() + SOUP_SHARE * clock.left)
     for record in cooked:
@@ -59,62 +59,74 @@ def ensemble(
     candidates, on, asked = folds.judged_on(study, [*trained, *cooked])
     paces.measure(record.config for record in candidates)
     library = Library.of(study, candidates, on, asked, paces, max_seconds)
-    selection = library.select(np.arange(len(asked)))
-    check = library.check(until=time.time() + CHECK_SHARE * clock.left)
-    weights = selection.weights if check.helps else {selection.single: 1.0}
-    sentence = _sentence(selection, check)
-    say(f"{sentence}.")
-    temperatures = library.temperatures(np.arange(len(asked)))
+    chosen = library.choose(until=time.time() + CHECK_SHARE * clock.left)
+    say(f"{chosen.sentence}.")
     records = {r.trial_id: r for r in [*trained, *candidates]}
-    labels = study.labels("val")
-    truth = np.array(list(labels.values()))
-    members = Members(job, {records[i]: weight for i, weight in weights.items()}, temperatures)
+    members = Members(
+        job, {records[i]: w for i, w in chosen.weights.items()}, library.temperatures(library.all_rows)
+    )
     verdict = judge_views(members, labels, limit=views, seconds=clock.left, paces=paces, max_cost=max_seconds)
-    for line in verdict.lines:
-        say(f"  {line}.")
-    say(f"Test-time augmentation: {verdict.sentence}.")
-    temperature = fit_temperature(members.blended("val", verdict.views).aligned(list(labels)).probs, truth)
-    blended = {
-        split.name: with_temperature(members.blended(split.name, verdict.views), temperature)
-        for split in (job.splits.val, job.splits.audit, job.splits.test)
-        if len(split)
-    }
-    for split, predictions in blended.items():
-        predictions.save(study.predictions_file("ensemble", split))
-    gains = selection.gains if check.helps else {selection.single: 0.0}
-    single = library.best_of([r.trial_id for r in trained]) if on == "val" else trained[0].trial_id
-    costs = members.costs(paces)
+    for line in (*(f"  {line}" for line in verdict.lines), f"Test-time augmentation: {verdict.sentence}"):
+        say(f"{line}.")
+    blended, temperature = _answers(members, verdict.views, labels)
+    truth = np.array(list(labels.values()))
+    best = library.best_of([r.trial_id for r in trained]) if on == "val" else trained[0].trial_id
+    single = records[best]
     results = {
-        "metric": metric,
+        "metric": study.metric,
         "members": [
-            _member(one, record, weight, gains, temperatures, library.costs, len(models))
+            described
             for record, weight in members.weights.items()
-            for models in [folds.models_of(study, record)]
-            for one in models
+            for described in _described_members(study, record, weight, chosen.gains, members, library)
         ],
         "temperature": temperature,
         "tta": asdict(verdict),
-        "nested": {**asdict(check), "gain": check.gain, "sentence": sentence},
+        "nested": {**asdict(chosen.check), "gain": chosen.check.gain, "sentence": chosen.sentence},
         "soups": [_soup(record) for record in cooked],
         "cost": {
-            "seconds_per_1000": sum(costs[view] for view in verdict.views),
+            "seconds_per_1000": sum(members.costs(paces, verdict.views).values()),
             "most": max_seconds,
             "device": job.workers.device,
             "cores": job.workers.cpus,
         },
         "val": {
-            "ensemble": METRICS[metric].score(blended["val"].aligned(list(labels)).probs, truth),
-            "single": {"trial_id": single, "value": records[single].value},
+            "ensemble": METRICS[study.metric].score(blended["val"].aligned(list(labels)).probs, truth),
+            "single": {"trial_id": single.trial_id, "value": single.value},
         },
-        "audit": _audit(study, metric, blended["audit"], single),
+        "audit": _audit(study, study.metric, blended["audit"], single.trial_id),
+        **_submitted(job, blended),
     }
-    if "test" in blended:
-        write_submission(blended["test"], study.submission_file, sample=job.splits.sample_file)
-        results["submission"] = _described(study, job.splits.class_names, blended["test"])
-        results["hidden"] = _expected(study, metric, blended["audit"], len(blended["test"].ids))
     write_json(study.ensemble_file, results)
     study.write_table()
     return results
+
+
+def _answers(
+    members: Members, views: Sequence[str], labels: Mapping[str, int]
+) -> tuple[dict[str, Predictions], float]:
+    """The ensemble's probabilities of each split, which are kept, and their temperature, fitted on val."""
+    splits, study = members.job.splits, members.job.study
+    found = {
+        s.name: members.blended(s.name, views) for s in (splits.val, splits.audit, splits.test) if len(s)
+    }
+    truth = np.array(list(labels.values()))
+    temperature = fit_temperature(found["val"].aligned(list(labels)).probs, truth)
+    blended = {split: with_temperature(predictions, temperature) for split, predictions in found.items()}
+    for split, predictions in blended.items():
+        predictions.save(study.predictions_file("ensemble", split))
+    return blended, temperature
+
+
+def _submitted(job: Job, blended: Mapping[str, Predictions]) -> dict[str, Any]:
+    """Write the submission, and say what it holds and is going to score; nothing without test pictures."""
+    if "test" not in blended:
+        return {}
+    study, test = job.study, blended["test"]
+    write_submission(test, study.submission_file, sample=job.splits.sample_file)
+    return {
+        "submission": _described(study, job.splits.class_names, test),
+        "hidden": _expected(study, study.metric, blended["audit"], len(test.ids)),
+    }
 
 
 def _trained(study: Study, top: int) -> list[TrialRecord]:
@@ -125,6 +137,16 @@ def _trained(study: Study, top: int) -> list[TrialRecord]:
     if not found:
         raise ValueError(f"{study.folder} has no finished trial to make a submission from; --resume goes on")
     return found
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Who is in the ensemble, and why."""
+
+    weights: Mapping[str, float]  # by trial id
+    gains: Mapping[str, float]  # as in `Selection`
+    check: Nested
+    sentence: str
 
 
 @dataclass(frozen=True)
@@ -158,6 +180,21 @@ class Library:
         probs = {r.trial_id: study.predictions(r.trial_id, on).aligned(list(labels)) for r in candidates}
         means = frozenset(r.trial_id for r in candidates if r.stage == FOLDS)
         return cls(study.metric, probs, np.array(list(labels.values())), costs, max_cost, means)
+
+    @property
+    def all_rows(self) -> np.ndarray:
+        return np.arange(len(self.truth))
+
+    def choose(self, until: float) -> Chosen:
+        """The ensemble, or the best model alone where choosing one does not help on other pictures."""
+        found, check = self.select(self.all_rows), self.check(until)
+        alone = {found.single: 1.0}
+        return Chosen(
+            weights=found.weights if check.helps else alone,
+            gains=found.gains if check.helps else dict.fromkeys(alone, 0.0),
+            check=check,
+            sentence=_sentence(found, check),
+        )
 
     def temperatures(self, rows: np.ndarray) -> dict[str, float]:
         """Each model's temperature, fitted on these rows."""
@@ -207,26 +244,29 @@ def _sentence(selection: Selection, check: Nested) -> str:
     return f"The ensemble is {'kept' if check.helps else 'left out for the best model'}: {halves}"
 
 
-def _member(
-    one: TrialRecord,
+def _described_members(
+    study: Study,
     record: TrialRecord,
     weight: float,
     gains: Mapping[str, float],
-    temperatures: Mapping[str, float],
-    costs: Mapping[str, float],
-    models: int,
-) -> dict[str, Any]:
-    """One model of what was chosen: that itself, or one of its folds, which share what there is to it."""
-    return {
-        "trial_id": one.trial_id,
-        "title": one.config.title,
-        "stage": one.stage,
-        "weight": weight / models,
-        "gain": gains[record.trial_id] / models,
-        "val": record.value,
-        "temperature": temperatures[record.trial_id],
-        "seconds_per_1000": costs[record.trial_id] / models,
-    }
+    members: Members,
+    library: Library,
+) -> list[dict[str, Any]]:
+    """The models of what was chosen: that itself, or its folds, which share what there is to it."""
+    models = folds.models_of(study, record)
+    return [
+        {
+            "trial_id": one.trial_id,
+            "title": one.config.title,
+            "stage": one.stage,
+            "weight": weight / len(models),
+            "gain": gains[record.trial_id] / len(models),
+            "val": record.value,
+            "temperature": members.temperatures[record.trial_id],
+            "seconds_per_1000": library.costs[record.trial_id] / len(models),
+        }
+        for one in models
+    ]
 
 
 def _soup(record: TrialRecord) -> dict[str, Any]:

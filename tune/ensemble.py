@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         )
     if not 1 <= options.tta <= len(VIEWS):
         raise ValueError(f"--tta {options.tta} must be from 1 to {len(VIEWS)}, the number of views there are")
-    setup.most_seconds(options)
+    max_seconds = setup.most_seconds(options)
     study = Study(user_path(options.study))
     out = options.out
     if out and not (out.absolute().parent.is_dir() and (out.is_file() or not out.exists())):
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
             say=screen.say,
             top=options.top,
             views=options.tta,
-            max_seconds=setup.most_seconds(options),
+            max_seconds=max_seconds,
         )
     screen.answer(results, study)
     screen.say(f"Report: {write_report(study)}")
