@@ -222,7 +222,7 @@ def retrain_folds(
     notes = {c.id: f"fold {1 + (c.fold or 0)} of {folds} of {r.trial_id}" for c, r in missing.items()}
     completed = _train(job, list(missing), stage=FOLD, notes=notes, clock=clock, share=share, watch=watch)
     for record in gather(study):
-        say(f"All folds of {record.note} of {len(splits.train) + len(splits.val)} pictures.")
+        say(f"{record.trial_id}: {record.note} ({len(splits.train) + len(splits.val)} pictures).")
     study.write_table()
     best = planned.get(chosen[0], way.of(chosen[0].config)[-1])
     _write_best(study, chosen[0], best, {r.trial_id: {"val": r.value} for r in ready(study)})
