@@ -39,6 +39,15 @@ class Batch(NamedTuple):
     rows: np.ndarray  # (B,) int64, positions in the split
 
 
+class _Plan(NamedTuple):
+    """A batch to be made."""
+
+    epoch: int
+    positions: np.ndarray  # in the split
+    size: int  # side, pixels
+    strength: float  # of the augmentation, 0 to 1
+
+
 class Loader:
     """Batches of a split, epoch by epoch.
 
@@ -71,8 +80,9 @@ class Loader:
             )
         self._pictures, self._batch_size, self._seed = len(split), batch_size, seed
         self._shuffle, self._drop_last = shuffle, drop_last
-        self._batches = _Batches(images, split, image_size, augment, view, seed)
-        self._plan: list[tuple[int, np.ndarray]] = []
+        self._size = image_size
+        self._batches = _Batches(images, split, augment, view, seed)
+        self._plan: list[_Plan] = []
         self._workers = _start_workers(self._batches, self._plan, processes) if processes else None
 
     def __len__(self) -> int:
@@ -87,9 +97,16 @@ class Loader:
             order = np.random.default_rng((self._seed, number)).permutation(order)
         return [order[n * self._batch_size : (n + 1) * self._batch_size] for n in range(len(self))]
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of epoch `number`, 0 or more."""
-        plan = [(number, order) for order in self.orders(number)]
+    def epoch(
+        self, number: int, *, like: int | None = None, size: int | None = None, strength: float = 1.0
+    ) -> Iterator[Batch]:
+        """The batches of epoch `number`, 0 or more; with `like`, of pictures as they are in that epoch.
+
+        `size` in pixels is another one than the loader's. With a strength below 1 crops cut off that much
+        less, and that share of the steps is taken.
+        """
+        shown, size = number if like is None else like, size or self._size
+        plan = [_Plan(shown, order, size, strength) for order in self.orders(number)]
         if self._workers is None:
             return map(self._batches.__getitem__, plan)
         self._plan[:] = plan
@@ -103,38 +120,39 @@ class _Batches(Dataset[Batch]):
         self,
         images: Pictures,
         split: Split,
-        size: int,
         augment: Augment | None,
         view: View | None,
         seed: int,
     ) -> None:
-        self._images, self._rows, self._size, self._seed = images, split.rows, size, seed
+        self._images, self._rows, self._seed = images, split.rows, seed
         self._labels = np.full(len(split), -1, np.int64) if split.labels is None else split.labels
-        self._augment = augment
-        shown = augment or view
-        self._steps = [_transform(step) for step in shown.steps] if shown else []
+        self._augment, self._view = augment, view or View()
+        self._steps = [_transform(step) for step in augment.steps] if augment else []
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> Batch:
-        epoch, positions = key
-        pixels = np.empty((len(positions), self._size, self._size, 3), np.uint8)
-        for place, position in zip(pixels, positions.tolist(), strict=True):
-            picture = self._picture(epoch, position, place)
+    def __getitem__(self, plan: _Plan) -> Batch:
+        pixels = np.empty((len(plan.positions), plan.size, plan.size, 3), np.uint8)
+        for place, position in zip(pixels, plan.positions.tolist(), strict=True):
+            picture = self._picture(plan, position, place)
             if picture is not place:
                 place[:] = picture
-        labels = torch.from_numpy(self._labels[positions])
-        return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels, positions)
+        labels = torch.from_numpy(self._labels[plan.positions])
+        return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels, plan.positions)
 
-    def _picture(self, epoch: int, position: int, place: np.ndarray) -> np.ndarray:
+    def _picture(self, plan: _Plan, position: int, place: np.ndarray) -> np.ndarray:
         """(size, size, 3), in `place` or elsewhere."""
         picture = self._images[self._rows[position]]
-        if self._augment is None and not self._steps:
-            return squash(picture, self._size)
-        rng = _Generator(self._seed, epoch, position)
-        draw = random.Random((self._seed << 64) + (epoch << 32) + position)
         if self._augment is None:
-            return squash(_apply(self._steps, picture, rng, draw), self._size)
-        crop = _random_crop(picture, self._augment.crop, draw) if self._augment.crop else picture
-        return _apply(self._steps, _squash_fast(crop, self._size, place), rng, draw)
+            return seen(picture, self._view, plan.size)
+        rng = _Generator(self._seed, plan.epoch, position)
+        draw = random.Random((self._seed << 64) + (plan.epoch << 32) + position)
+        crop = picture
+        if self._augment.crop:
+            least, most = (1 - plan.strength * (1 - share) for share in self._augment.crop)
+            crop = _random_crop(picture, (least, most), draw)
+        steps = self._steps
+        if plan.strength < 1:
+            steps = [step for step in steps if draw.random() < plan.strength]
+        return _apply(steps, _squash_fast(crop, plan.size, place), rng, draw)
 
 
 class _Generator:
@@ -150,9 +168,7 @@ class _Generator:
         return getattr(self._made, name)
 
 
-def _start_workers(
-    batches: _Batches, plan: list[tuple[int, np.ndarray]], processes: int
-) -> DataLoader[Batch]:
+def _start_workers(batches: _Batches, plan: list[_Plan], processes: int) -> DataLoader[Batch]:
     return DataLoader(
         batches,
         batch_size=None,  # an item of the plan is a whole batch
@@ -168,6 +184,21 @@ def _start_workers(
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def seen(picture: np.ndarray, view: View, size: int) -> np.ndarray:
+    """(H, W, 3) -> (size, size, 3), as the view shows it (its scale is in `size`)."""
+    height, width = picture.shape[:2]
+    left, top, right, bottom = (
+        round(share * side) for share, side in zip(view.box, (width, height) * 2, strict=True)
+    )
+    shown = squash(picture[top : max(bottom, top + 1), left : max(right, left + 1)], size)
+    if view.flip:
+        shown = shown[:, ::-1]
+    if view.contrast == view.brightness == 1:
+        return shown
+    levels = ((np.arange(256) - 127.5) * view.contrast + 127.5) * view.brightness
+    return levels.round().clip(0, 255).astype(np.uint8)[shown]
 
 
 def squash(picture: np.ndarray, size: int) -> np.ndarray:

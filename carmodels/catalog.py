@@ -144,15 +144,29 @@ AUGMENTS: dict[str, Augment] = {
 class View:
     """One way to show a picture to a trained model; test-time augmentation averages over views."""
 
-    steps: tuple[Step, ...] = ()  # before the picture is brought to size
+    flip: bool = False  # left and right change places
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # left, top, right, bottom of what is shown
     scale: float = 1.0  # image_size is multiplied by this (backbones built for one size keep theirs)
+    brightness: float = 1.0  # pixels are multiplied by this, after ...
+    contrast: float = 1.0  # ... their distance to mid-grey was multiplied by this
 
 
 VIEWS: dict[str, View] = {
     "plain": View(),
-    "flip": View(steps=(Step("HorizontalFlip", {"p": 1.0}),)),
+    "flip": View(flip=True),
     "larger": View(scale=1.25),
-    "larger_flip": View(steps=(Step("HorizontalFlip", {"p": 1.0}),), scale=1.25),
+    "larger_flip": View(flip=True, scale=1.25),
+    "smaller": View(scale=0.8),
+    "smaller_flip": View(flip=True, scale=0.8),
+    "centre": View(box=(0.06, 0.06, 0.94, 0.94)),  # this and the corners: five crops of 77 % of the area
+    "top_left": View(box=(0.0, 0.0, 0.88, 0.88)),
+    "top_right": View(box=(0.12, 0.0, 1.0, 0.88)),
+    "bottom_left": View(box=(0.0, 0.12, 0.88, 1.0)),
+    "bottom_right": View(box=(0.12, 0.12, 1.0, 1.0)),
+    "brighter": View(brightness=1.15),
+    "darker": View(brightness=0.87),
+    "more_contrast": View(contrast=1.2),
+    "less_contrast": View(contrast=0.8),
 }
 
 

@@ -21,7 +21,7 @@ import platform
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -66,7 +66,7 @@ _PICTURE_SUFFIXES = {
 class Split:
     """A part of the data set; ids, labels and rows are in the same order."""
 
-    name: str  # "train", "val", "audit" or "test"
+    name: str  # "train", "val", "audit" or "test"; "oof" is a fold that was held out
     ids: tuple[
         str, ...
     ]  # as in the CSV or sample file, else the path below the folder of the classes or tests
@@ -75,6 +75,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def part(self, mine: np.ndarray, name: str = "") -> Split:
+        """The pictures, (N,), that are marked as mine, under the same or another name."""
+        ids = tuple(self.ids[n] for n in np.flatnonzero(mine))
+        return Split(
+            name or self.name, ids, None if self.labels is None else self.labels[mine], self.rows[mine]
+        )
 
 
 @dataclass(frozen=True)
@@ -305,22 +312,48 @@ def assign_splits(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarr
     A group counts for the class of its first picture. Larger groups are placed first, each where its class
     lacks most, so that no group overshoots a small split. Raises ValueError where a split stays empty.
     """
+    sides = _assigned(labels, groups, seed, lambda label, count: _shares_of(count))
+    for number, (name, _) in enumerate(SHARES):
+        if number not in sides:
+            raise ValueError(
+                f"no picture is left for {name}: the {len(labels)} labelled pictures are near-duplicates of "
+                f"{len(np.unique(groups))}, which stay together; add different ones"
+            )
+    return sides
+
+
+def assign_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """labels (N,), groups (N,) -> (N,) fold of each picture, as in `assign_splits`, all folds alike in size.
+
+    Raises ValueError where a fold stays empty.
+    """
+
+    def shares(label: int, count: int) -> np.ndarray:
+        return (count + (np.arange(folds) + label) % folds) // folds  # what is over goes to another each time
+
+    sides = _assigned(labels, groups, seed, shares)
+    if missing := set(range(folds)) - set(sides.tolist()):
+        raise ValueError(
+            f"folds={folds}: no picture is left for {len(missing)} of them, {len(labels)} pictures that are "
+            f"near-duplicates of {len(np.unique(groups))} stay together; take fewer folds"
+        )
+    return sides
+
+
+def _assigned(
+    labels: np.ndarray, groups: np.ndarray, seed: int, shares: Callable[[int, int], np.ndarray]
+) -> np.ndarray:
+    """(N,) side of each picture; `shares(class, pictures)` says how many of a class each side gets."""
     _, first, member = np.unique(groups, return_index=True, return_inverse=True)
     sizes = np.bincount(member)
     sides = np.zeros(len(first), dtype=np.int64)
     rng = np.random.default_rng(seed)
     for label in range(labels.max() + 1):
         shuffled = rng.permutation(np.flatnonzero(labels[first] == label))
-        lacking = _shares_of(int(sizes[shuffled].sum()))
+        lacking = shares(label, int(sizes[shuffled].sum()))
         for group in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
             sides[group] = np.argmax(lacking)
             lacking[sides[group]] -= sizes[group]
-    for number, (name, _) in enumerate(SHARES):
-        if number not in sides:
-            raise ValueError(
-                f"no picture is left for {name}: the {len(labels)} labelled pictures are near-duplicates of "
-                f"{len(first)}, which stay together; add different ones"
-            )
     return sides[member]
 
 
@@ -328,6 +361,33 @@ def _shares_of(count: int) -> np.ndarray:
     """(3,) pictures of a class for each split, at least one each where there are three."""
     held_out = [max(int(count >= 3), round(share * count)) for _, share in SHARES[1:]]
     return np.array([count - sum(held_out), *held_out])
+
+
+def with_fold(splits: Splits, *, folds: int, fold: int, seed: int) -> Splits:
+    """One fold of train and val together becomes `val`, which is called "oof" then, the others `train`."""
+    both = _together("both", (splits.train, splits.val))
+    assert both.labels is not None
+    held_out = assign_folds(both.labels, splits.images.groups[both.rows], folds, seed) == fold
+    return _parted(splits, both.part(~held_out, "train"), both.part(held_out, "oof"), splits.audit)
+
+
+def with_everything(splits: Splits) -> Splits:
+    """All labelled pictures become `train`; `val` and `audit` are empty."""
+    everything = _together("train", (splits.train, splits.val, splits.audit))
+    val, audit = (everything.part(np.zeros(len(everything), bool), name) for name in ("val", "audit"))
+    return _parted(splits, everything, val, audit)
+
+
+def _together(name: str, parts: Sequence[Split]) -> Split:
+    """Labelled parts as one."""
+    labels = [part.labels for part in parts if part.labels is not None]
+    ids = tuple(i for part in parts for i in part.ids)
+    return Split(name, ids, np.concatenate(labels), np.concatenate([part.rows for part in parts]))
+
+
+def _parted(splits: Splits, train: Split, val: Split, audit: Split) -> Splits:
+    digest = _split_hash(train, val, audit, splits.test)
+    return replace(splits, train=train, val=val, audit=audit, split_hash=digest)
 
 
 def _part(

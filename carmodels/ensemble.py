@@ -48,6 +48,7 @@ class Member:
     trial_id: str
     weight: float
     config: TrialConfig
+    temperature: float = 1.0  # of each view's probabilities, before any mean
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types."""
-        inputs = [{"name": i.name, **asdict(i)} for i in self.inputs]
+        inputs = [{"name": i.name, **asdict(i), "shown": asdict(VIEWS[i.view])} for i in self.inputs]
         found: dict[str, Any] = json.loads(json.dumps({**asdict(self), "inputs": inputs}))
         return found
 
@@ -80,7 +81,8 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """What `to_dict` gave."""
         members = tuple(
-            Member(m["trial_id"], m["weight"], TrialConfig.from_dict(m["config"])) for m in values["members"]
+            Member(m["trial_id"], m["weight"], TrialConfig.from_dict(m["config"]), m.get("temperature", 1.0))
+            for m in values["members"]
         )
         names = {name: tuple(values[name]) for name in ("classes", "class_names", "views")}
         return cls(
@@ -92,7 +94,7 @@ class Recipe:
 
 
 class Ensemble(nn.Module):
-    """The weighted mean over members of each one's mean over views, with the temperature; in eval mode."""
+    """The weighted mean over members of each one's mean over views, with all temperatures; in eval mode."""
 
     def __init__(self, recipe: Recipe, models: Sequence[Classifier]) -> None:
         super().__init__()
@@ -106,12 +108,12 @@ class Ensemble(nn.Module):
         members = list(zip(self.recipe.members, self.models, strict=True))
         total = sum(member.weight for member, _ in members) * len(self.recipe.views)
         means = [
-            model(given[shape]).float().softmax(dim=1) * (member.weight / total)
+            _tempered(model(given[shape]).float().softmax(dim=1), member.temperature)
+            * (member.weight / total)
             for member, model in members
             for shape in self.recipe.shown(member)
         ]
-        blended = torch.stack(means).sum(dim=0)
-        return (blended.clamp(min=_FLOOR).log() / self.recipe.temperature).softmax(dim=1)
+        return _tempered(torch.stack(means).sum(dim=0), self.recipe.temperature)
 
     @torch.inference_mode()
     def probabilities(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -120,6 +122,11 @@ class Ensemble(nn.Module):
         images = [prepared(pictures, shape).to(device) for shape in self.recipe.inputs]
         with autocast(device)():
             return self(*images).cpu().numpy()
+
+
+def _tempered(probs: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(B, C), as `with_temperature` does it."""
+    return (probs.clamp(min=_FLOOR).log() / temperature).softmax(dim=1)
 
 
 def decoded(path: Path, max_size: int) -> np.ndarray:
@@ -135,17 +142,18 @@ def prepared(pictures: Sequence[np.ndarray], shape: Input) -> torch.Tensor:
     return next(iter(loader.epoch(0))).images
 
 
-def of_study(study: Study) -> Ensemble:
-    """A study's ensemble; ValueError where the study has none, or lacks a member's weights."""
-    facts = study.facts
-    if not study.ensemble_file.is_file():
-        raise ValueError(
-            f"{study.folder} has no {study.ensemble_file.name}; "
-            f"python tune/ensemble.py {study.folder} makes it"
-        )
-    results = read_json(study.ensemble_file)
+def of_study(study: Study, name: str = "ensemble") -> Ensemble:
+    """A study's ensemble, or its student; ValueError where it has none, or lacks a member's weights."""
+    facts, file = study.facts, study.answer_file(name)
+    if not file.is_file():
+        script = {"ensemble": "ensemble.py", "student": "distil.py"}[name]
+        raise ValueError(f"{study.folder} has no {file.name}; python tune/{script} {study.folder} makes it")
+    results = read_json(file)
     configs = {record.trial_id: record.config for record in study.records()}
-    members = tuple(Member(m["trial_id"], m["weight"], configs[m["trial_id"]]) for m in results["members"])
+    members = tuple(
+        Member(m["trial_id"], m["weight"], configs[m["trial_id"]], m.get("temperature", 1.0))
+        for m in results["members"]
+    )
     recipe = Recipe(
         classes=tuple(facts["classes"]),
         class_names=tuple(facts["class_names"]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 import zipfile
 import zlib
 from collections import Counter
@@ -29,6 +30,7 @@ _Score = TypeVar("_Score", float, np.ndarray)
 _RESAMPLED_AT_ONCE = 4_000_000  # probabilities a bootstrap holds in memory: 16 MB
 _TEMPERATURES = (0.05, 20.0)
 FEWEST_ANSWERED = 20  # pictures, to say how often answers of so much confidence are right
+_ROUNDING = 1e-9  # of a mean of scores
 _MOST_HIDDEN = 10_000  # pictures drawn in a resample
 
 
@@ -96,6 +98,11 @@ class Predictions:
             raise ValueError("; ".join(f"missing from {side}: {_few(x)}" for side, x in lacking.items() if x))
         rows = np.array([row_of[name] for name in ids], dtype=np.intp)
         return Predictions(tuple(ids), self.classes, self.probs[rows])
+
+    def rows(self, chosen: np.ndarray) -> Predictions:
+        """Some of the pictures, by the positions of their rows."""
+        ids = tuple(self.ids[row] for row in chosen.tolist())
+        return Predictions(ids, self.classes, self.probs[chosen])
 
 
 def _check_probs(probs: np.ndarray, ids: Sequence[str], classes: int) -> None:
@@ -261,6 +268,8 @@ def select_ensemble(
     bags: int = 10,
     max_members: int = 8,
     seed: int = 0,
+    costs: Mapping[str, float] | None = None,
+    max_cost: float = math.inf,
 ) -> Selection:
     """Greedy ensemble selection with replacement, sorted start and bagging (Caruana et al., 2004).
 
@@ -268,7 +277,8 @@ def select_ensemble(
     draws half of the library (`max_members` at least; one bag: all of it), starts from the best
     prefix of its members in order of score, adds one member a round and keeps the best ensemble on the way.
     The bags' shares are averaged and the `max_members` heaviest kept. Where that does not beat the best
-    single member, that member is the ensemble. ValueError as in `blend`.
+    single member, that member is the ensemble. With `costs`, those of the members together are at most
+    `max_cost`. ValueError as in `blend`, and where no member is that cheap.
     """
     if rounds < 0 or bags < 1 or max_members < 1:
         raise ValueError(f"{rounds=} must be >= 0, {bags=} and {max_members=} >= 1")
@@ -277,15 +287,41 @@ def select_ensemble(
     _check_labels(alike[0].probs, labels)
     order = _best_first(row, np.stack([member.probs for member in alike]), labels)
     ranked = {list(members)[index]: alike[index] for index in order}
+    price = {name: 0.0 if costs is None else costs[name] for name in ranked}
+    if min(price.values()) > max_cost:
+        raise ValueError(f"{max_cost=:g} is less than the cheapest member costs, {min(price.values()):.3g}")
+    ranked = {name: member for name, member in ranked.items() if price[name] <= max_cost}
     library = np.stack([member.probs for member in ranked.values()])
+    limit = _Limit(np.array([price[name] for name in ranked]), max_cost)
     draws = _bags(len(ranked), bags, max_members, seed)
-    shares = _bagged_shares(row, library, labels, draws, rounds=rounds, start=max_members)
-    weights = _heaviest(dict(zip(ranked, shares.tolist(), strict=True)), max_members)
+    shares = _bagged_shares(row, library, labels, draws, rounds=rounds, start=max_members, limit=limit)
+    weights = _heaviest(dict(zip(ranked, shares.tolist(), strict=True)), max_members, price, max_cost)
     ensemble = blend([ranked[name] for name in weights], list(weights.values()))
     single = next(iter(ranked))
     if _best_first(row, np.stack([ranked[single].probs, ensemble.probs]), labels)[0] == 0:
         weights = {single: 1.0}
     return _selection(row, ranked, weights, labels)
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """What members cost, and may cost together."""
+
+    costs: np.ndarray  # (M,)
+    most: float
+
+    def of(self, bag: np.ndarray) -> _Limit:
+        return replace(self, costs=self.costs[bag])
+
+    def prefixes(self) -> int:
+        """How many of the first members may be in together."""
+        return int((self.costs.cumsum() <= self.most).sum())
+
+    def candidates(self, counts: np.ndarray) -> np.ndarray:
+        """Members that are in, (M,) counts, and those that there is still room for: their indices."""
+        inside = counts > 0
+        spent = self.costs[inside].sum()
+        return np.flatnonzero(inside | (spent + self.costs <= self.most))
 
 
 def _best_first(row: Metric, stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -311,35 +347,45 @@ def _bagged_shares(
     *,
     rounds: int,
     start: int,
+    limit: _Limit,
 ) -> np.ndarray:
     """library (M, N, C), best first -> mean of the members' shares over the bags, (M,)."""
     shares = np.zeros(len(library))
     for bag in draws:
-        shares[bag] += _greedy_shares(row, library[bag], labels, rounds, start) / len(draws)
+        shares[bag] += _greedy_shares(row, library[bag], labels, rounds, start, limit.of(bag)) / len(draws)
     return shares
 
 
-def _greedy_shares(row: Metric, bag: np.ndarray, labels: np.ndarray, rounds: int, start: int) -> np.ndarray:
+def _greedy_shares(
+    row: Metric, bag: np.ndarray, labels: np.ndarray, rounds: int, start: int, limit: _Limit
+) -> np.ndarray:
     """bag (B, N, C), best first -> shares, (B,), of the best ensemble on the greedy path."""
-    prefixes = bag[:start].cumsum(axis=0) / np.arange(1, len(bag[:start]) + 1, dtype=bag.dtype)[:, None, None]
+    first = bag[: min(start, limit.prefixes())]
+    prefixes = first.cumsum(axis=0) / np.arange(1, len(first) + 1, dtype=bag.dtype)[:, None, None]
     size = 1 + int(_best_first(row, prefixes, labels)[0])
     counts = (np.arange(len(bag)) < size).astype(np.int64)
     path, means = [counts], [prefixes[size - 1]]
     total = bag[:size].sum(axis=0)
     for grown in range(size + 1, size + 1 + rounds):
-        candidates = (total + bag) / grown
-        pick = _best_first(row, candidates, labels)[0]
+        candidates = limit.candidates(path[-1])
+        pick = candidates[_best_first(row, (total + bag[candidates]) / grown, labels)[0]]
         total = total + bag[pick]
         path.append(path[-1] + (np.arange(len(bag)) == pick))
-        means.append(candidates[pick])
+        means.append(total / grown)
     best = path[_best_first(row, np.stack(means), labels)[0]]
     shares: np.ndarray = best / best.sum()
     return shares
 
 
-def _heaviest(shares: Mapping[str, float], most: int) -> dict[str, float]:
-    """At most `most` of the shares, none 0, largest first, scaled to sum 1."""
-    kept = [name for name in sorted(shares, key=lambda name: -shares[name])[:most] if shares[name] > 0]
+def _heaviest(
+    shares: Mapping[str, float], most: int, price: Mapping[str, float], max_cost: float
+) -> dict[str, float]:
+    """At most `most` of the shares for at most `max_cost`, none 0, largest first, scaled to sum 1."""
+    kept: list[str] = []
+    for name in sorted(shares, key=lambda name: -shares[name]):
+        affordable = sum(price[other] for other in kept) + price[name] <= max_cost
+        if shares[name] > 0 and affordable and len(kept) < most:
+            kept.append(name)
     total = sum(shares[name] for name in kept)
     return {name: shares[name] / total for name in kept}
 
@@ -355,6 +401,99 @@ def _selection(
     return Selection(weights, scores[-1], single, scores[0], dict(zip(weights, gains, strict=True)))
 
 
+def choose_views(
+    shown: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    *,
+    metric: str,
+    most: int,
+    costs: Mapping[str, float] | None = None,
+    max_cost: float = math.inf,
+) -> tuple[str, ...]:
+    """The first view, and after it at most `most` - 1 others, each the one whose entry helps the mean most.
+
+    shown: (N, C) each. It ends where no view helps: a higher score, or the same with a lower log loss; and
+    where what the views cost together would be more than `max_cost`.
+    """
+    row, price = _metric(metric), costs or dict.fromkeys(shown, 0.0)
+    chosen = [next(iter(shown))]
+    while len(chosen) < most:
+        spent = sum(price[name] for name in chosen)
+        others = [name for name in shown if name not in chosen and spent + price[name] <= max_cost]
+        total = np.sum([shown[name] for name in chosen], axis=0)
+        means = [total / len(chosen), *((total + shown[name]) / (len(chosen) + 1) for name in others)]
+        best = int(_best_first(row, np.stack(means), labels)[0])
+        if best == 0:
+            break
+        chosen.append(others[best - 1])
+    return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Nested:
+    """What a choice is worth on pictures that it was not made on."""
+
+    chosen: float  # mean score over the repeats
+    before: float  # likewise, of what it would replace
+    gains: tuple[float, ...]  # in each repeat, > 0: better
+    helps: bool  # on average; where there is no difference, by log loss
+
+    @property
+    def gain(self) -> float:
+        return float(np.mean(self.gains))
+
+
+def nested_check(
+    choose: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    labels: np.ndarray,
+    *,
+    metric: str,
+    repeats: int = 5,
+    seed: int = 0,
+    until: float = math.inf,
+) -> Nested:
+    """Choose on one half of the pictures, score on the other, both ways, in stratified halves anew each time.
+
+    `choose` is given the rows, (N / 2,), that it may look at, and returns probabilities (N, C) of what it
+    would choose and of what that would replace. After the first repeat it ends at `until`, time.time().
+    """
+    row, rng = _metric(metric), np.random.default_rng(seed)
+    scores: list[list[float]] = []
+    losses: list[list[float]] = []
+    while not scores or (len(scores) < repeats and time.time() < until):
+        held_out = _held_out(choose, _halves(labels, rng))
+        scores.append([row.score(probs, labels) for probs in held_out])
+        losses.append([log_loss(probs, labels) for probs in held_out])
+    chosen, before = np.mean(scores, axis=0).tolist()
+    loss_chosen, loss_before = np.mean(losses, axis=0).tolist()
+    gain = row.gain(chosen, before)
+    helps = gain > _ROUNDING or (abs(gain) <= _ROUNDING and loss_chosen < loss_before)
+    return Nested(chosen, before, tuple(row.gain(new, old) for new, old in scores), helps)
+
+
+def _halves(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """labels (N,) -> (N,) whether a picture is in the first half: half of each class, give or take one."""
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    first = np.zeros(len(labels), bool)
+    first[order[::2]] = True
+    return first
+
+
+def _held_out(
+    choose: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N, C) of what is chosen, and of what that replaces, for each half as it was chosen on the other."""
+    if first.all():  # of one picture there are no halves
+        _, before = choose(np.flatnonzero(first))
+        return before, before
+    by_first, by_second = (choose(np.flatnonzero(half)) for half in (first, ~first))
+    chosen, before = (
+        np.where(first[:, None], second, one) for one, second in zip(by_first, by_second, strict=True)
+    )
+    return chosen, before
+
+
 def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
     """The temperature, 0.05 to 20, at which the log loss of probs (N, C) is lowest (Guo et al., 2017).
 
@@ -364,7 +503,7 @@ def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
 
     _check_labels(probs, labels)
     found = minimize_scalar(
-        lambda log_t: log_loss(_tempered(probs, np.exp(log_t)), labels),
+        lambda log_t: log_loss(tempered(probs, np.exp(log_t)), labels),
         bounds=np.log(_TEMPERATURES),
         method="bounded",
     )
@@ -375,10 +514,11 @@ def with_temperature(predictions: Predictions, temperature: float) -> Prediction
     """The same order of classes in every row, softer (temperature > 1) or sharper (between 0 and 1)."""
     if not (np.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature={temperature} must be a finite number > 0")
-    return replace(predictions, probs=_tempered(predictions.probs, temperature))
+    return replace(predictions, probs=tempered(predictions.probs, temperature))
 
 
-def _tempered(probs: np.ndarray, temperature: float) -> np.ndarray:
+def tempered(probs: np.ndarray, temperature: float) -> np.ndarray:
+    """probs (N, C) to the power of 1 / temperature, rows scaled to sum 1."""
     scaled = np.log(np.maximum(probs, _FLOOR, dtype=np.float64)) / temperature
     raised = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     softened: np.ndarray = raised / raised.sum(axis=1, keepdims=True)

@@ -16,6 +16,9 @@ from carmodels.catalog import AUGMENTS, BACKBONES, HEADS, SCHEDULES, UNFREEZE
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 METRIC_NAMES = ("accuracy", "log_loss", "macro_f1")
+FULL_SIZE_AT = 0.75  # of the schedule, when pictures that grow have grown
+FIRST_STRENGTH = 1 / 3  # of the augmentation, where pictures grow: that of EfficientNetV2 grows from 5 to 15
+_SIZE_STEP = 16  # pixels
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,12 @@ class TrialConfig:
     seed: int = 0
     data: str = ""  # fingerprint of the data set
     split: str = ""  # hash of the split
-    fold: int | None = None
+    fold: int | None = None  # of `folds`, which one is held out; None: the models of all of them together
+    head_seed: int | None = None  # of the head's initial weights; None: `seed`
+    folds: int = 0  # into which train and val together are cut, by `seed`; 0: the study's own train and val
+    fold_in: bool = False  # learns from all labelled pictures, audit too, so that none is left to score it
+    start_size: int = 0  # side in the first epoch, pixels, from where it grows; 0: image_size throughout
+    test_size: int = 0  # side of the pictures it is tested on, pixels; 0: image_size
 
     def __post_init__(self) -> None:
         for name, known in _ROWS.items():
@@ -58,11 +66,74 @@ class TrialConfig:
             if not isinstance(value, kinds) or not low <= value <= high:
                 what = "whole number" if kinds is int else "number"
                 raise ValueError(f"{name}={value!r} must be a {what} from {low:g} to {high:g}")
+        if not (self.head_seed is None or (isinstance(self.head_seed, int) and self.head_seed >= 0)):
+            raise ValueError(f"head_seed={self.head_seed!r} must be None or a whole number from 0")
         multiple = BACKBONES[self.backbone].multiple
         if self.image_size % multiple:
             raise ValueError(
                 f"image_size={self.image_size} must be a multiple of {multiple} for {self.backbone}"
             )
+        self._check_sizes()
+        self._check_held_out()
+
+    def _check_sizes(self) -> None:
+        row, smallest = BACKBONES[self.backbone], BOUNDS["image_size"][0]
+        for name in ("start_size", "test_size"):
+            size = getattr(self, name)
+            if size and row.sized:
+                raise ValueError(f"{name}={size}: {self.backbone} is built for one size; leave it out")
+            if size and (size < smallest or size % row.multiple):
+                raise ValueError(
+                    f"{name}={size} must be 0 or a size for {self.backbone}, {smallest:g} or more"
+                )
+        if self.start_size > self.image_size:
+            raise ValueError(f"start_size={self.start_size} must be at most image_size={self.image_size}")
+
+    def _check_held_out(self) -> None:
+        if self.folds == 1 or self.fold not in (None, *range(self.folds)):
+            raise ValueError(
+                f"fold={self.fold} of folds={self.folds}: there must be 2 folds or more, the first is fold 0"
+            )
+        if self.folds and self.fold_in:
+            raise ValueError(f"folds={self.folds}: with fold_in nothing is held out; leave one of them out")
+        if self.blind and self.patience:
+            raise ValueError(
+                f"patience={self.patience}: what is held out must not end training; leave it out with folds"
+            )
+
+    @property
+    def blind(self) -> bool:
+        """Whether what is held out has no say in training: the last epoch is kept, whatever it scores."""
+        return self.folds > 0 or self.fold_in
+
+    @property
+    def tested_size(self) -> int:
+        """Side of the pictures it is tested on, pixels."""
+        return self.test_size or self.image_size
+
+    def grown(self, epoch: int) -> float:
+        """How far pictures and augmentation have grown in an epoch (the first is 1): from 0 to 1."""
+        if not self.start_size:
+            return 1.0
+        return min(1.0, (epoch - 1) / max(1.0, FULL_SIZE_AT * self.epochs))
+
+    def shown_size(self, epoch: int) -> int:
+        """Side of the training pictures in an epoch, pixels: it grows in steps of 16 or the backbone's own.
+
+        Progressive resizing (Howard, 2018; Tan and Le, 2021, EfficientNetV2, section 4).
+        """
+        step = max(_SIZE_STEP, BACKBONES[self.backbone].multiple)
+        size = self.start_size + self.grown(epoch) * (self.image_size - self.start_size)
+        return self.image_size if self.grown(epoch) == 1 else min(self.image_size, round(size / step) * step)
+
+    def strength(self, epoch: int) -> float:
+        """Of the augmentation in an epoch, up to 1: small pictures bear less (likewise)."""
+        return FIRST_STRENGTH + self.grown(epoch) * (1 - FIRST_STRENGTH)
+
+    @property
+    def start(self) -> int:
+        """The seed of the head's initial weights."""
+        return self.seed if self.head_seed is None else self.head_seed
 
     @property
     def id(self) -> str:
@@ -101,7 +172,13 @@ class EpochMetrics:
 
 
 _FIELDS = tuple(f.name for f in fields(TrialConfig))
-_LATER: dict[str, object] = {}  # fields that came after the first studies, with their defaults
+_LATER: dict[str, object] = {  # fields that came after the first studies, with their defaults
+    "head_seed": None,
+    "folds": 0,
+    "fold_in": False,
+    "start_size": 0,
+    "test_size": 0,
+}
 _ROWS: dict[str, tuple[str, ...]] = {
     "backbone": tuple(BACKBONES),
     "head": tuple(HEADS),
@@ -127,6 +204,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "clip_norm": (0.0, 1e6),
     "patience": (0, 10_000),
     "seed": (0, 2**31 - 1),
+    "folds": (0, 100),
+    "start_size": (0, 2048),
+    "test_size": (0, 2048),
 }
 
 
@@ -277,7 +357,8 @@ def _try_value(space: Space, name: str, value: Any, source: str) -> None:
         raise ValueError(f"{source}: {error}") from None
 
 
-_OWNED = ("seed", "data", "split", "fold", "metric")  # set by the search itself
+# set by the search itself
+_OWNED = ("seed", "data", "split", "fold", "head_seed", "folds", "fold_in", "metric")
 _SETTABLE = ", ".join(name for name in _FIELDS if name not in _OWNED)
 _TYPES = {f.name: str(f.type) for f in fields(TrialConfig)}
 
@@ -294,6 +375,14 @@ def _parse(name: str, text: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--set {name}: {text!r} must be finite")
     return value
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """A field of a configuration and its value from `NAME=V`; ValueError as for an override."""
+    name, _, written = text.partition("=")
+    if name not in _FIELDS or name in _OWNED or not written:
+        raise ValueError(f"--set {text}: expected NAME=V with NAME one of {_SETTABLE}")
+    return name, _parse(name, written)
 
 
 class Draws(Protocol):
@@ -350,6 +439,8 @@ def baseline(space: Space) -> TrialConfig:
             "ema": 0.0,
             "clip_norm": 0.0,
             "patience": 0,
+            "start_size": 0,
+            "test_size": 0,
         }
     )
 

@@ -34,6 +34,8 @@ class Status(StrEnum):
     RUNNING = "running"  # or cut off by a dying process; where nothing runs, to be run again
 
 
+FOLD, FOLDS, FOLD_IN = "fold", "folds", "fold-in"  # stages: one fold, all of a configuration, everything
+TRAINED = ("search", "confirm", "retrain")  # stages whose models were trained on train by a configuration
 CUT_OFF = (Status.INTERRUPTED, Status.RUNNING)
 
 
@@ -41,14 +43,16 @@ CUT_OFF = (Status.INTERRUPTED, Status.RUNNING)
 class TrialRecord:
     """One line of trials.jsonl: a trial as it begins, or how it ended."""
 
-    trial_id: str
+    trial_id: str  # of a soup or student, whose configuration alone does not make it, not the configuration's
     config: TrialConfig
     status: Status
     epochs_run: int
-    value: float | None  # the study's metric on val at the best epoch; of a stopped trial, at its last
+    value: (
+        float | None
+    )  # the metric on val at the best epoch; of a stopped trial, at its last; of a fold, on it
     seconds: float
     reason: str  # why it ended, a sentence
-    stage: str = "search"  # or "confirm", "retrain"; in the study of stops "audit"
+    stage: str = "search"  # or one of those above, "soup", "student"; in the study of stops "audit"
     note: str = ""  # e.g. that this is the competitor's recipe
     at: float = 0.0  # seconds from the start of the command that ran it to the trial's end
     curve: tuple[EpochMetrics, ...] = ()
@@ -95,11 +99,20 @@ class Study:
 
     @property
     def ensemble_file(self) -> Path:
-        return self.folder / "ensemble.json"
+        return self.answer_file("ensemble")
+
+    def answer_file(self, name: str) -> Path:
+        """ensemble.json, or student.json for what was distilled from it."""
+        return self.folder / f"{name}.json"
 
     @property
     def submission_file(self) -> Path:
         return self.folder / "submission.csv"
+
+    @property
+    def fold_in_file(self) -> Path:
+        """The submission of models that learnt from all labelled pictures."""
+        return self.folder / "submission-fold-in.csv"
 
     @property
     def report_file(self) -> Path:
@@ -258,9 +271,9 @@ class Study:
         return _parsed(self.trials_file, found.st_size, found.st_mtime_ns)
 
     def leaderboard(self) -> list[TrialRecord]:
-        """Finished trials, best on val first."""
+        """Finished trials that have a value on val, best first; a single fold has one on other pictures."""
         sign = -1 if METRICS[self.metric].mode == "max" else 1
-        finished = (r for r in self.records() if r.status is Status.FINISHED)
+        finished = (r for r in self.records() if r.status is Status.FINISHED and r.stage != FOLD)
         ranked = [(sign * r.value, r) for r in finished if r.value is not None]
         return [record for _, record in sorted(ranked, key=lambda pair: pair[0])]
 

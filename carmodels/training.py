@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from carmodels.batches import Loader
 from carmodels.catalog import AUGMENTS, BACKBONES, SCHEDULES, UNFREEZE, VIEWS, Schedule
-from carmodels.data import Split, Splits
+from carmodels.data import Split, Splits, with_everything, with_fold
 from carmodels.features import VIEWS_KEPT, FeatureStore
 from carmodels.models import Classifier, Weights, build, open_groups, optimizer_groups
 from carmodels.predictions import METRICS, Predictions, accuracy, log_loss
@@ -28,12 +28,12 @@ from carmodels.space import EpochMetrics, TrialConfig
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained model, with the weights of its best epoch."""
+    """A trained model, with the weights of its best epoch, or of its last where val had no say."""
 
     config: TrialConfig
     model: Classifier
     history: tuple[EpochMetrics, ...]
-    best: EpochMetrics | None  # None where the first epoch already diverged
+    best: EpochMetrics | None  # the epoch that was kept; None where the first one already diverged
 
     @property
     def ending(self) -> str:
@@ -52,26 +52,32 @@ def fit(
     features: FeatureStore | None = None,
     compiled: bool = False,
     until: float = math.inf,
+    targets: np.ndarray | None = None,
 ) -> Fitted:
     """Train by the configuration's schedule and keep the epoch that is best by its metric on val.
 
+    With a fold, training is on the other folds of train and val, val is the fold, and the last epoch is kept,
+    so that the fold has no say; so it is where everything is learnt from and there is no val: its metrics are
+    NaN then.
     `on_epoch` is called once an epoch. A non-finite loss ends training with `ending` = "diverged". On a
     CPU, the same configuration gives the same numbers to the bit for the same number of threads. With
     `features`, epochs in which the whole backbone is frozen train the head on its stored outputs, for
     VIEWS_KEPT fixed views of every picture instead of a new one each epoch. `compiled` trains through
     torch.compile. Where memory runs out batches are trained on in parts. Training ends early, with the best
-    epoch so far, where one more epoch would not end by `until`, in seconds of time.time().
+    epoch so far, where one more epoch would not end by `until`, in seconds of time.time(). `targets`,
+    (V, N, C) probabilities, are learnt in the place of the labels (distillation, Hinton et al., 2015): epoch
+    e shows each of the N train pictures as in epoch v = (e - 1) mod V of a loader, where `targets[v]` is what
+    to say of it.
     """
-    if config.fold is not None:
-        raise ValueError(f"fold={config.fold}: these splits hold no folds; leave it out")
     run = _Run(
         config,
-        splits,
+        parted(config, splits),
         weights=weights,
         device=torch.device(device),
         processes=processes,
         features=features,
         compiled=compiled,
+        targets=targets,
     )
     history: list[EpochMetrics] = []
     best: EpochMetrics | None = None
@@ -80,9 +86,7 @@ def fit(
         started = time.monotonic()
         train_loss, probs = run.epoch(epoch)
         metrics = _measure(config, epoch, train_loss, probs, run.val_labels, time.monotonic() - started)
-        if not metrics.ending and (
-            best is None or METRICS[config.metric].gain(metrics.value, best.value) > 0
-        ):
+        if not metrics.ending and _to_keep(config, metrics, best):
             best = metrics
             best_state = {
                 name: value.detach().cpu().clone() for name, value in run.tested.state_dict().items()
@@ -100,6 +104,23 @@ def fit(
     return Fitted(config, run.model, tuple(history), best)
 
 
+def parted(config: TrialConfig, splits: Splits) -> Splits:
+    """The splits as a configuration sees them: those of its fold, or with everything in train."""
+    if config.fold_in:
+        return with_everything(splits)
+    if not config.folds:
+        return splits
+    if config.fold is None:
+        raise ValueError(f"folds={config.folds}: these are {config.folds} models; name the fold of one")
+    return with_fold(splits, folds=config.folds, fold=config.fold, seed=config.seed)
+
+
+def _to_keep(config: TrialConfig, metrics: EpochMetrics, best: EpochMetrics | None) -> bool:
+    if config.blind or best is None:
+        return True
+    return METRICS[config.metric].gain(metrics.value, best.value) > 0
+
+
 def _ending(config: TrialConfig, metrics: EpochMetrics, best: EpochMetrics | None) -> str:
     if metrics.ending:
         return metrics.ending
@@ -113,6 +134,8 @@ def _measure(
     config: TrialConfig, epoch: int, train_loss: float, probs: np.ndarray, labels: np.ndarray, seconds: float
 ) -> EpochMetrics:
     metric = METRICS[config.metric]
+    if config.fold_in and math.isfinite(train_loss):
+        return EpochMetrics(epoch, train_loss, math.nan, math.nan, math.nan, seconds)
     if not (math.isfinite(train_loss) and np.isfinite(probs).all()):
         certain_and_wrong = metric.score(np.array([[0.0, 1.0]]), np.array([0]))
         return EpochMetrics(epoch, train_loss, math.nan, 0.0, certain_and_wrong, seconds, ending="diverged")
@@ -133,11 +156,14 @@ class _Run:
         processes: int = 0,
         features: FeatureStore | None = None,
         compiled: bool = False,
+        targets: np.ndarray | None = None,
     ) -> None:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.start)
         self.config, self.device, self.splits, self.processes = config, device, splits, processes
         self.weights = weights
         self.model = build(config, classes=len(splits.classes), weights=weights).to(device)
+        if config.head_seed is not None:
+            torch.manual_seed(config.seed)
         self.model = self.model.to(memory_format=torch.channels_last)
         self.network: nn.Module = cast(nn.Module, torch.compile(self.model)) if compiled else self.model
         # With timm's warm-up of the decay: short schedules would average the first weights otherwise.
@@ -159,7 +185,7 @@ class _Run:
         self.val_loader = Loader(
             splits.images,
             splits.val,
-            image_size=config.image_size,
+            image_size=config.tested_size,
             batch_size=2 * config.batch_size,
             processes=processes,
         )
@@ -174,6 +200,9 @@ class _Run:
         self.mix = _mixer(config, len(splits.classes))
         # Random weights are another backbone for every seed, and mixing asks for pictures.
         self.features = features if weights.source != "none" and self.mix is None else None
+        if targets is not None and (self.features or self.mix):
+            raise ValueError("targets are of single pictures as a loader shows them: no mixup, no features")
+        self.targets = None if targets is None else torch.from_numpy(targets)
         self.precision = autocast(device)
         half = device.type == "cuda" and not _has_bf16()
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
@@ -197,12 +226,15 @@ class _Run:
         train_loss = float(total) / len(self.train_loader)
         if not math.isfinite(train_loss):
             return train_loss, np.full((1, 1), np.nan, np.float32)
+        if not len(self.val_labels):
+            self.schedule.epoch_ended(train_loss)
+            return train_loss, np.empty((0, len(self.splits.classes)), np.float32)
         if stored is None:
             probs = _probabilities(self.tested, self.val_loader, self.device)
         else:
             probs = self._remembered_val(stored)
         if np.isfinite(probs).all():
-            self.schedule.epoch_ended(log_loss(probs, self.val_labels))
+            self.schedule.epoch_ended(train_loss if self.config.blind else log_loss(probs, self.val_labels))
         return train_loss, probs
 
     @cached_property
@@ -211,15 +243,21 @@ class _Run:
         return {
             "backbone": self.config.backbone,
             "weights": self.weights.identity(self.config.backbone),
-            "image_size": self.config.image_size,
             "data": self.splits.fingerprint,
             "split": self.splits.split_hash,
             "device": self.device.type,
         }
 
     def shown(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of pictures with their labels."""
-        return ((batch.images, batch.labels) for batch in self.train_loader.epoch(number))
+        """Batches of pictures with their labels, (B,), or targets, (B, C)."""
+        size, strength = self.config.shown_size(number), self.config.strength(number)
+        if self.targets is None:
+            batches = self.train_loader.epoch(number, size=size, strength=strength)
+            return ((batch.images, batch.labels) for batch in batches)
+        view = (number - 1) % len(self.targets)
+        targets = self.targets[view]
+        batches = self.train_loader.epoch(number, like=view, size=size, strength=strength)
+        return ((batch.images, targets[batch.rows]) for batch in batches)
 
     def _remembered(self, store: FeatureStore, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of the frozen backbone's outputs for one of the stored views, in this epoch's order."""
@@ -233,7 +271,12 @@ class _Run:
             augment=AUGMENTS[self.config.augment],
             processes=self.processes,
         )
-        content = {**self.known, "augment": asdict(AUGMENTS[self.config.augment]), "view": view}
+        content = {
+            **self.known,
+            "image_size": self.config.image_size,
+            "augment": asdict(AUGMENTS[self.config.augment]),
+            "view": view,
+        }
         found = store.get(content, len(self.splits.train), lambda: self._outputs(shown, view))
         outputs = torch.from_numpy(np.array(found)).to(self.device)  # all of them, once
         labels = torch.from_numpy(_labels(self.splits.train)).to(self.device)
@@ -244,7 +287,7 @@ class _Run:
     @torch.inference_mode()
     def _remembered_val(self, store: FeatureStore) -> np.ndarray:
         """(N, C) probabilities of val from the frozen backbone's stored outputs."""
-        content = {**self.known, "part": "val"}
+        content = {**self.known, "image_size": self.config.tested_size, "part": "val"}
         found = store.get(content, len(self.val_labels), lambda: self._outputs(self.val_loader, 0))
         self.tested.eval()
         outputs = torch.from_numpy(found.astype(np.float32)).to(self.device)
@@ -334,7 +377,10 @@ def _optimizer(model: Classifier, config: TrialConfig, *, fused: bool) -> torch.
 
 
 class _Schedule:
-    """A row of SCHEDULES at work: told of every step and epoch's val loss, it sets the learning rate."""
+    """A row of SCHEDULES at work: told of every step and epoch's val loss, it sets the learning rate.
+
+    Where val has no say it is told the training loss instead.
+    """
 
     def __init__(self, row: Schedule, optimizer: torch.optim.Optimizer, steps: int) -> None:
         warmup = max(1, round(row.warmup * steps))
@@ -358,9 +404,9 @@ class _Schedule:
         if self._by_step is not None:
             self._by_step.step()
 
-    def epoch_ended(self, val_loss: float) -> None:
+    def epoch_ended(self, loss: float) -> None:
         if self._plateau is not None:
-            self._plateau.step(val_loss)
+            self._plateau.step(loss)
 
 
 def _mixer(config: TrialConfig, classes: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
@@ -428,7 +474,7 @@ def view_size(config: TrialConfig, view: str) -> int:
     row = BACKBONES[config.backbone]
     if row.sized:
         return config.image_size
-    return max(row.multiple, round(config.image_size * VIEWS[view].scale / row.multiple) * row.multiple)
+    return max(row.multiple, round(config.tested_size * VIEWS[view].scale / row.multiple) * row.multiple)
 
 
 def seconds_per_picture(
@@ -442,7 +488,7 @@ def seconds_per_picture(
 ) -> float:
     """What loading and training on one picture cost with everything open: the median of a few steps."""
     run = _Run(
-        replace(config, unfreeze="full"),
+        replace(config, unfreeze="full", start_size=0),
         splits,
         weights=weights,
         device=torch.device(device),

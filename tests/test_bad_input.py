@@ -693,6 +693,7 @@ OPTIONS = {
         wrong("--gpus-per-trial nan", f"--gpus-per-trial nan {SHARE}"),
         wrong("--gpus-per-trial half", f"--gpus-per-trial half {SHARE}"),
         wrong("--confirm -1", "--confirm -1 must be at least 0, which leaves it out"),
+        wrong("--folds 99", "--folds 99 must be 0, which leaves it out, or from 2 to 20"),
         wrong("--audit-stops -1", "--audit-stops -1 must be at least 0, which leaves it out"),
         wrong("--cache-limit 0", "--cache-limit 0 must be above 0 and below 1,000,000 GB"),
         wrong("--cache-limit nan", "--cache-limit nan must be above 0 and below 1,000,000 GB"),
@@ -876,12 +877,31 @@ STUDIES = {
     ),
     "retrain --seeds 0": script(retrain, "--seeds 0", "--seeds 0 must be at least 1"),
     "retrain --seeds huge": script(retrain, "--seeds 9999999", "--seeds 9999999 must be at most 1000"),
+    "retrain --set nothing": script(
+        retrain, "--set tempo=2", "--set tempo=2: expected NAME=V with NAME one of …"
+    ),
+    "retrain --set size": script(
+        retrain,
+        "--set image_size=96",
+        "--set image_size: that is another configuration; give --trial ID or --epochs N",
+    ),
+    "retrain --folds 1": script(
+        retrain, "--folds 1", "--folds 1 must be 0, which leaves it out, or from 2 to 20"
+    ),
+    "retrain --folds with --seeds": script(
+        retrain,
+        "--folds 3 --seeds 2",
+        "--seeds 2 does not go with --folds: each fold is a run of its own",
+    ),
     "retrain --epochs -1": script(retrain, "--epochs -1", "--epochs -1 must be at least 1"),
     "ensemble --top 0": script(
         ensemble, "--top 0", "--top 0 must be from 1 to 12, whose weights a search keeps"
     ),
     "ensemble --tta 99": script(
-        ensemble, "--tta 99", "--tta 99 must be from 1 to 4, the number of views there are"
+        ensemble, "--tta 99", "--tta 99 must be from 1 to 15, the number of views there are"
+    ),
+    "ensemble --max-seconds-per-1000 0": script(
+        ensemble, "--max-seconds-per-1000 0", "--max-seconds-per-1000 0 must be above 0"
     ),
     "ensemble --tta many": script(ensemble, "--tta many", "argument --tta: invalid int value: 'many'" + HELP),
     "ensemble --out nowhere": script(

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from carmodels.batches import Batch, Loader, squash
+from carmodels.batches import Batch, Loader, seen, squash
 from carmodels.catalog import AUGMENTS, VIEWS, Augment, Step, View
 from carmodels.data import Splits, assign_splits, open_dataset
 
@@ -576,9 +576,25 @@ def test_each_view_is_the_same_every_time(splits: Splits, name: str) -> None:
     loader = Loader(splits.images, splits.val, image_size=24, batch_size=5, view=VIEWS[name])
     first = by_position(loader.epoch(0))
     np.testing.assert_array_equal(by_position(loader.epoch(1)), first)
-    plain = by_position(Loader(splits.images, splits.val, image_size=24, batch_size=2).epoch(0))
-    expected = plain[..., ::-1] if "flip" in name else plain
-    assert np.abs(first.astype(int) - expected).max() <= 1  # a mirrored area average may round the other way
+
+
+def test_each_view_shows_what_its_row_says(splits: Splits) -> None:
+    picture = splits.images[splits.val.rows[0]]
+    height, width = picture.shape[:2]
+    plain = seen(picture, VIEWS["plain"], 24)
+    np.testing.assert_array_equal(plain, squash(picture, 24))
+    np.testing.assert_array_equal(seen(picture, VIEWS["flip"], 24), plain[:, ::-1])
+    corner = picture[: round(0.88 * height), round(0.12 * width) :]
+    np.testing.assert_array_equal(seen(picture, VIEWS["top_right"], 24), squash(corner, 24))
+    for name, wanted in (
+        ("brighter", plain * 1.15),
+        ("darker", plain * 0.87),
+        ("more_contrast", (plain - 127.5) * 1.2 + 127.5),
+        ("less_contrast", (plain - 127.5) * 0.8 + 127.5),
+    ):
+        assert np.abs(seen(picture, VIEWS[name], 24) - wanted.clip(0, 255)).max() <= 0.5 + 1e-9
+    speck = np.full((1, 1, 3), 9, np.uint8)
+    assert all(seen(speck, row, 2).shape == (2, 2, 3) for row in VIEWS.values())
 
 
 def test_the_plain_view_is_the_plain_picture_to_the_bit(splits: Splits) -> None:

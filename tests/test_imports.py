@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "carmodels").glob("*.py"))
-SCRIPTS = ("search", "retrain", "ensemble", "report", "predict", "pretrain_demo")
+SCRIPTS = ("search", "retrain", "ensemble", "report", "predict", "distil", "pretrain_demo")
 NEVER = {
     "space": {"numpy", "torch"},
     "predictions": {"torch"},

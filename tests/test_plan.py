@@ -11,7 +11,7 @@ import pytest
 
 from carmodels.space import SPACES, TrialConfig, baseline
 from carmodels.study import write_json
-from tune.costs import CONTEXT_BYTES, FORWARD_SHARE, MEMORY_SPARE, Compiled, Costs
+from tune.costs import CONTEXT_BYTES, FORWARD_SHARE, MEMORY_SPARE, Compiled, Costs, times_as_long
 from tune.plan import Packing, Plan, _alive, _known
 
 SPACE = SPACES["demo"]
@@ -35,6 +35,18 @@ def test_frozen_epochs_cost_a_forward_pass(strategy: str, head_only: int) -> Non
     config = replace(RECIPE, unfreeze=strategy)
     frozen, learning = 0.009 * FORWARD_SHARE * 800, 0.009 * (700 + FORWARD_SHARE * 100)
     assert COSTS.schedule(config) == pytest.approx(head_only * frozen + (8 - head_only) * learning)
+
+
+def test_growing_pictures_cost_their_area_and_larger_test_pictures_theirs() -> None:
+    config = replace(RECIPE, unfreeze="full", start_size=48)
+    areas = sum((config.shown_size(n) / 96) ** 2 for n in range(1, 9))
+    shown = 8 * FORWARD_SHARE * 100
+    assert areas < 8
+    assert COSTS.schedule(config) == pytest.approx(0.009 * (areas * 700 + shown))
+    larger = replace(RECIPE, unfreeze="full", test_size=192)
+    assert COSTS.schedule(larger) == pytest.approx(0.009 * (8 * 700 + 4 * shown))
+    assert times_as_long(replace(larger, epochs=16), larger) == pytest.approx(2)
+    assert times_as_long(config, larger, train=1.2) == pytest.approx(1.2 * areas / 8)
 
 
 def test_without_a_limit_on_time_everything_fits_unchanged() -> None:

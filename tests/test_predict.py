@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from carmodels.data import Splits
-from carmodels.ensemble import Ensemble, decoded, occlusion, of_study, reopened
+from carmodels.ensemble import Ensemble, Recipe, decoded, occlusion, of_study, reopened
 from carmodels.export import TOLERANCE
 from carmodels.models import Weights, save_weights
 from carmodels.predictions import Predictions, blend, sure_from, with_temperature
@@ -35,7 +35,8 @@ from tune.answers import found_pictures, threshold
 from tune.drop import Desk, _Visitor, render
 from tune.predict import parser, run
 
-VIEWS = ["plain", "flip"]
+VIEWS = ["flip", "top_right", "darker"]
+TEMPERATURES = (0.8, 1.6)
 CONFIGS = (
     TrialConfig("test_resnet", image_size=48, epochs=2, lr=3e-3),
     TrialConfig("test_efficientnet", image_size=32, epochs=1, head_depth=1, unfreeze="frozen", lr=3e-3),
@@ -72,14 +73,22 @@ def study(splits: Splits, weights: Weights, tmp_path_factory: pytest.TempPathFac
         study.append(TrialRecord(config.id, config, Status.FINISHED, config.epochs, 0.5, 1.0, ""))
     for split in parts[1:]:
         members = [
-            blend([probabilities_of(m, splits, split, config=c, view=v) for v in VIEWS])
-            for c, m in zip(CONFIGS, models, strict=True)
+            blend([with_temperature(probabilities_of(m, splits, split, config=c, view=v), t) for v in VIEWS])
+            for c, m, t in zip(CONFIGS, models, TEMPERATURES, strict=True)
         ]
         with_temperature(blend(members, [3, 1]), 0.7).save(study.predictions_file("ensemble", split.name))
     interval = {"value": 0.5, "low": 0.4, "high": 0.6}
     described = [
-        {"trial_id": c.id, "title": c.title, "stage": "search", "weight": w, "gain": 0.0, "val": 0.5}
-        for c, w in zip(CONFIGS, (0.75, 0.25), strict=True)
+        {
+            "trial_id": c.id,
+            "title": c.title,
+            "stage": "search",
+            "weight": w,
+            "gain": 0.0,
+            "val": 0.5,
+            "temperature": t,
+        }
+        for c, w, t in zip(CONFIGS, (0.75, 0.25), TEMPERATURES, strict=True)
     ]
     write_json(
         study.ensemble_file,
@@ -213,6 +222,23 @@ def test_an_ensemble_leaves_the_study_and_works_without_it(
     (folder / "ensemble.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="is damaged or of another ensemble"):
         reopened(folder)
+
+
+def test_an_ensemble_of_before_there_were_temperatures_of_members_answers_as_it_did(
+    study: Study, splits: Splits, drawn: Path, tmp_path: Path
+) -> None:
+    old = Study(tmp_path / "old")
+    shutil.copytree(study.folder, old.folder)
+    results = json.loads(old.ensemble_file.read_text())
+    for member in results["members"]:
+        del member["temperature"]
+    old.ensemble_file.write_text(json.dumps(results))
+    found = of_study(old)
+    assert [member.temperature for member in found.recipe.members] == [1.0, 1.0]
+    described = found.recipe.to_dict()
+    for member in described["members"]:
+        del member["temperature"]
+    assert Recipe.from_dict(described) == found.recipe
 
 
 def test_missing_weights_are_named_with_the_way_out(study: Study, tmp_path: Path) -> None:

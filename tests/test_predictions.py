@@ -19,11 +19,13 @@ from carmodels.predictions import (
     accuracy,
     accuracy_interval,
     blend,
+    choose_views,
     fit_temperature,
     hidden_score,
     hidden_share,
     log_loss,
     macro_f1,
+    nested_check,
     paired_gain,
     right_and_wrong,
     score_interval,
@@ -443,6 +445,141 @@ def test_options_that_make_no_sense_are_refused(
     name, value = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         select_ensemble({"one": one}, labels, **({"metric": "accuracy"} | wrong))  # type: ignore[arg-type]
+
+
+# What members may cost
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS, members=st.integers(1, 10), bags=st.integers(1, 3), share=st.floats(0.05, 1.2))
+def test_members_together_cost_no_more_than_they_may(
+    seed: int, members: int, bags: int, share: float
+) -> None:
+    labels = drawn_labels(40, seed)
+    library = a_library(labels, members, seed % 1000)
+    prices = np.random.default_rng(seed).uniform(1, 5, members)
+    costs = dict(zip(library, prices.tolist(), strict=True))
+    most = max(float(share * prices.sum()), float(prices.min()))
+    found = select_ensemble(
+        library, labels, metric="accuracy", rounds=6, bags=bags, max_members=4, costs=costs, max_cost=most
+    )
+    assert sum(costs[name] for name in found.weights) <= most
+    assert costs[found.single] <= most
+    affordable = {name: member for name, member in library.items() if costs[name] <= most}
+    best = max(METRICS["accuracy"].score(member.probs, labels) for member in affordable.values())
+    assert found.single_score == best
+    free = select_ensemble(library, labels, metric="accuracy", rounds=6, bags=bags, max_members=4)
+    if most >= prices.sum():
+        assert found == free
+
+
+def test_a_cheap_pair_is_taken_where_the_dear_one_leaves_no_room() -> None:
+    labels = drawn_labels(200)
+    library = {f"m{n}": drawn(labels, n, skill=1.5) for n in range(5)}
+    costs = {"m0": 9.0, "m1": 9.0, "m2": 1.0, "m3": 1.0, "m4": 1.0}
+    found = select_ensemble(library, labels, metric="log_loss", costs=costs, max_cost=3)
+    assert set(found.weights) == {"m2", "m3", "m4"}
+    with pytest.raises(ValueError, match=r"max_cost=0\.5 is less than the cheapest member costs, 1"):
+        select_ensemble(library, labels, metric="log_loss", costs=costs, max_cost=0.5)
+
+
+# Views
+
+
+def test_views_are_added_one_by_one_where_each_helps_most() -> None:
+    labels = drawn_labels(80)
+    shown = {f"v{n}": drawn(labels, n, skill=1.0).probs for n in range(6)}
+    found = choose_views(shown, labels, metric="log_loss", most=6)
+    assert found[0] == "v0"
+
+    def loss(views: tuple[str, ...]) -> float:
+        return log_loss(np.mean([shown[v] for v in views], axis=0), labels)
+
+    for count in range(1, len(found)):
+        others = [(*found[:count], v) for v in shown if v not in found[:count]]
+        assert loss(found[: count + 1]) == min(map(loss, others)) < loss(found[:count])
+    assert all(loss((*found, v)) >= loss(found) for v in shown if v not in found)
+    assert choose_views(shown, labels, metric="log_loss", most=2) == found[:2]
+
+
+def test_views_that_do_not_help_are_not_added_and_dear_ones_not_tried() -> None:
+    labels = drawn_labels(80)
+    good, poor = drawn(labels, 1, skill=4.0).probs, drawn(labels, 2, skill=-4.0).probs
+    assert choose_views({"plain": good, "poor": poor}, labels, metric="accuracy", most=2) == ("plain",)
+    assert choose_views({"plain": poor, "good": good}, labels, metric="accuracy", most=2) == ("plain", "good")
+    costs = {"plain": 1.0, "good": 2.0}
+    limits = {"metric": "accuracy", "most": 2, "costs": costs}
+    assert choose_views({"plain": poor, "good": good}, labels, **limits, max_cost=2.9) == ("plain",)
+    assert choose_views({"plain": poor, "good": good}, labels, **limits, max_cost=3) == ("plain", "good")
+
+
+# A nested check
+
+
+def test_halves_hold_half_of_each_class_and_what_is_chosen_on_one_is_scored_on_the_other() -> None:
+    labels = np.repeat([0, 1, 2], [10, 21, 8])
+    seen: list[np.ndarray] = []
+    right, wrong = np.eye(3)[labels], np.eye(3)[(labels + 1) % 3]
+
+    def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Right on what it was chosen on, and nowhere else; what it would replace is right everywhere."""
+        seen.append(rows)
+        inside = np.isin(np.arange(len(labels)), rows)[:, None]
+        return np.where(inside, right, wrong), right
+
+    found = nested_check(choose, labels, metric="accuracy", repeats=3)
+    assert (found.chosen, found.before, found.gains, found.helps) == (0, 1, (-1, -1, -1), False)
+    assert len(seen) == 6
+    for one, other in zip(seen[::2], seen[1::2], strict=True):
+        assert sorted([*one, *other]) == list(range(len(labels)))
+        for counts in (np.bincount(labels[one], minlength=3), np.bincount(labels[other], minlength=3)):
+            assert np.abs(counts - np.array([5, 10.5, 4])).max() <= 1
+    assert any(set(seen[0]) != set(rows) for rows in seen[2:])
+
+
+def test_the_luckiest_of_many_views_gains_where_it_was_chosen_and_hardly_in_the_nested_check() -> None:
+    found = []
+    for seed in range(12):
+        labels, rng = drawn_labels(150, seed), np.random.default_rng(seed)
+        plain = drawn(labels, seed, skill=2.0).probs
+        right = accuracy(plain, labels)
+        shown = {"plain": plain}
+        for n in range(15):  # the same answers, but for some guessed anew, as often right as the others
+            few = rng.permutation(len(labels))[:20]
+            guess = np.where(rng.random(20) < right, labels[few], (labels[few] + rng.integers(1, 4, 20)) % 4)
+            probs = plain.copy()
+            probs[few] = np.eye(len(CLASSES))[guess]
+            shown[f"v{n}"] = probs
+        found.append(gains_of_views(shown, labels))
+    lucky, honest = np.mean(found, axis=0)
+    assert lucky > 0.02
+    assert abs(honest) < lucky / 3
+
+
+def gains_of_views(shown: dict[str, np.ndarray], labels: np.ndarray) -> tuple[float, float]:
+    """Of the views chosen on all pictures, there; and of choosing them on halves, on the others."""
+
+    def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        some = {view: probs[rows] for view, probs in shown.items()}
+        views = choose_views(some, labels[rows], metric="accuracy", most=2)
+        return np.mean([shown[view] for view in views], axis=0), shown["plain"]
+
+    chosen, before = choose(np.arange(len(labels)))
+    honest = nested_check(choose, labels, metric="accuracy").gain
+    return accuracy(chosen, labels) - accuracy(before, labels), honest
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_helps_everywhere_helps_in_the_nested_check(metric: str) -> None:
+    labels = drawn_labels(120)
+    better, worse = drawn(labels, 1, skill=3.0).probs, drawn(labels, 2, skill=0.5).probs
+    assert nested_check(lambda rows: (better, worse), labels, metric=metric).gain > 0
+    assert nested_check(lambda rows: (better, worse), labels, metric=metric).helps
+    assert not nested_check(lambda rows: (worse, better), labels, metric=metric).helps
+    assert not nested_check(lambda rows: (better, better), labels, metric=metric).helps
+    alone = nested_check(lambda rows: (better[:1], worse[:1]), labels[:1], metric=metric, repeats=2)
+    assert not alone.helps
+    assert len(nested_check(lambda rows: (better, worse), labels, metric=metric, until=0).gains) == 1
 
 
 # Temperature

@@ -20,12 +20,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 
+from carmodels.catalog import VIEWS
+from carmodels.data import open_dataset
+from carmodels.ensemble import of_study
 from carmodels.models import Weights
-from carmodels.predictions import Predictions
-from carmodels.study import Status, Study, read_json
+from carmodels.predictions import with_temperature
+from carmodels.study import TRAINED, Status, Study, read_json
 from tune import search, setup, stages
 from tune.confirm import judged, sentence
 from tune.mistakes import found_mistakes
@@ -247,7 +251,7 @@ def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_audit(place: Pl
     probs = 0
     for member in result["members"]:
         shown = [
-            Predictions.load(study.predictions_file(member["trial_id"], "audit", view))
+            with_temperature(study.predictions(member["trial_id"], "audit", view), member["temperature"])
             .aligned(list(labels))
             .probs
             for view in result["tta"]["views"]
@@ -257,8 +261,13 @@ def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_audit(place: Pl
     assert result["audit"]["ensemble"]["value"] == pytest.approx(right)
     assert result["audit"]["looks"] == 1
     assert {"single", "recipe", "gain_over_recipe", "gain_over_single"} <= set(result["audit"])
-    assert [len(row["views"]) for row in result["tta"]["tried"]] == [2, 3, 4]
+    assert [row["views"] for row in result["tta"]["tried"]][: len(VIEWS) - 1] == [
+        ["plain", view] for view in VIEWS if view != "plain"
+    ]
     assert all({"val", "set_right", "set_wrong"} <= set(row) for row in result["tta"]["tried"])
+    assert set(result["nested"]) == {"chosen", "before", "gains", "gain", "helps", "sentence"}
+    costs = [member["seconds_per_1000"] for member in result["members"]]
+    assert result["cost"]["seconds_per_1000"] >= sum(costs) > 0
     assert sum(row["rows"] for row in result["submission"]["classes"]) == 20
 
 
@@ -277,7 +286,7 @@ def test_the_best_is_that_of_all_its_runs_and_none_of_them_is_trained_twice(plac
     best = json.loads(study.best_file.read_text())
     assert best["standings"][0]["trial_id"] == best["trial_id"] == judged(study)[0].record.trial_id
     assert sorted(run["seed"] for run in best["retrained"].values()) == [1, 2, 3]
-    further = [r for r in study.records() if r.stage != "search"]
+    further = [r for r in study.records() if r.stage in TRAINED and r.stage != "search"]
     assert len({(replace(r.config, seed=0), r.config.seed) for r in further}) == len(further)
     reruns = [r for r in further if r.stage == "confirm"]
     assert all(r.trial_id in best["retrained"] for r in reruns if r.note.endswith(best["trial_id"]))
@@ -336,7 +345,10 @@ def test_the_output_is_a_line_a_trial_and_the_answer(whole: str) -> None:
     assert sum(" px" not in line and "ran its 3 epochs" in line for line in whole.splitlines()) >= 4
     assert "competitor's recipe" in whole
     assert "Submission: " in whole
-    assert len(whole.splitlines()) < 70
+    assert re.search(r"(The ensemble is (kept|left out)|One model is the ensemble)", whole)
+    assert all(f"  plain, {view}: val " in whole for view in VIEWS if view != "plain")
+    assert re.search(r"Ensemble: \d+\.\d s for 1,000 pictures on 1 CPU core, views included", whole)
+    assert len(whole.splitlines()) < 95
 
 
 @pytest.mark.usefixtures("whole")
@@ -397,6 +409,43 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
     assert result.returncode == 0, result.stderr
     assert "audit was looked at 2 times" in result.stdout
     assert out.read_text() == place.study.submission_file.read_text()
+
+
+@pytest.mark.usefixtures("whole")
+def test_folds_are_members_of_the_ensemble_and_a_last_run_learns_from_everything(place: Place) -> None:
+    study, splits = place.study, [place.study.labels(name) for name in ("train", "val", "audit")]
+    cache = ("--cache", str(place.folder / "cache"))
+    options = ("--folds", "2", "--epochs", "1", "--fold-in", *cache)
+    command = place.command("retrain.py", str(study.folder), *options)
+    result = place.run(command)
+    assert result.returncode == 0, result.stderr
+    folds = [r for r in study.records() if r.stage == "fold"]
+    sets = [r for r in study.records() if r.stage == "folds"]
+    assert len(folds) == 2 * len(sets) == 6
+    for record in folds:
+        held_out = study.predictions(record.trial_id, "oof").ids
+        assert set(held_out) < {*splits[0], *splits[1]}
+        assert len(study.predictions(record.trial_id, "audit").ids) == len(splits[2])
+    [last, *_] = [r for r in study.records() if r.stage == "fold-in"]
+    assert last.value is None
+    assert not study.predictions_file(last.trial_id, "audit").is_file()
+    assert study.fold_in_file.read_text() != study.submission_file.read_text()
+    assert len(study.fold_in_file.read_text().splitlines()) == 21
+    assert "No score goes with it" in result.stdout.replace("\n", " ")
+    before = study.records()
+    again = place.run(command)
+    assert again.returncode == 0, again.stderr
+    assert study.records() == before  # nothing is trained twice
+    result = place.run(place.command("ensemble.py", str(study.folder), "--tta", "2", *cache))
+    assert result.returncode == 0, result.stderr
+    members = json.loads(study.ensemble_file.read_text())["members"]
+    assert {m["stage"] for m in members} == {"fold"}
+    assert sum(m["weight"] for m in members) == pytest.approx(1)
+    ensemble, audit = of_study(study), study.predictions("ensemble", "audit")
+    opened = open_dataset(place.data, cache_dir=place.folder / "cache", max_size=48)
+    shown = [opened.images[row] for row in opened.audit.rows]
+    said = audit.aligned(opened.audit.ids).probs
+    np.testing.assert_allclose(ensemble.probabilities(shown), said, atol=1e-4)
 
 
 def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Place) -> None:
@@ -481,6 +530,7 @@ def test_only_the_demo_without_any_option_overwrites_its_study() -> None:
         (["--study", "../x"], "--study '../x' must be a plain name"),
         (["--confirm", "-1"], "--confirm -1 must be at least 0, which leaves it out"),
         (["--audit-stops", "-2"], "--audit-stops -2 must be at least 0"),
+        (["--max-seconds-per-1000", "-1"], "--max-seconds-per-1000 -1 must be above 0"),
         (["--weights", "/no/such"], "--weights /no/such is no folder"),
         (["--set", "colour=red"], "--set colour=red: expected NAME=V"),
         (["--resume", "--study", "never"], "--resume: there is no study at"),

@@ -47,11 +47,16 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
         "seed": 1,
         "data": "x",
         "split": "y",
-        "fold": 0,
+        "head_seed": 3,
+        "folds": 3,
+        "fold_in": True,
+        "start_size": 32,
+        "test_size": 96,
     }
-    assert set(other) == {f.name for f in fields(TrialConfig)}
+    assert {*other, "fold"} == {f.name for f in fields(TrialConfig)}
     ids = {replace(CONFIG, **{name: value}).id for name, value in other.items()}
-    assert len(ids | {CONFIG.id}) == len(other) + 1
+    ids |= {replace(CONFIG, folds=3, fold=fold).id for fold in range(3)}
+    assert len(ids | {CONFIG.id}) == len(other) + 3 + 1
     assert TrialConfig.from_dict(asdict(CONFIG)).id == CONFIG.id
 
 
@@ -72,11 +77,39 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
             {"backbone": "swin_tiny_patch4_window7_224", "image_size": 100},
             "image_size=100 must be a multiple of 32 for swin_tiny_patch4_window7_224",
         ),
+        ({"start_size": 8}, "start_size=8 must be 0 or a size for lcnet_035, 16 or more"),
+        ({"start_size": 96}, "start_size=96 must be at most image_size=64"),
+        (
+            {"backbone": "swin_tiny_patch4_window7_224", "test_size": 96},
+            "test_size=96: swin_tiny_patch4_window7_224 is built for one size; leave it out",
+        ),
+        ({"fold": 0}, "fold=0 of folds=0: there must be 2 folds or more, the first is fold 0"),
+        ({"folds": 1, "fold": 0}, "fold=0 of folds=1: there must be 2 folds or more"),
+        ({"folds": 3, "fold": 3}, "fold=3 of folds=3: there must be 2 folds or more"),
+        ({"folds": 3, "fold_in": True}, "folds=3: with fold_in nothing is held out"),
+        ({"fold_in": True, "patience": 2}, "patience=2: what is held out must not end training"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         replace(CONFIG, **change)
+
+
+def test_fields_that_came_later_leave_the_ids_of_earlier_studies_alone() -> None:
+    assert TrialConfig("lcnet_035", image_size=64, epochs=4).id == "30d6a5703ae1"
+
+
+def test_pictures_grow_in_steps_to_their_whole_size_and_augmentation_with_them() -> None:
+    growing = replace(CONFIG, image_size=96, start_size=48, epochs=8)
+    assert [growing.shown_size(n) for n in range(1, 9)] == [48, 64, 64, 64, 80, 96, 96, 96]
+    strengths = [growing.strength(n) for n in range(1, 9)]
+    assert strengths[0] == pytest.approx(1 / 3)
+    assert strengths == sorted(strengths)
+    assert strengths[6:] == [1.0, 1.0]
+    still = replace(growing, start_size=0)
+    assert {(still.shown_size(n), still.strength(n)) for n in range(1, 9)} == {(96, 1.0)}
+    one = replace(growing, epochs=1)
+    assert one.shown_size(1) == 48
 
 
 def test_a_misspelt_key_is_refused() -> None:

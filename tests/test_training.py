@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from carmodels.batches import Batch
+from carmodels import training
+from carmodels.batches import Batch, Loader
 from carmodels.catalog import AUGMENTS, SCHEDULES, UNFREEZE, VIEWS
-from carmodels.data import Splits
+from carmodels.data import Split, Splits
 from carmodels.models import Weights
 from carmodels.predictions import METRICS, accuracy
 from carmodels.space import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
-from carmodels.training import _Run, fit, predict, seconds_per_picture
+from carmodels.training import Fitted, _Run, fit, parted, predict, seconds_per_picture, view_size
 
 
 def curve(history: tuple[EpochMetrics, ...]) -> list[tuple[float, ...]]:
@@ -35,11 +36,117 @@ def test_the_same_seed_gives_the_same_numbers_to_the_bit_and_another_seed_does_n
     assert curve(fit(replace(config, seed=1), splits, weights=weights).history) != curve(first.history)
 
 
-def test_a_fold_that_the_splits_do_not_hold_is_refused(
+def test_the_seed_of_the_head_decides_its_initial_weights_and_nothing_else(
     config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
-    with pytest.raises(ValueError, match="fold=1: these splits hold no folds"):
-        fit(replace(config, fold=1), splits, weights=weights)
+    def run(seed: int, head_seed: int | None) -> _Run:
+        changed = replace(config, head_depth=1, seed=seed, head_seed=head_seed)
+        return _Run(changed, splits, weights=weights, device=torch.device("cpu"))
+
+    def head(of: _Run) -> torch.Tensor:
+        return of.model.head[0].weight
+
+    assert torch.equal(head(run(0, None)), head(run(1, 0)))
+    assert torch.equal(head(run(1, None)), head(run(1, 1)))
+    assert not torch.equal(head(run(1, None)), head(run(1, 0)))
+    orders = [
+        [b.tolist() for b in run(*seeds).train_loader.orders(1)] for seeds in ((1, None), (1, 0), (0, 1))
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    assert replace(config, head_seed=3).id != config.id
+    assert (replace(config, seed=5).start, replace(config, seed=5, head_seed=0).start) == (5, 0)
+    with pytest.raises(ValueError, match="head_seed=-1 must be None or a whole number from 0"):
+        replace(config, head_seed=-1)
+
+
+def test_targets_are_learnt_in_the_place_of_labels_and_shown_as_they_were_made(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    assert splits.train.labels is not None
+    right, epochs = np.eye(10, dtype=np.float32)[splits.train.labels], 4
+    longer = replace(config, epochs=epochs, image_size=48)
+    other = np.roll(right, 1, axis=1)[None]
+    misled = fit(longer, splits, weights=weights, targets=other)
+    probs = predict(misled.model, splits, splits.val, config=longer).probs
+    assert accuracy(probs, (splits.val.labels + 1) % 10) > 0.25
+    run = _Run(
+        longer, splits, weights=weights, device=torch.device("cpu"), targets=np.stack([right, 1 - right])
+    )
+    loader = Loader(
+        splits.images,
+        splits.train,
+        image_size=48,
+        batch_size=len(splits.train),
+        augment=AUGMENTS[longer.augment],
+        seed=longer.seed,
+    )
+    for number, view in ((1, 0), (2, 1), (3, 0)):
+        images, targets = next(iter(run.shown(number)))
+        rows = run.train_loader.orders(number)[0]
+        assert torch.equal(images, next(loader.epoch(view)).images[rows])
+        assert np.array_equal(targets.numpy(), (right if view == 0 else 1 - right)[rows])
+    with pytest.raises(ValueError, match="no mixup, no features"):
+        fit(replace(config, mixup=0.2), splits, weights=weights, targets=other)
+
+
+def test_the_models_of_all_folds_are_not_trained_at_once(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    with pytest.raises(ValueError, match="folds=3: these are 3 models; name the fold of one"):
+        fit(replace(config, folds=3), splits, weights=weights)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_held_out_has_no_say_in_a_fold(
+    schedule: str, config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    """Whatever the fold's labels are, the model is the same, and that of the last epoch."""
+    one = replace(config, folds=3, fold=1, epochs=4, lr=2e-2, schedule=schedule)
+    fitted = fit(one, splits, weights=weights)
+    assert fitted.best.epoch == 4
+    held_out = parted(one, splits).val
+    kept = predict(fitted.model, splits, held_out, config=one)
+    assert accuracy(kept.probs, held_out.labels) == pytest.approx(fitted.best.value, abs=1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_labels", _wrong_labels)
+        other = fit(one, splits, weights=weights)
+    assert other.best.value != fitted.best.value
+    for first, second in zip(fitted.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def _wrong_labels(split: Split) -> np.ndarray:
+    return np.roll(split.labels, 7) if split.name == "oof" else split.labels
+
+
+def test_a_last_run_learns_from_everything_and_has_no_score(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    last = replace(config, fold_in=True, schedule="plateau")
+    parts = parted(last, splits)
+    assert (len(parts.train), len(parts.val), len(parts.audit)) == (200, 0, 0)
+    assert set(parts.train.ids) == {*splits.train.ids, *splits.val.ids, *splits.audit.ids}
+    fitted = fit(last, splits, weights=weights)
+    assert fitted.ending == "schedule"
+    assert fitted.best.epoch == 2
+    for epoch in fitted.history:
+        assert np.isfinite(epoch.train_loss)
+        assert np.isnan([epoch.val_loss, epoch.val_accuracy, epoch.value]).all()
+
+
+def test_growing_pictures_are_trained_on_at_each_size_and_tested_at_the_whole_one(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    growing = replace(config, image_size=48, start_size=16, epochs=4)
+    run = _Run(growing, splits, weights=weights, device=torch.device("cpu"))
+    sizes = [next(run.shown(number))[0].shape[-1] for number in range(1, 5)]
+    assert sizes == [growing.shown_size(number) for number in range(1, 5)] == [16, 32, 32, 48]
+    assert next(run.val_loader.epoch(0)).images.shape[-1] == 48
+    larger = replace(config, test_size=64)
+    run = _Run(larger, splits, weights=weights, device=torch.device("cpu"))
+    assert next(run.val_loader.epoch(0)).images.shape[-1] == 64
+    assert next(run.shown(1))[0].shape[-1] == 32
+    assert view_size(larger, "plain") == 64
 
 
 def test_training_learns_far_beyond_chance(config: TrialConfig, splits: Splits, weights: Weights) -> None:
@@ -89,6 +196,9 @@ def test_what_a_strategy_keeps_frozen_does_not_move(
         {"lr": 1e-2},
         {"batch_size": 16},
         {"unfreeze": "frozen"},
+        {"start_size": 16},
+        {"test_size": 48},
+        {"folds": 2, "fold": 0},
     ],
     ids=str,
 )
@@ -193,11 +303,14 @@ def test_cosine_warms_up_and_ends_at_zero_and_plateau_falls_when_val_loss_stays(
     assert set(rates("constant", 3)) == {1e-2}
 
 
+@pytest.fixture(scope="module")
+def fitted(splits: Splits, weights: Weights) -> Fitted:
+    """A model that knows its pictures, for tests that only ask it."""
+    return fit(TrialConfig("test_resnet", image_size=48, epochs=4, lr=3e-3), splits, weights=weights)
+
+
 @pytest.mark.parametrize("view", VIEWS)
-def test_every_view_keeps_ids_with_their_pictures(
-    view: str, config: TrialConfig, splits: Splits, weights: Weights
-) -> None:
-    fitted = fit(replace(config, epochs=4, image_size=48), splits, weights=weights)
+def test_every_view_keeps_ids_with_their_pictures(view: str, fitted: Fitted, splits: Splits) -> None:
     shown = predict(fitted.model, splits, splits.val, config=fitted.config, view=view)
     assert shown.ids == splits.val.ids
     assert accuracy(shown.probs, splits.val.labels) > 0.25  # ten classes: a mix-up would be at chance

@@ -76,11 +76,11 @@ class Threshold:
         )
 
 
-def threshold(study: Study, wanted: float) -> Threshold:
+def threshold(study: Study, wanted: float, answer: str = "ensemble") -> Threshold:
     """The smallest confidence from which on so many of val's answers are right; ValueError for no share."""
     if not 0 <= wanted <= 1:
         raise ValueError(f"--not-sure {wanted:g} must be from 0 (always answer) to 1")
-    looked = {split: _looked(study, split) for split in ("val", "audit")}
+    looked = {split: _looked(study, answer, split) for split in ("val", "audit")}
     confidence = sure_from(*looked["val"], wanted)
     given = {
         split: Given(
@@ -93,10 +93,10 @@ def threshold(study: Study, wanted: float) -> Threshold:
     return Threshold(wanted, confidence, **given)
 
 
-def _looked(study: Study, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ensemble's probabilities of a split, and its labels."""
+def _looked(study: Study, answer: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ensemble's or student's probabilities of a split, and its labels."""
     labels = study.labels(split)
-    probs = study.predictions("ensemble", split).aligned(list(labels)).probs
+    probs = study.predictions(answer, split).aligned(list(labels)).probs
     return probs, np.array(list(labels.values()))
 
 

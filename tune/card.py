@@ -15,18 +15,21 @@ from tune.answers import Threshold
 from tune.page import interval_text, score_text
 
 
-def write_card(study: Study, recipe: Recipe, limit: Threshold, difference: float, folder: Path) -> None:
-    """README.md of an exported ensemble: what it is of, what it is worth, where it ends, how to use it."""
-    facts, results = study.facts, read_json(study.ensemble_file)
+def write_card(
+    study: Study, answer: str, recipe: Recipe, limit: Threshold, difference: float, folder: Path
+) -> None:
+    """README.md of an exported ensemble or student: what it is of, what it is worth, how to use it."""
+    facts, results = study.facts, read_json(study.answer_file(answer))
     metric = facts["metric"]
     text = _template().render(
         name=study.folder.name,
+        answer=answer,
         facts=facts,
         results=results,
         recipe=recipe,
         limit=limit,
         difference=difference,
-        recalls=recalls(study, recipe),
+        recalls=recalls(study, answer, recipe),
         score=lambda value: score_text(metric, value),
         interval=lambda found: interval_text(metric, found),
     )
@@ -47,11 +50,11 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def recalls(study: Study, recipe: Recipe) -> list[tuple[str, str, int, float]]:
+def recalls(study: Study, answer: str, recipe: Recipe) -> list[tuple[str, str, int, float]]:
     """(class, name, pictures, share recognised) on audit, least recognised first."""
     labels = study.labels("audit")
     truth = np.array(list(labels.values()))
-    guessed = study.predictions("ensemble", "audit").aligned(list(labels)).probs.argmax(axis=1)
+    guessed = study.predictions(answer, "audit").aligned(list(labels)).probs.argmax(axis=1)
     rows = [
         (name, recipe.class_names[k], int((truth == k).sum()), float((guessed == k)[truth == k].mean()))
         for k, name in enumerate(recipe.classes)

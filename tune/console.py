@@ -158,9 +158,7 @@ class Screen:
     def answer(self, results: dict[str, Any], study: Study) -> None:
         """What the ensemble is made of and scores on audit, what searching gained, the submission's path."""
         audit, shown = results["audit"], _plain if results["metric"] == "log_loss" else _percent
-        self.say("Ensemble:")
-        for member in results["members"]:
-            self.say(f"  {member['weight']:.2f}  {member['trial_id']}  {member['title']} ({member['stage']})")
+        self._members(results)
         self.say(f"{results['metric']} on audit ({audit['pictures']} pictures kept aside, 95 % intervals):")
         for name, words in _AUDITED.items():
             if name in audit:
@@ -177,6 +175,29 @@ class Screen:
         if "submission" in results:
             given = ", ".join(f"{row['name']} {row['rows']}" for row in results["submission"]["classes"])
             self.say(f"Submission: {study.submission_file}, {results['submission']['rows']} rows: {given}.")
+
+    def _members(self, results: Mapping[str, Any]) -> None:
+        """Who is in, with what each adds on val and takes."""
+        cost = results["cost"]
+        worker = cost["device"].upper() if cost["device"] != "cpu" else f"{cost['cores']} CPU cores"
+        title = f"Ensemble: {cost['seconds_per_1000']:.1f} s for 1,000 pictures on {worker}, views included"
+        table = Table(title=title.replace("1 CPU cores", "1 CPU core"), title_justify="left")
+        for name in ("weight", "trial", "model", "stage"):
+            table.add_column(name, justify="right" if name == "weight" else "left")
+        for name in ("val", "adds on val", "temperature", "s for 1,000"):
+            table.add_column(name, justify="right")
+        for member in results["members"]:
+            table.add_row(
+                f"{member['weight']:.2f}",
+                member["trial_id"],
+                member["title"],
+                member["stage"],
+                f"{member['val']:.4f}",
+                f"{member['gain']:+.4f}",
+                f"{member['temperature']:.2f}",
+                f"{member['seconds_per_1000']:.2f}",
+            )
+        self._wide(table)
 
 
 def _cells(record: TrialRecord) -> tuple[str, ...]:

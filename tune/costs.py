@@ -41,10 +41,12 @@ class Costs:
         return _between(self.seconds[backbone], image_size)
 
     def epoch(self, config: TrialConfig, number: int) -> float:
-        """Seconds of one epoch (the first is 1): less while the backbone is frozen."""
-        frozen = not _opened(config, number)
-        full, shown = (0, self.train + self.val) if frozen else (self.train, self.val)
-        return self.picture(config.backbone, config.image_size) * (full + FORWARD_SHARE * shown)
+        """Seconds of one epoch (the first is 1): less while the backbone is frozen, or pictures are small."""
+        train = FORWARD_SHARE * self.train
+        if _opened(config, number):
+            train = self.train * (config.shown_size(number) / config.image_size) ** 2
+        val = FORWARD_SHARE * self.val * (config.tested_size / config.image_size) ** 2
+        return self.picture(config.backbone, config.image_size) * (train + val)
 
     def schedule(self, config: TrialConfig) -> float:
         """Seconds of the whole schedule."""
@@ -61,14 +63,25 @@ class Costs:
     def pays_to_compile(self, config: TrialConfig) -> bool:
         """Whether torch.compile saves more over the whole schedule than it takes.
 
-        It starts anew whenever other layer groups learn, so gradual unfreezing seldom repays it.
+        It starts anew whenever other layer groups learn or pictures grow, so gradual unfreezing seldom repays
+        it.
         """
         found = self.compiled.get(config.backbone)
         if found is None:
             return False
-        stages = {_opened(config, number) for number in range(1, config.epochs + 1)} - {0}
-        learning = sum(self.epoch(config, n) for n in range(1, config.epochs + 1) if _opened(config, n))
+        numbers = range(1, config.epochs + 1)
+        stages = {(_opened(config, n), config.shown_size(n)) for n in numbers if _opened(config, n)}
+        learning = sum(self.epoch(config, n) for n in numbers if _opened(config, n))
         return learning * (1 - found.ratio) > found.seconds * len(stages)
+
+
+def times_as_long(new: TrialConfig, old: TrialConfig, train: float = 1.0) -> float:
+    """How many times as long the schedule of one takes as that of the other, of the same backbone and size.
+
+    `train`: how many times as many pictures it learns from. Without those of val, of which there are few.
+    """
+    one = Costs({old.backbone: {old.image_size: 1.0}}, train=1, val=0)
+    return train * one.schedule(new) / one.schedule(old)
 
 
 _MANY = 16  # about as many layer groups as a backbone has, and more than a schedule has stages

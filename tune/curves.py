@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 from tensorboardX import SummaryWriter
@@ -27,7 +28,8 @@ def written(study: Study) -> Watch:
             ("train/loss", epoch.train_loss),
             ("seconds", epoch.seconds),
         ):
-            writers[name].add_scalar(tag, value, epoch.epoch)
+            if math.isfinite(value):  # there is no val where everything is learnt from
+                writers[name].add_scalar(tag, value, epoch.epoch)
         writers[name].flush()
 
     def on_record(record: TrialRecord) -> None:

@@ -13,10 +13,13 @@ from pathlib import Path
 from carmodels.catalog import VIEWS
 from carmodels.files import user_path, write_whole
 from carmodels.study import Study
-from tune import setup, stages
+from tune import setup
+from tune.blend import ensemble
 from tune.console import Screen
 from tune.page import write_report
+from tune.stages import Clock
 from tune.trials import WEIGHTS_KEPT
+from tune.views import MOST_VIEWS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,10 +32,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tta",
         type=int,
-        default=len(VIEWS),
+        default=MOST_VIEWS,
         metavar="N",
-        help=f"most views a picture ({len(VIEWS)}; 1: off)",
+        help=f"most views a picture ({MOST_VIEWS}; 1: off)",
     )
+    setup.add_cost_option(p)
     p.add_argument("--out", type=Path, metavar="CSV", help="a further place to write the submission to")
     setup.add_machine_options(p)
     return p
@@ -46,13 +50,20 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         )
     if not 1 <= options.tta <= len(VIEWS):
         raise ValueError(f"--tta {options.tta} must be from 1 to {len(VIEWS)}, the number of views there are")
+    max_seconds = setup.most_seconds(options)
     study = Study(user_path(options.study))
     out = options.out
     if out and not (out.absolute().parent.is_dir() and (out.is_file() or not out.exists())):
         raise ValueError(f"--out {out} must name a file in a folder that exists")
     with setup.reopened(study, options, screen) as job:
-        clock = stages.Clock(time.time())
-        results = stages.ensemble(job, clock=clock, say=screen.say, top=options.top, views=options.tta)
+        results = ensemble(
+            job,
+            clock=Clock(time.time()),
+            say=screen.say,
+            top=options.top,
+            views=options.tta,
+            max_seconds=max_seconds,
+        )
     screen.answer(results, study)
     screen.say(f"Report: {write_report(study)}")
     if options.out and "submission" in results:

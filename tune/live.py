@@ -15,7 +15,7 @@ from rich.text import Text
 
 from carmodels.predictions import METRICS
 from carmodels.space import EpochMetrics, TrialConfig
-from carmodels.study import Status, TrialRecord
+from carmodels.study import FOLD, Status, TrialRecord
 from tune.stages import Clock
 from tune.trials import Recorder
 
@@ -108,7 +108,8 @@ def standing(
 
 def _best(ended: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
     sign = 1 if METRICS[metric].mode == "max" else -1
-    finished = [(sign * r.value, r) for r in ended if r.status is Status.FINISHED and r.value is not None]
+    on_val = (r for r in ended if r.status is Status.FINISHED and r.stage != FOLD)
+    finished = [(sign * r.value, r) for r in on_val if r.value is not None]
     return max(finished, key=lambda pair: pair[0])[1] if finished else None
 
 

@@ -16,7 +16,7 @@ from ray.util.metrics import Counter, Gauge
 
 from carmodels.predictions import METRICS
 from carmodels.space import EpochMetrics, TrialConfig
-from carmodels.study import Status, TrialRecord
+from carmodels.study import FOLD, Status, TrialRecord
 from tune.stages import Clock
 from tune.trials import Recorder, Watch, trial_name
 
@@ -99,7 +99,7 @@ class _Exporter:
 
     def on_finished(self, record: TrialRecord) -> None:
         """Raise the best, where this trial is better."""
-        if record.status is not Status.FINISHED or record.value is None:
+        if record.status is not Status.FINISHED or record.value is None or record.stage == FOLD:
             return
         tags = {"study": self.study, "metric": self.metric}
         _, best = self._levels.get(_key("carmodels_best", tags), (tags, record.value))

@@ -17,7 +17,7 @@ import vl_convert
 from carmodels.files import write_whole
 from carmodels.predictions import log_loss, share_interval, with_temperature
 from carmodels.space import Space
-from carmodels.study import Status, Study, TrialRecord, read_json
+from carmodels.study import FOLD, FOLD_IN, Status, Study, TrialRecord, read_json
 from tune import charts, stops
 from tune.charts import Chart
 from tune.confirm import described, judged, sentence
@@ -208,14 +208,15 @@ def sections(
     """The pictures that there is something to draw for."""
     metric = study.metric
     found = []
-    if any(r.curve for r in records):
+    on_val = [r for r in records if r.stage not in (FOLD, FOLD_IN)]
+    if any(r.curve for r in on_val):
         found.append(
             Section(
                 "curves",
                 "Learning curves",
                 "Each line is a trial, a cross is where it was cut off. A group that is cut while it still "
                 "climbs steeply was judged too early.",
-                charts.curves(records, metric),
+                charts.curves(on_val, metric),
             )
         )
     searched = [r for r in records if r.stage == "search"]

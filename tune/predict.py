@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="P",
         help=f"how often answers are to be right; the others are not given ({ACCURACY}; 0: give all)",
     )
+    add("--student", action="store_true", help="answer with what tune/distil.py made of the ensemble")
     add("--export", type=Path, metavar="DIR", help="write ONNX, safetensors and a model card to this folder")
     add("--serve", action="store_true", help="show a page to drop pictures on, until Ctrl-C")
     add("--port", type=int, metavar="N", help=f"of that page ({PORT}; 0: any)")
@@ -62,10 +63,11 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     _check(options)
     study = Study(user_path(options.study))
     paths = found_pictures([path.expanduser() for path in options.pictures])
-    ensemble, limit = of_study(study), threshold(study, options.not_sure)
+    answer = "student" if options.student else "ensemble"
+    ensemble, limit = of_study(study, answer), threshold(study, options.not_sure, answer)
     screen.say(limit.sentence)
     if options.export:
-        _export(study, ensemble, limit, user_path(options.export), screen)
+        _export(study, answer, ensemble, limit, user_path(options.export), screen)
     ensemble = ensemble.to("cuda" if torch.cuda.is_available() else "cpu")
     if paths:
         _answer(ensemble, limit, paths, options.out, screen)
@@ -87,9 +89,11 @@ def _check(options: argparse.Namespace) -> None:
         check_packages()
 
 
-def _export(study: Study, ensemble: Ensemble, limit: Threshold, folder: Path, screen: Screen) -> None:
+def _export(
+    study: Study, answer: str, ensemble: Ensemble, limit: Threshold, folder: Path, screen: Screen
+) -> None:
     difference = export(ensemble, folder)
-    write_card(study, ensemble.recipe, limit, difference, folder)
+    write_card(study, answer, ensemble.recipe, limit, difference, folder)
     screen.say(
         f"Exported to {folder}: onnxruntime is within {difference:.1e} of torch (at most {TOLERANCE:.0e})."
     )

@@ -1,6 +1,7 @@
 """python tune/retrain.py results/demo --seeds 3
 
-Train the best configuration of a study (or the one named) again from new seeds, over its whole schedule.
+Train the best configuration of a study (or the one named) again from new seeds, or with --folds once for each
+fold of train and val; with --fold-in a last time on everything that has a label.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from carmodels.files import user_path
 from carmodels.models import Weights
+from carmodels.space import setting
 from carmodels.study import Study
-from tune import setup, stages
+from tune import retraining, setup, stages
 from tune.console import Screen
 
 MOST_SEEDS = 1000
@@ -26,6 +28,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--trial", metavar="ID", help="the trial whose configuration is retrained (the best)")
     p.add_argument("--seeds", type=int, metavar="N", help="how many new seeds (3, or one for each worker)")
     p.add_argument("--epochs", type=int, metavar="N", help="length of the schedule (that of the search)")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=V",
+        help="what to do in another way than the trial, such as ema=0.998, start_size=96 or test_size=224",
+    )
+    setup.add_fold_options(p)
     setup.add_machine_options(p)
     return p
 
@@ -36,20 +46,29 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
+    setup.check_folds(options)
+    if options.folds and options.seeds:
+        raise ValueError(f"--seeds {options.seeds} does not go with --folds: each fold is a run of its own")
     if options.seeds is not None and options.seeds > MOST_SEEDS:
         raise ValueError(f"--seeds {options.seeds} must be at most {MOST_SEEDS}")
+    way = retraining.Way(options.epochs, dict(setting(text) for text in options.set))
+    for name in ("backbone", "image_size", "epochs"):
+        if name in way.changes:
+            raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")
     study = Study(user_path(options.study))
     clock = stages.Clock(time.time())
     with setup.reopened(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
-        completed = stages.retrain(
+        completed = retraining.retrain_all(
             job,
             clock=clock,
             watch=setup.watched(job, clock, None, screen),
             say=screen.say,
             trial_id=options.trial,
-            seeds=options.seeds,
-            epochs=options.epochs,
+            seeds=options.seeds or 3,
+            way=way,
+            folds=options.folds,
+            fold_in=options.fold_in,
         )
     screen.rest()
     screen.table(study)

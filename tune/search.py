@@ -36,7 +36,8 @@ from carmodels.models import Weights
 from carmodels.predictions import METRICS
 from carmodels.space import SPACES, Space
 from carmodels.study import Study
-from tune import setup, stages
+from tune import retraining, setup, stages
+from tune.blend import ensemble
 from tune.confirm import CONTENDERS, RERUNS
 from tune.console import Screen
 from tune.live import duration
@@ -98,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="STUDY_DIR",
         help="earlier studies, of any data, whose trials tell where to begin",
     )
+    setup.add_fold_options(p)
+    setup.add_cost_option(p)
     setup.add_machine_options(p)
     p.add_argument("--seed", type=int, default=0, help="of the split, the draws and the training (0)")
     p.add_argument(
@@ -140,6 +143,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     if weights.source == "hub" and not options.address:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: what they need is on this disk now
     splits = setup.open_data(data, options, max(space.image_sizes), options.seed, screen)
+    if options.fold_in:
+        retraining.check_test(splits)
     clock, trials = budget(options, space, bare, begun)
     facts = {
         "data": study.relative(data),
@@ -209,15 +214,17 @@ def go(
         )
         return 130
     last = STAGES.index(options.until)
-    results = stages.ensemble(job, clock=clock, say=screen.say) if last >= STAGES.index("ensemble") else None
+    results = None
+    if last >= STAGES.index("ensemble"):
+        results = ensemble(job, clock=clock, say=screen.say, max_seconds=setup.most_seconds(options))
     screen.table(job.study)
     screen.dimensions(job.study)
     if results:
         screen.answer(results, job.study)
     if options.until == "report":
         if options.pictures or options.data is None:
-            ensemble = of_study(job.study).to(job.workers.device)
-            write_thumbnails(job.study, ensemble, job.splits, seconds=min(SECONDS, clock.left))
+            network = of_study(job.study).to(job.workers.device)
+            write_thumbnails(job.study, network, job.splits, seconds=min(SECONDS, clock.left))
         screen.say(f"Report: {write_report(job.study)}")
     screen.say(f"Every trial: {job.study.table_file}. All of it took {duration(time.time() - clock.begun)}.")
     return 0
@@ -245,7 +252,9 @@ def trained_further(
         if not stages.confirm(job, clock=clock, watch=watch, say=say, most=options.confirm):
             return False
         screen.standings(job.study)
-    return last < STAGES.index("retrain") or stages.retrain(job, clock=clock, watch=watch, say=say)
+    return last < STAGES.index("retrain") or retraining.retrain_all(
+        job, clock=clock, watch=watch, say=say, folds=options.folds, fold_in=options.fold_in
+    )
 
 
 def check_numbers(options: argparse.Namespace) -> None:
@@ -259,6 +268,8 @@ def check_numbers(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 0, which leaves it out")
     if options.pictures and options.until != "report":
         raise ValueError(f"--pictures is for the report, which --until {options.until} leaves out")
+    setup.check_folds(options)
+    setup.most_seconds(options)
     if not 0 <= options.seed <= MOST_SEED:
         raise ValueError(f"--seed {options.seed} must be from 0 to {MOST_SEED}")
     name = options.study

@@ -33,6 +33,7 @@ from tune.stages import Clock
 from tune.trials import Job, Watch, Workers, start_ray, together
 
 CACHE_LIMIT, MOST_CACHE = 100.0, 1e6  # GB
+MOST_FOLDS = 20
 
 
 class Machine(NamedTuple):
@@ -100,6 +101,46 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help=f"most that they may take ({CACHE_LIMIT:g})",
     )
+
+
+def add_fold_options(parser: argparse.ArgumentParser) -> None:
+    """The options of retraining that change what is learnt from."""
+    parser.add_argument(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="K",
+        help="retrain the best few once for each of K folds of train and val, not from new seeds (0: off)",
+    )
+    parser.add_argument(
+        "--fold-in",
+        action="store_true",
+        help="train the best a last time on all labelled pictures, audit too: a submission without a score",
+    )
+
+
+def check_folds(options: argparse.Namespace) -> None:
+    """Raises ValueError for a number of folds that makes no sense."""
+    if options.folds and not 2 <= options.folds <= MOST_FOLDS:
+        raise ValueError(f"--folds {options.folds} must be 0, which leaves it out, or from 2 to {MOST_FOLDS}")
+
+
+def add_cost_option(parser: argparse.ArgumentParser) -> None:
+    """The option that says what answers may cost."""
+    parser.add_argument(
+        "--max-seconds-per-1000",
+        type=float,
+        metavar="S",
+        help="most that the ensemble with its views may take a worker here for 1,000 pictures (no limit)",
+    )
+
+
+def most_seconds(options: argparse.Namespace) -> float:
+    """What 1,000 pictures may take; infinite where nothing was said. ValueError for a limit that is none."""
+    given = options.max_seconds_per_1000
+    if given is not None and not given > 0:
+        raise ValueError(f"--max-seconds-per-1000 {given:g} must be above 0")
+    return math.inf if given is None else float(given)
 
 
 def check_machine(options: argparse.Namespace) -> Workers | None:
@@ -245,14 +286,28 @@ def watched(job: Job, clock: Clock, trials: int | None, screen: Screen, *, inner
 @contextmanager
 def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
     """The job of a study that exists, with Ray running for it; ValueError where its data set has changed."""
-    weights = study.facts["weights"]
     check_machine(options)
-    splits = data_of(study, options, screen)
-    source = Weights(weights if weights in ("hub", "none") else str(study.resolved(weights)))
+    splits, weights = data_of(study, options, screen), weights_of(study)
     with held(study), ray_running(options, screen) as workers:
         if options.address:
-            look_at_machines(study, data, source, options, screen)
-        yield Job(study, splits, source, workers, cache_folder(options))
+            data = study.resolved(study.facts["data"])
+            look_at_machines(study, data, weights, options, screen)
+        yield Job(study, splits, weights, workers, cache_folder(options))
+
+
+@contextmanager
+def alone(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
+    """Likewise without Ray: one worker that has all cores and one GPU, if there is any, to itself."""
+    splits, here = data_of(study, options, screen), _here()
+    workers = Workers(1, here.cores, float(min(1, here.gpus)))
+    with held(study):
+        yield Job(study, splits, weights_of(study), workers, cache_folder(options))
+
+
+def weights_of(study: Study) -> Weights:
+    """Where a study that exists has its pretrained weights from."""
+    source = study.facts["weights"]
+    return Weights(source if source in ("hub", "none") else str(study.resolved(source)))
 
 
 @contextmanager

@@ -1,41 +1,26 @@
-"""The stages of the whole job, each from study folder to study folder: search, confirm, retrain, ensemble."""
+"""The stages of the search, each from study folder to study folder: search, audit of stops, confirm."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import optuna
 from ray.tune.schedulers import FIFOScheduler
 
-from carmodels.catalog import UNFREEZE, VIEWS
-from carmodels.models import weights_damage
-from carmodels.predictions import (
-    METRICS,
-    Interval,
-    Predictions,
-    accuracy_interval,
-    fit_temperature,
-    hidden_score,
-    paired_gain,
-    score_interval,
-    select_ensemble,
-    with_temperature,
-)
-from carmodels.space import Space, TrialConfig, baseline
-from carmodels.study import CUT_OFF, Status, Study, TrialRecord, read_json, write_json
-from carmodels.submission import write_submission
+from carmodels.catalog import UNFREEZE
+from carmodels.predictions import METRICS
+from carmodels.space import Space, baseline
+from carmodels.study import CUT_OFF, Status, Study, TrialRecord, write_json
 from tune import stops
-from tune.confirm import RERUNS, Reruns, described, expected_seconds, judged
+from tune.confirm import RERUNS, Reruns, expected_seconds
 from tune.plan import Packing, make_plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws, Queue, useful
-from tune.trials import WEIGHTS_KEPT, Job, Watch, run_trials
-from tune.views import Members, judge_views
+from tune.trials import Job, Watch, run_trials
 
 Say = Callable[[str], None]
 
@@ -221,220 +206,3 @@ def confirm(job: Job, *, clock: Clock, watch: Watch, say: Say, most: int = RERUN
     )
     job.study.write_table()
     return completed
-
-
-def retrain(
-    job: Job,
-    *,
-    clock: Clock,
-    watch: Watch,
-    say: Say,
-    trial_id: str | None = None,
-    seeds: int = 3,
-    epochs: int | None = None,
-) -> bool:
-    """Train the best (or the named) configuration from new seeds, side by side; False if interrupted.
-
-    Runs with new seeds that there are already count.
-    """
-    study = job.study
-    job = replace(job, workers=replace(job.workers, packed=0))  # the best one has a GPU of its own
-    chosen = _chosen(study, trial_id)
-    configs, planned = _to_train(study, chosen, seeds, epochs, clock, job.workers.count)
-    metric = chosen.config.metric
-    end = clock.at(RETRAIN_SHARE)
-    late = end + 0.3 * (clock.at(1) - end) if clock.seconds < math.inf else math.inf
-    say(_announced(chosen, len(configs), len(_again(study, chosen, planned)), planned))
-    completed = not configs or run_trials(
-        replace(job, until=end),
-        stage="retrain",
-        begun=clock.begun,
-        end=late,
-        search_alg=Queue(configs, metric=metric, mode=METRICS[metric].mode),
-        scheduler=FIFOScheduler(),
-        notes={c.id: f"seed {c.seed} of {chosen.trial_id}" for c in configs},
-        watch=watch,
-    )
-    study.write_table()
-    write_json(
-        study.best_file,
-        {
-            "trial_id": chosen.trial_id,
-            "config": asdict(replace(chosen.config, epochs=planned)),
-            "metric": metric,
-            "val": chosen.value,
-            "retrained": {
-                r.trial_id: {"seed": r.config.seed, "val": r.value} for r in _again(study, chosen, planned)
-            },
-            "standings": described(judged(study)),
-        },
-    )
-    return completed
-
-
-def _to_train(
-    study: Study, chosen: TrialRecord, seeds: int, epochs: int | None, clock: Clock, workers: int
-) -> tuple[list[TrialConfig], int]:
-    """The configurations that retraining lacks and has time for, and the epochs of each."""
-    wanted = epochs or chosen.config.epochs
-    first = chosen.config.seed + 1
-    configs = [replace(chosen.config, seed=first + i, epochs=wanted) for i in range(seeds)]
-    done = {r.trial_id for r in _again(study, chosen, wanted)}
-    missing = [c for c in configs if c.id not in done]
-    per_epoch = expected_seconds(chosen) / chosen.config.epochs
-    left = clock.at(RETRAIN_SHARE) - time.time()
-    count, planned = _fitting(len(missing), wanted, per_epoch, left, workers)
-    if planned < wanted and (done or not count):
-        return [], wanted  # a shorter schedule is only for want of a whole one
-    return [replace(c, epochs=planned) for c in missing[:count]], planned
-
-
-def _again(study: Study, chosen: TrialRecord, epochs: int) -> list[TrialRecord]:
-    """Finished runs of the configuration with other seeds and so many epochs, best first."""
-    same = replace(chosen.config, epochs=epochs)
-    found = (r for r in study.leaderboard() if r.trial_id != chosen.trial_id)
-    return [r for r in found if replace(r.config, seed=same.seed) == same]
-
-
-def _announced(chosen: TrialRecord, missing: int, done: int, epochs: int) -> str:
-    """What retraining is about to do, in words."""
-    name = f"{chosen.config.title} ({chosen.trial_id})"
-    if missing:
-        there = f", {done} more are there" if done else ""
-        return f"Retraining {name}, new seeds: {missing}{there}; {epochs} epochs each."
-    if done:
-        return f"Retraining {name} is left out, new seeds that are there: {done}."
-    return "Retraining is left out: the time that is left does not hold one run of it."
-
-
-def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
-    """The named trial, else the one whose configuration is best by all its runs."""
-    candidates = [r for r in study.leaderboard() if r.stage == "search"]
-    if trial_id is not None:
-        candidates = [r for r in candidates if r.trial_id == trial_id]
-        if not candidates:
-            raise ValueError(
-                f"--trial {trial_id}: no finished trial of {study.folder} has this id; see trials.csv"
-            )
-        return candidates[0]
-    if not candidates:
-        reasons = [r.reason for r in study.records() if r.status is not Status.FINISHED]
-        last = f" (the last one: {reasons[-1]})" if reasons else ""
-        raise ValueError(f"{study.folder} has no finished trial{last}; --resume goes on, with more --hours")
-    found = judged(study)
-    return found[0].record if found else candidates[0]
-
-
-def _fitting(seeds: int, epochs: int, per_epoch: float, seconds: float, workers: int) -> tuple[int, int]:
-    """Seeds and epochs that fit into `seconds`: whole schedules if one fits, else a round of shorter ones."""
-    if math.isinf(seconds) or per_epoch <= 0:
-        return seeds, epochs
-    rounds = int(seconds / (per_epoch * epochs))
-    if rounds:
-        return min(seeds, rounds * workers), epochs
-    shorter = int(seconds / per_epoch)
-    return (min(seeds, workers), shorter) if shorter >= max(2, epochs // 2) else (0, 0)
-
-
-def ensemble(
-    job: Job, *, clock: Clock, say: Say, top: int = WEIGHTS_KEPT, views: int = len(VIEWS)
-) -> dict[str, Any]:
-    """Choose members, views and temperature on val, score once on audit, write ensemble and submission."""
-    study, metric = job.study, job.study.metric
-    ready = _with_weights(study, say)
-    candidates = [r for r in ready if r.stage == "search"][:top] + [r for r in ready if r.stage != "search"]
-    if not candidates:
-        raise ValueError(f"{study.folder} has no finished trial to make a submission from; --resume goes on")
-    for split in ("val", "audit"):
-        for file in Members(job, dict.fromkeys(candidates, 1.0)).show(split, ("plain",)):
-            say(f"{file} was damaged, it is made anew from the weights.")
-    labels = study.labels("val")
-    truth = np.array(list(labels.values()))
-    library = {r.trial_id: study.predictions(r.trial_id, "val").aligned(list(labels)) for r in candidates}
-    selection = select_ensemble(library, truth, metric=metric)
-    records = {r.trial_id: r for r in candidates}
-    members = Members(job, {records[i]: weight for i, weight in selection.weights.items()})
-    verdict = judge_views(members, labels, limit=views, seconds=clock.left)
-    say(f"Test-time augmentation: {verdict.sentence}.")
-    temperature = fit_temperature(members.blended("val", verdict.views).aligned(list(labels)).probs, truth)
-    blended = {
-        split.name: with_temperature(members.blended(split.name, verdict.views), temperature)
-        for split in (job.splits.val, job.splits.audit, job.splits.test)
-        if len(split)
-    }
-    for split, predictions in blended.items():
-        predictions.save(study.predictions_file("ensemble", split))
-    results = {
-        "metric": metric,
-        "members": [_member(r, weight, selection.gains) for r, weight in members.weights.items()],
-        "temperature": temperature,
-        "tta": asdict(verdict),
-        "val": {
-            "ensemble": METRICS[metric].score(blended["val"].aligned(list(labels)).probs, truth),
-            "single": {"trial_id": selection.single, "value": selection.single_score},
-        },
-        "audit": _audit(study, metric, blended["audit"], selection.single),
-    }
-    if "test" in blended:
-        write_submission(blended["test"], study.submission_file, sample=job.splits.sample_file)
-        results["submission"] = _described(study, job.splits.class_names, blended["test"])
-        results["hidden"] = _expected(study, metric, blended["audit"], len(blended["test"].ids))
-    study.thumbnails_file.unlink(missing_ok=True)  # of the mistakes of the ensemble before
-    write_json(study.ensemble_file, results)
-    return results
-
-
-def _with_weights(study: Study, say: Say) -> list[TrialRecord]:
-    """Finished trials whose weights are there and intact, best first."""
-    there = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
-    damaged = {r.trial_id: d for r in there if (d := weights_damage(study.weights_file(r.trial_id)))}
-    for trial_id, damage in damaged.items():
-        say(f"Left out: {study.weights_file(trial_id)} is damaged ({damage}); bring a copy back.")
-    return [r for r in there if r.trial_id not in damaged]
-
-
-def _member(record: TrialRecord, weight: float, gains: Mapping[str, float]) -> dict[str, Any]:
-    return {
-        "trial_id": record.trial_id,
-        "title": record.config.title,
-        "stage": record.stage,
-        "weight": weight,
-        "gain": gains[record.trial_id],
-        "val": record.value,
-    }
-
-
-def _described(study: Study, names: Sequence[str], test: Predictions) -> dict[str, Any]:
-    """What the submission says: its rows, and how many of them are of each class, by name."""
-    counts = np.bincount(test.probs.argmax(1), minlength=len(names)).tolist()
-    given = [{"class": c, "name": n, "rows": k} for c, n, k in zip(test.classes, names, counts, strict=True)]
-    return {"file": study.submission_file.name, "rows": len(test.ids), "classes": given}
-
-
-def _audit(study: Study, metric: str, ensembled: Predictions, single: str) -> dict[str, Any]:
-    """The one look at audit: ensemble, best single trial and competitor's recipe, with 95 % intervals."""
-    labels = study.labels("audit")
-    truth = np.array(list(labels.values()))
-    probs = {"ensemble": ensembled.aligned(list(labels)).probs}
-    recipe = next((r.trial_id for r in study.leaderboard() if r.note.startswith(RECIPE)), None)
-    named = {"single": single} | ({"recipe": recipe} if recipe else {})
-    for name, trial_id in named.items():
-        probs[name] = study.predictions(trial_id, "audit").aligned(list(labels)).probs
-    scores: dict[str, Any] = {name: asdict(_interval(metric, p, truth)) for name, p in probs.items()}
-    for name in named:
-        scores[f"gain_over_{name}"] = asdict(paired_gain(metric, probs["ensemble"], probs[name], truth))
-    looks = 1 + (read_json(study.ensemble_file)["audit"]["looks"] if study.ensemble_file.is_file() else 0)
-    return {**scores, "pictures": len(truth), "looks": looks}
-
-
-def _expected(study: Study, metric: str, audit: Predictions, pictures: int) -> dict[str, Any]:
-    """What the submission is going to score: a 95 % prediction interval, from audit alone."""
-    labels = study.labels("audit")
-    truth = np.array(list(labels.values()))
-    found = hidden_score(metric, audit.aligned(list(labels)).probs, truth, pictures)
-    return {**asdict(found), "pictures": pictures}
-
-
-def _interval(metric: str, probs: np.ndarray, labels: np.ndarray) -> Interval:
-    """95 %: Wilson's for accuracy, which holds near 1 as well; by bootstrap for the other metrics."""
-    return accuracy_interval(probs, labels) if metric == "accuracy" else score_interval(metric, probs, labels)

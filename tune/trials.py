@@ -66,7 +66,7 @@ from carmodels.features import FeatureStore
 from carmodels.models import Weights, save_weights
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord
-from carmodels.training import Fitted, fit, predict
+from carmodels.training import Fitted, fit, parted, predict
 from tune.costs import Costs
 
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial ended with is in its record
@@ -208,12 +208,13 @@ def _verdict(fitted: Fitted) -> tuple[Status, str]:
 
 
 def _leave(fitted: Fitted, job: Job) -> None:
-    """Write a finished trial's probabilities and weights."""
-    for split in (job.splits.val, job.splits.audit, job.splits.test):
+    """Write a finished trial's probabilities of what it did not learn from, and its weights."""
+    splits = parted(fitted.config, job.splits)
+    for split in (splits.val, splits.audit, splits.test):
         if len(split):
             predictions = predict(
                 fitted.model,
-                job.splits,
+                splits,
                 split,
                 config=fitted.config,
                 device=job.workers.device,
@@ -426,7 +427,7 @@ class Recorder(_StaysHere, Callback):
             config=config,
             status=status,
             epochs_run=len(curve),
-            value=None if status in (Status.DIVERGED, Status.FAILED) else value,
+            value=None if status in (Status.DIVERGED, Status.FAILED) else _finite(value),
             seconds=sum(e.seconds for e in curve),
             reason=reason,
             stage=self.stage,
@@ -434,6 +435,10 @@ class Recorder(_StaysHere, Callback):
             at=time.time() - self.begun,
             curve=curve,
         )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def trial_name(config: TrialConfig) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,70 @@ import torch
 
 from carmodels.catalog import VIEWS
 from carmodels.data import Split
-from carmodels.models import load_weights
-from carmodels.predictions import METRICS, Predictions, blend, log_loss, right_and_wrong
-from carmodels.study import TrialRecord
-from carmodels.training import predict
+from carmodels.models import Weights, build, load_weights
+from carmodels.predictions import (
+    METRICS,
+    Nested,
+    Predictions,
+    blend,
+    choose_views,
+    log_loss,
+    nested_check,
+    right_and_wrong,
+    with_temperature,
+)
+from carmodels.space import TrialConfig
+from carmodels.study import FOLDS, TrialRecord
+from carmodels.training import predict, view_size
+from tune import folds
 from tune.trials import Job, as_task
 
+MOST_VIEWS = 4  # a picture, the plain one included
 _HALF_PRECISION = 0.02  # by how much probabilities differ between two batch layouts on a GPU
+_ROUNDING = 1e-5
+_TIMED = 64  # pictures
+_JUDGING = 0.5  # of the time that is left: for showing val; the rest is for audit and test
+
+
+@dataclass(frozen=True)
+class Paces:
+    """What showing a picture to a model takes one worker here, in seconds, as measured; each shape once."""
+
+    job: Job
+    seconds: dict[tuple[str, int], float] = field(default_factory=dict)  # by backbone and size in pixels
+
+    def of(self, config: TrialConfig, view: str = "plain") -> float:
+        """Seconds a picture, loading included."""
+        models = config.folds or 1
+        return models * self.seconds[self._key(config, view)]
+
+    def measure(self, configs: Iterable[TrialConfig], views: Iterable[str] = ("plain",)) -> None:
+        """Time what was not timed yet, side by side as it will run."""
+        wanted = {self._key(c, v): c for c in configs for v in views}
+        missing = {key: config for key, config in wanted.items() if key not in self.seconds}
+        task = as_task(seconds_a_picture, self.job.workers)
+        found = ray.get([task.remote(self.job, config, size) for (_, size), config in missing.items()])
+        self.seconds.update(zip(missing, found, strict=True))
+
+    @staticmethod
+    def _key(config: TrialConfig, view: str) -> tuple[str, int]:
+        return config.backbone, view_size(config, view)
+
+
+def seconds_a_picture(job: Job, config: TrialConfig, size: int) -> float:
+    """The better of two passes over some pictures of val, after the network has warmed up on them."""
+    torch.set_num_threads(job.workers.cpus)
+    config = replace(config, image_size=size, start_size=0, test_size=0)
+    model = build(config, classes=len(job.splits.classes), weights=Weights("none"))
+    val = job.splits.val
+    assert val.labels is not None
+    some = Split(val.name, val.ids[:_TIMED], val.labels[:_TIMED], val.rows[:_TIMED])
+    taken = []
+    for _ in range(3):
+        started = time.monotonic()
+        predict(model, job.splits, some, config=config, device=job.workers.device)
+        taken.append(time.monotonic() - started)
+    return min(taken[1:]) / len(some)
 
 
 @dataclass(frozen=True)
@@ -29,13 +87,17 @@ class Members:
 
     job: Job
     weights: Mapping[TrialRecord, float]
+    temperatures: Mapping[str, float]  # by trial id, put on each one's probabilities before the mean
 
     def blended(self, split: str, views: Sequence[str]) -> Predictions:
         """The weighted mean over members of each one's mean over views; what is missing on disk is made."""
         self.show(split, views)
-        study = self.job.study
-        means = [blend([study.predictions(r.trial_id, split, v) for v in views]) for r in self.weights]
+        means = [blend([self._tempered(record, split, view) for view in views]) for record in self.weights]
         return blend(means, list(self.weights.values()))
+
+    def _tempered(self, record: TrialRecord, split: str, view: str) -> Predictions:
+        found = self.job.study.predictions(record.trial_id, split, view)
+        return with_temperature(found, self.temperatures[record.trial_id])
 
     def show(self, split: str, views: Sequence[str]) -> list[Path]:
         """Show the split to every member through every view whose probabilities are missing or damaged.
@@ -53,24 +115,31 @@ class Members:
             predictions.save(path(record.trial_id, split, view))
         return damaged
 
-    def identity(self) -> tuple[bool, float]:
-        """Show val to the first member again: whether that gives what it left, and seconds a picture.
+    def identity(self) -> bool:
+        """Show val to the first member again: whether that gives what it left.
 
         Where it does not, pictures and ids have come apart, or this is another kind of machine.
         """
         record = next(iter(self.weights))
         before = self.job.study.predictions(record.trial_id, "val")
-        started = time.monotonic()
         task = as_task(_show_one, self.job.workers)
         again = ray.get(task.remote(self.job, record, "val", "plain")).aligned(before.ids)
-        seconds = time.monotonic() - started
-        tolerance = _HALF_PRECISION if self.job.workers.gpus else 0.0
-        same = np.allclose(again.probs, before.probs, rtol=0, atol=tolerance)
-        return same, seconds / len(before.ids)
+        tolerance = _ROUNDING if record.stage == FOLDS else 0.0  # whose pictures come in other batches now
+        if self.job.workers.gpus:
+            tolerance = _HALF_PRECISION
+        return np.allclose(again.probs, before.probs, rtol=0, atol=tolerance)
+
+    def costs(self, paces: Paces, views: Iterable[str]) -> dict[str, float]:
+        """Seconds that all members together take for 1,000 pictures, by view."""
+        configs, views = [record.config for record in self.weights], tuple(views)
+        paces.measure(configs, views)
+        return {view: 1000 * sum(paces.of(config, view) for config in configs) for view in views}
 
 
 def _show_one(job: Job, record: TrialRecord, split: str, view: str) -> Predictions:
     """One trial's probabilities for one split through one view, from the weights it left."""
+    if record.stage == FOLDS:
+        return folds.shown(job, record, split, view)
     torch.set_num_threads(job.workers.cpus)
     weights = job.study.weights_file(record.trial_id)
     model = load_weights(record.config, weights, classes=len(job.splits.classes))
@@ -93,56 +162,125 @@ class Verdict:
     views: tuple[str, ...]
     sentence: str
     tried: tuple[dict[str, Any], ...] = ()  # by set of views: val, log loss, pictures set right and wrong
+    nested: dict[str, Any] | None = None  # what choosing them is worth on pictures that did not choose
+
+    @property
+    def lines(self) -> list[str]:
+        """Each set that was tried, in words."""
+        return [_line(row) for row in self.tried]
 
 
-def judge_views(members: Members, labels: Mapping[str, int], *, limit: int, seconds: float) -> Verdict:
-    """Try the first 2, 3, ... `limit` rows of VIEWS on val, as far as `seconds` allow, and keep the best set.
+def _line(row: Mapping[str, Any]) -> str:
+    name = ", ".join(row["views"])
+    if "left_out" in row:
+        return f"{name}: left out, {row['left_out']}"
+    counts = f"{row['set_right']} set right, {row['set_wrong']} set wrong"
+    return f"{name}: val {row['val']:.4f}, log loss {row['log_loss']:.4f}, {counts}"
 
-    A set is better if it scores higher by the study's metric, or the same with a lower log loss.
+
+def judge_views(
+    members: Members,
+    labels: Mapping[str, int],
+    *,
+    limit: int,
+    seconds: float,
+    paces: Paces,
+    max_cost: float = math.inf,
+) -> Verdict:
+    """Add views to the plain one on val, as far as `seconds` allow, each the one that helps most.
+
+    A set is better if it scores higher by the study's metric, or the same with a lower log loss; at most
+    `limit` views, which take all members at most `max_cost` seconds for 1,000 pictures. The best of so many
+    sets is partly the luckiest, so views are kept only where choosing them on one half of val helps on the
+    other.
     """
     if limit < 2:
         return Verdict(("plain",), "not asked for")
-    started = time.monotonic()
-    same, each = members.identity()
-    if not same:
+    ends = time.time() + seconds
+    if not members.identity():
         return Verdict(("plain",), "left out, the plain view does not give again what the trial left")
+    costs = members.costs(paces, VIEWS)
+    most, left_out = _affordable(members.job, costs, limit, ends - time.time(), max_cost)
+    if len(left_out) == len(VIEWS) - 1:
+        reason = "no time for it" if most < 2 else "every view would cost too much"
+        return Verdict(("plain",), f"left out, {reason}", _left_out(left_out))
     ids, truth = list(labels), np.array(list(labels.values()))
-    metric = METRICS[members.job.study.metric]
-    plain = members.blended("val", ("plain",)).aligned(ids).probs
-    best: tuple[str, ...] = ("plain",)
-    best_probs = plain
-    tried: list[dict[str, Any]] = []
-    for count in range(2, limit + 1):
-        views = tuple(VIEWS)[:count]
-        cost = each * _pictures(members, views)
-        if cost > seconds - (time.monotonic() - started):
-            tried.append({"views": views, "left_out": f"it would take about {cost:.0f} s"})
-            break
-        probs = members.blended("val", views).aligned(ids).probs
-        score, loss = metric.score(probs, truth), log_loss(probs, truth)
-        fixed, broken = right_and_wrong(plain, probs, truth)
-        tried.append(
-            {"views": views, "val": score, "log_loss": loss, "set_right": fixed, "set_wrong": broken}
-        )
-        gain = metric.gain(score, metric.score(best_probs, truth))
-        if gain > 0 or (gain == 0 and loss < log_loss(best_probs, truth)):
-            best, best_probs = views, probs
-    kept = next((row for row in tried if row.get("views") == best and "val" in row), None)
-    before = f"{metric.score(plain, truth):.4f}"
-    if kept:
-        sentence = (
-            f"kept {', '.join(best)}: val {before} -> {kept['val']:.4f}, log loss {kept['log_loss']:.4f}"
-        )
-    elif "val" in tried[0]:
-        sentence = f"left out, no gain on val ({before})"
-    else:
-        sentence = "left out, no time for it"
-    return Verdict(best, sentence, tuple(tried))
+    shown = {v: members.blended("val", (v,)).aligned(ids).probs for v in VIEWS if v not in left_out}
+    metric = members.job.study.metric
+
+    def chosen(rows: np.ndarray) -> tuple[str, ...]:
+        some = {view: probs[rows] for view, probs in shown.items()}
+        return choose_views(some, truth[rows], metric=metric, most=most, costs=costs, max_cost=max_cost)
+
+    def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return _mean(shown, chosen(rows)), shown["plain"]
+
+    views = chosen(np.arange(len(truth)))
+    sets: list[tuple[str, ...]] = [("plain", view) for view in shown if view != "plain"]
+    sets += [views[:count] for count in range(3, len(views) + 1)]
+    tried = tuple(_tried(metric, shown, views, truth) for views in sets)
+    check = nested_check(choose, truth, metric=metric, until=ends)
+    kept, sentence = _verdict(metric, shown, views, truth, check)
+    return Verdict(kept, sentence, tried + _left_out(left_out), {**asdict(check), "gain": check.gain})
 
 
-def _pictures(members: Members, views: Sequence[str]) -> float:
-    """How many pictures, in units of a plain one, each worker would show for these views of all splits."""
-    splits = members.job.splits
-    area = sum(VIEWS[view].scale ** 2 for view in views[1:])
-    count = len(splits.val) + len(splits.audit) + len(splits.test)
-    return count * area * len(members.weights) / members.job.workers.count
+def _affordable(
+    job: Job, costs: Mapping[str, float], limit: int, seconds: float, max_cost: float
+) -> tuple[int, dict[str, str]]:
+    """How many views a picture there is time for, and why views are left out that are not to be tried."""
+    splits, workers = job.splits, job.workers.count
+    later = (len(splits.audit) + len(splits.test)) * max(costs.values()) / 1000 / workers  # for each view
+    most = min(limit, 1 + int(min((1 - _JUDGING) * seconds / later, limit))) if later else limit
+    left, left_out = _JUDGING * seconds, {}
+    for view in VIEWS:
+        if view == "plain":
+            continue
+        takes = len(splits.val) * costs[view] / 1000 / workers
+        if costs["plain"] + costs[view] > max_cost:
+            total = costs["plain"] + costs[view]
+            left_out[view] = f"with it 1,000 pictures would take {total:.1f} s, more than {max_cost:g} s"
+        elif most < 2 or takes > left:
+            left_out[view] = f"it would take about {takes + later:.0f} s"
+        else:
+            left -= takes
+    return most, left_out
+
+
+def _left_out(reasons: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+    return tuple({"views": ("plain", view), "left_out": reason} for view, reason in reasons.items())
+
+
+def _mean(shown: Mapping[str, np.ndarray], views: Sequence[str]) -> np.ndarray:
+    found: np.ndarray = np.mean([shown[view] for view in views], axis=0)
+    return found
+
+
+def _tried(
+    metric: str, shown: Mapping[str, np.ndarray], views: Sequence[str], truth: np.ndarray
+) -> dict[str, Any]:
+    probs = _mean(shown, views)
+    right, wrong = right_and_wrong(shown["plain"], probs, truth)
+    score = METRICS[metric].score(probs, truth)
+    return {
+        "views": views,
+        "val": score,
+        "log_loss": log_loss(probs, truth),
+        "set_right": right,
+        "set_wrong": wrong,
+    }
+
+
+def _verdict(
+    metric: str, shown: Mapping[str, np.ndarray], views: tuple[str, ...], truth: np.ndarray, check: Nested
+) -> tuple[tuple[str, ...], str]:
+    """The views that are kept, and why, in words."""
+    before = METRICS[metric].score(shown["plain"], truth)
+    if len(views) < 2:
+        return views, f"left out, no gain on val ({before:.4f})"
+    found = _tried(metric, shown, views, truth)
+    scores = f"{', '.join(views)}: val {before:.4f} -> {found['val']:.4f}, log loss {found['log_loss']:.4f}"
+    halves = f"chosen on one half of val it gains {check.gain:+.4f} on the other"
+    if not check.helps:
+        return ("plain",), f"left out {scores}, but {halves}"
+    counts = f"{found['set_right']} pictures set right, {found['set_wrong']} set wrong"
+    return views, f"kept {scores}, {counts}; {halves}"

@@ -1,0 +1,312 @@
+"""nice python tests/benchmarks/bench_recipe.py --data ../shared/data/cars9 --weights ../shared/weights
+
+Whether retraining a trial's winner in another way makes it better: one change each, on out-of-fold
+predictions of all labelled pictures (three folds, so that as many are learnt from as in a study), every seed
+with folds of its own, the last epoch's weights. Runs are kept in the cache folder as they end, and not made
+again; started twice, it trains on two cores. A row a variant: its gain in accuracy over the one it is held
+against, on the seeds that both have, and a 95 % interval from resampling pictures (the mean over seeds of
+each), and how many answers it set right or wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+from rich.console import Console
+from rich.table import Table as Shown
+from torch import nn
+
+from carmodels import demo
+from carmodels.batches import Loader
+from carmodels.catalog import Augment, Step
+from carmodels.data import Splits, open_dataset, with_everything
+from carmodels.files import csv_text, write_whole
+from carmodels.models import Classifier, Weights
+from carmodels.predictions import Predictions, log_loss
+from carmodels.space import TrialConfig
+from carmodels.training import _Run, parted, predict
+
+from table import as_in_a_worker, asked, measured_on
+
+FILE = Path(__file__).parents[2] / "results" / "final" / "recipe.csv"
+FOLDS = 3
+LARGER = {"tested at 1.2 times": 96, "tested at 1.3 times": 104}  # pixels, of test pictures
+TUNED = "tested at 1.3 times, classifier and BatchNorm tuned"
+EMA = "moving average"
+RESAMPLES = 4000
+
+# What won in results/cars9, as a small backbone that can be trained a hundred times.
+BASE = TrialConfig(
+    "mobilenetv2_035",
+    image_size=80,
+    epochs=8,
+    lr=7.3e-3,
+    layer_decay=0.51,
+    label_smoothing=0.1,
+    ema=0.998,
+    folds=FOLDS,
+    fold=0,
+)
+DEMO = replace(BASE, backbone="test_resnet", epochs=2, lr=3e-3)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A change to the base configuration, and the variant that it is held against."""
+
+    change: Mapping[str, Any]
+    against: str = "base"
+    larger: tuple[str, ...] = ()  # how pictures are answered besides
+
+    @property
+    def looks(self) -> tuple[str, ...]:
+        """How the held-out pictures are answered, the plain way first."""
+        return ("plain", EMA, *self.larger)
+
+
+VARIANTS = {
+    "base": Variant({}, larger=(*LARGER, TUNED)),
+    "2 times as long": Variant({"epochs": 16}, larger=tuple(LARGER)),
+    "progressive from 48 px, as much time": Variant({"start_size": 48, "epochs": 11}),
+    "2 times as long, strong augmentation": Variant({"epochs": 16, "augment": "strong"}, "2 times as long"),
+    "2 times as long, mixup 0.2": Variant({"epochs": 16, "mixup": 0.2}, "2 times as long"),
+    "2 times as long, progressive, as much time": Variant(
+        {"start_size": 48, "epochs": 22}, "2 times as long"
+    ),
+    "3 times as long": Variant({"epochs": 24}, "2 times as long"),
+    "no label smoothing": Variant({"label_smoothing": 0.0}),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the processes share, to be opened by each."""
+
+    data: Path
+    weights: Weights
+    cache: Path
+
+    def splits(self) -> Splits:
+        """All labelled pictures in train, to be cut into folds."""
+        return with_everything(open_dataset(self.data, cache_dir=self.cache, max_size=128))
+
+    @property
+    def folder(self) -> Path:
+        return self.cache / "recipe"
+
+    def file(self, config: TrialConfig, shown: str) -> Path:
+        return self.folder / f"{config.id}.{shown.replace(' ', '-')}.npz"
+
+    def seconds_file(self, config: TrialConfig) -> Path:
+        return self.folder / f"{config.id}.json"
+
+
+def main() -> None:
+    """Make what is missing and write the table of what there is."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--seeds", type=int, default=3, metavar="N", help="seeds, each with its folds (3)"
+        )
+        parser.add_argument("--only-table", action="store_true", help="of what there is; train nothing")
+
+    options = asked(__doc__, add)
+    cache = user_cache_path("carmodels")
+    data = options.data or cache / "demo"
+    if not options.data:
+        demo.draw_demo(data)
+    weights = Weights.parse(options.weights or str(Path(demo.__file__).with_name("weights")))
+    place = Place(data.absolute(), weights, cache)
+    splits = place.splits()
+    base = replace(BASE if options.data else DEMO, data=splits.fingerprint, split=splits.split_hash)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    for config, looks in [] if options.only_table else planned(base, range(options.seeds)):
+        done = place.seconds_file(config)
+        with suppress(Timeout), FileLock(f"{done}.lock", timeout=0):  # another process has it
+            if not done.is_file():
+                said = run(config, looks, place)
+                print(f"{time.monotonic() - begun:6.0f} s  {said}", flush=True)
+    found = rows(base, splits, place, options.seeds)
+    show(found)
+    if options.data:
+        write(found)
+
+
+def configured(base: TrialConfig, variant: Variant, seed: int) -> list[TrialConfig]:
+    """A configuration a fold."""
+    return [replace(base, **variant.change, seed=seed, fold=fold) for fold in range(FOLDS)]
+
+
+def planned(base: TrialConfig, seeds: range) -> Iterator[tuple[TrialConfig, tuple[str, ...]]]:
+    """Every run and how its pictures are answered, those that tell most first."""
+    for variant in VARIANTS.values():
+        for seed in seeds:
+            for config in configured(base, variant, seed):
+                yield config, variant.looks
+
+
+def run(config: TrialConfig, looks: Sequence[str], place: Place) -> str:
+    """Train one fold and keep what it says of the pictures that were held out.
+
+    As `fit` trains with a moving average, but the weights that are averaged, those of training without one,
+    are kept as well; val is not looked at meanwhile.
+    """
+    torch.set_num_threads(1)
+    splits, began = place.splits(), time.process_time()
+    parts = parted(config, splits)
+    held_out = parts.val
+    unseen = replace(parts, val=held_out.part(np.arange(len(held_out)) == 0))
+    training = _Run(config, unseen, weights=place.weights, device=torch.device("cpu"))
+    for epoch in range(1, config.epochs + 1):
+        training.epoch(epoch)
+    seconds = time.process_time() - began
+
+    def keep(shown: str, model: Classifier, size: int = 0) -> None:
+        answers = predict(model, splits, held_out, config=replace(config, test_size=size))
+        answers.save(place.file(config, shown))
+
+    model = training.model
+    keep("plain", model)
+    keep(EMA, training.tested)
+    for shown, size in LARGER.items():
+        if shown in looks:
+            keep(shown, model, size)
+    if TUNED in looks:
+        tune(model, config, parts, max(LARGER.values()))
+        keep(TUNED, model, max(LARGER.values()))
+    write_whole(place.seconds_file(config), json.dumps({"cpu_seconds": seconds}))
+    return f"seed {config.seed}, fold {config.fold}, {config.epochs} epochs: {seconds:.0f} s"
+
+
+def tune(model: Classifier, config: TrialConfig, splits: Splits, size: int) -> None:
+    """An epoch of classifier and BatchNorm alone, whole pictures of the test size (Touvron et al., 2019)."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    learning = [p for m in (*norms, model.head) for p in m.parameters()]
+    model.requires_grad_(False)
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    flipped = Augment(crop=None, steps=(Step("HorizontalFlip", {"p": 0.5}),))
+    loader = Loader(
+        splits.images,
+        splits.train,
+        image_size=size,
+        batch_size=config.batch_size,
+        augment=flipped,
+        seed=config.seed,
+        shuffle=True,
+        drop_last=True,
+    )
+    optimizer = torch.optim.AdamW(learning, lr=config.lr / 10, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(loader))
+    model.train()
+    for batch in loader.epoch(0):
+        loss = nn.functional.cross_entropy(
+            model(batch.images), batch.labels, label_smoothing=config.label_smoothing
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+Known = dict[int, np.ndarray]  # by seed, (N, C) out-of-fold probabilities of all labelled pictures
+
+
+def out_of_fold(
+    base: TrialConfig, variant: Variant, shown: str, splits: Splits, place: Place, seeds: int
+) -> Known:
+    """Of the seeds whose folds are all there."""
+    found: Known = {}
+    for seed in range(seeds):
+        configs = configured(base, variant, seed)
+        files = [place.file(config, shown) for config in configs]
+        if all(file.is_file() for file in files):
+            parts = [Predictions.load(file) for file in files]
+            ids = tuple(i for part in parts for i in part.ids)
+            probs = np.concatenate([part.probs for part in parts])
+            found[seed] = Predictions(ids, splits.classes, probs).aligned(splits.train.ids).probs
+    return found
+
+
+def rows(base: TrialConfig, splits: Splits, place: Place, seeds: int) -> list[dict[str, Any]]:
+    """A row for each variant, and for each larger size it was shown, as far as there are runs."""
+    found: dict[str, Known] = {}
+    table = []
+    for name, variant in VARIANTS.items():
+        for shown in variant.looks:
+            title = name if shown == "plain" else f"{name}; {shown}"
+            found[title] = out_of_fold(base, variant, shown, splits, place, seeds)
+            against = variant.against if shown == "plain" else name
+            if found[title]:
+                assert splits.train.labels is not None
+                compared = gained(found[title], found[against], splits.train.labels)
+                table.append({"variant": title, "against": "" if title == against else against, **compared})
+                table[-1]["cpu_seconds"] = cost(base, variant, place, seeds) if shown == "plain" else ""
+    return table
+
+
+def gained(new: Known, old: Known, labels: np.ndarray) -> dict[str, Any]:
+    """Accuracy, and what there is to say of the gain over the other on the seeds that both have."""
+    own = np.mean([(probs.argmax(1) == labels).mean() for probs in new.values()])
+    both = sorted(set(new) & set(old))
+    right = {s: np.stack([new[s].argmax(1) == labels, old[s].argmax(1) == labels]) for s in both}
+    gains = np.array([ours.astype(int) - theirs for ours, theirs in right.values()])  # (S, N)
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(labels), (RESAMPLES, len(labels)))
+    low, high = np.quantile(gains.mean(0)[drawn].mean(1), (0.025, 0.975))
+    losses = [log_loss(old[s], labels) - log_loss(new[s], labels) for s in both]
+    return {
+        "seeds": len(both),
+        "accuracy": f"{own:.4f}",
+        "gain": f"{gains.mean():+.4f}",
+        "low": f"{low:+.4f}",
+        "high": f"{high:+.4f}",
+        "by_seed": " ".join(f"{g:+.4f}" for g in gains.mean(1)),
+        "set_right": int((gains > 0).sum()),
+        "set_wrong": int((gains < 0).sum()),
+        "log_loss_gain": f"{np.mean(losses):+.4f}",
+    }
+
+
+def cost(base: TrialConfig, variant: Variant, place: Place, seeds: int) -> str:
+    """CPU seconds of a run, mean."""
+    configs = [config for seed in range(seeds) for config in configured(base, variant, seed)]
+    files = [place.seconds_file(config) for config in configs]
+    taken = [json.loads(file.read_text())["cpu_seconds"] for file in files if file.is_file()]
+    return f"{np.mean(taken):.1f}"
+
+
+def write(found: list[dict[str, Any]]) -> None:
+    """The table, with what it was measured on."""
+    on = measured_on("torch", "timm", "albumentations")
+    table = [{**row, **on} for row in found]
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    if table:
+        write_whole(FILE, csv_text([tuple(table[0]), *(tuple(row.values()) for row in table)]))
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    """On the screen."""
+    table = Shown(title="bench_recipe", title_justify="left")
+    for column in found[0] if found else ():
+        table.add_column(column)
+    for row in found:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(width=220).print(table)
+
+
+if __name__ == "__main__":
+    as_in_a_worker()
+    main()

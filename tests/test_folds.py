@@ -1,0 +1,162 @@
+"""Folds keep apart what they must, and their models are one member that answers what each had not seen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from carmodels.data import Splits, assign_folds, with_fold
+from carmodels.models import Weights, load_weights
+from carmodels.predictions import Predictions, accuracy, blend
+from carmodels.space import TrialConfig
+from carmodels.study import FOLD, FOLD_IN, FOLDS, Status, Study, TrialRecord
+from carmodels.training import parted, predict
+from tune import folds, trials
+from tune.trials import Job, Workers
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_folds_are_alike_in_size_and_classes_and_keep_near_duplicates_together(count: int) -> None:
+    rng = np.random.default_rng(count)
+    labels = rng.integers(0, 7, 400)
+    groups = np.arange(400) - np.arange(400) % 2 * (rng.random(400) < 0.3)  # pairs
+    labels = labels[groups]
+    sides = assign_folds(labels, groups, count, seed=0)
+    for group in np.unique(groups):
+        assert len(set(sides[groups == group])) == 1
+    sizes = np.bincount(sides, minlength=count)
+    assert sizes.max() - sizes.min() <= 7
+    for label in range(7):
+        of_class = np.bincount(sides[labels == label], minlength=count)
+        assert of_class.max() - of_class.min() <= 2
+    assert (sides == assign_folds(labels, groups, count, seed=0)).all()
+    assert (sides != assign_folds(labels, groups, count, seed=1)).any()
+
+
+def test_more_folds_than_there_are_pictures_to_keep_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="folds=3: no picture is left for 1 of them, 4 pictures"):
+        assign_folds(np.zeros(4, int), np.array([0, 0, 0, 3]), 3, seed=0)
+
+
+def test_every_picture_of_train_and_val_is_held_out_once_and_audit_is_never_touched(splits: Splits) -> None:
+    parts = [with_fold(splits, folds=4, fold=fold, seed=3) for fold in range(4)]
+    both = {*splits.train.ids, *splits.val.ids}
+    assert sorted(i for part in parts for i in part.val.ids) == sorted(both)
+    for part in parts:
+        assert part.val.name == "oof"
+        assert {*part.train.ids, *part.val.ids} == both
+        assert not {*part.train.ids} & {*part.val.ids}
+        assert not {*splits.images.groups[part.train.rows]} & {*splits.images.groups[part.val.rows]}
+        assert part.audit is splits.audit
+    assert len({splits.split_hash, *(part.split_hash for part in parts)}) == 5
+
+
+@pytest.fixture
+def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
+    study = Study(tmp_path / "study")
+    rows = [
+        (s.name, name, -1 if s.labels is None else int(s.labels[i]))
+        for s in (splits.train, splits.val, splits.audit, splits.test)
+        for i, name in enumerate(s.ids)
+    ]
+    study.begin({"metric": "accuracy"}, rows)
+    return Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
+
+
+def trained(config: TrialConfig, job: Job, stage: str, monkeypatch: pytest.MonkeyPatch) -> TrialRecord:
+    """A trial's record, its reports collected in place of Ray."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(trials, "report", seen.append)
+    trials.train_trial(asdict(config), job)
+    value = trials._finite(seen[-1]["best_value"])
+    status = Status(seen[-1]["status"])
+    record = TrialRecord(config.id, config, status, 2, value, 1.0, "ran", stage, "fold of abc")
+    job.study.append(record)
+    return record
+
+
+def test_the_models_of_all_folds_answer_what_they_have_not_seen(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, splits = job.study, job.splits
+    configs = folds.configs_of(replace(config, patience=3, image_size=48), 2)
+    first = trained(configs[0], job, FOLD, monkeypatch)
+    assert folds.gather(study) == []
+    second = trained(configs[1], job, FOLD, monkeypatch)
+    [record] = folds.gather(study)
+    assert folds.gather(study) == []
+    assert (record.trial_id, record.stage) == (folds.whole(configs[0]).id, FOLDS)
+    assert folds.ready(study) == study.leaderboard() == [record]  # a fold's own value is no value on val
+    labels = study.labels("train") | study.labels("val")
+    oof = study.predictions(record.trial_id, "oof").aligned(list(labels))
+    for one in (first, second):
+        model = load_weights(one.config, study.weights_file(one.trial_id), classes=10)
+        held_out = parted(one.config, splits).val
+        said = predict(model, splits, held_out, config=one.config).probs
+        rows = [list(labels).index(name) for name in held_out.ids]
+        np.testing.assert_allclose(oof.probs[rows], said, atol=1e-6)
+    score = accuracy(oof.probs, np.array(list(labels.values())))
+    assert record.note == f"2 folds of abc; out of fold on train and val {score:.4f}"
+    val = study.predictions(record.trial_id, "val").aligned(splits.val.ids)
+    assert record.value == pytest.approx(accuracy(val.probs, splits.val.labels))
+    audit = blend([study.predictions(r.trial_id, "audit") for r in (first, second)])
+    np.testing.assert_allclose(study.predictions(record.trial_id, "audit").probs, audit.probs)
+    for split in ("val", "audit"):
+        again = folds.shown(job, record, split, "plain")
+        before = study.predictions(record.trial_id, split).aligned(again.ids)
+        np.testing.assert_allclose(again.probs, before.probs, atol=1e-6)
+    flipped = folds.shown(job, record, "val", "flip")
+    assert flipped.ids == splits.val.ids
+    assert (flipped.probs != val.probs).any()
+    assert [r.trial_id for r in folds.models_of(study, record)] == [first.trial_id, second.trial_id]
+    study.weights_file(first.trial_id).unlink()
+    assert folds.ready(study) == []
+
+
+def test_a_model_that_learnt_from_everything_answers_the_test_pictures_alone(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = trained(replace(config, fold_in=True), job, FOLD_IN, monkeypatch)
+    assert record.value is None
+    assert job.study.leaderboard() == []
+    left = [p.name for p in (job.study.folder / "predictions").iterdir()]
+    assert left == [f"{record.trial_id}.test.npz"]
+    assert '"value": null' in job.study.trials_file.read_text()
+    assert job.study.records() == [record]
+
+
+def answers(study: Study, config: TrialConfig, value: float) -> TrialRecord:
+    """A configuration whose folds are there, with probabilities of its own."""
+    for one in folds.configs_of(config, 2):
+        study.append(TrialRecord(one.id, one, Status.FINISHED, 2, value, 1.0, "ran", FOLD))
+        study.weights_file(one.id).touch()
+    record = TrialRecord(folds.whole(one).id, folds.whole(one), Status.FINISHED, 2, value, 0.0, "", FOLDS)
+    study.append(record)
+    return record
+
+
+def test_an_ensemble_is_chosen_out_of_fold_where_all_candidates_have_folds(
+    config: TrialConfig, job: Job
+) -> None:
+    study = job.study
+    plain = TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 1.0, "ran")
+    assert folds.judged_on(study, [plain]) == ([plain], "val", study.labels("val"))
+    one = answers(study, config, 0.4)
+    assert folds.judged_on(study, [plain]) == ([plain, one], "val", study.labels("val"))
+    better = answers(study, replace(config, lr=1e-2), 0.6)
+    candidates, on, labels = folds.judged_on(study, [plain])
+    assert (candidates, on) == ([better, one], "oof")
+    assert set(labels) == {*job.splits.train.ids, *job.splits.val.ids}
+
+
+def test_predictions_of_different_pictures_are_joined() -> None:
+    parts = [
+        Predictions((name,), ("a", "b"), np.array([row])) for name, row in (("x", [1, 0]), ("y", [0, 1]))
+    ]
+    both = folds.joined(parts)
+    assert both.ids == ("x", "y")
+    np.testing.assert_array_equal(both.probs, np.eye(2))

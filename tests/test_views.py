@@ -1,0 +1,203 @@
+"""Views are kept where they help on pictures that did not choose them; rows and ids stay together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from carmodels.batches import Loader
+from carmodels.catalog import AUGMENTS, VIEWS
+from carmodels.data import Split, Splits
+from carmodels.models import Weights
+from carmodels.predictions import Predictions, accuracy, blend
+from carmodels.space import TrialConfig
+from carmodels.training import Fitted, fit, predict
+from tune.views import Members, Paces, Verdict, judge_views
+
+RANDOM_VIEWS = 10
+
+
+@pytest.fixture(scope="module")
+def fitted(splits: Splits, weights: Weights) -> Fitted:
+    """Trained as the competitor trains: on random flips and small shifts."""
+    config = TrialConfig("test_resnet", image_size=48, epochs=6, lr=3e-3, augment="shift")
+    return fit(config, splits, weights=weights)
+
+
+@pytest.fixture(scope="module")
+def unseen(splits: Splits) -> Split:
+    """Val and audit, 60 pictures."""
+    parts = (splits.val, splits.audit)
+    ids, labels, rows = zip(*((part.ids, part.labels, part.rows) for part in parts), strict=True)
+    return Split("unseen", ids[0] + ids[1], np.concatenate(labels), np.concatenate(rows))
+
+
+def random_views(
+    fitted: Fitted, splits: Splits, unseen: Split, *, shuffle: bool = False
+) -> list[tuple[np.ndarray, ...]]:
+    """(rows, probs) for each of ten views of the competitor's: random flips and small shifts."""
+    loader = Loader(
+        splits.images,
+        unseen,
+        image_size=fitted.config.image_size,
+        batch_size=64,
+        augment=AUGMENTS["shift"],
+        shuffle=shuffle,
+    )
+    fitted.model.eval()
+    found = []
+    with torch.inference_mode():
+        for number in range(RANDOM_VIEWS):
+            batches = [(b.rows, fitted.model(b.images).softmax(1).numpy()) for b in loader.epoch(number)]
+            found.append(tuple(np.concatenate(column) for column in zip(*batches, strict=True)))
+    return found
+
+
+def test_the_competitors_ten_random_views_do_not_collapse_here(
+    fitted: Fitted, splits: Splits, unseen: Split
+) -> None:
+    plain = predict(fitted.model, splits, unseen, config=fitted.config)
+    views = [
+        Predictions(tuple(unseen.ids[row] for row in rows), splits.classes, probs)
+        for rows, probs in random_views(fitted, splits, unseen, shuffle=True)
+    ]
+    before, after = (accuracy(p.aligned(unseen.ids).probs, unseen.labels) for p in (plain, blend(views)))
+    assert before > 0.4
+    assert after > before - 0.1
+
+
+def test_rows_that_come_apart_from_their_ids_are_what_makes_it_collapse(
+    fitted: Fitted, splits: Splits, unseen: Split
+) -> None:
+    """The same ten views of the same model, each in the shuffled order in which its loader gave it."""
+    by_position = np.mean([probs for _, probs in random_views(fitted, splits, unseen, shuffle=True)], axis=0)
+    in_order = np.mean([probs for _, probs in random_views(fitted, splits, unseen)], axis=0)
+    assert accuracy(by_position, unseen.labels) < accuracy(in_order, unseen.labels) - 0.2
+
+
+# Judging, by members that are made up
+
+IDS = tuple(f"{n}.jpg" for n in range(120))
+LABELS = np.arange(120) % 4
+CLASSES = tuple("abcd")
+
+
+def answers(right: float, seed: int) -> np.ndarray:
+    """(120, 4): so many of the answers are right, anew for every seed."""
+    rng = np.random.default_rng(seed)
+    guess = np.where(rng.random(120) < right, LABELS, (LABELS + rng.integers(1, 4, 120)) % 4)
+    sure = rng.uniform(0.3, 0.9, (120, 1))
+    probs: np.ndarray = sure * np.eye(4)[guess] + (1 - sure) / 4
+    return probs.astype(np.float32)
+
+
+@dataclass
+class MadeUp:
+    """In the place of an ensemble's members."""
+
+    shown: dict[str, np.ndarray]
+    cost: dict[str, float] = field(default_factory=lambda: dict.fromkeys(VIEWS, 1.0))
+    same: bool = True
+    asked: list[str] = field(default_factory=list)
+
+    @property
+    def job(self) -> Any:
+        splits = SimpleNamespace(val=range(120), audit=range(120), test=range(300))
+        workers = SimpleNamespace(count=2)
+        return SimpleNamespace(splits=splits, workers=workers, study=SimpleNamespace(metric="accuracy"))
+
+    def identity(self) -> bool:
+        return self.same
+
+    def costs(self, paces: Paces, views: Sequence[str]) -> dict[str, float]:
+        return {view: self.cost[view] for view in views}
+
+    def blended(self, split: str, views: Sequence[str]) -> Predictions:
+        self.asked += views
+        return Predictions(IDS, CLASSES, self.shown[views[0]])
+
+
+def judged(members: MadeUp, limit: int = 4, seconds: float = math.inf, most: float = math.inf) -> Verdict:
+    labels = dict(zip(IDS, LABELS.tolist(), strict=True))
+    return judge_views(
+        cast(Members, members),
+        labels,
+        limit=limit,
+        seconds=seconds,
+        paces=cast(Paces, None),
+        max_cost=most,
+    )
+
+
+def views_of(right: dict[str, float]) -> dict[str, np.ndarray]:
+    return {view: answers(right.get(view, 0.3), seed) for seed, view in enumerate(VIEWS)}
+
+
+def test_views_that_help_are_kept_with_what_they_set_right_and_wrong() -> None:
+    members = MadeUp(views_of({"plain": 0.7, "flip": 0.7, "larger": 0.75, "smaller": 0.7}))
+    verdict = judged(members)
+    assert verdict.views[0] == "plain"
+    assert 2 < len(verdict.views) <= 4
+    assert verdict.views[1] in ("flip", "larger", "smaller")
+    assert verdict.nested is not None
+    assert verdict.nested["gain"] > 0
+    assert verdict.sentence.startswith(f"kept {', '.join(verdict.views)}: val ")
+    plain = members.shown["plain"].argmax(1) == LABELS
+    for row in verdict.tried:
+        mean = np.mean([members.shown[view] for view in row["views"]], axis=0).argmax(1) == LABELS
+        assert (row["set_right"], row["set_wrong"]) == ((mean & ~plain).sum(), (plain & ~mean).sum())
+    assert [row["views"] for row in verdict.tried[:14]] == [("plain", v) for v in VIEWS if v != "plain"]
+    assert len(verdict.lines) == len(verdict.tried)
+
+
+def test_views_that_are_lucky_on_val_are_left_out() -> None:
+    """Every view answers as the plain one, but for a few pictures that it guesses anew."""
+    plain, rng = answers(0.7, 0), np.random.default_rng(3)
+    shown = {"plain": plain}
+    for view in VIEWS:
+        if view != "plain":
+            shown[view] = plain.copy()
+            few = rng.permutation(120)[:12]
+            right = np.where(rng.random(12) < 0.7, LABELS[few], (LABELS[few] + 1) % 4)
+            shown[view][few] = np.eye(4)[right]
+    verdict = judged(MadeUp(shown))
+    assert verdict.views == ("plain",)
+    assert verdict.sentence.startswith("left out plain, ")
+    assert "but chosen on one half of val it gains" in verdict.sentence
+
+
+def test_where_no_view_helps_none_is_kept() -> None:
+    assert judged(MadeUp(views_of({"plain": 0.95}))).sentence.startswith("left out, no gain on val")
+    assert judged(MadeUp(views_of({})), limit=1) == Verdict(("plain",), "not asked for")
+    lost = judged(MadeUp(views_of({}), same=False))
+    assert lost.sentence == "left out, the plain view does not give again what the trial left"
+
+
+def test_costs_and_the_clock_are_kept_to() -> None:
+    right = {"plain": 0.6, "flip": 0.9, "larger": 0.95, "smaller": 0.9}
+    cost = {**dict.fromkeys(VIEWS, 1.0), "larger": 2.0}
+    free = judged(MadeUp(views_of(right), cost))
+    assert len(free.views) > 2
+    members = MadeUp(views_of(right), cost)
+    dear = judged(members, most=2.5)
+    assert dear.views in (("plain", "flip"), ("plain", "smaller"))
+    assert "larger" not in members.asked
+    reason = "plain, larger: left out, with it 1,000 pictures would take 3.0 s, more than 2.5 s"
+    assert reason in dear.lines
+    assert judged(MadeUp(views_of(right)), most=1.5).sentence == "left out, every view would cost too much"
+    hurried = MadeUp(views_of(right), dict.fromkeys(VIEWS, 100_000.0))
+    assert judged(hurried, seconds=10).sentence == "left out, no time for it"
+    assert hurried.asked == []
+    some = MadeUp(views_of(right), dict.fromkeys(VIEWS, 1000.0))  # 60 s for val, 210 s for the rest, a view
+    verdict = judged(some, seconds=500)
+    assert [view for view in some.asked if view != "plain"] == ["flip", "larger", "larger_flip", "smaller"]
+    assert len(verdict.views) == 2
+    assert all("left_out" in row for row in verdict.tried[4:])
+    assert replace(verdict, tried=()).lines == []

@@ -1,0 +1,147 @@
+"""Folds: a configuration trained once for each part of train and val, which that run is then scored on.
+
+The models of all folds are one member of an ensemble: on train and val each picture has the answer of the
+model that has not seen it, on audit and test the mean of all. They are a record of their own in the study.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from carmodels.data import Split
+from carmodels.models import load_weights
+from carmodels.predictions import METRICS, Predictions, blend
+from carmodels.space import TrialConfig
+from carmodels.study import FOLD, FOLDS, Status, Study, TrialRecord
+from carmodels.training import parted, predict
+from tune.trials import Job
+
+MOST_FOLDED = 3  # configurations
+
+
+def configs_of(config: TrialConfig, folds: int) -> list[TrialConfig]:
+    """A configuration for each fold; what is held out has no say, so there is no patience."""
+    return [replace(config, folds=folds, fold=fold, patience=0) for fold in range(folds)]
+
+
+def whole(config: TrialConfig) -> TrialConfig:
+    """What the models of all folds are called by."""
+    return replace(config, fold=None)
+
+
+def runs_of(study: Study, config: TrialConfig) -> list[TrialRecord]:
+    """The finished runs of single folds, fold by fold, of what all of them are called by."""
+    found = [r for r in study.records() if r.stage == FOLD and r.status is Status.FINISHED]
+    return sorted((r for r in found if whole(r.config) == config), key=lambda r: r.config.fold or 0)
+
+
+def gather(study: Study) -> list[TrialRecord]:
+    """Write down each configuration whose folds are all finished, with its probabilities; those that are new.
+
+    Its value is that of val, as for other trials, from answers of models that have not seen a picture.
+    """
+    found: dict[TrialConfig, list[TrialRecord]] = defaultdict(list)
+    for record in study.records():
+        if record.stage == FOLD and record.status is Status.FINISHED:
+            found[whole(record.config)].append(record)
+    known = {r.trial_id for r in study.records()}
+    complete = [c for c, runs in found.items() if len(runs) == c.folds and c.id not in known]
+    return [_gathered(study, config) for config in complete]
+
+
+def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
+    runs, metric = runs_of(study, config), METRICS[study.metric]
+    on_val = study.labels("val")
+    labels = study.labels("train") | on_val
+    oof = joined([study.predictions(r.trial_id, "oof") for r in runs]).aligned(list(labels))
+    val = Predictions(tuple(on_val), oof.classes, oof.probs[[name in on_val for name in labels]])
+    answers = {"oof": oof, "val": val}
+    for split in ("audit", "test"):
+        if study.predictions_file(runs[0].trial_id, split).is_file():
+            answers[split] = blend([study.predictions(r.trial_id, split) for r in runs])
+    for split, predictions in answers.items():
+        predictions.save(study.predictions_file(config.id, split))
+    score = metric.score(oof.probs, np.array(list(labels.values())))
+    trial_id = runs[0].note.rpartition(" of ")[2]
+    record = TrialRecord(
+        trial_id=config.id,
+        config=config,
+        status=Status.FINISHED,
+        epochs_run=runs[0].epochs_run,
+        value=metric.score(val.probs, np.array([on_val[name] for name in val.ids])),
+        seconds=0.0,  # those of its folds are theirs
+        reason=f"all {config.folds} folds are there",
+        stage=FOLDS,
+        note=f"{len(runs)} folds of {trial_id}; out of fold on train and val {score:.4f}",
+        at=max(r.at for r in runs),
+    )
+    study.append(record)
+    return record
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of different pictures as one."""
+    ids = tuple(i for part in parts for i in part.ids)
+    return Predictions(ids, parts[0].classes, np.concatenate([part.probs for part in parts]))
+
+
+def ready(study: Study) -> list[TrialRecord]:
+    """Configurations whose folds have all left their weights, best first."""
+    found = [r for r in study.leaderboard() if r.stage == FOLDS]
+    return [
+        r for r in found if all(study.weights_file(f.trial_id).is_file() for f in runs_of(study, r.config))
+    ]
+
+
+def judged_on(
+    study: Study, candidates: Sequence[TrialRecord]
+) -> tuple[list[TrialRecord], str, dict[str, int]]:
+    """The candidates of an ensemble, the split that it is chosen on, and the labels there.
+
+    Of several configurations with folds these alone, on all of train and val; else on val, with what each
+    picture's own fold says of it.
+    """
+    there = ready(study)
+    if len(there) > 1:
+        return there, "oof", study.labels("train") | study.labels("val")
+    return [*candidates, *there], "val", study.labels("val")
+
+
+def models_of(study: Study, record: TrialRecord) -> list[TrialRecord]:
+    """The records whose weights a member of an ensemble has: its folds, or itself."""
+    return runs_of(study, record.config) if record.stage == FOLDS else [record]
+
+
+def shown(job: Job, record: TrialRecord, split: str, view: str) -> Predictions:
+    """What the models of all folds say of a split through a view: on val each of its own fold alone."""
+    torch.set_num_threads(job.workers.cpus)
+    pictures: Split = getattr(job.splits, split)
+    found = [_shown_one(job, run, pictures, view) for run in runs_of(job.study, record.config)]
+    parts = [answers for answers in found if answers is not None]
+    return joined(parts).aligned(pictures.ids) if split == "val" else blend(parts)
+
+
+def _shown_one(job: Job, run: TrialRecord, pictures: Split, view: str) -> Predictions | None:
+    """One fold's answers, on val to the pictures that it has not seen; None where there are none."""
+    if pictures.name == "val":
+        held_out = set(parted(run.config, job.splits).val.ids)
+        mine = np.array([name in held_out for name in pictures.ids], bool)
+        pictures = pictures.part(mine)
+    if not len(pictures):
+        return None
+    weights = job.study.weights_file(run.trial_id)
+    model = load_weights(run.config, weights, classes=len(job.splits.classes))
+    return predict(
+        model,
+        job.splits,
+        pictures,
+        config=run.config,
+        view=view,
+        device=job.workers.device,
+        processes=job.workers.processes,
+    )

@@ -1,0 +1,370 @@
+"""Training what the search found once more: from new seeds, over folds, on everything there is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ray.tune.schedulers import FIFOScheduler
+
+from carmodels.data import Splits
+from carmodels.predictions import METRICS, blend
+from carmodels.space import TrialConfig
+from carmodels.study import FOLD, FOLD_IN, TRAINED, Status, Study, TrialRecord, write_json
+from carmodels.submission import write_submission
+from tune.confirm import described, expected_seconds, judged
+from tune.costs import times_as_long
+from tune.folds import MOST_FOLDED, configs_of, gather, ready
+from tune.searcher import Queue
+from tune.stages import RETRAIN_SHARE, Clock, Say
+from tune.trials import Job, Watch, run_trials
+
+FOLD_IN_SHARE = 0.06  # of the time, less for retraining where a last run on everything follows
+LONGER = 1.0  # times the epochs of a trial that it is retrained for, where there is time
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a configuration of the search is trained again."""
+
+    epochs: int | None = None  # None: LONGER times those of the trial where there is time, else as many
+    changes: Mapping[str, Any] = field(default_factory=dict)  # fields of TrialConfig, with their values
+
+    def of(self, config: TrialConfig) -> list[TrialConfig]:
+        """What it may come to, the longest schedule first; ValueError for a change that does not fit it."""
+        lengths = {self.epochs} if self.epochs else {round(LONGER * config.epochs), config.epochs}
+        return [replace(config, epochs=epochs, **self.changes) for epochs in sorted(lengths, reverse=True)]
+
+
+AS_IN_THE_TRIAL = Way()
+
+
+def retrain_all(
+    job: Job,
+    *,
+    clock: Clock,
+    watch: Watch,
+    say: Say,
+    trial_id: str | None = None,
+    seeds: int = 3,
+    way: Way = AS_IN_THE_TRIAL,
+    folds: int = 0,
+    fold_in: bool = False,
+) -> bool:
+    """Retrain from new seeds or over folds, and then, if asked for, on everything; False if interrupted."""
+    share = RETRAIN_SHARE - (FOLD_IN_SHARE if fold_in else 0)
+    common: dict[str, Any] = {"clock": clock, "watch": watch, "say": say, "trial_id": trial_id}
+    common["way"] = way
+    if folds:
+        completed = retrain_folds(job, **common, folds=folds, share=share)
+    else:
+        completed = retrain(job, **common, seeds=seeds, share=share)
+    return completed and (not fold_in or retrain_on_everything(job, **common, seeds=seeds))
+
+
+def retrain(
+    job: Job,
+    *,
+    clock: Clock,
+    watch: Watch,
+    say: Say,
+    trial_id: str | None = None,
+    seeds: int = 3,
+    way: Way = AS_IN_THE_TRIAL,
+    share: float = RETRAIN_SHARE,
+) -> bool:
+    """Train the best (or the named) configuration from new seeds, side by side; False if interrupted.
+
+    Runs with new seeds that there are already count, where they were made that way.
+    """
+    study = job.study
+    chosen = _chosen(study, trial_id)
+    left = clock.at(share) - time.time()
+    configs, like = _to_train(study, chosen, seeds, way, left, job.workers.count)
+    say(_announced(chosen, len(configs), len(_again(study, chosen, like)), like))
+    notes = {c.id: f"seed {c.seed} of {chosen.trial_id}" for c in configs}
+    completed = _train(job, configs, stage="retrain", notes=notes, clock=clock, share=share, watch=watch)
+    again = {r.trial_id: {"seed": r.config.seed, "val": r.value} for r in _again(study, chosen, like)}
+    _write_best(study, chosen, like, again)
+    return completed
+
+
+def _train(
+    job: Job,
+    configs: Sequence[TrialConfig],
+    *,
+    stage: str,
+    notes: dict[str, str],
+    clock: Clock,
+    share: float,
+    watch: Watch,
+) -> bool:
+    """Train all of these side by side, each with a GPU of its own, until that share of the time is over."""
+    study, end = job.study, clock.at(share)
+    late = end + 0.3 * (clock.at(1) - end) if clock.seconds < math.inf else math.inf
+    completed = not configs or run_trials(
+        replace(job, workers=replace(job.workers, packed=0), until=end),
+        stage=stage,
+        begun=clock.begun,
+        end=late,
+        search_alg=Queue(configs, metric=study.metric, mode=METRICS[study.metric].mode),
+        scheduler=FIFOScheduler(),
+        notes=notes,
+        watch=watch,
+    )
+    study.write_table()
+    return completed
+
+
+def _write_best(study: Study, chosen: TrialRecord, like: TrialConfig, again: dict[str, Any]) -> None:
+    content = {
+        "trial_id": chosen.trial_id,
+        "config": asdict(like),
+        "metric": study.metric,
+        "val": chosen.value,
+        "retrained": again,
+        "standings": described(judged(study)),
+    }
+    write_json(study.best_file, content)
+
+
+def _seconds(chosen: TrialRecord, config: TrialConfig, train: float = 1.0) -> float:
+    """What training it another way takes, on `train` times as many pictures, by the pace of the trial."""
+    return expected_seconds(chosen) * times_as_long(config, chosen.config, train)
+
+
+def _to_train(
+    study: Study, chosen: TrialRecord, seeds: int, way: Way, left: float, workers: int
+) -> tuple[list[TrialConfig], TrialConfig]:
+    """The configurations that retraining lacks and has time for, and what they are but for their seeds."""
+    first = chosen.config.seed + 1
+    some = False
+    for longest in way.of(chosen.config):
+        like = replace(longest, head_seed=chosen.config.start)  # so that they make a soup
+        done = {r.config.seed for r in _again(study, chosen, like)}
+        some = some or bool(done)
+        configs = [replace(like, seed=first + i) for i in range(seeds)]
+        missing = [c for c in configs if c.seed not in done]
+        count, planned = _fitting(
+            len(missing), like.epochs, _seconds(chosen, like) / like.epochs, left, workers
+        )
+        if not missing or (count and planned == like.epochs):
+            return missing[:count], like
+    if some or not count:
+        return [], like  # a shorter schedule is only for want of a whole one
+    return [replace(c, epochs=planned) for c in missing[:count]], replace(like, epochs=planned)
+
+
+def _again(study: Study, chosen: TrialRecord, like: TrialConfig) -> list[TrialRecord]:
+    """Finished runs of just that configuration with other seeds than the trial's, best first."""
+    board = (r for r in study.leaderboard() if r.stage in TRAINED and r.trial_id != chosen.trial_id)
+    return [r for r in board if replace(r.config, seed=like.seed, head_seed=like.head_seed) == like]
+
+
+def _announced(chosen: TrialRecord, missing: int, done: int, like: TrialConfig) -> str:
+    """What retraining is about to do, in words."""
+    name = f"{chosen.config.title} ({chosen.trial_id})"
+    if missing:
+        there = f", {done} more are there" if done else ""
+        return f"Retraining {name}, new seeds: {missing}{there}; {_difference(chosen.config, like)}."
+    if done:
+        return f"Retraining {name} is left out, new seeds that are there: {done}."
+    return "Retraining is left out: the time that is left does not hold one run of it."
+
+
+def _difference(old: TrialConfig, new: TrialConfig) -> str:
+    """What is done in another way than in the trial, in words."""
+    more = f" instead of {old.epochs}" if new.epochs != old.epochs else ""
+    words = [f"{new.epochs} epochs each{more}"]
+    before = vars(old)
+    own = ("epochs", "seed", "head_seed", "fold", "folds", "fold_in", "patience")
+    for name, value in vars(new).items():
+        if name not in own and value != before[name]:
+            words.append(f"{name} {value} instead of {before[name]}")
+    return ", ".join(words)
+
+
+def retrain_folds(
+    job: Job,
+    *,
+    folds: int,
+    clock: Clock,
+    watch: Watch,
+    say: Say,
+    trial_id: str | None = None,
+    way: Way = AS_IN_THE_TRIAL,
+    share: float = RETRAIN_SHARE,
+) -> bool:
+    """Train the best few configurations (or the named one) once a fold; False if interrupted.
+
+    As many as the time holds, the best in any case where it holds one. Folds that are there are not trained
+    again. Audit is not touched.
+    """
+    study, splits = job.study, job.splits
+    chosen = [_chosen(study, trial_id)]
+    if trial_id is None:
+        chosen += [s.record for s in judged(study)[:MOST_FOLDED] if s.record != chosen[0]]
+    train = (len(splits.train) + len(splits.val)) * (folds - 1) / folds / len(splits.train)
+    planned = _folds_to_train(
+        study, chosen, folds, way, clock.at(share) - time.time(), job.workers.count, train
+    )
+    for record, like in planned.items():
+        say(
+            f"Over {folds} folds of train and val: {record.config.title} ({record.trial_id}), "
+            f"{_difference(record.config, like)}."
+        )
+    if not planned:
+        say(f"Folds are left out: the time that is left does not hold {folds} runs of the best.")
+    missing = {c: r for r, like in planned.items() for c in _missing_folds(study, like, folds)}
+    notes = {c.id: f"fold {1 + (c.fold or 0)} of {folds} of {r.trial_id}" for c, r in missing.items()}
+    completed = _train(job, list(missing), stage=FOLD, notes=notes, clock=clock, share=share, watch=watch)
+    for record in gather(study):
+        say(f"{record.trial_id}: {record.note} ({len(splits.train) + len(splits.val)} pictures).")
+    study.write_table()
+    best = planned.get(chosen[0], way.of(chosen[0].config)[-1])
+    _write_best(study, chosen[0], best, {r.trial_id: {"val": r.value} for r in ready(study)})
+    return completed
+
+
+def _missing_folds(study: Study, like: TrialConfig, folds: int) -> list[TrialConfig]:
+    done = {r.trial_id for r in study.records() if r.status is Status.FINISHED}
+    return [config for config in configs_of(like, folds) if config.id not in done]
+
+
+def _folds_to_train(
+    study: Study,
+    chosen: Sequence[TrialRecord],
+    folds: int,
+    way: Way,
+    left: float,
+    workers: int,
+    train: float,
+) -> dict[TrialRecord, TrialConfig]:
+    """How each of these, best first, is trained over folds, of those that there is time for."""
+    found: dict[TrialRecord, TrialConfig] = {}
+    busy = [0.0] * workers  # seconds that each has work for
+    for record in chosen:
+        ways = way.of(record.config)
+        ways.sort(key=lambda like: len(_missing_folds(study, like, folds)) == folds)  # begun ones first
+        for like in ways:
+            each = _seconds(record, like, train)
+            after = _loaded(busy, len(_missing_folds(study, like, folds)), each)
+            if max(after) <= left:
+                found[record], busy = like, after
+                break
+    return found or _shorter_folds(study, chosen[0], folds, way, left, workers, train)
+
+
+def _shorter_folds(
+    study: Study,
+    best: TrialRecord,
+    folds: int,
+    way: Way,
+    left: float,
+    workers: int,
+    train: float,
+) -> dict[TrialRecord, TrialConfig]:
+    """For want of time for whole schedules a shorter one of the best, unless some of its folds are there."""
+    like = way.of(best.config)[-1]
+    per_epoch = _seconds(best, like, train) / like.epochs
+    shorter = int(left / (math.ceil(folds / workers) * per_epoch))
+    begun = len(_missing_folds(study, like, folds)) < folds
+    if begun or shorter < max(2, like.epochs // 2):
+        return {}
+    return {best: replace(like, epochs=shorter)}
+
+
+def _loaded(busy: Sequence[float], runs: int, each: float) -> list[float]:
+    """What workers have to do with so many runs more, each of them the next one's that is free."""
+    found = list(busy)
+    for _ in range(runs):
+        found[found.index(min(found))] += each
+    return found
+
+
+def check_test(splits: Splits) -> None:
+    """Raises ValueError where there is nothing that models could answer which learnt from everything."""
+    if not len(splits.test):
+        raise ValueError("--fold-in: there are no test pictures to answer; leave it out")
+
+
+def retrain_on_everything(
+    job: Job,
+    *,
+    clock: Clock,
+    watch: Watch,
+    say: Say,
+    trial_id: str | None = None,
+    seeds: int = 3,
+    way: Way = AS_IN_THE_TRIAL,
+) -> bool:
+    """Train the best (or the named) configuration on all labelled pictures, audit too; False if interrupted.
+
+    What these models say of the test pictures is a submission of its own. No number goes with it: nothing is
+    left that they have not learnt from.
+    """
+    study, splits = job.study, job.splits
+    check_test(splits)
+    chosen = _chosen(study, trial_id)
+    train = sum(len(s) for s in (splits.train, splits.val, splits.audit)) / len(splits.train)
+    left, workers = clock.at(RETRAIN_SHARE) - time.time(), job.workers.count
+    for longest in way.of(chosen.config):
+        like = replace(longest, fold_in=True, patience=0)
+        per_epoch = _seconds(chosen, like, train) / like.epochs
+        count, planned = _fitting(seeds, like.epochs, per_epoch, left, workers)
+        if count and planned == like.epochs:
+            break
+    configs = [replace(like, epochs=planned, seed=like.seed + 1 + i) for i in range(count)]
+    name = f"{chosen.config.title} ({chosen.trial_id})"
+    if not configs:
+        say(f"A last run of {name} on everything is left out: there is no time for it.")
+        return True
+    difference = _difference(chosen.config, configs[0])
+    say(f"Training {name} on all labelled pictures, audit too, seeds: {count}; {difference}.")
+    done = {r.trial_id for r in study.records() if r.status is Status.FINISHED}
+    missing = [c for c in configs if c.id not in done]
+    notes = {c.id: f"seed {c.seed} of {chosen.trial_id}, learns from everything" for c in missing}
+    completed = _train(
+        job, missing, stage=FOLD_IN, notes=notes, clock=clock, share=RETRAIN_SHARE, watch=watch
+    )
+    answers = [c.id for c in configs if study.predictions_file(c.id, "test").is_file()]
+    if answers:
+        blended = blend([study.predictions(i, "test") for i in answers])
+        write_submission(blended, study.fold_in_file, sample=splits.sample_file)
+        say(
+            f"{study.fold_in_file}: the mean of {len(answers)} models that learnt from everything. No score "
+            "goes with it: nothing is left that they have not seen."
+        )
+    return completed
+
+
+def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
+    """The named trial, else the one whose configuration is best by all its runs."""
+    candidates = [r for r in study.leaderboard() if r.stage == "search"]
+    if trial_id is not None:
+        candidates = [r for r in candidates if r.trial_id == trial_id]
+        if not candidates:
+            raise ValueError(
+                f"--trial {trial_id}: no finished trial of {study.folder} has this id; see trials.csv"
+            )
+        return candidates[0]
+    if not candidates:
+        reasons = [r.reason for r in study.records() if r.status is not Status.FINISHED]
+        last = f" (the last one: {reasons[-1]})" if reasons else ""
+        raise ValueError(f"{study.folder} has no finished trial{last}; --resume goes on, with more --hours")
+    found = judged(study)
+    return found[0].record if found else candidates[0]
+
+
+def _fitting(seeds: int, epochs: int, per_epoch: float, seconds: float, workers: int) -> tuple[int, int]:
+    """Seeds and epochs that fit into `seconds`: whole schedules if one fits, else a round of shorter ones."""
+    if math.isinf(seconds) or per_epoch <= 0:
+        return seeds, epochs
+    rounds = int(seconds / (per_epoch * epochs))
+    if rounds:
+        return min(seeds, rounds * workers), epochs
+    shorter = int(seconds / per_epoch)
+    return (min(seeds, workers), shorter) if shorter >= max(2, epochs // 2) else (0, 0)
