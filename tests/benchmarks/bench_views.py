@@ -281,7 +281,7 @@ def losses(stack: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return found
 
 
-def bootstrapped(values: np.ndarray, resamples: int = 4000) -> tuple[float, float, float]:
+def bootstrapped(values: np.ndarray, resamples: int = 2000) -> tuple[float, float, float]:
     """(N,) -> mean and the ends of its 95 % percentile bootstrap interval."""
     rng = np.random.default_rng(0)
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
