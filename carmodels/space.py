@@ -377,6 +377,14 @@ def _parse(name: str, text: str) -> Any:
     return value
 
 
+def setting(text: str) -> tuple[str, Any]:
+    """A field of a configuration and its value from `NAME=V`; ValueError as for an override."""
+    name, _, written = text.partition("=")
+    if name not in _FIELDS or name in _OWNED or not written:
+        raise ValueError(f"--set {text}: expected NAME=V with NAME one of {_SETTABLE}")
+    return name, _parse(name, written)
+
+
 class Draws(Protocol):
     """The part of an Optuna trial that a draw needs."""
 

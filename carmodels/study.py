@@ -45,7 +45,9 @@ class TrialRecord:
     config: TrialConfig
     status: Status
     epochs_run: int
-    value: float | None  # the study's metric on val at the best epoch; of a stopped trial, at its last
+    value: (
+        float | None
+    )  # the metric on val at the best epoch; of a stopped trial, at its last; of a fold, on it
     seconds: float
     reason: str  # why it ended, a sentence
     stage: str = "search"  # or one of those above, "soup", "student"; in the study of stops "audit"

@@ -876,6 +876,14 @@ STUDIES = {
     ),
     "retrain --seeds 0": script(retrain, "--seeds 0", "--seeds 0 must be at least 1"),
     "retrain --seeds huge": script(retrain, "--seeds 9999999", "--seeds 9999999 must be at most 1000"),
+    "retrain --set nothing": script(
+        retrain, "--set tempo=2", "--set tempo=2: expected NAME=V with NAME one of …"
+    ),
+    "retrain --set size": script(
+        retrain,
+        "--set image_size=96",
+        "--set image_size: that is another configuration; give --trial ID or --epochs N",
+    ),
     "retrain --folds 1": script(
         retrain, "--folds 1", "--folds 1 must be 0, which leaves it out, or from 2 to 20"
     ),

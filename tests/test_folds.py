@@ -100,7 +100,7 @@ def test_the_models_of_all_folds_answer_what_they_have_not_seen(
         rows = [list(labels).index(name) for name in held_out.ids]
         np.testing.assert_allclose(oof.probs[rows], said, atol=1e-6)
     score = accuracy(oof.probs, np.array(list(labels.values())))
-    assert f"out of fold on train and val {score:.4f}" in record.note
+    assert record.note == f"2 folds of abc; out of fold on train and val {score:.4f}"
     val = study.predictions(record.trial_id, "val").aligned(splits.val.ids)
     assert record.value == pytest.approx(accuracy(val.probs, splits.val.labels))
     audit = blend([study.predictions(r.trial_id, "audit") for r in (first, second)])

@@ -192,10 +192,8 @@ def test_the_best_is_that_of_all_its_runs_and_none_of_them_is_trained_twice(plac
     assert sorted(run["seed"] for run in best["retrained"].values()) == [1, 2, 3]
     further = [r for r in study.records() if r.stage in TRAINED and r.stage != "search"]
     assert len({(replace(r.config, seed=0), r.config.seed) for r in further}) == len(further)
-    retrained = {r.trial_id: r.config for r in further if r.stage == "retrain"}
-    assert set(best["retrained"]) == set(retrained)
-    assert {c.epochs for c in retrained.values()} == {6}  # reruns for 3, as in the search, are no such runs
     reruns = [r for r in further if r.stage == "confirm"]
+    assert all(r.trial_id in best["retrained"] for r in reruns if r.note.endswith(best["trial_id"]))
     for rerun in reruns:
         assert study.weights_file(rerun.trial_id).is_file()
         assert len(study.predictions(rerun.trial_id, "test").ids) == 20

@@ -47,6 +47,7 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
         "seed": 1,
         "data": "x",
         "split": "y",
+        "head_seed": 3,
         "folds": 3,
         "fold_in": True,
         "start_size": 32,

@@ -11,7 +11,7 @@ import pytest
 from carmodels.space import TrialConfig
 from carmodels.study import Status, Study, TrialRecord
 from tune import retraining
-from tune.retraining import _announced, _chosen, _folds_to_train, _to_train
+from tune.retraining import Way, _announced, _chosen, _folds_to_train, _to_train
 
 
 def run(lr: float, value: float, seed: int = 0, stage: str = "search", epochs: int = 8) -> TrialRecord:
@@ -55,9 +55,9 @@ def test_retraining_does_not_change_who_is_retrained_when_it_goes_on(study: Stud
 
 def to_train(study: Study, seconds: float = math.inf, epochs: int | None = None) -> tuple[list[int], int]:
     """Seeds, and epochs of each, that two workers have in a job with so many seconds left for retraining."""
-    configs, like = _to_train(study, LUCKY, 3, epochs, seconds, workers=2)
+    configs, like = _to_train(study, LUCKY, 3, Way(epochs), seconds, workers=2)
     assert all(c == replace(like, seed=c.seed) for c in configs)
-    assert replace(LUCKY.config, epochs=like.epochs, head_seed=0, **retraining.RETRAINED) == like
+    assert replace(LUCKY.config, epochs=like.epochs, head_seed=0) == like
     return [c.seed for c in configs], like.epochs
 
 
@@ -72,6 +72,13 @@ def test_only_seeds_that_have_not_run_are_trained(study: Study) -> None:
     assert to_train(study, epochs=8) == ([], 8)
 
 
+@pytest.fixture
+def longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retraining is twice as long as the trial where there is time."""
+    monkeypatch.setattr(retraining, "LONGER", 2.0)
+
+
+@pytest.mark.usefixtures("longer")
 def test_where_the_time_allows_training_is_longer_and_a_shorter_run_is_no_run_of_it(study: Study) -> None:
     study.append(run(1e-3, 0.9, 1, "confirm"))
     assert to_train(study) == ([1, 2, 3], 16)
@@ -103,10 +110,10 @@ def test_what_retraining_does_is_said() -> None:
     assert _announced(LUCKY, 3, 0, same) == f"Retraining {name}, new seeds: 3; 8 epochs each."
     there = f"Retraining {name}, new seeds: 1, 2 more are there; 8 epochs each."
     assert _announced(LUCKY, 1, 2, same) == there
-    longer = replace(same, epochs=16, ema=0.998, start_size=16, test_size=48)
-    assert _announced(LUCKY, 2, 0, longer) == (
-        f"Retraining {name}, new seeds: 2; 16 epochs each instead of 8, a moving average of the weights "
-        "(decay 0.998), pictures that grow from 16 px, tested at 48 px."
+    [other] = Way(16, {"ema": 0.998, "start_size": 16}).of(same)
+    assert _announced(LUCKY, 2, 0, other) == (
+        f"Retraining {name}, new seeds: 2; 16 epochs each instead of 8, ema 0.998 instead of 0.0, "
+        "start_size 16 instead of 0."
     )
     assert _announced(LUCKY, 0, 3, same) == f"Retraining {name} is left out, new seeds that are there: 3."
     assert _announced(LUCKY, 0, 0, same).startswith("Retraining is left out: the time that is left")
@@ -114,10 +121,11 @@ def test_what_retraining_does_is_said() -> None:
 
 def over_folds(study: Study, seconds: float, chosen: tuple[TrialRecord, ...]) -> list[tuple[float, int]]:
     """Learning rate and epochs of what is trained over four folds on two workers, on as many pictures."""
-    planned = _folds_to_train(study, chosen, 4, None, seconds, workers=2, train=1.0)
+    planned = _folds_to_train(study, chosen, 4, Way(), seconds, workers=2, train=1.0)
     return [(like.lr, like.epochs) for like in planned.values()]
 
 
+@pytest.mark.usefixtures("longer")
 def test_as_many_configurations_are_trained_over_folds_as_the_time_holds(study: Study) -> None:
     both = (LUCKY, STEADY)  # a run of 8 epochs is given 92 s; four folds on two workers are two rounds
     assert over_folds(study, math.inf, both) == [(1e-3, 16), (2e-3, 16)]
@@ -129,6 +137,7 @@ def test_as_many_configurations_are_trained_over_folds_as_the_time_holds(study: 
     assert over_folds(study, 60, both) == []
 
 
+@pytest.mark.usefixtures("longer")
 def test_folds_that_were_begun_are_gone_on_with(study: Study) -> None:
     begun = replace(LUCKY.config, folds=4, fold=2)
     study.append(replace(LUCKY, trial_id=begun.id, config=begun, stage="fold"))

@@ -67,6 +67,7 @@ def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
     for split, predictions in answers.items():
         predictions.save(study.predictions_file(config.id, split))
     score = metric.score(oof.probs, np.array(list(labels.values())))
+    trial_id = runs[0].note.rpartition(" of ")[2]
     record = TrialRecord(
         trial_id=config.id,
         config=config,
@@ -76,7 +77,7 @@ def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
         seconds=0.0,  # those of its folds are theirs
         reason=f"all {config.folds} folds are there",
         stage=FOLDS,
-        note=f"{runs[0].note.partition(' of ')[2]}; out of fold on train and val {score:.4f}",
+        note=f"{len(runs)} folds of {trial_id}; out of fold on train and val {score:.4f}",
         at=max(r.at for r in runs),
     )
     study.append(record)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from carmodels.files import user_path
 from carmodels.models import Weights
+from carmodels.space import setting
 from carmodels.study import Study
 from tune import retraining, setup, stages
 from tune.console import Screen
@@ -26,8 +27,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     p.add_argument("--trial", metavar="ID", help="the trial whose configuration is retrained (the best)")
     p.add_argument("--seeds", type=int, metavar="N", help="how many new seeds (3, or one for each worker)")
+    p.add_argument("--epochs", type=int, metavar="N", help="length of the schedule (that of the search)")
     p.add_argument(
-        "--epochs", type=int, metavar="N", help=f"schedule ({retraining.LONGER:g} times the trial's)"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=V",
+        help="what to do in another way than the trial, such as ema=0.998, start_size=96 or test_size=224",
     )
     setup.add_fold_options(p)
     setup.add_machine_options(p)
@@ -45,6 +51,10 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         raise ValueError(f"--seeds {options.seeds} does not go with --folds: each fold is a run of its own")
     if options.seeds is not None and options.seeds > MOST_SEEDS:
         raise ValueError(f"--seeds {options.seeds} must be at most {MOST_SEEDS}")
+    way = retraining.Way(options.epochs, dict(setting(text) for text in options.set))
+    for name in ("backbone", "image_size", "epochs"):
+        if name in way.changes:
+            raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")
     study = Study(user_path(options.study))
     clock = stages.Clock(time.time())
     with setup.reopened(study, options, screen) as job:
@@ -56,7 +66,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
             say=screen.say,
             trial_id=options.trial,
             seeds=options.seeds or 3,
-            epochs=options.epochs,
+            way=way,
             folds=options.folds,
             fold_in=options.fold_in,
         )

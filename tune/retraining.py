@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler
@@ -23,8 +23,23 @@ from tune.stages import RETRAIN_SHARE, Clock, Say
 from tune.trials import Job, Watch, run_trials
 
 FOLD_IN_SHARE = 0.06  # of the time, less for retraining where a last run on everything follows
-LONGER = 2.0  # times the epochs of a trial that it is retrained for, where there is time
-RETRAINED: dict[str, Any] = {}  # what else retraining does in another way than the trial
+LONGER = 1.0  # times the epochs of a trial that it is retrained for, where there is time
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a configuration of the search is trained again."""
+
+    epochs: int | None = None  # None: LONGER times those of the trial where there is time, else as many
+    changes: Mapping[str, Any] = field(default_factory=dict)  # fields of TrialConfig, with their values
+
+    def of(self, config: TrialConfig) -> list[TrialConfig]:
+        """What it may come to, the longest schedule first; ValueError for a change that does not fit it."""
+        lengths = {self.epochs} if self.epochs else {round(LONGER * config.epochs), config.epochs}
+        return [replace(config, epochs=epochs, **self.changes) for epochs in sorted(lengths, reverse=True)]
+
+
+AS_IN_THE_TRIAL = Way()
 
 
 def retrain_all(
@@ -35,14 +50,14 @@ def retrain_all(
     say: Say,
     trial_id: str | None = None,
     seeds: int = 3,
-    epochs: int | None = None,
+    way: Way = AS_IN_THE_TRIAL,
     folds: int = 0,
     fold_in: bool = False,
 ) -> bool:
     """Retrain from new seeds or over folds, and then, if asked for, on everything; False if interrupted."""
     share = RETRAIN_SHARE - (FOLD_IN_SHARE if fold_in else 0)
     common: dict[str, Any] = {"clock": clock, "watch": watch, "say": say, "trial_id": trial_id}
-    common["epochs"] = epochs
+    common["way"] = way
     if folds:
         completed = retrain_folds(job, **common, folds=folds, share=share)
     else:
@@ -58,18 +73,17 @@ def retrain(
     say: Say,
     trial_id: str | None = None,
     seeds: int = 3,
-    epochs: int | None = None,
+    way: Way = AS_IN_THE_TRIAL,
     share: float = RETRAIN_SHARE,
 ) -> bool:
     """Train the best (or the named) configuration from new seeds, side by side; False if interrupted.
 
-    By `retraining`, and for longer than the trial where `epochs` are not given and the time allows. Runs with
-    new seeds that there are already count.
+    Runs with new seeds that there are already count, where they were made that way.
     """
     study = job.study
     chosen = _chosen(study, trial_id)
     left = clock.at(share) - time.time()
-    configs, like = _to_train(study, chosen, seeds, epochs, left, job.workers.count)
+    configs, like = _to_train(study, chosen, seeds, way, left, job.workers.count)
     say(_announced(chosen, len(configs), len(_again(study, chosen, like)), like))
     notes = {c.id: f"seed {c.seed} of {chosen.trial_id}" for c in configs}
     completed = _train(job, configs, stage="retrain", notes=notes, clock=clock, share=share, watch=watch)
@@ -117,35 +131,27 @@ def _write_best(study: Study, chosen: TrialRecord, like: TrialConfig, again: dic
     write_json(study.best_file, content)
 
 
-def retraining(config: TrialConfig, epochs: int) -> TrialConfig:
-    """How a configuration of the search is trained again: what `bench_recipe` has shown to help."""
-    return replace(config, epochs=epochs, **RETRAINED)
-
-
-def _lengths(config: TrialConfig, epochs: int | None) -> tuple[int, ...]:
-    """Epochs to train for again, the most first: those given, else more than before, and as many."""
-    return (epochs,) if epochs else (round(LONGER * config.epochs), config.epochs)
-
-
 def _seconds(chosen: TrialRecord, config: TrialConfig, train: float = 1.0) -> float:
     """What training it another way takes, on `train` times as many pictures, by the pace of the trial."""
     return expected_seconds(chosen) * times_as_long(config, chosen.config, train)
 
 
 def _to_train(
-    study: Study, chosen: TrialRecord, seeds: int, epochs: int | None, left: float, workers: int
+    study: Study, chosen: TrialRecord, seeds: int, way: Way, left: float, workers: int
 ) -> tuple[list[TrialConfig], TrialConfig]:
     """The configurations that retraining lacks and has time for, and what they are but for their seeds."""
     first = chosen.config.seed + 1
     some = False
-    for wanted in _lengths(chosen.config, epochs):
-        like = replace(retraining(chosen.config, wanted), head_seed=chosen.config.start)  # for a soup
+    for longest in way.of(chosen.config):
+        like = replace(longest, head_seed=chosen.config.start)  # so that they make a soup
         done = {r.config.seed for r in _again(study, chosen, like)}
         some = some or bool(done)
         configs = [replace(like, seed=first + i) for i in range(seeds)]
         missing = [c for c in configs if c.seed not in done]
-        count, planned = _fitting(len(missing), wanted, _seconds(chosen, like) / wanted, left, workers)
-        if not missing or (count and planned == wanted):
+        count, planned = _fitting(
+            len(missing), like.epochs, _seconds(chosen, like) / like.epochs, left, workers
+        )
+        if not missing or (count and planned == like.epochs):
             return missing[:count], like
     if some or not count:
         return [], like  # a shorter schedule is only for want of a whole one
@@ -173,12 +179,11 @@ def _difference(old: TrialConfig, new: TrialConfig) -> str:
     """What is done in another way than in the trial, in words."""
     more = f" instead of {old.epochs}" if new.epochs != old.epochs else ""
     words = [f"{new.epochs} epochs each{more}"]
-    if new.ema != old.ema:
-        words.append(f"a moving average of the weights (decay {new.ema})")
-    if new.start_size != old.start_size:
-        words.append(f"pictures that grow from {new.start_size} px")
-    if new.test_size != old.test_size:
-        words.append(f"tested at {new.tested_size} px")
+    before = vars(old)
+    own = ("epochs", "seed", "head_seed", "fold", "folds", "fold_in", "patience")
+    for name, value in vars(new).items():
+        if name not in own and value != before[name]:
+            words.append(f"{name} {value} instead of {before[name]}")
     return ", ".join(words)
 
 
@@ -190,7 +195,7 @@ def retrain_folds(
     watch: Watch,
     say: Say,
     trial_id: str | None = None,
-    epochs: int | None = None,
+    way: Way = AS_IN_THE_TRIAL,
     share: float = RETRAIN_SHARE,
 ) -> bool:
     """Train the best few configurations (or the named one) once a fold; False if interrupted.
@@ -204,7 +209,7 @@ def retrain_folds(
         chosen += [s.record for s in judged(study)[:MOST_FOLDED] if s.record != chosen[0]]
     train = (len(splits.train) + len(splits.val)) * (folds - 1) / folds / len(splits.train)
     planned = _folds_to_train(
-        study, chosen, folds, epochs, clock.at(share) - time.time(), job.workers.count, train
+        study, chosen, folds, way, clock.at(share) - time.time(), job.workers.count, train
     )
     for record, like in planned.items():
         say(
@@ -217,9 +222,9 @@ def retrain_folds(
     notes = {c.id: f"fold {1 + (c.fold or 0)} of {folds} of {r.trial_id}" for c, r in missing.items()}
     completed = _train(job, list(missing), stage=FOLD, notes=notes, clock=clock, share=share, watch=watch)
     for record in gather(study):
-        say(f"All folds of {record.note} of {len(splits.train) + len(splits.val)} pictures.")
+        say(f"{record.trial_id}: {record.note} ({len(splits.train) + len(splits.val)} pictures).")
     study.write_table()
-    best = planned.get(chosen[0], retraining(chosen[0].config, chosen[0].config.epochs))
+    best = planned.get(chosen[0], way.of(chosen[0].config)[-1])
     _write_best(study, chosen[0], best, {r.trial_id: {"val": r.value} for r in ready(study)})
     return completed
 
@@ -233,7 +238,7 @@ def _folds_to_train(
     study: Study,
     chosen: Sequence[TrialRecord],
     folds: int,
-    epochs: int | None,
+    way: Way,
     left: float,
     workers: int,
     train: float,
@@ -242,7 +247,7 @@ def _folds_to_train(
     found: dict[TrialRecord, TrialConfig] = {}
     busy = [0.0] * workers  # seconds that each has work for
     for record in chosen:
-        ways = [retraining(record.config, wanted) for wanted in _lengths(record.config, epochs)]
+        ways = way.of(record.config)
         ways.sort(key=lambda like: len(_missing_folds(study, like, folds)) == folds)  # begun ones first
         for like in ways:
             each = _seconds(record, like, train)
@@ -250,20 +255,20 @@ def _folds_to_train(
             if max(after) <= left:
                 found[record], busy = like, after
                 break
-    return found or _shorter_folds(study, chosen[0], folds, epochs, left, workers, train)
+    return found or _shorter_folds(study, chosen[0], folds, way, left, workers, train)
 
 
 def _shorter_folds(
     study: Study,
     best: TrialRecord,
     folds: int,
-    epochs: int | None,
+    way: Way,
     left: float,
     workers: int,
     train: float,
 ) -> dict[TrialRecord, TrialConfig]:
     """For want of time for whole schedules a shorter one of the best, unless some of its folds are there."""
-    like = retraining(best.config, _lengths(best.config, epochs)[-1])
+    like = way.of(best.config)[-1]
     per_epoch = _seconds(best, like, train) / like.epochs
     shorter = int(left / (math.ceil(folds / workers) * per_epoch))
     begun = len(_missing_folds(study, like, folds)) < folds
@@ -294,7 +299,7 @@ def retrain_on_everything(
     say: Say,
     trial_id: str | None = None,
     seeds: int = 3,
-    epochs: int | None = None,
+    way: Way = AS_IN_THE_TRIAL,
 ) -> bool:
     """Train the best (or the named) configuration on all labelled pictures, audit too; False if interrupted.
 
@@ -306,10 +311,11 @@ def retrain_on_everything(
     chosen = _chosen(study, trial_id)
     train = sum(len(s) for s in (splits.train, splits.val, splits.audit)) / len(splits.train)
     left, workers = clock.at(RETRAIN_SHARE) - time.time(), job.workers.count
-    for wanted in _lengths(chosen.config, epochs):
-        like = replace(retraining(chosen.config, wanted), fold_in=True, patience=0)
-        count, planned = _fitting(seeds, wanted, _seconds(chosen, like, train) / wanted, left, workers)
-        if count and planned == wanted:
+    for longest in way.of(chosen.config):
+        like = replace(longest, fold_in=True, patience=0)
+        per_epoch = _seconds(chosen, like, train) / like.epochs
+        count, planned = _fitting(seeds, like.epochs, per_epoch, left, workers)
+        if count and planned == like.epochs:
             break
     configs = [replace(like, epochs=planned, seed=like.seed + 1 + i) for i in range(count)]
     name = f"{chosen.config.title} ({chosen.trial_id})"

@@ -87,7 +87,6 @@ VARIANTS = {
     "3 times as long": Variant({"epochs": 24}, "2 times as long"),
     "no label smoothing": Variant({"label_smoothing": 0.0}),
 }
-FIRST = 3  # variants that all seeds have before the others are begun
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,8 @@ def main() -> None:
         done = place.seconds_file(config)
         with suppress(Timeout), FileLock(f"{done}.lock", timeout=0):  # another process has it
             if not done.is_file():
-                print(f"{time.monotonic() - begun:6.0f} s  {run(config, looks, place)}", flush=True)
+                said = run(config, looks, place)
+                print(f"{time.monotonic() - begun:6.0f} s  {said}", flush=True)
     found = rows(base, splits, place, options.seeds)
     show(found)
     if options.data:
@@ -151,12 +151,10 @@ def configured(base: TrialConfig, variant: Variant, seed: int) -> list[TrialConf
 
 def planned(base: TrialConfig, seeds: range) -> Iterator[tuple[TrialConfig, tuple[str, ...]]]:
     """Every run and how its pictures are answered, those that tell most first."""
-    names = list(VARIANTS)
-    for group in (names[:FIRST], names[FIRST:]):
+    for variant in VARIANTS.values():
         for seed in seeds:
-            for name in group:
-                for config in configured(base, VARIANTS[name], seed):
-                    yield config, VARIANTS[name].looks
+            for config in configured(base, variant, seed):
+                yield config, variant.looks
 
 
 def run(config: TrialConfig, looks: Sequence[str], place: Place) -> str:

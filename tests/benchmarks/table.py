@@ -53,14 +53,15 @@ def asked(doc: str | None, add: Callable[[argparse.ArgumentParser], object]) -> 
     return options
 
 
+def measured_on(*packages: str) -> dict[str, str]:
+    """The last columns of every table: hardware, and versions of the packages."""
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    return {"hardware": f"{os.cpu_count()} cores, {processor()}", "versions": versions}
+
+
 def finish(name: str, rows: Sequence[Row]) -> None:
     """Print the rows and write them to results/benchmarks/<name>.csv; cases not measured now stay there."""
-    on = {
-        "hardware": f"{os.cpu_count()} cores, {processor()}",
-        "versions": ", ".join(
-            f"{p} {importlib.metadata.version(p)}" for p in ("torch", "timm", "albumentations", "ray")
-        ),
-    }
+    on = measured_on("torch", "timm", "albumentations", "ray")
     table = Table(title=f"{name}: {on['hardware']}, {on['versions']}", title_justify="left")
     names = [f.name for f in fields(Row)]
     for column in names:
