@@ -38,7 +38,7 @@ def test_models_that_err_apart_are_kept_and_copies_of_one_are_not() -> None:
     assert check.gain > 0.03
     assert len(check.gains) == 5
     alone = library({"good": answers(3.0, 0), "poor": answers(0.0, 1), "worse": answers(-1.0, 2)})
-    assert alone.select(EVERY).weights == {"good": 1.0}
+    assert alone.choose(until=math.inf).weights == {"good": 1.0}
     assert not alone.check(until=math.inf).helps
 
 

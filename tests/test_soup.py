@@ -50,7 +50,7 @@ def test_what_can_be_averaged_has_backbone_head_size_and_start_in_common() -> No
     for other in ({"seed": 1}, {"image_size": 32}, {"head_depth": 1}, {"backbone": "test_efficientnet"}):
         assert kind(replace(CONFIG, **other)) not in (None, same)
     assert kind(replace(CONFIG, unfreeze="frozen")) is None
-    assert kind(replace(CONFIG, fold=0)) is None
+    assert kind(replace(CONFIG, folds=3, fold=0)) is None
 
 
 def test_the_mean_of_the_weights_is_taken_number_by_number(ingredients: list[Ingredient]) -> None:

@@ -189,10 +189,11 @@ def judge_views(
 ) -> Verdict:
     """Add views to the plain one on val, as far as `seconds` allow, each the one that helps most.
 
-    A set is better if it scores higher by the study's metric, or the same with a lower log loss; at most
-    `limit` views, which take all members at most `max_cost` seconds for 1,000 pictures. The best of so many
-    sets is partly the luckiest, so views are kept only where choosing them on one half of val helps on the
-    other.
+    That is judged by log loss, which a few hundred pictures tell more surely than accuracy: views that it
+    chose on 297 of cars9 gained 3.2 points on the others, those that accuracy chose 2.3 (results/final). At
+    most `limit` views, which take all members at most `max_cost` seconds for 1,000 pictures. The best of so
+    many sets is partly the luckiest, so they are kept only where, chosen on one half of val, they help on the
+    other by the study's metric.
     """
     if limit < 2:
         return Verdict(("plain",), "not asked for")
@@ -210,7 +211,7 @@ def judge_views(
 
     def chosen(rows: np.ndarray) -> tuple[str, ...]:
         some = {view: probs[rows] for view, probs in shown.items()}
-        return choose_views(some, truth[rows], metric=metric, most=most, costs=costs, max_cost=max_cost)
+        return choose_views(some, truth[rows], metric="log_loss", most=most, costs=costs, max_cost=max_cost)
 
     def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return _mean(shown, chosen(rows)), shown["plain"]
