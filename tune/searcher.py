@@ -133,6 +133,9 @@ class Draws(OptunaSearch):
         self._tell(trial_id, state=TrialState.FAIL)
         return None
 
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: Ray would write all trials again and again, and we resume from trials.jsonl."""
+
     def _accepts(self, config: TrialConfig) -> bool:
         stamped = replace(config, **self._stamp)
         return stamped.id not in self._seen and self._fits(stamped)
