@@ -29,9 +29,9 @@ TRIALS = 5
 HEAD = "10.77.0.1"
 # A machine that goes down is noticed in seconds instead of half a minute.
 HEALTH = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_initial_delay_ms": "5000",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
 }
 
 

@@ -6,16 +6,22 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from test_images import save_many
 
+from carmodels.data import Splits
 from carmodels.images import ImageCache, file_digests, open_images
 from carmodels.models import Weights, build, load_weights, save_weights, weights_damage
 from carmodels.predictions import Predictions
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord, read_json, write_json
+from carmodels.training import fit
+from tune import stages, views
+from tune.trials import Job, Workers, _leave
+from tune.views import Members
 
 KEPT = (0.0, 0.02, 0.3, 0.7, 0.99)  # shares of a file
 
@@ -122,3 +128,38 @@ def test_remembered_digests_cut_short_are_computed_again(share: float, tmp_path:
     cut(manifest, share)
     assert file_digests(paths, manifest) == before
     assert manifest.read_bytes() == whole
+
+
+@pytest.fixture
+def left(study: Study, config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path) -> Job:
+    """A trial has left its probabilities and weights; Ray's tasks run in this process."""
+    job = Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
+    _leave(fit(replace(config, epochs=1), splits, weights=weights), job)
+    return job
+
+
+@pytest.mark.parametrize("share", KEPT)
+def test_damaged_probabilities_are_made_anew_from_the_weights(
+    share: float, left: Job, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "as_task", lambda function, workers: SimpleNamespace(remote=function))
+    monkeypatch.setattr(views.ray, "get", lambda made: made)
+    record = ended(replace(config, epochs=1))
+    path = left.study.predictions_file(record.trial_id, "val")
+    before = left.study.predictions(record.trial_id, "val")
+    members = Members(left, {record: 1.0})
+    assert members.show("val", ("plain",)) == []
+    cut(path, share)
+    assert members.show("val", ("plain",)) == [path]
+    assert (left.study.predictions(record.trial_id, "val").probs == before.probs).all()
+
+
+def test_damaged_weights_stay_out_of_the_ensemble_by_name(left: Job, config: TrialConfig) -> None:
+    record, said = ended(replace(config, epochs=1)), list[str]()
+    left.study.append(record)
+    assert stages._with_weights(left.study, said.append) == [record]
+    path = left.study.weights_file(record.trial_id)
+    cut(path, 0.5)
+    assert stages._with_weights(left.study, said.append) == []
+    (words,) = said
+    assert words.startswith(f"Left out: {path} is damaged (")

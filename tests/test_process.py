@@ -42,6 +42,13 @@ def test_the_gradient_is_that_of_the_loss() -> None:
         assert process._loss(theta, *arguments)[1] == pytest.approx(slope, rel=1e-3, abs=1e-3)
 
 
+def test_covariances_are_the_same_with_and_without_their_derivatives() -> None:
+    process, points = made(), drawn(6)
+    squares = process._squares(points.x, points.x)
+    with_them, _ = process._kernel(process.theta, points, points, squares)
+    assert (process.between(points, points) == with_them).all()
+
+
 def test_nothing_seen_leaves_the_prior() -> None:
     process, new = made(), drawn(3)
     empty = Points.at_the_end(np.zeros((0, 3)))

@@ -111,7 +111,7 @@ class Process:
 
     def between(self, a: Points, b: Points) -> np.ndarray:
         """(N, M) covariances of what is not noise."""
-        return self._kernel(self.theta, a, b, self._squares(a.x, b.x))[0]
+        return self._kernel(self.theta, a, b)[0]
 
     def variances(self, points: Points) -> np.ndarray:
         """(N,) variances of what is not noise, before anything was seen."""
@@ -125,6 +125,14 @@ class Process:
         apart = a.T[:, :, None] - b.T[:, None, :]
         return np.where(self._categorical[:, None, None], apart != 0, apart**2)
 
+    def _distance(self, a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """(N, D) and (M, D) -> (N, M): the weighted sum of `_squares`, one coordinate in memory at a time."""
+        total = np.zeros((len(a), len(b)))
+        for column, weight in enumerate(weights):
+            apart = a[:, None, column] - b[None, :, column]
+            total += weight * ((apart != 0) if self._categorical[column] else apart**2)
+        return total
+
     def _loss(
         self, theta: np.ndarray, points: Points, values: np.ndarray, squares: np.ndarray
     ) -> tuple[float, np.ndarray]:
@@ -132,7 +140,7 @@ class Process:
 
         `values` (N,) are what is left of them without what was expected.
         """
-        kernel, slopes = self._kernel(theta, points, points, squares, with_slopes=True)
+        kernel, slopes = self._kernel(theta, points, points, squares)
         noise = np.exp(2 * theta[_NOISE]) * np.eye(len(values))
         factor = _cholesky(kernel + noise)
         inverse = scipy.linalg.cho_solve((factor, True), np.eye(len(values)))
@@ -145,15 +153,20 @@ class Process:
         return float(loss), gradient
 
     def _kernel(
-        self, theta: np.ndarray, a: Points, b: Points, squares: np.ndarray, *, with_slopes: bool = False
+        self, theta: np.ndarray, a: Points, b: Points, squares: np.ndarray | None = None
     ) -> tuple[np.ndarray, list[Any]]:
-        """(N, M) covariances without noise, and their derivatives by each of theta where asked for."""
+        """(N, M) covariances without noise; with (D, N, M) `squares` their derivatives by theta, too."""
         curve, effect, own = np.exp(2 * theta[:_NOISE])
-        scaled = squares * np.exp(-2 * theta[_LENGTHS:])[:, None, None]
+        weights = np.exp(-2 * theta[_LENGTHS:])
+        if squares is None:
+            distance, scaled = self._distance(a.x, b.x, weights), None
+        else:
+            scaled = squares * weights[:, None, None]
+            distance = scaled.sum(0)
         apart = (a.time[:, None] - b.time[None, :]) ** 2
         in_time = apart * np.exp(-2 * theta[_TIME])
         alike = np.where(a.task[:, None] == b.task[None, :], 1.0, _ALIKE)
-        over_x, slope_x = (alike * part for part in _matern(scaled.sum(0)))
+        over_x, slope_x = (alike * part for part in _matern(distance))
         over_time, slope_time = _matern(in_time)
         common = curve * _matern(apart / _CURVE_LENGTH**2)[0]
         shared = effect * over_x * over_time
@@ -161,7 +174,7 @@ class Process:
         alone = own * same * np.exp(-np.sqrt(apart) / _OWN_LENGTH)
         trends = _TREND**2 * self._trends(a.x) @ self._trends(b.x).T
         kernel = trends + common + shared + alone
-        if not with_slopes:
+        if scaled is None:
             return kernel, []
         by_time = -2 * effect * over_x * slope_time * in_time
         by_x = -2 * effect * over_time * slope_x

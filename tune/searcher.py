@@ -118,21 +118,29 @@ class Draws(OptunaSearch):
         params = self._dimensions.params(config)
         if params is not None:
             self._ot_study.enqueue_trial(params)
-            super().suggest(trial_id)
+            self._asked(trial_id)
         return config
 
-    def _drawn(self, trial_id: str) -> TrialConfig | None:
-        """A configuration that was not drawn before and ends in time; None where none is found."""
+    def _asked(self, trial_id: str) -> dict[str, Any]:
+        """What Optuna gives for a new trial."""
         with warnings.catch_warnings():  # Ray takes a sampler that thinks for a training in the wrong place
             warnings.filterwarnings("ignore", message="Define-by-run function")
             drawn = super().suggest(trial_id)
         assert drawn is not None
+        return drawn
+
+    def _drawn(self, trial_id: str) -> TrialConfig | None:
+        """A configuration that was not drawn before and ends in time; None where none is found."""
+        drawn = self._asked(trial_id)
         config = TrialConfig.from_dict({**drawn, **self._stamp})
         if self._accepts(config):
             self._seen.add(config.id)
             return config
         self._tell(trial_id, state=TrialState.FAIL)
         return None
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: Ray would write all trials again and again, and we resume from trials.jsonl."""
 
     def _accepts(self, config: TrialConfig) -> bool:
         stamped = replace(config, **self._stamp)
