@@ -119,7 +119,7 @@ def test_the_job_ends_with_a_report_of_every_trial(place: Place, whole: str) -> 
     assert f"Report: {place.study.report_file}" in whole.replace("\n", "")
     page = place.study.report_file.read_text()
     assert all(record.trial_id in page for record in place.study.records())
-    assert "of the ensemble on audit, 95 %" in page
+    assert "of the ensemble on audit" in page
 
 
 @pytest.mark.usefixtures("whole")
