@@ -57,8 +57,8 @@ def test_maps_are_made_as_far_as_the_time_reaches() -> None:
     model = Slow()
     maps = mistakes._maps(cast(Ensemble, model), pictures, columns, 60)
     assert all(found is not None for found in maps)
-    assert model.seen == 2 + 3 * (1 + 49)
-    for seconds, seen in ((0.0, 0), (0.001, 2)):
+    assert model.seen == 1 + 7 + 3 * (1 + 49)
+    for seconds, seen in ((0.0, 0), (0.001, 1 + 7)):
         model = Slow()
         assert mistakes._maps(cast(Ensemble, model), pictures, columns, seconds) == [None, None, None]
         assert model.seen == seen

@@ -299,6 +299,7 @@ def test_mistakes_are_listed_and_shown_where_there_are_thumbnails(study: Study) 
     assert page.count("<figure>") == 7
     assert page.count(f'<img src="{picture}"') == 1
     assert 'class="map"' not in page
+    assert "There was no time to find out what spoke for the answers." in page
 
 
 def test_a_report_of_five_hundred_trials_stays_below_five_megabytes(tmp_path: Path) -> None:

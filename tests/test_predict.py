@@ -27,12 +27,13 @@ from carmodels.export import TOLERANCE
 from carmodels.models import Weights, save_weights
 from carmodels.predictions import Predictions, blend, sure_from, with_temperature
 from carmodels.space import TrialConfig
-from carmodels.study import Status, Study, TrialRecord, write_json
+from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from carmodels.training import fit
 from carmodels.training import predict as probabilities_of
 from tune import setup
 from tune.answers import found_pictures, threshold
 from tune.drop import Desk, _Visitor, render
+from tune.mistakes import found_mistakes, overlay, thumbnail, write_thumbnails
 from tune.predict import parser, run
 
 VIEWS = ["flip", "top_right", "darker"]
@@ -268,6 +269,23 @@ def test_what_speaks_for_a_class_is_where_hiding_takes_it_away() -> None:
     assert (found[:3, 5:] > 0.05).all()
     assert (np.abs(found[5:]) < 1e-6).all()
     assert occlusion(model, image, 1) == pytest.approx(-found)
+
+
+def test_the_worst_mistakes_get_a_small_picture_and_a_map_each(
+    study: Study, ensemble: Ensemble, splits: Splits
+) -> None:
+    write_thumbnails(study, ensemble, splits, seconds=math.inf)
+    found, thumbnails = found_mistakes(study), read_json(study.thumbnails_file)
+    assert found is not None
+    assert found.worst
+    assert list(thumbnails) == [mistake.picture for mistake in found.worst]
+    rows = dict(zip(splits.val.ids, splits.val.rows.tolist(), strict=True))
+    for mistake in found.worst:
+        picture = splits.images[rows[mistake.picture]]
+        assert thumbnails[mistake.picture] == {
+            "picture": thumbnail(picture),
+            "map": overlay(occlusion(ensemble, picture, mistake.column)),
+        }
 
 
 @pytest.fixture

@@ -330,7 +330,7 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> Chart:
         .mark_line(color="gray", strokeDash=[4, 3])
         .encode(x="confidence:Q", y="right:Q")
     )
-    lines = base.mark_line(point=True).encode(
+    found = base.encode(
         x=alt.X("confidence:Q", scale=alt.Scale(domain=[0, 1])),
         y=alt.Y("right:Q", title="share that is right", scale=alt.Scale(domain=[0, 1])),
         color=_colour("when:N", "", list(dict.fromkeys(row["when"] for row in bins))),
@@ -341,7 +341,9 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> Chart:
             alt.Tooltip("right:Q", format=".2f"),
         ],
     )
-    return _spec((ideal + lines).properties(width="container", height=HEIGHT))
+    size = alt.Size("pictures:Q", scale=alt.Scale(range=[15, 250]), legend=None)  # few prove little
+    lines, dots = found.mark_line(opacity=0.5), found.mark_circle(opacity=1).encode(size=size)
+    return _spec((ideal + lines + dots).properties(width="container", height=HEIGHT))
 
 
 def rivals(studies: Mapping[str, Sequence[TrialRecord]], metric: str) -> Chart:

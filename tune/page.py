@@ -269,8 +269,8 @@ def answers(study: Study, results: Mapping[str, Any] | None) -> list[Section]:
         Section(
             "calibration",
             "Calibration",
-            f"Of answers given with so much confidence, the share that is right, on audit. Temperature "
-            f"{results['temperature']:.2f}, fitted on val: log loss "
+            "Of answers given with so much confidence, the share that is right, on audit; large dots: many "
+            f"pictures. Temperature {results['temperature']:.2f}, fitted on val: log loss "
             f"{log_loss(before.probs, truth):.3f} before, {log_loss(audit.probs, truth):.3f} after.",
             charts.calibration(bins),
         ),
