@@ -40,7 +40,7 @@ CLASSES, EACH, TESTS = ("2", "10", "1"), 8, 5
 SETTABLE = (
     "backbone, image_size, epochs, head_depth, head, dropout, unfreeze, lr, layer_decay, optimizer, "
     "weight_decay, schedule, batch_size, augment, label_smoothing, mixup, cutmix, ema, clip_norm, "
-    "class_weights, patience"
+    "class_weights, patience, start_size, test_size"
 )
 
 

@@ -19,7 +19,7 @@ from carmodels.predictions import Predictions
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from carmodels.training import fit
-from tune import stages, views
+from tune import blend, views
 from tune.trials import Job, Workers, _leave
 from tune.views import Members
 
@@ -147,7 +147,7 @@ def test_damaged_probabilities_are_made_anew_from_the_weights(
     record = ended(replace(config, epochs=1))
     path = left.study.predictions_file(record.trial_id, "val")
     before = left.study.predictions(record.trial_id, "val")
-    members = Members(left, {record: 1.0})
+    members = Members(left, {record: 1.0}, {})
     assert members.show("val", ("plain",)) == []
     cut(path, share)
     assert members.show("val", ("plain",)) == [path]
@@ -157,9 +157,9 @@ def test_damaged_probabilities_are_made_anew_from_the_weights(
 def test_damaged_weights_stay_out_of_the_ensemble_by_name(left: Job, config: TrialConfig) -> None:
     record, said = ended(replace(config, epochs=1)), list[str]()
     left.study.append(record)
-    assert stages._with_weights(left.study, said.append) == [record]
+    assert blend._with_weights(left.study, said.append) == [record]
     path = left.study.weights_file(record.trial_id)
     cut(path, 0.5)
-    assert stages._with_weights(left.study, said.append) == []
+    assert blend._with_weights(left.study, said.append) == []
     (words,) = said
     assert words.startswith(f"Left out: {path} is damaged (")

@@ -134,16 +134,21 @@ def _submitted(job: Job, blended: Mapping[str, Predictions]) -> dict[str, Any]:
 
 def _trained(study: Study, top: int, say: Say) -> list[TrialRecord]:
     """The best `top` trials of the search and all later runs that left their weights intact, best first."""
-    there = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
-    damaged = {r.trial_id: d for r in there if (d := weights_damage(study.weights_file(r.trial_id)))}
-    for trial_id, damage in damaged.items():
-        say(f"Left out: {study.weights_file(trial_id)} is damaged ({damage}); bring a copy back.")
-    ready = [r for r in there if r.trial_id not in damaged]
+    ready = _with_weights(study, say)
     searched = [r for r in ready if r.stage == "search"][:top]
     found = [r for r in ready if r in searched or (r.stage in TRAINED and r.stage != "search")]
     if not found:
         raise ValueError(f"{study.folder} has no finished trial to make a submission from; --resume goes on")
     return found
+
+
+def _with_weights(study: Study, say: Say) -> list[TrialRecord]:
+    """Finished runs whose weights are there and intact, best first."""
+    there = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
+    damaged = {r.trial_id: d for r in there if (d := weights_damage(study.weights_file(r.trial_id)))}
+    for trial_id, damage in damaged.items():
+        say(f"Left out: {study.weights_file(trial_id)} is damaged ({damage}); bring a copy back.")
+    return [r for r in there if r.trial_id not in damaged]
 
 
 def _restore(job: Job, records: Sequence[TrialRecord], say: Say) -> None:
