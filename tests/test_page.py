@@ -153,6 +153,23 @@ def drawn(page: str) -> dict[str, Any]:
     return found
 
 
+def test_the_page_says_whether_the_ensemble_helps_and_what_it_costs(study: Study) -> None:
+    results = read_json(study.ensemble_file)
+    member = {**results["members"][0], "temperature": 1.25, "seconds_per_1000": 3.04}
+    added = {
+        "members": [member],
+        "nested": {"sentence": "The ensemble is kept: 0.91 against 0.90"},
+        "soups": [{"trial_id": "f" * 12, "title": "a soup", "of": ["a", "b"], "val": 0.915}],
+        "cost": {"seconds_per_1000": 6.08},
+    }
+    write_json(study.ensemble_file, {**results, **added})
+    page = " ".join(write_report(study).read_text().split())
+    assert "The ensemble is kept: 0.91 against 0.90. All of it, with its views, takes a worker 6.1 s" in page
+    assert "Weight soups tried: a soup of 2 (91.5 %)." in page
+    assert "<th>temperature</th><th>s for 1,000</th>" in page
+    assert "<td>1.25</td><td>3.0</td>" in page
+
+
 def test_the_page_says_what_to_submit_what_it_is_worth_and_every_trial(study: Study) -> None:
     page = write_report(study).read_text()
     seconds = sum(r.seconds for r in study.records())
