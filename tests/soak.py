@@ -160,7 +160,7 @@ def to_repeat(record: TrialRecord) -> bool:
 
 
 def kill_worker(process: subprocess.Popen[str], family: list[psutil.Process]) -> None:
-    workers = [p for p in family if p.is_running() and name_of(p).startswith("ray::")]
+    workers = [p for p in family if p.is_running() and trains(name_of(p))]
     for worker in workers[:1]:
         worker.kill()
 
@@ -236,6 +236,11 @@ def wait_for(happened: Callable[[], bool], what: str) -> None:
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Those that run, but for Ray's agents: they hold nothing, and end a minute after Ray was killed."""
     return [p for p in processes if p.is_running() and name_of(p) and "Agent" not in name_of(p)]
+
+
+def trains(name: str) -> bool:
+    """Whether this is a worker's command line: Ray's own title, or that of the trial that it trains."""
+    return name.startswith("ray::") and ("ImplicitFunc" in name or "px-" in name)
 
 
 def name_of(process: psutil.Process) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from soak import wait_for
+from soak import trains, wait_for
 
 from carmodels import demo
 from carmodels.study import CUT_OFF, Status, Study
@@ -156,6 +156,8 @@ def test_a_machine_goes_down_midway_and_every_trial_has_its_end(
     for number in (1, 2):
         own = f"--node-ip-address=10.77.0.{number + 1}"
         cluster.start(number, *start, f"--address={HEAD}:6379", own, "--num-cpus=1")
+        output = cluster.folder / f"output-{number}"  # two at once mix up what they write to Ray's folder
+        wait_for(lambda output=output: "Ray runtime started" in output.read_text(), "a machine to join")
     search = cluster.start(0, *search_command(cluster, drawn))
     study = Study(cluster.folder / "results" / "cars")
     wait_for(lambda: search.poll() is not None or trains_on(cluster, 2), "a trial on the second machine")
@@ -198,7 +200,7 @@ def trains_on(cluster: Cluster, number: int) -> bool:
     for pid in cluster.pids(number):
         try:
             process = psutil.Process(pid)
-            if "ImplicitFunc.train" in " ".join(process.cmdline()):
+            if trains(" ".join(process.cmdline())):
                 time.sleep(1.0)
                 return True
         except psutil.NoSuchProcess:

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from soak import TRIALS, ended, environment, name_of, search_command, wait_for
+from soak import TRIALS, ended, environment, name_of, search_command, trains, wait_for
 
 from carmodels import batches, images
 from carmodels.batches import Loader
@@ -169,7 +169,7 @@ def test_a_worker_without_memory_is_a_row_and_the_search_goes_on(
 
 def starve(pid: int) -> None:
     for worker in psutil.Process(pid).children(recursive=True):
-        if "ImplicitFunc" in name_of(worker):
+        if trains(name_of(worker)):
             size = worker.memory_info().vms
             resource.prlimit(worker.pid, resource.RLIMIT_AS, (size, size))
 
