@@ -160,10 +160,9 @@ def test_a_worker_without_memory_is_a_row_and_the_search_goes_on(
     starve(process.pid)
     output = ended(process)
     assert process.returncode == 0, output
-    assert "Traceback" not in output
-    records = study.records()
-    assert len(records) == TRIALS
-    assert not [r for r in records if r.status in CUT_OFF]
+    records = study.records()  # the worker's dying words, a traceback at times, come through Ray
+    assert len(records) == TRIALS, output
+    assert not [r for r in records if r.status in CUT_OFF], output
     assert [r for r in records if "begun anew, first ended by" in r.reason or r.status is Status.FAILED]
 
 
