@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--at-once", type=int, default=1, help="rounds side by side, sharing one cache")
     options = parser.parse_args()
     folder = ROOT / ".soak"
     folder.mkdir(exist_ok=True)
@@ -60,24 +62,36 @@ def main() -> int:
     made = [json.loads(line) for line in done.read_text().splitlines()] if done.is_file() else []
     data = folder / "cars"
     demo.draw_demo(data, seed=1, train=200, test=20)
+    missing = sorted(set(range(options.rounds)) - {row["seed"] for row in made})
     failures = 0
-    for seed in sorted(set(range(options.rounds)) - {row["seed"] for row in made}):
-        place = Path(tempfile.mkdtemp(prefix=f"soak-{seed}-"))
-        try:
-            row = asdict(run(seed, place, data, folder / "cache"))
-        except AssertionError as error:
-            failures += 1
-            print(f"round {seed} FAILED, its study is in {place}: {error}", flush=True)
-            continue
-        shutil.rmtree(place)
-        with done.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(
-            ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
-            flush=True,
-        )
+    with ThreadPoolExecutor(options.at_once) as pool:
+        rounds = {pool.submit(make, seed, data, folder / "cache"): seed for seed in missing}
+        for ended_round in as_completed(rounds):
+            try:
+                row = asdict(ended_round.result())
+            except (AssertionError, subprocess.TimeoutExpired) as error:
+                failures += 1
+                print(
+                    f"round {rounds[ended_round]} FAILED, see {tempfile.gettempdir()}/soak-*: {error}",
+                    flush=True,
+                )
+                continue
+            with done.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(
+                ", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                flush=True,
+            )
     print(f"{options.rounds - failures} of {options.rounds} rounds without a loss")
     return failures > 0
+
+
+def make(seed: int, data: Path, cache: Path) -> Round:
+    """One round, whose folder is kept only where it fails."""
+    place = Path(tempfile.mkdtemp(prefix=f"soak-{seed}-"))
+    made = run(seed, place, data, cache)
+    shutil.rmtree(place)
+    return made
 
 
 def run(seed: int, place: Path, data: Path, cache: Path, fault: str | None = None) -> Round:

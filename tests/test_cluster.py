@@ -158,7 +158,16 @@ def test_a_machine_goes_down_midway_and_every_trial_has_its_end(
         cluster.start(number, *start, f"--address={HEAD}:6379", own, "--num-cpus=1")
         output = cluster.folder / f"output-{number}"  # two at once mix up what they write to Ray's folder
         wait_for(lambda output=output: "Ray runtime started" in output.read_text(), "a machine to join")
-    search = cluster.start(0, *search_command(cluster, drawn))
+    for number in (0, 1):
+        shutil.copytree(drawn, cluster.own(number) / "cars")
+    command = search_command(cluster, drawn)
+    check = cluster.start(0, *command, "--check", "--data", str(cluster.folder / "cache" / "cars"))
+    check.wait(timeout=200)
+    output = (cluster.folder / "output-3").read_text()
+    assert check.returncode == 2, output
+    assert "error: machine 10.77.0.3: --data " in output
+    assert "10.77.0.2" not in output
+    search = cluster.start(0, *command)
     study = Study(cluster.folder / "results" / "cars")
     wait_for(lambda: search.poll() is not None or trains_on(cluster, 2), "a trial on the second machine")
     if search.poll() is None:

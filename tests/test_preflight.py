@@ -161,6 +161,29 @@ def test_a_study_whose_process_was_killed_is_free_again(tmp_path: Path) -> None:
         pass
 
 
+def test_a_machine_of_a_cluster_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(marker: Path, versions: dict[str, str]) -> list[Finding]:
+        shared = {"--data": tmp_path / "cars", "--weights": tmp_path}
+        return preflight._on_this_machine(marker, shared, tmp_path / "cache", versions)
+
+    marker, same = tmp_path / "marker", preflight._versions()
+    assert here(marker, same) == [
+        Finding(
+            f"--results {tmp_path} is not the folder that the search sees; give one that all machines share",
+            fatal=True,
+        )
+    ]
+    marker.touch()
+    lacking = Finding(
+        f"--data {tmp_path / 'cars'} is not there; share it, or put a copy at the same path", fatal=True
+    )
+    assert here(marker, same) == [lacking]
+    words = f"timm is {same['timm']} there and 0.1 here; install the same"
+    assert here(marker, {**same, "timm": "0.1"}) == [lacking, Finding(words)]
+    plenty(monkeypatch, files=(64, 64))
+    assert here(marker, same)[-1].words.startswith("64 files may be open at a time")
+
+
 def test_check_looks_at_everything_and_starts_nothing(
     drawn: Path, tmp_path: Path, weights: object, run_search: Callable[..., str]
 ) -> None:

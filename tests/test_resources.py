@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from soak import TRIALS, ended, environment, name_of, search_command, trains, wait_for
+from soak import PATIENCE, TRIALS, ended, environment, name_of, search_command, trains, wait_for
 
 from carmodels import batches, images
 from carmodels.batches import Loader
@@ -160,7 +160,8 @@ def test_a_worker_without_memory_is_a_row_and_the_search_goes_on(
     starve(process.pid)
     output = ended(process)
     assert process.returncode == 0, output
-    records = study.records()  # the worker's dying words, a traceback at times, come through Ray
+    assert "Traceback" not in output, output
+    records = study.records()
     assert len(records) == TRIALS, output
     assert not [r for r in records if r.status in CUT_OFF], output
     assert [r for r in records if "begun anew, first ended by" in r.reason or r.status is Status.FAILED]
@@ -184,6 +185,56 @@ def test_a_gpu_without_memory_for_one_picture_more_ends_in_torchs_own_error(
     monkeypatch.setattr(training._Run, "_accumulated", full)
     with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 2\.00 GiB"):
         training.fit(replace(config, batch_size=8), splits, weights=weights)
+
+
+# Runs in each process of a search as it starts: a GPU on which pictures of 48 px do not fit.
+SMALL_GPU = """
+import importlib.abc, importlib.util, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "carmodels.training":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (execute(module), limit(module))
+        return spec
+
+def limit(training):
+    import torch
+    accumulated = training._Run._accumulated
+    def within(self, network, inputs, targets):
+        if inputs.ndim == 4 and (inputs.shape[-1] == 48 or len(inputs) > 8 * self.parts):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return accumulated(self, network, inputs, targets)
+    training._Run._accumulated = within
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_gpu_too_small_for_some_configurations_is_searched_with_the_others(
+    tmp_path: Path, drawn: Path, cache: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SMALL_GPU)
+    few = ("--set", "backbone=test_resnet", "--set", "unfreeze=full", "--set", "head_depth=0")
+    command = [*search_command(drawn, cache, seed=6), *few, "--trials", "9"]
+    process = started(["env", f"PYTHONPATH={tmp_path}", *command], tmp_path)
+    output = process.communicate(timeout=2 * PATIENCE)[0]
+    assert process.returncode == 0, output
+    assert "Traceback" not in output, output
+    records = Study(tmp_path / "results" / "cars").records()
+    assert len(records) == 9
+    large = [r for r in records if r.config.image_size == 48]
+    small = [r for r in records if r.config.image_size == 32]
+    assert large
+    assert small
+    failed = [r for r in records if r.status is Status.FAILED]
+    assert failed
+    assert all("CUDA out of memory" in r.reason for r in failed)
+    assert not set(failed) & set(small), output
+    assert set(large) == set(failed)
 
 
 # ---- what hangs

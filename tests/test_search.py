@@ -33,6 +33,7 @@ from carmodels.study import TRAINED, Status, Study, read_json
 from tune import search, setup, stages
 from tune.confirm import judged, sentence
 from tune.mistakes import found_mistakes
+from tune.retraining import LONGER
 from tune.stops import at_rungs
 from tune.stops import sentence as stops_sentence
 from tune.trials import trial_name
@@ -281,8 +282,7 @@ def test_the_study_says_what_was_run_on_what(place: Place) -> None:
     assert {"torch", "ray", "optuna", "timm"} <= set(facts["versions"])
 
 
-@pytest.mark.usefixtures("whole")
-def test_the_best_is_that_of_all_its_runs_and_none_of_them_is_trained_twice(place: Place) -> None:
+def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place, whole: str) -> None:
     study = place.study
     best = json.loads(study.best_file.read_text())
     assert best["standings"][0]["trial_id"] == best["trial_id"] == judged(study)[0].record.trial_id
@@ -290,7 +290,13 @@ def test_the_best_is_that_of_all_its_runs_and_none_of_them_is_trained_twice(plac
     further = [r for r in study.records() if r.stage in TRAINED and r.stage != "search"]
     assert len({(replace(r.config, seed=0), r.config.seed) for r in further}) == len(further)
     reruns = [r for r in further if r.stage == "confirm"]
-    assert all(r.trial_id in best["retrained"] for r in reruns if r.note.endswith(best["trial_id"]))
+    of_the_best = [r for r in reruns if r.note.endswith(best["trial_id"])]
+    alike = [r for r in of_the_best if r.config.epochs == best["config"]["epochs"]]
+    assert all(r.trial_id in best["retrained"] for r in alike)
+    trial = next(r for r in study.records() if r.trial_id == best["trial_id"])
+    assert best["config"]["epochs"] == LONGER * trial.config.epochs  # no time limit
+    longer = f"{best['config']['epochs']} epochs each instead of {trial.config.epochs}"
+    assert longer in " ".join(whole.split())
     for rerun in reruns:
         assert study.weights_file(rerun.trial_id).is_file()
         assert len(study.predictions(rerun.trial_id, "test").ids) == 20
@@ -365,6 +371,7 @@ def test_a_study_that_exists_is_refused_in_one_line(place: Place) -> None:
 @pytest.mark.usefixtures("whole")
 def test_resuming_keeps_what_is_there_and_goes_on_to_the_number_asked_for(place: Place) -> None:
     before = {r.trial_id: r for r in place.study.records()}
+    os.truncate(place.study.optuna_file, 10_000)  # it is made anew from trials.jsonl
     result = place.run(place.search("--trials", "8", "--study", "cars", "--resume", "--until", "search"))
     assert result.returncode == 0, result.stderr
     assert "Resumed: 6 trials kept, 0 queued again." in result.stdout

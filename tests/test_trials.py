@@ -140,5 +140,11 @@ def test_failures_in_a_row_end_the_run_and_a_success_starts_the_count_anew(
         else:
             recorder.on_trial_error(0, [], trial)
         assert not recorder.hopeless
+    running = told(recorder, "y", replace(config, seed=98), [])
     recorder.on_trial_error(0, [], told(recorder, "x", replace(config, seed=99), []))
     assert recorder.hopeless
+    running.status = "RUNNING"
+    recorder.close([running], interrupted=False)
+    assert recorder.hopeless
+    last = study.records()[-1]
+    assert (last.status, last.reason) == (Status.INTERRUPTED, f"{HOPELESS} trials before it failed")

@@ -170,8 +170,9 @@ def _searched(pid: int) -> str:
         return ""
     if not any(Path(word).parts[-2:] == ("tune", "search.py") for word in command):
         return ""
-    study = command[command.index("--study") + 1] if "--study" in command[:-1] else "its own"
-    return f"process {pid}, study {study}"
+    pairs = zip(command, [*command[1:], ""], strict=True)
+    names = [word[8:] or after for word, after in pairs if word == "--study" or word.startswith("--study=")]
+    return f"process {pid}, study {names[-1] if names else 'its own'}"
 
 
 # ---- the machines of a cluster

@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials.jsonl holds every result
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `Interrupts` ends a run in better order
 os.environ.setdefault("RAY_worker_niceness", "0")  # training is what the machine is here for
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Traceback")  # a dying worker's; its record has the reason
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # it would print over our own lines
 # The C library gives freed memory back and asks for it anew in every step otherwise, and a page that is
 # touched for the first time costs more than what is computed on it: 17 % of the time of mobilenetv2_100 at
@@ -71,7 +72,7 @@ from tune.costs import Costs
 
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial ended with is in its record
 
-HOPELESS = 5  # failed trials in a row that end a run
+HOPELESS = 10  # failed trials in a row, beyond those side by side, that end a run
 LONGEST_SILENCE = 6 * 3600.0  # seconds from one epoch's end to the next before a worker counts as hung
 SHORTEST_SILENCE, MUCH_SLOWER = 1800.0, 20.0  # likewise, where an epoch's cost is known: seconds, times that
 RETRIES = 1  # of a trial that died or failed: machines go, memory is short for a while
@@ -345,12 +346,14 @@ class Recorder(_StaysHere, Callback):
     recorded: set[str] = field(default_factory=set)
     retried: dict[str, str] = field(default_factory=dict)  # Ray's trial id -> what its first attempt died of
     silence: Silence = field(default_factory=lambda: Silence(None))
+    most_failures: int = HOPELESS
     failures: int = 0  # in a row
+    last_failure: str = ""
 
     @property
     def hopeless(self) -> bool:
         """Whether so many trials failed one after the other that the next ones would, too."""
-        return self.failures >= HOPELESS
+        return self.failures >= self.most_failures
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Write down that it runs, so that it is run again should this process die."""
@@ -399,6 +402,8 @@ class Recorder(_StaysHere, Callback):
                     self._write(trial, Status.FAILED, self._cause(trial))
                 elif interrupted:
                     self._write(trial, Status.INTERRUPTED, "interrupted by the user")
+                elif self.hopeless:
+                    self._write(trial, Status.INTERRUPTED, f"{self.failures} trials before it failed")
                 else:
                     self._write(trial, Status.STOPPED, "the time was up")
 
@@ -410,7 +415,10 @@ class Recorder(_StaysHere, Callback):
         record = self._record(trial, status, reason, value)
         self.recorded.add(trial.trial_id)
         self.silence.forget(trial)
-        self.failures = self.failures + 1 if status is Status.FAILED else 0
+        if status is Status.FAILED:
+            self.failures, self.last_failure = self.failures + 1, reason
+        elif status is not Status.INTERRUPTED:
+            self.failures = 0
         self.running.pop(trial.trial_id, None)
         self.study.append(record)
         self.study.write_table()
@@ -468,11 +476,21 @@ def run_trials(
 ) -> bool:
     """Run what the searcher hands out until it has no more or the time is `end`; False if interrupted.
 
-    `packing` says what each configuration asks of Ray; without it all ask for the same.
+    `packing` says what each configuration asks of Ray; without it all ask for the same. Raises ValueError
+    where so many trials failed in a row that it is no use to go on.
     """
     interrupts = Interrupts()
     reasons = getattr(scheduler, "reasons", {})
-    recorder = Recorder(job.study, stage, begun, reasons, watch, notes, silence=Silence(job.costs))
+    recorder = Recorder(
+        job.study,
+        stage,
+        begun,
+        reasons,
+        watch,
+        notes,
+        silence=Silence(job.costs),
+        most_failures=HOPELESS + job.workers.at_once,
+    )
     resources = packing or {"cpu": job.workers.cpus, "gpu": job.workers.gpus}
     tuner = Tuner(
         with_resources(with_parameters(train_trial, job=job), resources),
@@ -498,6 +516,11 @@ def run_trials(
     with interrupts.caught():
         results = _fitted(tuner, job.study)
     recorder.close(results._experiment_analysis.trials, interrupts.seen)
+    if recorder.hopeless:
+        raise ValueError(
+            f"{job.study.folder}: {recorder.failures} trials in a row failed, the last by: "
+            f"{recorder.last_failure}; mend that, then search.py --resume goes on"
+        )
     return not interrupts.seen
 
 
