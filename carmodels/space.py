@@ -56,6 +56,9 @@ class TrialConfig:
     fold_in: bool = False  # learns from all labelled pictures, audit too, so that none is left to score it
     start_size: int = 0  # side in the first epoch, pixels, from where it grows; 0: image_size throughout
     test_size: int = 0  # side of the pictures it is tested on, pixels; 0: image_size
+    continues: str = (
+        ""  # trial_id of the run whose weights it starts from; empty: pretrained ones, a new head
+    )
 
     def __post_init__(self) -> None:
         for name, known in _ROWS.items():
@@ -96,6 +99,11 @@ class TrialConfig:
             )
         if self.folds and self.fold_in:
             raise ValueError(f"folds={self.folds}: with fold_in nothing is held out; leave one of them out")
+        if self.blind and self.continues:
+            raise ValueError(
+                f"continues={self.continues!r}: that run has learnt from what is held out here, or had it to "
+                "be chosen by; leave it out with folds and fold_in"
+            )
         if self.blind and self.patience:
             raise ValueError(
                 f"patience={self.patience}: what is held out must not end training; leave it out with folds"
@@ -178,6 +186,7 @@ _LATER: dict[str, object] = {  # fields that came after the first studies, with 
     "fold_in": False,
     "start_size": 0,
     "test_size": 0,
+    "continues": "",
 }
 _ROWS: dict[str, tuple[str, ...]] = {
     "backbone": tuple(BACKBONES),

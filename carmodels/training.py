@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from carmodels.batches import Loader
 from carmodels.catalog import AUGMENTS, BACKBONES, SCHEDULES, UNFREEZE, VIEWS, Schedule
 from carmodels.data import Split, Splits, with_everything, with_fold
 from carmodels.features import VIEWS_KEPT, FeatureStore
-from carmodels.models import Classifier, Weights, build, open_groups, optimizer_groups
+from carmodels.models import Classifier, Weights, build, load_weights, open_groups, optimizer_groups
 from carmodels.predictions import METRICS, Predictions, accuracy, log_loss
 from carmodels.space import EpochMetrics, TrialConfig
 
@@ -53,6 +54,7 @@ def fit(
     compiled: bool = False,
     until: float = math.inf,
     targets: np.ndarray | None = None,
+    start: Path | None = None,
 ) -> Fitted:
     """Train by the configuration's schedule and keep the epoch that is best by its metric on val.
 
@@ -67,8 +69,12 @@ def fit(
     epoch so far, where one more epoch would not end by `until`, in seconds of time.time(). `targets`,
     (V, N, C) probabilities, are learnt in the place of the labels (distillation, Hinton et al., 2015): epoch
     e shows each of the N train pictures as in epoch v = (e - 1) mod V of a loader, where `targets[v]` is what
-    to say of it.
+    to say of it. A configuration that `continues` another run begins with the weights that `save_weights`
+    wrote to the file `start`, and with the first step of its schedule (a warm restart, Loshchilov and Hutter,
+    2017).
     """
+    if bool(config.continues) != (start is not None):
+        raise ValueError(f"continues={config.continues!r}, start={start}: one takes the other")
     run = _Run(
         config,
         parted(config, splits),
@@ -78,6 +84,7 @@ def fit(
         features=features,
         compiled=compiled,
         targets=targets,
+        start=start,
     )
     history: list[EpochMetrics] = []
     best: EpochMetrics | None = None
@@ -157,11 +164,15 @@ class _Run:
         features: FeatureStore | None = None,
         compiled: bool = False,
         targets: np.ndarray | None = None,
+        start: Path | None = None,
     ) -> None:
         torch.manual_seed(config.start)
         self.config, self.device, self.splits, self.processes = config, device, splits, processes
         self.weights = weights
-        self.model = build(config, classes=len(splits.classes), weights=weights).to(device)
+        if start is None:
+            self.model = build(config, classes=len(splits.classes), weights=weights).to(device)
+        else:
+            self.model = load_weights(config, start, classes=len(splits.classes)).to(device)
         if config.head_seed is not None:
             torch.manual_seed(config.seed)
         self.model = self.model.to(memory_format=torch.channels_last)
@@ -198,8 +209,9 @@ class _Run:
             label_smoothing=config.label_smoothing,
         )
         self.mix = _mixer(config, len(splits.classes))
-        # Random weights are another backbone for every seed, and mixing asks for pictures.
-        self.features = features if weights.source != "none" and self.mix is None else None
+        # Random and trained weights are another backbone for every seed, and mixing asks for pictures.
+        pretrained = weights.source != "none" and start is None
+        self.features = features if pretrained and self.mix is None else None
         if targets is not None and (self.features or self.mix):
             raise ValueError("targets are of single pictures as a loader shows them: no mixup, no features")
         self.targets = None if targets is None else torch.from_numpy(targets)

@@ -885,6 +885,11 @@ STUDIES = {
         "--set image_size=96",
         "--set image_size: that is another configuration; give --trial ID or --epochs N",
     ),
+    "retrain --set head": script(
+        retrain,
+        "--set head_depth=2",
+        "--set head_depth: the weights of the trial have another; give --anew",
+    ),
     "retrain --folds 1": script(
         retrain, "--folds 1", "--folds 1 must be 0, which leaves it out, or from 2 to 20"
     ),

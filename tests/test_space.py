@@ -52,6 +52,7 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
         "fold_in": True,
         "start_size": 32,
         "test_size": 96,
+        "continues": "0123456789ab",
     }
     assert {*other, "fold"} == {f.name for f in fields(TrialConfig)}
     ids = {replace(CONFIG, **{name: value}).id for name, value in other.items()}
@@ -87,6 +88,10 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
         ({"folds": 1, "fold": 0}, "fold=0 of folds=1: there must be 2 folds or more"),
         ({"folds": 3, "fold": 3}, "fold=3 of folds=3: there must be 2 folds or more"),
         ({"folds": 3, "fold_in": True}, "folds=3: with fold_in nothing is held out"),
+        (
+            {"fold_in": True, "continues": "0123456789ab"},
+            "continues='0123456789ab': that run has learnt from what is held out here",
+        ),
         ({"fold_in": True, "patience": 2}, "patience=2: what is held out must not end training"),
     ],
 )

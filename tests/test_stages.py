@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
+from carmodels.files import write_whole
 from carmodels.space import TrialConfig
 from carmodels.study import Status, Study, TrialRecord
 from tune import retraining
@@ -87,6 +91,60 @@ def test_where_the_time_allows_training_is_longer_and_a_shorter_run_is_no_run_of
     study.append(run(1e-3, 0.9, 2, "retrain", epochs=16))
     assert to_train(study, seconds=190) == ([1, 3], 16)
     assert to_train(study, seconds=20) == ([], 8)
+
+
+def left_weights(study: Study, *records: TrialRecord) -> None:
+    for record in records:
+        write_whole(study.weights_file(record.trial_id), save({"x": torch.zeros(1)}))
+
+
+def onward(study: Study, seconds: float = math.inf, **way: Any) -> tuple[list[tuple[int, str]], int]:
+    """Seeds with the runs they go on from, and epochs, on two workers."""
+    configs, like = _to_train(study, LUCKY, 3, Way(**way), seconds, workers=2)
+    for config in configs:
+        own = {"seed": config.seed, "head_seed": 0, "continues": config.continues, "epochs": like.epochs}
+        assert config == replace(LUCKY.config, **own)
+    return [(c.seed, c.continues) for c in configs], like.epochs
+
+
+def test_training_goes_on_from_the_runs_that_left_weights_in_turn(study: Study) -> None:
+    again = run(1e-3, 0.9, 1, "confirm")
+    left_weights(study, STEADY)
+    assert onward(study)[0][0] == (1, "")
+    left_weights(study, LUCKY, again)
+    assert onward(study) == ([(seed, LUCKY.trial_id) for seed in (1, 2, 3)], 8)
+    assert onward(study, anew=True) == ([(1, ""), (2, ""), (3, "")], 16)
+    study.append(again)
+    both = [(1, LUCKY.trial_id), (2, again.trial_id), (3, LUCKY.trial_id)]
+    assert onward(study) == (both, 8)
+    assert onward(study, seconds=100) == (both[:2], 8)
+    assert onward(study, seconds=70) == (both[:2], 6)
+    assert onward(study, epochs=5) == (both, 5)
+    done = replace(LUCKY.config, seed=1, head_seed=0, continues=LUCKY.trial_id)
+    study.append(replace(run(1e-3, 0.95, 1, "retrain"), trial_id=done.id, config=done))
+    assert onward(study) == (both[1:], 8)
+    study.weights_file(again.trial_id).write_bytes(b"cut")
+    assert onward(study) == ([(2, LUCKY.trial_id), (3, LUCKY.trial_id)], 8)
+
+
+def test_where_the_backbone_stays_frozen_there_is_nothing_to_go_on_from(study: Study) -> None:
+    frozen = replace(LUCKY.config, unfreeze="frozen")
+    record = replace(LUCKY, trial_id=frozen.id, config=frozen)
+    study.append(record)
+    left_weights(study, record)
+    configs, _ = _to_train(study, record, 3, Way(), math.inf, workers=2)
+    assert [c.continues for c in configs] == [""] * 3
+
+
+def test_going_on_all_of_the_backbone_is_open() -> None:
+    config = replace(LUCKY.config, unfreeze="gradual")
+    like = Way(changes={"ema": 0.998}).onward(config, "parent")
+    assert like == replace(config, unfreeze="full", ema=0.998, continues="parent")
+    words = _announced(replace(LUCKY, config=config), 2, 0, like)
+    assert words.endswith(
+        "new seeds: 2; 8 epochs more each, on from its weights, unfreeze full instead of gradual, "
+        "ema 0.998 instead of 0.0."
+    )
 
 
 def test_a_soup_is_no_run_of_its_configuration(study: Study) -> None:

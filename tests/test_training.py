@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from carmodels import training
 from carmodels.batches import Batch, Loader
 from carmodels.catalog import AUGMENTS, SCHEDULES, UNFREEZE, VIEWS
 from carmodels.data import Split, Splits
-from carmodels.models import Weights
+from carmodels.models import Weights, save_weights
 from carmodels.predictions import METRICS, accuracy
 from carmodels.space import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
 from carmodels.training import Fitted, _Run, fit, parted, predict, seconds_per_picture, view_size
@@ -57,6 +58,25 @@ def test_the_seed_of_the_head_decides_its_initial_weights_and_nothing_else(
     assert (replace(config, seed=5).start, replace(config, seed=5, head_seed=0).start) == (5, 0)
     with pytest.raises(ValueError, match="head_seed=-1 must be None or a whole number from 0"):
         replace(config, head_seed=-1)
+
+
+def test_a_run_goes_on_from_the_weights_of_another(
+    config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path
+) -> None:
+    first = fit(config, splits, weights=weights)
+    save_weights(first.model, tmp_path / "first.safetensors")
+    assert first.best is not None
+    onward = replace(config, seed=1, head_seed=0, continues="0123456789ab", epochs=1, lr=1e-8)
+    start = tmp_path / "first.safetensors"
+    again = fit(onward, splits, weights=Weights("none"), start=start)
+    assert again.best is not None
+    assert again.best.val_loss == pytest.approx(first.best.val_loss, abs=0.02)  # BatchNorm moves a little
+    random = fit(replace(onward, continues=""), splits, weights=weights)
+    assert random.history[0].val_loss > first.best.val_loss + 0.1
+    with pytest.raises(ValueError, match=r"continues='0123456789ab', start=None: one takes the other"):
+        fit(onward, splits, weights=weights)
+    with pytest.raises(ValueError, match=r"first\.safetensors is damaged or of another configuration"):
+        fit(replace(onward, head_depth=3), splits, weights=weights, start=start)
 
 
 def test_targets_are_learnt_in_the_place_of_labels_and_shown_as_they_were_made(

@@ -29,6 +29,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, metavar="N", help="how many new seeds (3, or one for each worker)")
     p.add_argument("--epochs", type=int, metavar="N", help="length of the schedule (that of the search)")
     p.add_argument(
+        "--anew", action="store_true", help="from pretrained weights, not on from those of the trial"
+    )
+    p.add_argument(
         "--set",
         action="append",
         default=[],
@@ -51,7 +54,11 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         raise ValueError(f"--seeds {options.seeds} does not go with --folds: each fold is a run of its own")
     if options.seeds is not None and options.seeds > MOST_SEEDS:
         raise ValueError(f"--seeds {options.seeds} must be at most {MOST_SEEDS}")
-    way = retraining.Way(options.epochs, dict(setting(text) for text in options.set))
+    changes = dict(setting(text) for text in options.set)
+    way = retraining.Way(options.epochs, changes, options.anew)
+    for name in ("head", "head_depth", "continues"):
+        if name in changes and not (options.anew or options.folds):
+            raise ValueError(f"--set {name}: the weights of the trial have another; give --anew")
     for name in ("backbone", "image_size", "epochs"):
         if name in way.changes:
             raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")

@@ -10,7 +10,9 @@ from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler
 
+from carmodels.catalog import UNFREEZE
 from carmodels.data import Splits
+from carmodels.models import weights_damage
 from carmodels.predictions import METRICS, blend
 from carmodels.space import TrialConfig
 from carmodels.study import FOLD, FOLD_IN, TRAINED, Status, Study, TrialRecord, write_json
@@ -30,11 +32,17 @@ LONGER = 2.0  # times a trial's epochs, where there is time: +4.5 points in resu
 class Way:
     """How a configuration of the search is trained again."""
 
-    epochs: int | None = None  # None: LONGER times those of the trial where there is time, else as many
+    epochs: int | None = None  # None: those of the trial, LONGER times as many for a new model where they fit
     changes: Mapping[str, Any] = field(default_factory=dict)  # fields of TrialConfig, with their values
+    anew: bool = False  # from pretrained weights, though there are those of the trial
+
+    def onward(self, config: TrialConfig, parent: str) -> TrialConfig:
+        """A further schedule from the weights of that run of it, all of the backbone open; likewise."""
+        opened = {"epochs": self.epochs or config.epochs, "unfreeze": "full", "continues": parent}
+        return replace(config, **{**opened, **self.changes})
 
     def of(self, config: TrialConfig) -> list[TrialConfig]:
-        """What it may come to, the longest schedule first; ValueError for a change that does not fit it."""
+        """What a new model may come to, the longest schedule first; ValueError for an unfit change."""
         lengths = {self.epochs} if self.epochs else {round(LONGER * config.epochs), config.epochs}
         return [replace(config, epochs=epochs, **self.changes) for epochs in sorted(lengths, reverse=True)]
 
@@ -76,9 +84,11 @@ def retrain(
     way: Way = AS_IN_THE_TRIAL,
     share: float = RETRAIN_SHARE,
 ) -> bool:
-    """Train the best (or the named) configuration from new seeds, side by side; False if interrupted.
+    """Train the best (or the named) configuration on with new seeds, side by side; False if interrupted.
 
-    Runs with new seeds that there are already count, where they were made that way.
+    Each goes on from the weights of one of the configuration's runs, with a schedule of its own (a warm
+    restart, Loshchilov and Hutter, 2017); where there are none, or a frozen backbone makes it pointless, from
+    pretrained weights. Runs with new seeds that there are already count, where they were made that way.
     """
     study = job.study
     chosen = _chosen(study, trial_id)
@@ -141,12 +151,16 @@ def _to_train(
 ) -> tuple[list[TrialConfig], TrialConfig]:
     """The configurations that retraining lacks and has time for, and what they are but for their seeds."""
     first = chosen.config.seed + 1
+    parents = [] if way.anew else _parents(study, chosen)
+    ways = [way.onward(chosen.config, parents[0])] if parents else way.of(chosen.config)
     some = False
-    for longest in way.of(chosen.config):
+    for longest in ways:
         like = replace(longest, head_seed=chosen.config.start)  # so that they make a soup
         done = {r.config.seed for r in _again(study, chosen, like)}
         some = some or bool(done)
         configs = [replace(like, seed=first + i) for i in range(seeds)]
+        if parents:
+            configs = [replace(c, continues=parents[i % len(parents)]) for i, c in enumerate(configs)]
         missing = [c for c in configs if c.seed not in done]
         count, planned = _fitting(
             len(missing), like.epochs, _seconds(chosen, like) / like.epochs, left, workers
@@ -158,10 +172,32 @@ def _to_train(
     return [replace(c, epochs=planned) for c in missing[:count]], replace(like, epochs=planned)
 
 
+def _parents(study: Study, chosen: TrialRecord) -> list[str]:
+    """The runs of its configuration whose weights training goes on from, the trial itself first."""
+    if UNFREEZE[chosen.config.unfreeze].head_only_epochs is None:
+        return []  # what more there is to learn is little
+    runs = sorted(_runs(study, chosen), key=lambda r: r.trial_id != chosen.trial_id)
+    files = {r.trial_id: study.weights_file(r.trial_id) for r in runs}
+    return [name for name, file in files.items() if file.is_file() and not weights_damage(file)]
+
+
+def _runs(study: Study, chosen: TrialRecord) -> list[TrialRecord]:
+    """The finished runs of just that configuration in search and reruns, best first."""
+    like = replace(chosen.config, seed=0)
+    board = (r for r in study.leaderboard() if r.stage in ("search", "confirm"))
+    return [r for r in board if replace(r.config, seed=0) == like]
+
+
 def _again(study: Study, chosen: TrialRecord, like: TrialConfig) -> list[TrialRecord]:
     """Finished runs of just that configuration with other seeds than the trial's, best first."""
     board = (r for r in study.leaderboard() if r.stage in TRAINED and r.trial_id != chosen.trial_id)
-    return [r for r in board if replace(r.config, seed=like.seed, head_seed=like.head_seed) == like]
+    own = {r.trial_id for r in _runs(study, chosen)} if like.continues else set()
+
+    def alike(config: TrialConfig) -> bool:
+        parent = like.continues if config.continues in own else config.continues
+        return replace(config, seed=like.seed, head_seed=like.head_seed, continues=parent) == like
+
+    return [r for r in board if alike(r.config)]
 
 
 def _announced(chosen: TrialRecord, missing: int, done: int, like: TrialConfig) -> str:
@@ -179,8 +215,10 @@ def _difference(old: TrialConfig, new: TrialConfig) -> str:
     """What is done in another way than in the trial, in words."""
     more = f" instead of {old.epochs}" if new.epochs != old.epochs else ""
     words = [f"{new.epochs} epochs each{more}"]
+    if new.continues:
+        words = [f"{new.epochs} epochs more each, on from its weights"]
     before = vars(old)
-    own = ("epochs", "seed", "head_seed", "fold", "folds", "fold_in", "patience")
+    own = ("epochs", "seed", "head_seed", "fold", "folds", "fold_in", "patience", "continues")
     for name, value in vars(new).items():
         if name not in own and value != before[name]:
             words.append(f"{name} {value} instead of {before[name]}")

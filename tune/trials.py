@@ -181,6 +181,7 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
         features=FeatureStore(job.cache / "features"),
         compiled=job.costs is not None and job.costs.pays_to_compile(config),
         until=job.until,
+        start=job.study.weights_file(config.continues) if config.continues else None,
     )
     status, reason = _verdict(fitted)
     if status is Status.FINISHED:
