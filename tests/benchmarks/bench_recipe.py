@@ -32,7 +32,7 @@ from carmodels.batches import Loader
 from carmodels.catalog import Augment, Step
 from carmodels.data import Splits, open_dataset, with_everything
 from carmodels.files import csv_text, write_whole
-from carmodels.models import Classifier, Weights
+from carmodels.models import Classifier, Weights, save_weights
 from carmodels.predictions import Predictions, log_loss
 from carmodels.space import TrialConfig
 from carmodels.training import _Run, parted, predict
@@ -68,15 +68,35 @@ class Variant:
     change: Mapping[str, Any]
     against: str = "base"
     larger: tuple[str, ...] = ()  # how pictures are answered besides
+    order: int = 0  # which random order of the pictures, another one for each
+    onward: bool = False  # from the weights of the base's run of the same seed and fold
 
     @property
     def looks(self) -> tuple[str, ...]:
         """How the held-out pictures are answered, the plain way first."""
-        return ("plain", EMA, *self.larger)
+        return ("plain", *(() if self.order else (EMA,)), *self.larger)
+
+    def name(self, config: TrialConfig) -> str:
+        """Of the files of its run."""
+        return config.id + ("-onward" if self.onward else "") + (f"-{self.order}" if self.order else "")
 
 
+# Means of the answers of several variants' models, against those of one.
+MEANS = {
+    "mean of two new models": (("base", "a new model"), "base"),
+    "mean of three new models": (("base", "a new model", "another new model"), "base"),
+    "mean of two that go on": (
+        ("goes on as long again", "goes on as long again, another order"),
+        "mean of three new models",
+    ),
+}
 VARIANTS = {
     "base": Variant({}, larger=(*LARGER, TUNED)),
+    "goes on as long again": Variant({}, order=1, onward=True),
+    "goes on as long again, another order": Variant({}, order=2, onward=True),
+    "goes on half as long": Variant({"epochs": 4}, order=3, onward=True),
+    "a new model": Variant({"head_seed": 101}, order=1),
+    "another new model": Variant({"head_seed": 102}, order=2),
     "2 times as long": Variant({"epochs": 16}, larger=tuple(LARGER)),
     "progressive from 48 px, as much time": Variant({"start_size": 48, "epochs": 11}),
     "2 times as long, strong augmentation": Variant({"epochs": 16, "augment": "strong"}, "2 times as long"),
@@ -105,11 +125,14 @@ class Place:
     def folder(self) -> Path:
         return self.cache / "recipe"
 
-    def file(self, config: TrialConfig, shown: str) -> Path:
-        return self.folder / f"{config.id}.{shown.replace(' ', '-')}.npz"
+    def file(self, name: str, shown: str) -> Path:
+        return self.folder / f"{name}.{shown.replace(' ', '-')}.npz"
 
-    def seconds_file(self, config: TrialConfig) -> Path:
-        return self.folder / f"{config.id}.json"
+    def seconds_file(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def weights_file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
 
 def main() -> None:
@@ -132,11 +155,11 @@ def main() -> None:
     base = replace(BASE if options.data else DEMO, data=splits.fingerprint, split=splits.split_hash)
     place.folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    for config, looks in [] if options.only_table else planned(base, range(options.seeds)):
-        done = place.seconds_file(config)
+    for config, variant in [] if options.only_table else planned(base, range(options.seeds)):
+        done = place.seconds_file(variant.name(config))
         with suppress(Timeout), FileLock(f"{done}.lock", timeout=0):  # another process has it
             if not done.is_file():
-                said = run(config, looks, place)
+                said = run(base, config, variant, place)
                 print(f"{time.monotonic() - begun:6.0f} s  {said}", flush=True)
     found = rows(base, splits, place, options.seeds)
     show(found)
@@ -149,45 +172,61 @@ def configured(base: TrialConfig, variant: Variant, seed: int) -> list[TrialConf
     return [replace(base, **variant.change, seed=seed, fold=fold) for fold in range(FOLDS)]
 
 
-def planned(base: TrialConfig, seeds: range) -> Iterator[tuple[TrialConfig, tuple[str, ...]]]:
-    """Every run and how its pictures are answered, those that tell most first."""
+def planned(base: TrialConfig, seeds: range) -> Iterator[tuple[TrialConfig, Variant]]:
+    """Every run, those that tell most first."""
     for variant in VARIANTS.values():
         for seed in seeds:
             for config in configured(base, variant, seed):
-                yield config, variant.looks
+                yield config, variant
 
 
-def run(config: TrialConfig, looks: Sequence[str], place: Place) -> str:
+def run(base: TrialConfig, config: TrialConfig, variant: Variant, place: Place) -> str:
     """Train one fold and keep what it says of the pictures that were held out.
 
     As `fit` trains with a moving average, but the weights that are averaged, those of training without one,
     are kept as well; val is not looked at meanwhile.
     """
     torch.set_num_threads(1)
-    splits, began = place.splits(), time.process_time()
-    parts = parted(config, splits)
-    held_out = parts.val
-    unseen = replace(parts, val=held_out.part(np.arange(len(held_out)) == 0))
-    training = _Run(config, unseen, weights=place.weights, device=torch.device("cpu"))
-    for epoch in range(1, config.epochs + 1):
-        training.epoch(epoch)
+    splits = place.splits()
+    start = trained(replace(base, seed=config.seed, fold=config.fold), place) if variant.onward else None
+    began, parts = time.process_time(), parted(config, splits)
+    training = through(config, variant, place, parts, start)
     seconds = time.process_time() - began
+    name, model = variant.name(config), training.model
 
     def keep(shown: str, model: Classifier, size: int = 0) -> None:
-        answers = predict(model, splits, held_out, config=replace(config, test_size=size))
-        answers.save(place.file(config, shown))
+        answers = predict(model, splits, parts.val, config=replace(config, test_size=size))
+        answers.save(place.file(name, shown))
 
-    model = training.model
     keep("plain", model)
-    keep(EMA, training.tested)
+    if EMA in variant.looks:
+        keep(EMA, training.tested)
     for shown, size in LARGER.items():
-        if shown in looks:
+        if shown in variant.looks:
             keep(shown, model, size)
-    if TUNED in looks:
+    if TUNED in variant.looks:
         tune(model, config, parts, max(LARGER.values()))
         keep(TUNED, model, max(LARGER.values()))
-    write_whole(place.seconds_file(config), json.dumps({"cpu_seconds": seconds}))
+    write_whole(place.seconds_file(name), json.dumps({"cpu_seconds": seconds}))
     return f"seed {config.seed}, fold {config.fold}, {config.epochs} epochs: {seconds:.0f} s"
+
+
+def through(config: TrialConfig, variant: Variant, place: Place, parts: Splits, start: Path | None) -> _Run:
+    """The whole schedule; orders of pictures follow from the numbers of the epochs."""
+    unseen = replace(parts, val=parts.val.part(np.arange(len(parts.val)) == 0))
+    training = _Run(config, unseen, weights=place.weights, device=torch.device("cpu"), start=start)
+    for epoch in range(1, config.epochs + 1):
+        training.epoch(epoch + 100 * variant.order)
+    return training
+
+
+def trained(config: TrialConfig, place: Place) -> Path:
+    """The weights that the base's run of this fold ends with."""
+    path = place.weights_file(config.id)
+    if not path.is_file():
+        ended = through(config, VARIANTS["base"], place, parted(config, place.splits()), None)
+        save_weights(ended.model, path)
+    return path
 
 
 def tune(model: Classifier, config: TrialConfig, splits: Splits, size: int) -> None:
@@ -230,8 +269,7 @@ def out_of_fold(
     """Of the seeds whose folds are all there."""
     found: Known = {}
     for seed in range(seeds):
-        configs = configured(base, variant, seed)
-        files = [place.file(config, shown) for config in configs]
+        files = [place.file(variant.name(config), shown) for config in configured(base, variant, seed)]
         if all(file.is_file() for file in files):
             parts = [Predictions.load(file) for file in files]
             ids = tuple(i for part in parts for i in part.ids)
@@ -254,6 +292,14 @@ def rows(base: TrialConfig, splits: Splits, place: Place, seeds: int) -> list[di
                 compared = gained(found[title], found[against], splits.train.labels)
                 table.append({"variant": title, "against": "" if title == against else against, **compared})
                 table[-1]["cpu_seconds"] = cost(base, variant, place, seeds) if shown == "plain" else ""
+    for title, (names, against) in MEANS.items():
+        members = [found[name] for name in names]
+        both = set.intersection(*(set(member) for member in members))
+        found[title] = {seed: np.mean([member[seed] for member in members], axis=0) for seed in both}
+        if both:
+            assert splits.train.labels is not None
+            compared = gained(found[title], found[against], splits.train.labels)
+            table.append({"variant": title, "against": against, **compared, "cpu_seconds": ""})
     return table
 
 
@@ -283,7 +329,7 @@ def gained(new: Known, old: Known, labels: np.ndarray) -> dict[str, Any]:
 def cost(base: TrialConfig, variant: Variant, place: Place, seeds: int) -> str:
     """CPU seconds of a run, mean."""
     configs = [config for seed in range(seeds) for config in configured(base, variant, seed)]
-    files = [place.seconds_file(config) for config in configs]
+    files = [place.seconds_file(variant.name(config)) for config in configs]
     taken = [json.loads(file.read_text())["cpu_seconds"] for file in files if file.is_file()]
     return f"{np.mean(taken):.1f}"
 
