@@ -887,8 +887,13 @@ STUDIES = {
     ),
     "retrain --set head": script(
         retrain,
-        "--set head_depth=2",
-        "--set head_depth: the weights of the trial have another; give --anew",
+        "--onward --set head_depth=2",
+        "--set head_depth: the weights of the trial have another; leave out --onward",
+    ),
+    "retrain --onward --folds": script(
+        retrain,
+        "--onward --folds 3",
+        "--onward: what folds hold out the trial has learnt from; leave one of them out",
     ),
     "retrain --folds 1": script(
         retrain, "--folds 1", "--folds 1 must be 0, which leaves it out, or from 2 to 20"

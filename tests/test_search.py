@@ -24,7 +24,7 @@ import numpy as np
 import optuna
 import pytest
 
-from carmodels.catalog import UNFREEZE, VIEWS
+from carmodels.catalog import VIEWS
 from carmodels.data import open_dataset
 from carmodels.ensemble import of_study
 from carmodels.models import Weights
@@ -33,6 +33,7 @@ from carmodels.study import TRAINED, Status, Study, read_json
 from tune import search, setup, stages
 from tune.confirm import judged, sentence
 from tune.mistakes import found_mistakes
+from tune.retraining import LONGER
 from tune.stops import at_rungs
 from tune.stops import sentence as stops_sentence
 from tune.trials import trial_name
@@ -289,11 +290,13 @@ def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place
     further = [r for r in study.records() if r.stage in TRAINED and r.stage != "search"]
     assert len({(replace(r.config, seed=0), r.config.seed) for r in further}) == len(further)
     reruns = [r for r in further if r.stage == "confirm"]
-    own = {best["trial_id"], *(r.trial_id for r in reruns if r.note.endswith(best["trial_id"]))}
-    retrained = [r for r in further if r.trial_id in best["retrained"]]
-    assert {r.config.continues for r in retrained} <= own
-    assert retrained[0].config.continues
-    assert "epochs more each, on from its weights" in " ".join(whole.split())
+    of_the_best = [r for r in reruns if r.note.endswith(best["trial_id"])]
+    alike = [r for r in of_the_best if r.config.epochs == best["config"]["epochs"]]
+    assert all(r.trial_id in best["retrained"] for r in alike)
+    trial = next(r for r in study.records() if r.trial_id == best["trial_id"])
+    assert best["config"]["epochs"] == LONGER * trial.config.epochs  # no time limit
+    longer = f"{best['config']['epochs']} epochs each instead of {trial.config.epochs}"
+    assert longer in " ".join(whole.split())
     for rerun in reruns:
         assert study.weights_file(rerun.trial_id).is_file()
         assert len(study.predictions(rerun.trial_id, "test").ids) == 20
@@ -395,19 +398,21 @@ def test_another_search_is_not_resumed_into_the_same_folder(place: Place) -> Non
 @pytest.mark.usefixtures("whole")
 def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
     folder = str(place.study.folder)
-    worst = place.study.leaderboard()[-1]
+    searched = [r for r in place.study.leaderboard() if r.stage == "search"]
+    kept = [r for r in searched if place.study.weights_file(r.trial_id).is_file()]
+    worst = [r for r in kept if r.config.unfreeze != "frozen"][-1]
     cache = ("--cache", str(place.folder / "cache"))
     result = place.run(
         place.command(
-            "retrain.py", folder, "--trial", worst.trial_id, "--seeds", "1", "--epochs", "1", *cache
+            *("retrain.py", folder, "--trial", worst.trial_id, "--onward"),
+            *("--seeds", "1", "--epochs", "1", *cache),
         )
     )
     assert result.returncode == 0, result.stderr
     (new,) = [
         r for r in place.study.records() if r.note == f"seed 1 of {worst.trial_id}" and r.epochs_run == 1
     ]
-    frozen = UNFREEZE[worst.config.unfreeze].head_only_epochs is None
-    assert new.config.continues == ("" if frozen else worst.trial_id)
+    assert (new.config.continues, new.config.unfreeze) == (worst.trial_id, "full")
     assert new.config.backbone == worst.config.backbone
     out = place.folder / "mine.csv"
     result = place.run(

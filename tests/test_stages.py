@@ -107,33 +107,40 @@ def onward(study: Study, seconds: float = math.inf, **way: Any) -> tuple[list[tu
     return [(c.seed, c.continues) for c in configs], like.epochs
 
 
-def test_training_goes_on_from_the_runs_that_left_weights_in_turn(study: Study) -> None:
+def test_for_want_of_time_training_goes_on_from_the_runs_that_left_weights_in_turn(study: Study) -> None:
     again = run(1e-3, 0.9, 1, "confirm")
     left_weights(study, STEADY)
-    assert onward(study)[0][0] == (1, "")
+    assert onward(study, 100) == ([(1, ""), (2, "")], 8)
+    with pytest.raises(ValueError, match=f"--onward: .* has no weights of {LUCKY.trial_id}, or its back"):
+        onward(study, goes_on=True)
     left_weights(study, LUCKY, again)
-    assert onward(study) == ([(seed, LUCKY.trial_id) for seed in (1, 2, 3)], 8)
-    assert onward(study, anew=True) == ([(1, ""), (2, ""), (3, "")], 16)
+    new = [(1, ""), (2, ""), (3, "")]
+    assert onward(study) == (new, 16)
+    assert onward(study, 200) == (new[:2], 16)  # 8 epochs took 80 s, and are given 92
+    assert onward(study, 180) == ([(seed, LUCKY.trial_id) for seed in (1, 2)], 8)
     study.append(again)
     both = [(1, LUCKY.trial_id), (2, again.trial_id), (3, LUCKY.trial_id)]
-    assert onward(study) == (both, 8)
-    assert onward(study, seconds=100) == (both[:2], 8)
-    assert onward(study, seconds=70) == (both[:2], 6)
-    assert onward(study, epochs=5) == (both, 5)
+    assert onward(study, 100) == (both[:2], 8)
+    assert onward(study, 70) == (both[:2], 6)
+    assert onward(study, 20) == ([], 8)
+    assert onward(study, goes_on=True) == (both, 8)
+    assert onward(study, goes_on=True, epochs=5) == (both, 5)
+    assert onward(study, epochs=5) == (new, 5)
     done = replace(LUCKY.config, seed=1, head_seed=0, continues=LUCKY.trial_id)
     study.append(replace(run(1e-3, 0.95, 1, "retrain"), trial_id=done.id, config=done))
-    assert onward(study) == (both[1:], 8)
+    assert onward(study, 100) == (both[1:], 8)
+    assert onward(study, 70) == ([], 8)
     study.weights_file(again.trial_id).write_bytes(b"cut")
-    assert onward(study) == ([(2, LUCKY.trial_id), (3, LUCKY.trial_id)], 8)
+    assert onward(study, 100) == ([(2, LUCKY.trial_id), (3, LUCKY.trial_id)], 8)
 
 
-def test_where_the_backbone_stays_frozen_there_is_nothing_to_go_on_from(study: Study) -> None:
+def test_where_the_backbone_stays_frozen_there_is_nothing_to_go_on_for(study: Study) -> None:
     frozen = replace(LUCKY.config, unfreeze="frozen")
     record = replace(LUCKY, trial_id=frozen.id, config=frozen)
     study.append(record)
     left_weights(study, record)
-    configs, _ = _to_train(study, record, 3, Way(), math.inf, workers=2)
-    assert [c.continues for c in configs] == [""] * 3
+    configs, _ = _to_train(study, record, 3, Way(), 100, workers=2)
+    assert [c.continues for c in configs] == [""] * 2
 
 
 def test_going_on_all_of_the_backbone_is_open() -> None:

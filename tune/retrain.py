@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, metavar="N", help="how many new seeds (3, or one for each worker)")
     p.add_argument("--epochs", type=int, metavar="N", help="length of the schedule (that of the search)")
     p.add_argument(
-        "--anew", action="store_true", help="from pretrained weights, not on from those of the trial"
+        "--onward", action="store_true", help="train on from the weights of the trial, not a new model"
     )
     p.add_argument(
         "--set",
@@ -55,11 +55,13 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     if options.seeds is not None and options.seeds > MOST_SEEDS:
         raise ValueError(f"--seeds {options.seeds} must be at most {MOST_SEEDS}")
     changes = dict(setting(text) for text in options.set)
-    way = retraining.Way(options.epochs, changes, options.anew)
-    for name in ("head", "head_depth", "continues"):
-        if name in changes and not (options.anew or options.folds):
-            raise ValueError(f"--set {name}: the weights of the trial have another; give --anew")
-    for name in ("backbone", "image_size", "epochs"):
+    way = retraining.Way(options.epochs, changes, options.onward)
+    if options.onward and (options.folds or options.fold_in):
+        raise ValueError("--onward: what folds hold out the trial has learnt from; leave one of them out")
+    for name in ("head", "head_depth"):
+        if name in changes and options.onward:
+            raise ValueError(f"--set {name}: the weights of the trial have another; leave out --onward")
+    for name in ("backbone", "image_size", "epochs", "continues"):
         if name in way.changes:
             raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")
     study = Study(user_path(options.study))

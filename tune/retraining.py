@@ -32,9 +32,18 @@ LONGER = 2.0  # times a trial's epochs, where there is time: +4.5 points in resu
 class Way:
     """How a configuration of the search is trained again."""
 
-    epochs: int | None = None  # None: those of the trial, LONGER times as many for a new model where they fit
+    epochs: int | None = None  # None: as many as the trial, LONGER times those for a new model where they fit
     changes: Mapping[str, Any] = field(default_factory=dict)  # fields of TrialConfig, with their values
-    anew: bool = False  # from pretrained weights, though there are those of the trial
+    goes_on: bool = False  # from the trial's weights in any case, not for want of time for a new model alone
+
+    def all_of(self, config: TrialConfig, parents: Sequence[str]) -> list[TrialConfig]:
+        """What it may come to where there are weights of these runs to go on from, the best first."""
+        if not parents:
+            return self.of(config)
+        new = (
+            [] if self.goes_on else self.of(config)[:1]
+        )  # one no longer than the trial is not worth its time
+        return new if new and self.epochs else [*new, self.onward(config, parents[0])]
 
     def onward(self, config: TrialConfig, parent: str) -> TrialConfig:
         """A further schedule from the weights of that run of it, all of the backbone open; likewise."""
@@ -84,11 +93,12 @@ def retrain(
     way: Way = AS_IN_THE_TRIAL,
     share: float = RETRAIN_SHARE,
 ) -> bool:
-    """Train the best (or the named) configuration on with new seeds, side by side; False if interrupted.
+    """Train the best (or the named) configuration from new seeds, side by side; False if interrupted.
 
-    Each goes on from the weights of one of the configuration's runs, with a schedule of its own (a warm
-    restart, Loshchilov and Hutter, 2017); where there are none, or a frozen backbone makes it pointless, from
-    pretrained weights. Runs with new seeds that there are already count, where they were made that way.
+    New models where the time holds a schedule LONGER times the trial's. Where not, training goes on from the
+    weights of the configuration's runs, in turn, with a schedule of its own (a warm restart, Loshchilov and
+    Hutter, 2017), unless a frozen backbone leaves little to learn. Runs with new seeds that there are already
+    count, where they were made that way.
     """
     study = job.study
     chosen = _chosen(study, trial_id)
@@ -151,15 +161,19 @@ def _to_train(
 ) -> tuple[list[TrialConfig], TrialConfig]:
     """The configurations that retraining lacks and has time for, and what they are but for their seeds."""
     first = chosen.config.seed + 1
-    parents = [] if way.anew else _parents(study, chosen)
-    ways = [way.onward(chosen.config, parents[0])] if parents else way.of(chosen.config)
+    parents = _parents(study, chosen)
+    if way.goes_on and not parents:
+        raise ValueError(
+            f"--onward: {study.folder} has no weights of {chosen.trial_id}, or its backbone stays frozen; "
+            "leave it out, or name another with --trial"
+        )
     some = False
-    for longest in ways:
+    for longest in way.all_of(chosen.config, parents):
         like = replace(longest, head_seed=chosen.config.start)  # so that they make a soup
         done = {r.config.seed for r in _again(study, chosen, like)}
         some = some or bool(done)
         configs = [replace(like, seed=first + i) for i in range(seeds)]
-        if parents:
+        if like.continues:
             configs = [replace(c, continues=parents[i % len(parents)]) for i, c in enumerate(configs)]
         missing = [c for c in configs if c.seed not in done]
         count, planned = _fitting(
