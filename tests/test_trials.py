@@ -54,6 +54,20 @@ def test_a_finished_trial_reports_every_epoch_and_leaves_predictions_and_weights
     assert job.study.weights_file(trial).is_file()
 
 
+def test_a_trial_goes_on_from_the_weights_that_another_left(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = reports(config, job, monkeypatch)[-1]
+    onward = replace(config, seed=1, head_seed=0, epochs=1, lr=1e-8, continues=first["config_id"])
+    [last] = reports(onward, job, monkeypatch)
+    assert last["status"] == "finished"
+    assert (
+        last["train_loss"] < 0.8 * reports(replace(onward, continues=""), job, monkeypatch)[0]["train_loss"]
+    )
+    with pytest.raises(FileNotFoundError, match="nobody"):
+        reports(replace(onward, continues="nobody"), job, monkeypatch)
+
+
 def test_a_trial_ends_of_itself_before_the_time_is_up_and_leaves_its_best_epoch(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +105,31 @@ def told(recorder: Recorder, name: str, config: TrialConfig, values: list[float]
         trial.last_result = {**asdict(EpochMetrics(epoch, 1.0, 1.0, value, value, 2.0)), "accuracy": value}
         recorder.on_trial_result(0, [], trial, trial.last_result)
     return trial
+
+
+def test_a_worker_that_dies_before_its_trial_is_said_to_run_is_known_by_it(
+    study: Study, config: TrialConfig
+) -> None:
+    def early(name: str, seed: int) -> Any:
+        values = asdict(replace(config, seed=seed))
+        return SimpleNamespace(trial_id=name, config=values, last_result={}, status="ERROR", error_file=None)
+
+    seen: list[set[str]] = []
+    recorder = Recorder(
+        study, "search", 0.0, {}, Watch(on_step=lambda r: seen.append({*r.running} - {*r.configs}))
+    )
+    again, lost = early("a", 1), early("b", 2)
+    recorder.on_trial_recover(0, [], again)
+    recorder.on_step_end(0, [])
+    assert seen == [set()]
+    recorder.on_trial_start(0, [], again)
+    again.last_result = {"status": "finished", "reason": "ran", "best_value": 0.1}
+    recorder.on_trial_complete(0, [], again)
+    recorder.on_trial_error(0, [], lost)
+    assert [(r.status, r.reason) for r in study.records()] == [
+        (Status.FINISHED, "ran (begun anew, first ended by: the worker died)"),
+        (Status.FAILED, "the worker died"),
+    ]
 
 
 def test_every_ending_has_its_row(study: Study, config: TrialConfig, tmp_path: Path) -> None:

@@ -358,14 +358,19 @@ class Recorder(_StaysHere, Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Write down that it runs, so that it is run again should this process die."""
+        self._begun(trial)
+        self.silence.heard(trial, self.configs[trial.trial_id])
+
+    def _begun(self, trial: Any) -> None:
+        """Know of it, once. A worker that dies early ends a trial whose start Ray has not told."""
         if trial.trial_id not in self.running and trial.trial_id not in self.recorded:
             self.running[trial.trial_id] = []
             self.configs[trial.trial_id] = TrialConfig.from_dict(trial.config)
             self.study.append(self._record(trial, Status.RUNNING, ""))
-        self.silence.heard(trial, self.configs[trial.trial_id])
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It begins anew, on any machine: its worker died, or it ended in an error for the first time."""
+        self._begun(trial)
         self.running[trial.trial_id] = []
         self.retried[trial.trial_id] = self._cause(trial)
 
@@ -385,6 +390,7 @@ class Recorder(_StaysHere, Callback):
             self._write(trial, Status.STOPPED, self.reasons.get(trial.trial_id, "stopped"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._begun(trial)
         self._write(trial, Status.FAILED, self._cause(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
