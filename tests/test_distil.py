@@ -110,10 +110,13 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
     assert student._backbones(job) == [name for name in BACKBONES if name.startswith("test_")]
     with pytest.raises(ValueError, match=r"--backbone resnet50: there are weights for test_"):
         student._student(job, "resnet50", None, said.append)
-    frozen = replace(CONFIGS[1], unfreeze="frozen", augment="none", mixup=0.2, image_size=48, seed=1)
+    frozen = replace(
+        CONFIGS[1], unfreeze="frozen", augment="none", mixup=0.2, image_size=48, seed=1, continues="another"
+    )
     study.append(TrialRecord(frozen.id, frozen, Status.FINISHED, 2, 0.9, 1.0, "ran"))
     like = student._configured(study, "test_efficientnet", 3)
     assert (like.unfreeze, like.augment, like.mixup, like.image_size) == ("full", "crop", 0.0, 48)
+    assert like.continues == ""  # of another backbone, perhaps
 
 
 def test_a_study_is_distilled_and_the_student_answers(

@@ -140,6 +140,7 @@ def _configured(study: Study, backbone: str, epochs: int | None) -> TrialConfig:
         mixup=0.0,
         cutmix=0.0,
         patience=0,
+        continues="",
     )
 
 
