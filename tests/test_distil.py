@@ -110,13 +110,15 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
     assert student._backbones(job) == [name for name in BACKBONES if name.startswith("test_")]
     with pytest.raises(ValueError, match=r"--backbone resnet50: there are weights for test_"):
         student._student(job, "resnet50", None, said.append)
-    frozen = replace(
-        CONFIGS[1], unfreeze="frozen", augment="none", mixup=0.2, image_size=48, seed=1, continues="another"
-    )
+    frozen = replace(CONFIGS[1], unfreeze="frozen", augment="none", mixup=0.2, image_size=48, seed=1)
     study.append(TrialRecord(frozen.id, frozen, Status.FINISHED, 2, 0.9, 1.0, "ran"))
+    onward = replace(
+        frozen, unfreeze="full", mixup=0.0, continues=frozen.id
+    )  # better, and not what is copied
+    study.append(TrialRecord(onward.id, onward, Status.FINISHED, 2, 0.95, 1.0, "ran", stage="retrain"))
     like = student._configured(study, "test_efficientnet", 3)
     assert (like.unfreeze, like.augment, like.mixup, like.image_size) == ("full", "crop", 0.0, 48)
-    assert like.continues == ""  # of another backbone, perhaps
+    assert like.continues == ""
 
 
 def test_a_study_is_distilled_and_the_student_answers(

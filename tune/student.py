@@ -22,7 +22,7 @@ from carmodels.predictions import (
     with_temperature,
 )
 from carmodels.space import EpochMetrics, TrialConfig
-from carmodels.study import TRAINED, Status, Study, TrialRecord, read_json, write_json
+from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from carmodels.training import Fitted, fit, predict
 from tune.blend import interval
 from tune.dimensions import space_of
@@ -123,8 +123,8 @@ def _backbones(job: Job) -> list[str]:
 
 
 def _configured(study: Study, backbone: str, epochs: int | None) -> TrialConfig:
-    """As the best finished trial with this backbone, or of all, but with a long schedule and all open."""
-    board = [r for r in study.leaderboard() if r.stage in TRAINED]
+    """As the search's best finished trial with this backbone, or of all, but long and with all open."""
+    board = [r for r in study.leaderboard() if r.stage == "search"]
     own = [r for r in board if r.config.backbone == backbone]
     like = (own or board)[0].config
     multiple = BACKBONES[backbone].multiple
@@ -140,7 +140,6 @@ def _configured(study: Study, backbone: str, epochs: int | None) -> TrialConfig:
         mixup=0.0,
         cutmix=0.0,
         patience=0,
-        continues="",
     )
 
 
