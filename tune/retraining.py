@@ -40,10 +40,11 @@ class Way:
         """What it may come to where there are weights of these runs to go on from, the best first."""
         if not parents:
             return self.of(config)
-        new = (
-            [] if self.goes_on else self.of(config)[:1]
-        )  # one no longer than the trial is not worth its time
-        return new if new and self.epochs else [*new, self.onward(config, parents[0])]
+        onward = [self.onward(config, parents[0])]
+        if self.goes_on:
+            return onward
+        new = self.of(config)[:1]  # one no longer than the trial is not worth its time
+        return new if self.epochs else new + onward
 
     def onward(self, config: TrialConfig, parent: str) -> TrialConfig:
         """A further schedule from the weights of that run of it, all of the backbone open; likewise."""
