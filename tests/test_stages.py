@@ -15,7 +15,7 @@ from carmodels.files import write_whole
 from carmodels.space import TrialConfig
 from carmodels.study import Status, Study, TrialRecord
 from tune import retraining
-from tune.retraining import Way, _announced, _chosen, _folds_to_train, _to_train
+from tune.retraining import Way, _announced, _beside, _chosen, _folds_to_train, _to_train
 
 
 def run(lr: float, value: float, seed: int = 0, stage: str = "search", epochs: int = 8) -> TrialRecord:
@@ -141,6 +141,29 @@ def test_where_the_backbone_stays_frozen_there_is_nothing_to_go_on_for(study: St
     left_weights(study, record)
     configs, _ = _to_train(study, record, 3, Way(), 100, workers=2)
     assert [c.continues for c in configs] == [""] * 2
+
+
+def test_what_time_retraining_leaves_goes_to_the_next_best(study: Study) -> None:
+    frozen = replace(run(4e-3, 0.925).config, unfreeze="frozen")
+    study.append(TrialRecord(frozen.id, frozen, Status.FINISHED, 8, 0.925, 80.0, "ran"))
+    study.append(run(5e-3, 0.5))
+    left_weights(study, LUCKY, STEADY)
+
+    def beside(seconds: float, workers: int = 2) -> list[tuple[float, int, str]]:
+        configs, _ = _to_train(study, LUCKY, 3, Way(), seconds, workers)
+        found = _beside(study, LUCKY, configs, Way(), seconds, workers)
+        assert all(record.config.lr == config.lr for config, record in found.items())
+        return [(c.lr, c.epochs, c.continues) for c in found]
+
+    third = (3e-3, 16, "")  # without weights
+    assert beside(math.inf) == []  # all that was asked for is trained, and that is all
+    assert beside(1000) == [(2e-3, 16, ""), third]  # neither the frozen nor the bad one
+    assert beside(370) == [(2e-3, 16, "")]  # three new models of 184 s on two workers are there before
+    assert beside(290) == [(2e-3, 8, STEADY.trial_id), (3e-3, 8, "")]
+    assert beside(280) == [(2e-3, 8, STEADY.trial_id), (3e-3, 8, "")]
+    assert beside(270) == []
+    assert beside(100, workers=4) == [(2e-3, 8, STEADY.trial_id)]
+    assert beside(100) == []
 
 
 def test_going_on_all_of_the_backbone_is_open() -> None:

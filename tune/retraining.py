@@ -17,7 +17,7 @@ from carmodels.predictions import METRICS, blend
 from carmodels.space import TrialConfig
 from carmodels.study import FOLD, FOLD_IN, TRAINED, Status, Study, TrialRecord, write_json
 from carmodels.submission import write_submission
-from tune.confirm import described, expected_seconds, judged
+from tune.confirm import CONTENDERS, described, expected_seconds, judged
 from tune.costs import times_as_long
 from tune.folds import MOST_FOLDED, configs_of, gather, ready
 from tune.searcher import Queue
@@ -99,15 +99,22 @@ def retrain(
     New models where the time holds a schedule LONGER times the trial's. Where not, training goes on from the
     weights of the configuration's runs, in turn, with a schedule of its own (a warm restart, Loshchilov and
     Hutter, 2017), unless a frozen backbone leaves little to learn. Runs with new seeds that there are already
-    count, where they were made that way.
+    count, where they were made that way. What time that leaves goes to the next best.
     """
     study = job.study
     chosen = _chosen(study, trial_id)
     left = clock.at(share) - time.time()
     configs, like = _to_train(study, chosen, seeds, way, left, job.workers.count)
     say(_announced(chosen, len(configs), len(_again(study, chosen, like)), like))
-    notes = {c.id: f"seed {c.seed} of {chosen.trial_id}" for c in configs}
-    completed = _train(job, configs, stage="retrain", notes=notes, clock=clock, share=share, watch=watch)
+    owners = dict.fromkeys(configs, chosen)
+    if trial_id is None:
+        owners |= _beside(study, chosen, configs, way, left, job.workers.count)
+    for config, record in owners.items():
+        if record != chosen:
+            name = f"{record.config.title} ({record.trial_id})"
+            say(f"Beside it, as there is time for it: {name}, {_difference(record.config, config)}.")
+    notes = {config.id: f"seed {config.seed} of {record.trial_id}" for config, record in owners.items()}
+    completed = _train(job, list(owners), stage="retrain", notes=notes, clock=clock, share=share, watch=watch)
     again = {r.trial_id: {"seed": r.config.seed, "val": r.value} for r in _again(study, chosen, like)}
     _write_best(study, chosen, like, again)
     return completed
@@ -185,6 +192,29 @@ def _to_train(
     if some or not count:
         return [], like  # a shorter schedule is only for want of a whole one
     return [replace(c, epochs=planned) for c in missing[:count]], replace(like, epochs=planned)
+
+
+def _beside(
+    study: Study, chosen: TrialRecord, first: Sequence[TrialConfig], way: Way, left: float, workers: int
+) -> dict[TrialConfig, TrialRecord]:
+    """A run each of the next best configurations, as members of the ensemble, as far as bounded time goes.
+
+    Of those that cannot be told apart from the best, and whose backbone learns.
+    """
+    found: dict[TrialConfig, TrialRecord] = {}
+    busy = [0.0] * workers  # seconds that each has work for
+    if first:
+        busy = _loaded(busy, len(first), _seconds(chosen, first[0]))
+    for standing in judged(study) if math.isfinite(left) else ():
+        record = standing.record
+        frozen = UNFREEZE[record.config.unfreeze].head_only_epochs is None
+        if record == chosen or standing.apart or frozen or len(found) == CONTENDERS - 1:
+            continue
+        for config in _to_train(study, record, 1, way, left - min(busy), 1)[0]:
+            if config.epochs >= record.config.epochs:  # a shorter one would hardly be a better member
+                found[config] = record
+                busy = _loaded(busy, 1, _seconds(record, config))
+    return found
 
 
 def _parents(study: Study, chosen: TrialRecord) -> list[str]:
