@@ -303,9 +303,9 @@ class Space:
         Raises ValueError for an unknown name, a value of the wrong type or one that no configuration accepts.
         """
         name, _, written = text.partition("=")
-        if name not in _FIELDS or name in _OWNED or not written:
+        if name not in _SETTABLE or not written:
             raise ValueError(
-                f"--set {text}: expected NAME=V, NAME=V1,V2 or NAME=LOW:HIGH with NAME one of {_SETTABLE}"
+                f"--set {text}: expected NAME=V, NAME=V1,V2 or NAME=LOW:HIGH with NAME one of {_NAMES}"
             )
         if name == "epochs" and not written.isdecimal():
             raise ValueError(f"--set {text}: epochs must be one number, the same schedule for every trial")
@@ -368,7 +368,8 @@ def _try_value(space: Space, name: str, value: Any, source: str) -> None:
 
 # set by the search itself
 _OWNED = ("seed", "data", "split", "fold", "head_seed", "folds", "fold_in", "metric")
-_SETTABLE = ", ".join(name for name in _FIELDS if name not in _OWNED)
+_SETTABLE = tuple(name for name in _FIELDS if name not in (*_OWNED, "continues"))
+_NAMES = ", ".join(_SETTABLE)
 _TYPES = {f.name: str(f.type) for f in fields(TrialConfig)}
 
 
@@ -389,8 +390,8 @@ def _parse(name: str, text: str) -> Any:
 def setting(text: str) -> tuple[str, Any]:
     """A field of a configuration and its value from `NAME=V`; ValueError as for an override."""
     name, _, written = text.partition("=")
-    if name not in _FIELDS or name in _OWNED or not written:
-        raise ValueError(f"--set {text}: expected NAME=V with NAME one of {_SETTABLE}")
+    if name not in _SETTABLE or not written:
+        raise ValueError(f"--set {text}: expected NAME=V with NAME one of {_NAMES}")
     return name, _parse(name, written)
 
 

@@ -744,6 +744,7 @@ OPTIONS = {
         wrong("--set lr=", f"--set lr=: {SET}"),
         wrong("--set colour=red", f"--set colour=red: {SET}"),
         wrong("--set seed=3", f"--set seed=3: {SET}"),
+        wrong("--set continues=0123456789ab", f"--set continues=0123456789ab: {SET}"),
         wrong("--set lr=nan", "--set lr: 'nan' must be finite"),
         wrong("--set lr=1e-3:inf", "--set lr: 'inf' must be finite"),
         wrong("--set lr=fast", "--set lr: 'fast' is no float"),

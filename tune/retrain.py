@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     for name in ("head", "head_depth"):
         if name in changes and options.onward:
             raise ValueError(f"--set {name}: the weights of the trial have another; leave out --onward")
-    for name in ("backbone", "image_size", "epochs", "continues"):
+    for name in ("backbone", "image_size", "epochs"):
         if name in way.changes:
             raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")
     study = Study(user_path(options.study))
