@@ -15,7 +15,9 @@ from carmodels.files import write_whole
 from carmodels.space import TrialConfig
 from carmodels.study import Status, Study, TrialRecord
 from tune import retraining
-from tune.retraining import Way, _announced, _beside, _chosen, _folds_to_train, _to_train
+from tune.confirm import SLOWER
+from tune.costs import Costs
+from tune.retraining import Room, Way, _announced, _beside, _chosen, _folds_to_train, _to_train
 
 
 def run(lr: float, value: float, seed: int = 0, stage: str = "search", epochs: int = 8) -> TrialRecord:
@@ -59,7 +61,7 @@ def test_retraining_does_not_change_who_is_retrained_when_it_goes_on(study: Stud
 
 def to_train(study: Study, seconds: float = math.inf, epochs: int | None = None) -> tuple[list[int], int]:
     """Seeds, and epochs of each, that two workers have in a job with so many seconds left for retraining."""
-    configs, like = _to_train(study, LUCKY, 3, Way(epochs), seconds, workers=2)
+    configs, like = _to_train(study, LUCKY, 3, Way(epochs), Room(seconds, 2))
     assert all(c == replace(like, seed=c.seed) for c in configs)
     assert replace(LUCKY.config, epochs=like.epochs, head_seed=0) == like
     return [c.seed for c in configs], like.epochs
@@ -100,7 +102,7 @@ def left_weights(study: Study, *records: TrialRecord) -> None:
 
 def onward(study: Study, seconds: float = math.inf, **way: Any) -> tuple[list[tuple[int, str]], int]:
     """Seeds with the runs they go on from, and epochs, on two workers."""
-    configs, like = _to_train(study, LUCKY, 3, Way(**way), seconds, workers=2)
+    configs, like = _to_train(study, LUCKY, 3, Way(**way), Room(seconds, 2))
     for config in configs:
         own = {"seed": config.seed, "head_seed": 0, "continues": config.continues, "epochs": like.epochs}
         assert config == replace(LUCKY.config, **own)
@@ -111,7 +113,7 @@ def test_for_want_of_time_training_goes_on_from_the_runs_that_left_weights_in_tu
     again = run(1e-3, 0.9, 1, "confirm")
     left_weights(study, STEADY)
     assert onward(study, 100) == ([(1, ""), (2, "")], 8)
-    with pytest.raises(ValueError, match=f"--onward: .* has no weights of {LUCKY.trial_id}, or its back"):
+    with pytest.raises(ValueError, match=f"--onward: .* has no weights of {LUCKY.trial_id}; leave it"):
         onward(study, goes_on=True)
     left_weights(study, LUCKY, again)
     new = [(1, ""), (2, ""), (3, "")]
@@ -134,30 +136,43 @@ def test_for_want_of_time_training_goes_on_from_the_runs_that_left_weights_in_tu
     assert onward(study, 100) == ([(2, LUCKY.trial_id), (3, LUCKY.trial_id)], 8)
 
 
-def test_where_the_backbone_stays_frozen_there_is_nothing_to_go_on_for(study: Study) -> None:
+def test_a_frozen_backbone_is_opened_at_what_that_costs_here(study: Study) -> None:
     frozen = replace(LUCKY.config, unfreeze="frozen")
-    record = replace(LUCKY, trial_id=frozen.id, config=frozen)
+    record = replace(LUCKY, trial_id=frozen.id, config=frozen, seconds=2.0)  # its outputs were stored
     study.append(record)
+    opened = replace(frozen, unfreeze="full", layer_decay=0.5)
+    assert Way().of(frozen) == [replace(opened, epochs=16), opened]
+    assert Way(changes={"unfreeze": "frozen"}).of(frozen)[1].unfreeze == "frozen"
+    costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 10 s an epoch
+
+    def trained(seconds: float) -> tuple[list[str], int]:
+        configs, like = _to_train(study, record, 3, Way(), Room(seconds, 2, costs))
+        assert {(c.unfreeze, c.layer_decay) for c in configs} <= {("full", 0.5)}
+        return [c.continues for c in configs], like.epochs
+
+    assert trained(190) == ([""] * 2, 16)
+    assert trained(100) == ([""] * 2, 8)
     left_weights(study, record)
-    configs, _ = _to_train(study, record, 3, Way(), 100, workers=2)
-    assert [c.continues for c in configs] == [""] * 2
+    assert trained(190) == ([""] * 2, 16)
+    assert trained(100) == ([record.trial_id] * 2, 8)
+    assert trained(60) == ([record.trial_id] * 2, 5)
+    assert trained(40) == ([], 8)
+    assert Room(100, 2, costs).seconds(record, frozen) == pytest.approx(2 * SLOWER)
 
 
 def test_what_time_retraining_leaves_goes_to_the_next_best(study: Study) -> None:
-    frozen = replace(run(4e-3, 0.925).config, unfreeze="frozen")
-    study.append(TrialRecord(frozen.id, frozen, Status.FINISHED, 8, 0.925, 80.0, "ran"))
     study.append(run(5e-3, 0.5))
     left_weights(study, LUCKY, STEADY)
 
     def beside(seconds: float, workers: int = 2) -> list[tuple[float, int, str]]:
-        configs, _ = _to_train(study, LUCKY, 3, Way(), seconds, workers)
-        found = _beside(study, LUCKY, configs, Way(), seconds, workers)
+        configs, _ = _to_train(study, LUCKY, 3, Way(), Room(seconds, workers))
+        found = _beside(study, LUCKY, configs, Way(), Room(seconds, workers))
         assert all(record.config.lr == config.lr for config, record in found.items())
         return [(c.lr, c.epochs, c.continues) for c in found]
 
     third = (3e-3, 16, "")  # without weights
     assert beside(math.inf) == []  # all that was asked for is trained, and that is all
-    assert beside(1000) == [(2e-3, 16, ""), third]  # neither the frozen nor the bad one
+    assert beside(1000) == [(2e-3, 16, ""), third]  # not the bad one
     assert beside(370) == [(2e-3, 16, "")]  # three new models of 184 s on two workers are there before
     assert beside(290) == [(2e-3, 8, STEADY.trial_id), (3e-3, 8, "")]
     assert beside(280) == [(2e-3, 8, STEADY.trial_id), (3e-3, 8, "")]
@@ -209,7 +224,7 @@ def test_what_retraining_does_is_said() -> None:
 
 def over_folds(study: Study, seconds: float, chosen: tuple[TrialRecord, ...]) -> list[tuple[float, int]]:
     """Learning rate and epochs of what is trained over four folds on two workers, on as many pictures."""
-    planned = _folds_to_train(study, chosen, 4, Way(), seconds, workers=2, train=1.0)
+    planned = _folds_to_train(study, chosen, 4, Way(), Room(seconds, 2), train=1.0)
     return [(like.lr, like.epochs) for like in planned.values()]
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -102,15 +102,9 @@ def make_plan(job: Job, space: Space, end: float) -> Plan:
     """The plan for searching a space until `end`; measures what this hardware has not been measured for."""
     if math.isinf(end) and not job.workers.packed:
         return Plan(None, end, job.workers.count)
-    shared = {**space.fixed, "unfreeze": "full"}
-    sizes = sorted(space.image_sizes, reverse=True)
-    configs = {
-        b: [TrialConfig.from_dict({**shared, "backbone": b, "image_size": s}) for s in sizes]
-        for b in space.backbones
-    }
     gpu_bytes = ray.get(as_task(_gpu_bytes, job.workers).remote()) if job.workers.packed else 0.0
-    costs = _costs(job, configs)
-    cheapest = min(costs.schedule(config) for of_one in configs.values() for config in of_one)
+    costs = costs_of(job, space)
+    cheapest = min(costs.schedule(config) for of_one in _opened(space).values() for config in of_one)
     longest = max(TRIAL_SHARE * (end - time.time()), cheapest)
     return Plan(costs, end, job.workers.count, gpu_bytes, longest)
 
@@ -132,8 +126,19 @@ def _gpu_bytes() -> float:
     return float(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _costs(job: Job, configs: Mapping[str, list[TrialConfig]]) -> Costs:
-    """What each backbone costs, kept in a file for this hardware and these versions."""
+def _opened(space: Space) -> dict[str, list[TrialConfig]]:
+    """For each backbone of a space a configuration of every size, largest first, everything open."""
+    shared = {**space.fixed, "unfreeze": "full"}
+    sizes = sorted(space.image_sizes, reverse=True)
+    return {
+        b: [TrialConfig.from_dict({**shared, "backbone": b, "image_size": s}) for s in sizes]
+        for b in space.backbones
+    }
+
+
+def costs_of(job: Job, space: Space) -> Costs:
+    """What each backbone of a space costs, kept in a file for this hardware and these versions."""
+    configs = _opened(space)
     workers, hardware = job.workers, job.study.facts["hardware"]
     held_for = [_VERSION, hardware, workers.cpus, workers.count, torch.__version__, timm.__version__]
     name = hashlib.sha256(json.dumps(held_for).encode()).hexdigest()[:12]

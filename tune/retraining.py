@@ -14,18 +14,21 @@ from carmodels.catalog import UNFREEZE
 from carmodels.data import Splits
 from carmodels.models import weights_damage
 from carmodels.predictions import METRICS, blend
-from carmodels.space import TrialConfig
+from carmodels.space import Space, TrialConfig
 from carmodels.study import FOLD, FOLD_IN, TRAINED, Status, Study, TrialRecord, write_json
 from carmodels.submission import write_submission
-from tune.confirm import CONTENDERS, described, expected_seconds, judged
-from tune.costs import times_as_long
+from tune.confirm import CONTENDERS, SLOWER, described, expected_seconds, judged
+from tune.costs import Costs, times_as_long
 from tune.folds import MOST_FOLDED, configs_of, gather, ready
+from tune.plan import costs_of
 from tune.searcher import Queue
 from tune.stages import RETRAIN_SHARE, Clock, Say
 from tune.trials import Job, Watch, run_trials
 
 FOLD_IN_SHARE = 0.06  # of the time, less for retraining where a last run on everything follows
 LONGER = 2.0  # times a trial's epochs, where there is time: +4.5 points in results/final/NOTES.md
+# How a frozen backbone learns after all: at the rate of its head, groups below at half that of the one above.
+OPENED: Mapping[str, Any] = {"unfreeze": "full", "layer_decay": 0.5}
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,55 @@ class Way:
 
     def onward(self, config: TrialConfig, parent: str) -> TrialConfig:
         """A further schedule from the weights of that run of it, all of the backbone open; likewise."""
-        opened = {"epochs": self.epochs or config.epochs, "unfreeze": "full", "continues": parent}
-        return replace(config, **{**opened, **self.changes})
+        own = {"epochs": self.epochs or config.epochs, "unfreeze": "full", "continues": parent}
+        return replace(_opened(config), **{**own, **self.changes})
 
     def of(self, config: TrialConfig) -> list[TrialConfig]:
         """What a new model may come to, the longest schedule first; ValueError for an unfit change."""
         lengths = {self.epochs} if self.epochs else {round(LONGER * config.epochs), config.epochs}
-        return [replace(config, epochs=epochs, **self.changes) for epochs in sorted(lengths, reverse=True)]
+        like = replace(_opened(config), **self.changes)
+        return [replace(like, epochs=epochs) for epochs in sorted(lengths, reverse=True)]
 
 
 AS_IN_THE_TRIAL = Way()
+
+
+def _frozen(config: TrialConfig) -> bool:
+    return UNFREEZE[config.unfreeze].head_only_epochs is None
+
+
+def _opened(config: TrialConfig) -> TrialConfig:
+    """The configuration with a backbone that learns.
+
+    A frozen one wins where the time for trials is short, and gains ten points when it is opened
+    (results/final/NOTES.md).
+    """
+    return replace(config, **OPENED) if _frozen(config) else config
+
+
+@dataclass(frozen=True)
+class Room:
+    """The time there is for training, and what that is measured by."""
+
+    left: float  # seconds
+    workers: int
+    costs: Costs | None = None  # where a frozen backbone is opened in limited time: its trial says little
+
+    @classmethod
+    def until(cls, end: float, job: Job, records: Sequence[TrialRecord]) -> Room:
+        """For training these configurations until `end`, time.time()."""
+        frozen = {r.config.backbone for r in records if _frozen(r.config)}
+        costs = None
+        if frozen and math.isfinite(end):
+            space = Space.from_dict(job.study.facts["space"])
+            costs = costs_of(job, space.with_backbones(tuple(frozen)))
+        return cls(end - time.time(), job.workers.count, costs)
+
+    def seconds(self, record: TrialRecord, config: TrialConfig, train: float = 1.0) -> float:
+        """What training it another way takes, on `train` times as many pictures, by the pace of the trial."""
+        if self.costs and _frozen(record.config) and not _frozen(config):
+            return train * SLOWER * self.costs.schedule(config)
+        return expected_seconds(record) * times_as_long(config, record.config, train)
 
 
 def retrain_all(
@@ -98,17 +140,19 @@ def retrain(
 
     New models where the time holds a schedule LONGER times the trial's. Where not, training goes on from the
     weights of the configuration's runs, in turn, with a schedule of its own (a warm restart, Loshchilov and
-    Hutter, 2017), unless a frozen backbone leaves little to learn. Runs with new seeds that there are already
-    count, where they were made that way. What time that leaves goes to the next best.
+    Hutter, 2017). A frozen backbone is opened (linear probing, then fine-tuning; Kumar et al., 2022). Runs
+    with new seeds that there are already count, where they were made that way. What time that leaves goes to
+    the next best.
     """
     study = job.study
     chosen = _chosen(study, trial_id)
-    left = clock.at(share) - time.time()
-    configs, like = _to_train(study, chosen, seeds, way, left, job.workers.count)
+    contenders = [s.record for s in judged(study) if not s.apart] if trial_id is None else []
+    room = Room.until(clock.at(share), job, [chosen, *contenders])
+    configs, like = _to_train(study, chosen, seeds, way, room)
     say(_announced(chosen, len(configs), len(_again(study, chosen, like)), like))
     owners = dict.fromkeys(configs, chosen)
     if trial_id is None:
-        owners |= _beside(study, chosen, configs, way, left, job.workers.count)
+        owners |= _beside(study, chosen, configs, way, room)
     for config, record in owners.items():
         if record != chosen:
             name = f"{record.config.title} ({record.trial_id})"
@@ -159,21 +203,16 @@ def _write_best(study: Study, chosen: TrialRecord, like: TrialConfig, again: dic
     write_json(study.best_file, content)
 
 
-def _seconds(chosen: TrialRecord, config: TrialConfig, train: float = 1.0) -> float:
-    """What training it another way takes, on `train` times as many pictures, by the pace of the trial."""
-    return expected_seconds(chosen) * times_as_long(config, chosen.config, train)
-
-
 def _to_train(
-    study: Study, chosen: TrialRecord, seeds: int, way: Way, left: float, workers: int
+    study: Study, chosen: TrialRecord, seeds: int, way: Way, room: Room
 ) -> tuple[list[TrialConfig], TrialConfig]:
     """The configurations that retraining lacks and has time for, and what they are but for their seeds."""
     first = chosen.config.seed + 1
     parents = _parents(study, chosen)
     if way.goes_on and not parents:
         raise ValueError(
-            f"--onward: {study.folder} has no weights of {chosen.trial_id}, or its backbone stays frozen; "
-            "leave it out, or name another with --trial"
+            f"--onward: {study.folder} has no weights of {chosen.trial_id}; leave it out, or name another "
+            "with --trial"
         )
     some = False
     for longest in way.all_of(chosen.config, parents):
@@ -184,9 +223,8 @@ def _to_train(
         if like.continues:
             configs = [replace(c, continues=parents[i % len(parents)]) for i, c in enumerate(configs)]
         missing = [c for c in configs if c.seed not in done]
-        count, planned = _fitting(
-            len(missing), like.epochs, _seconds(chosen, like) / like.epochs, left, workers
-        )
+        per_epoch = room.seconds(chosen, like) / like.epochs
+        count, planned = _fitting(len(missing), like.epochs, per_epoch, room.left, room.workers)
         if not missing or (count and planned == like.epochs):
             return missing[:count], like
     if some or not count:
@@ -195,32 +233,30 @@ def _to_train(
 
 
 def _beside(
-    study: Study, chosen: TrialRecord, first: Sequence[TrialConfig], way: Way, left: float, workers: int
+    study: Study, chosen: TrialRecord, first: Sequence[TrialConfig], way: Way, room: Room
 ) -> dict[TrialConfig, TrialRecord]:
     """A run each of the next best configurations, as members of the ensemble, as far as bounded time goes.
 
-    Of those that cannot be told apart from the best, and whose backbone learns.
+    Of those that cannot be told apart from the best.
     """
     found: dict[TrialConfig, TrialRecord] = {}
-    busy = [0.0] * workers  # seconds that each has work for
+    busy = [0.0] * room.workers  # seconds that each has work for
     if first:
-        busy = _loaded(busy, len(first), _seconds(chosen, first[0]))
-    for standing in judged(study) if math.isfinite(left) else ():
+        busy = _loaded(busy, len(first), room.seconds(chosen, first[0]))
+    for standing in judged(study) if math.isfinite(room.left) else ():
         record = standing.record
-        frozen = UNFREEZE[record.config.unfreeze].head_only_epochs is None
-        if record == chosen or standing.apart or frozen or len(found) == CONTENDERS - 1:
+        if record == chosen or standing.apart or len(found) == CONTENDERS - 1:
             continue
-        for config in _to_train(study, record, 1, way, left - min(busy), 1)[0]:
+        one = replace(room, left=room.left - min(busy), workers=1)
+        for config in _to_train(study, record, 1, way, one)[0]:
             if config.epochs >= record.config.epochs:  # a shorter one would hardly be a better member
                 found[config] = record
-                busy = _loaded(busy, 1, _seconds(record, config))
+                busy = _loaded(busy, 1, room.seconds(record, config))
     return found
 
 
 def _parents(study: Study, chosen: TrialRecord) -> list[str]:
     """The runs of its configuration whose weights training goes on from, the trial itself first."""
-    if UNFREEZE[chosen.config.unfreeze].head_only_epochs is None:
-        return []  # what more there is to learn is little
     runs = sorted(_runs(study, chosen), key=lambda r: r.trial_id != chosen.trial_id)
     files = {r.trial_id: study.weights_file(r.trial_id) for r in runs}
     return [name for name, file in files.items() if file.is_file() and not weights_damage(file)]
@@ -291,9 +327,8 @@ def retrain_folds(
     if trial_id is None:
         chosen += [s.record for s in judged(study)[:MOST_FOLDED] if s.record != chosen[0]]
     train = (len(splits.train) + len(splits.val)) * (folds - 1) / folds / len(splits.train)
-    planned = _folds_to_train(
-        study, chosen, folds, way, clock.at(share) - time.time(), job.workers.count, train
-    )
+    room = Room.until(clock.at(share), job, chosen)
+    planned = _folds_to_train(study, chosen, folds, way, room, train)
     for record, like in planned.items():
         say(
             f"Over {folds} folds of train and val: {record.config.title} ({record.trial_id}), "
@@ -322,23 +357,22 @@ def _folds_to_train(
     chosen: Sequence[TrialRecord],
     folds: int,
     way: Way,
-    left: float,
-    workers: int,
+    room: Room,
     train: float,
 ) -> dict[TrialRecord, TrialConfig]:
     """How each of these, best first, is trained over folds, of those that there is time for."""
     found: dict[TrialRecord, TrialConfig] = {}
-    busy = [0.0] * workers  # seconds that each has work for
+    busy = [0.0] * room.workers  # seconds that each has work for
     for record in chosen:
         ways = way.of(record.config)
         ways.sort(key=lambda like: len(_missing_folds(study, like, folds)) == folds)  # begun ones first
         for like in ways:
-            each = _seconds(record, like, train)
+            each = room.seconds(record, like, train)
             after = _loaded(busy, len(_missing_folds(study, like, folds)), each)
-            if max(after) <= left:
+            if max(after) <= room.left:
                 found[record], busy = like, after
                 break
-    return found or _shorter_folds(study, chosen[0], folds, way, left, workers, train)
+    return found or _shorter_folds(study, chosen[0], folds, way, room, train)
 
 
 def _shorter_folds(
@@ -346,14 +380,13 @@ def _shorter_folds(
     best: TrialRecord,
     folds: int,
     way: Way,
-    left: float,
-    workers: int,
+    room: Room,
     train: float,
 ) -> dict[TrialRecord, TrialConfig]:
     """For want of time for whole schedules a shorter one of the best, unless some of its folds are there."""
     like = way.of(best.config)[-1]
-    per_epoch = _seconds(best, like, train) / like.epochs
-    shorter = int(left / (math.ceil(folds / workers) * per_epoch))
+    per_epoch = room.seconds(best, like, train) / like.epochs
+    shorter = int(room.left / (math.ceil(folds / room.workers) * per_epoch))
     begun = len(_missing_folds(study, like, folds)) < folds
     if begun or shorter < max(2, like.epochs // 2):
         return {}
@@ -393,11 +426,11 @@ def retrain_on_everything(
     check_test(splits)
     chosen = _chosen(study, trial_id)
     train = sum(len(s) for s in (splits.train, splits.val, splits.audit)) / len(splits.train)
-    left, workers = clock.at(RETRAIN_SHARE) - time.time(), job.workers.count
+    room = Room.until(clock.at(RETRAIN_SHARE), job, [chosen])
     for longest in way.of(chosen.config):
         like = replace(longest, fold_in=True, patience=0)
-        per_epoch = _seconds(chosen, like, train) / like.epochs
-        count, planned = _fitting(seeds, like.epochs, per_epoch, left, workers)
+        per_epoch = room.seconds(chosen, like, train) / like.epochs
+        count, planned = _fitting(seeds, like.epochs, per_epoch, room.left, room.workers)
         if count and planned == like.epochs:
             break
     configs = [replace(like, epochs=planned, seed=like.seed + 1 + i) for i in range(count)]

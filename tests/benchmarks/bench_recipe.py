@@ -61,6 +61,11 @@ BASE = TrialConfig(
 DEMO = replace(BASE, backbone="test_resnet", epochs=2, lr=3e-3)
 
 
+# What wins where there is little time, and the same with the layer decay of the base.
+FROZEN = {"image_size": 128, "unfreeze": "frozen", "lr": 1.5e-2, "head_depth": 1, "augment": "shift"}
+OPENED = {**FROZEN, "unfreeze": "full"}
+
+
 @dataclass(frozen=True)
 class Variant:
     """A change to the base configuration, and the variant that it is held against."""
@@ -69,7 +74,7 @@ class Variant:
     against: str = "base"
     larger: tuple[str, ...] = ()  # how pictures are answered besides
     order: int = 0  # which random order of the pictures, another one for each
-    onward: bool = False  # from the weights of the base's run of the same seed and fold
+    onward: str = ""  # the variant from whose weights, of the same seed and fold, it goes on
 
     @property
     def looks(self) -> tuple[str, ...]:
@@ -92,9 +97,9 @@ MEANS = {
 }
 VARIANTS = {
     "base": Variant({}, larger=(*LARGER, TUNED)),
-    "goes on as long again": Variant({}, order=1, onward=True),
-    "goes on as long again, another order": Variant({}, order=2, onward=True),
-    "goes on half as long": Variant({"epochs": 4}, order=3, onward=True),
+    "goes on as long again": Variant({}, order=1, onward="base"),
+    "goes on as long again, another order": Variant({}, order=2, onward="base"),
+    "goes on half as long": Variant({"epochs": 4}, order=3, onward="base"),
     "a new model": Variant({"head_seed": 101}, order=1),
     "another new model": Variant({"head_seed": 102}, order=2),
     "2 times as long": Variant({"epochs": 16}, larger=tuple(LARGER)),
@@ -106,6 +111,22 @@ VARIANTS = {
     ),
     "3 times as long": Variant({"epochs": 24}, "2 times as long"),
     "no label smoothing": Variant({"label_smoothing": 0.0}),
+    "frozen, 128 px": Variant(FROZEN, "frozen, 128 px"),
+    "opened, from its weights": Variant(OPENED, "frozen, 128 px", onward="frozen, 128 px"),
+    "opened, a new model": Variant(OPENED, "frozen, 128 px"),
+    "opened, from its weights at a third of its rate": Variant(
+        {**OPENED, "lr": 5e-3}, "opened, from its weights", onward="frozen, 128 px"
+    ),
+    "opened, from its weights at a fifteenth": Variant(
+        {**OPENED, "lr": 1e-3}, "opened, from its weights", onward="frozen, 128 px"
+    ),
+    "opened, from its weights, all groups at one rate": Variant(
+        {**OPENED, "layer_decay": 1.0}, "opened, from its weights", onward="frozen, 128 px"
+    ),
+    "opened, a new model at a third of the rate": Variant({**OPENED, "lr": 5e-3}, "opened, a new model"),
+    "opened, a new model, two epochs of the head first": Variant(
+        {**OPENED, "unfreeze": "once"}, "opened, a new model"
+    ),
 }
 
 
@@ -188,7 +209,7 @@ def run(base: TrialConfig, config: TrialConfig, variant: Variant, place: Place) 
     """
     torch.set_num_threads(1)
     splits = place.splits()
-    start = trained(replace(base, seed=config.seed, fold=config.fold), place) if variant.onward else None
+    start = parent(base, config, variant, place)
     began, parts = time.process_time(), parted(config, splits)
     training = through(config, variant, place, parts, start)
     seconds = time.process_time() - began
@@ -220,12 +241,16 @@ def through(config: TrialConfig, variant: Variant, place: Place, parts: Splits, 
     return training
 
 
-def trained(config: TrialConfig, place: Place) -> Path:
-    """The weights that the base's run of this fold ends with."""
-    path = place.weights_file(config.id)
+def parent(base: TrialConfig, config: TrialConfig, variant: Variant, place: Place) -> Path | None:
+    """The weights that it goes on from, of the same fold; None for a new model."""
+    if not variant.onward:
+        return None
+    change = VARIANTS[variant.onward].change
+    earlier = replace(base, **change, seed=config.seed, fold=config.fold)
+    path = place.weights_file(earlier.id)
     if not path.is_file():
-        ended = through(config, VARIANTS["base"], place, parted(config, place.splits()), None)
-        save_weights(ended.model, path)
+        parts = parted(earlier, place.splits())
+        save_weights(through(earlier, VARIANTS[variant.onward], place, parts, None).model, path)
     return path
 
 
