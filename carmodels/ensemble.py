@@ -150,6 +150,11 @@ def of_study(study: Study, name: str = "ensemble") -> Ensemble:
         raise ValueError(f"{study.folder} has no {file.name}; python tune/{script} {study.folder} makes it")
     results = read_json(file)
     configs = {record.trial_id: record.config for record in study.records()}
+    if lost := [m["trial_id"] for m in results["members"] if m["trial_id"] not in configs]:
+        raise ValueError(
+            f"{study.trials_file} has lost {lost[0]}, a member of {file.name}; bring a copy back, or choose "
+            f"anew with python tune/ensemble.py {study.folder}"
+        )
     members = tuple(
         Member(m["trial_id"], m["weight"], configs[m["trial_id"]], m.get("temperature", 1.0))
         for m in results["members"]

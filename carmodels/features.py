@@ -49,7 +49,10 @@ class FeatureStore:
                 found, buffer = compute().astype(np.float16), io.BytesIO()
                 np.save(buffer, found, allow_pickle=False)
                 write_whole(path, buffer.getvalue())
-                self._make_room()
+                with FileLock(
+                    self.folder / ".room.lock"
+                ):  # what one has seen another must not delete meanwhile
+                    self._make_room()
         with suppress(FileNotFoundError):  # another process may have made room
             os.utime(path)
         return found

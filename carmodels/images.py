@@ -230,7 +230,8 @@ def open_images(
         unfinished = folder.with_name(f"{folder.name}.tmp")
         for leftover in (unfinished, folder):
             shutil.rmtree(leftover, ignore_errors=True)
-        _make_room(folder, max_size, estimated_bytes(paths, max_size, on_estimate), limit)
+        with FileLock(folder.parent / ".room.lock"):  # what one has seen another must not delete meanwhile
+            _make_room(folder, max_size, estimated_bytes(paths, max_size, on_estimate), limit)
         unfinished.mkdir()
         try:
             _build(paths, unfinished, max_size, on_progress or (lambda done, total: None))

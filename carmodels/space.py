@@ -272,6 +272,12 @@ class Space:
         """The sizes a trial can draw, pixels."""
         return self._values("image_size")
 
+    @property
+    def largest_size(self) -> int:
+        """The largest that a trial can ask of a picture, pixels."""
+        tested = self._values("test_size") if "test_size" in {*self.dimensions, *self.fixed} else ()
+        return max((*self.image_sizes, *tested))
+
     def _values(self, name: str) -> tuple[Any, ...]:
         dimension = self.dimensions.get(name)
         return dimension.options if isinstance(dimension, Choice) else (self.fixed[name],)
@@ -334,15 +340,19 @@ class Space:
         """Itself, once every value makes a configuration; ValueError naming its source otherwise."""
         for name, dimension in self.dimensions.items():
             values = dimension.options if isinstance(dimension, Choice) else (dimension.low, dimension.high)
-            for value in values:
-                if name != "image_size":
-                    _try_value(self, name, value, source)
+            for value in values if name not in _SIZES else ():
+                _try_value(self, name, value, source)
+        sizes = {name: self._values(name) for name in _SIZES if name in self.dimensions or name in self.fixed}
         for size in self.image_sizes:
             for backbone in self.backbones:
-                _try_value(
-                    replace(self, fixed={**self.fixed, "backbone": backbone}), "image_size", size, source
-                )
+                shown = replace(self, fixed={**self.fixed, "backbone": backbone, "image_size": size})
+                for name, options in sizes.items():
+                    for value in options if name != "image_size" else (size,):
+                        _try_value(shown, name, value, source)
         return self
+
+
+_SIZES = ("image_size", "start_size", "test_size")  # what one may be hangs on the others and on the backbone
 
 
 def _holds(dimension: Dimension, value: Any) -> bool:

@@ -57,6 +57,11 @@ class TrialRecord:
     at: float = 0.0  # seconds from the start of the command that ran it to the trial's end
     curve: tuple[EpochMetrics, ...] = ()
 
+    @property
+    def whole(self) -> bool:
+        """Whether it ended of itself, and not since its time was up."""
+        return not self.curve or self.curve[-1].ending != "time"
+
     def to_json(self) -> str:
         """One line, without a line end."""
         return json.dumps(_plain(asdict(self)), allow_nan=False)
@@ -306,11 +311,15 @@ class Study:
         _write_csv(self.table_file, names, (tuple(row.values()) for row in rows))
 
     def keep_weights(self, count: int, *, also: Iterable[str] = ()) -> None:
-        """Delete the search's weights, save those of its best `count` finished trials and of `also`."""
+        """Delete the search's weights, save those of its best `count` finished trials and of `also`.
+
+        A trial that runs may have written its own already, and is left alone.
+        """
         best = [r.trial_id for r in self.leaderboard() if r.stage == "search"][:count]
         kept = {*best, *also}
         for record in self.records():
-            if record.stage == "search" and record.trial_id not in kept:
+            ended = record.stage == "search" and record.status not in CUT_OFF
+            if ended and record.trial_id not in kept:
                 self.weights_file(record.trial_id).unlink(missing_ok=True)
 
 
@@ -392,11 +401,13 @@ class _Known(dict[str, Any]):
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         super().__init__(values)
-        self.path = path
+        self._path = (
+            path  # not `path`: what a file says may have a key of that name, and templates ask for it so
+        )
 
     def __missing__(self, key: str) -> NoReturn:
         raise LackingKey(
-            f"{self.path} has no {key!r}: it is damaged, or of another version of this program; "
+            f"{self._path} has no {key!r}: it is damaged, or of another version of this program; "
             "use the version it was made with, or begin another study"
         )
 

@@ -257,6 +257,7 @@ class _Run:
             "weights": self.weights.identity(self.config.backbone),
             "data": self.splits.fingerprint,
             "split": self.splits.split_hash,
+            "decoded": self.splits.opening.max_size,
             "device": self.device.type,
         }
 

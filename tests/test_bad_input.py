@@ -745,6 +745,9 @@ OPTIONS = {
         wrong("--set colour=red", f"--set colour=red: {SET}"),
         wrong("--set seed=3", f"--set seed=3: {SET}"),
         wrong("--set continues=0123456789ab", f"--set continues=0123456789ab: {SET}"),
+        wrong(
+            "--until search --folds 3", "--folds is for what --until search leaves out; leave out one of them"
+        ),
         wrong("--set lr=nan", "--set lr: 'nan' must be finite"),
         wrong("--set lr=1e-3:inf", "--set lr: 'inf' must be finite"),
         wrong("--set lr=fast", "--set lr: 'fast' is no float"),
@@ -895,6 +898,11 @@ STUDIES = {
         retrain,
         "--onward --folds 3",
         "--onward: what folds hold out the trial has learnt from; leave one of them out",
+    ),
+    "retrain --folds --set patience": script(
+        retrain,
+        "--folds 3 --set patience=2",
+        "--set patience: what is held out must not end training; leave it out",
     ),
     "retrain --folds 1": script(
         retrain, "--folds 1", "--folds 1 must be 0, which leaves it out, or from 2 to 20"

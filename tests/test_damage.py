@@ -19,7 +19,7 @@ from carmodels.predictions import Predictions
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from carmodels.training import fit
-from tune import blend, views
+from tune import blend, soups, views
 from tune.trials import Job, Workers, _leave
 from tune.views import Members
 
@@ -163,3 +163,22 @@ def test_damaged_weights_stay_out_of_the_ensemble_by_name(left: Job, config: Tri
     assert blend._with_weights(left.study, said.append) == []
     (words,) = said
     assert words.startswith(f"Left out: {path} is damaged (")
+
+
+def test_a_soup_that_was_damaged_is_tried_again_and_not_read(
+    left: Job, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = ended(replace(config, epochs=1))
+    other = replace(record, trial_id="other")
+    name = soups.soup_id([record, other])
+    left.study.append(replace(record, trial_id=name, stage=soups.STAGE))
+    save_weights(build(config, classes=3, weights=Weights("none")), left.study.weights_file(name))
+    tried: list[str] = []
+    monkeypatch.setattr(soups, "_cook", lambda job, name, *more: tried.append(name))
+    monkeypatch.setattr(soups, "as_task", lambda function, workers: SimpleNamespace(remote=function))
+    monkeypatch.setattr(soups.ray, "get", lambda made: made)
+    assert [r.trial_id for r in soups.cook(left, [record, other], until=0.0)] == [name]
+    assert tried == []
+    cut(left.study.weights_file(name), 0.5)
+    assert soups.cook(left, [record, other], until=0.0) == []
+    assert tried == [name]

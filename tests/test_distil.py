@@ -118,7 +118,7 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
     study.append(TrialRecord(onward.id, onward, Status.FINISHED, 2, 0.95, 1.0, "ran", stage="retrain"))
     like = student._configured(study, "test_efficientnet", 3)
     assert (like.unfreeze, like.augment, like.mixup, like.image_size) == ("full", "crop", 0.0, 48)
-    assert like.continues == ""
+    assert (like.continues, like.layer_decay) == ("", 0.5)
 
 
 def test_a_study_is_distilled_and_the_student_answers(

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save
 
 from carmodels.data import Splits, assign_folds, with_fold
+from carmodels.files import write_whole
 from carmodels.models import Weights, load_weights
 from carmodels.predictions import Predictions, accuracy, blend
 from carmodels.space import TrialConfig
@@ -133,7 +136,10 @@ def answers(study: Study, config: TrialConfig, value: float) -> TrialRecord:
     """A configuration whose folds are there, with probabilities of its own."""
     for one in folds.configs_of(config, 2):
         study.append(TrialRecord(one.id, one, Status.FINISHED, 2, value, 1.0, "ran", FOLD))
-        study.weights_file(one.id).touch()
+        write_whole(study.weights_file(one.id), save({"x": torch.zeros(1)}))
+    ids = tuple(study.labels("train") | study.labels("val"))
+    oof = Predictions(ids, ("0", "1"), np.full((len(ids), 2), 0.5, np.float32))
+    oof.save(study.predictions_file(folds.whole(one).id, "oof"))
     record = TrialRecord(folds.whole(one).id, folds.whole(one), Status.FINISHED, 2, value, 0.0, "", FOLDS)
     study.append(record)
     return record
@@ -150,6 +156,8 @@ def test_an_ensemble_is_chosen_out_of_fold_where_all_candidates_have_folds(
     better = answers(study, replace(config, lr=1e-2), 0.6)
     candidates, on, labels = folds.judged_on(study, [plain])
     assert (candidates, on) == ([better, one], "oof")
+    study.weights_file(folds.runs_of(study, better.config)[0].trial_id).write_bytes(b"cut")
+    assert folds.judged_on(study, [plain])[0] == [plain, one]
     assert set(labels) == {*job.splits.train.ids, *job.splits.val.ids}
 
 

@@ -248,6 +248,12 @@ def test_without_test_pictures_there_is_nothing_to_submit(study: Study) -> None:
     assert "hidden pictures" not in page
 
 
+def test_the_picture_that_was_left_out_is_named(study: Study) -> None:
+    lost = {"id": "5.jpg", "path": "train/1/5.jpg", "reason": "the file is empty"}
+    write_json(study.folder / "study.json", {**study.facts, "excluded": [lost]})
+    assert "the first is <code>train/1/5.jpg</code> (the file is empty)" in render(study)
+
+
 def test_words_from_outside_do_not_become_part_of_the_page(study: Study) -> None:
     page = render(study)
     assert "<script>document.title" not in page

@@ -163,10 +163,23 @@ def test_what_is_asked_for_in_vain_is_one_line(
         ([folder, str(empty)], f"{empty} holds no pictures (JPEG, PNG, WebP or BMP)"),
         ([folder, "--out", "x.csv", "--serve"], "--out x.csv is for answers; give pictures or folders, too"),
         ([folder, str(empty), "--port", "1"], "--port 1 is for --serve; add that or leave it out"),
+        ([folder, "~no-one/x"], "'~no-one/x': there is no such home folder; write the path in full"),
+        ([folder, "x", "--out", folder], f"--out {folder} must name a file in a folder that exists"),
         ([str(tmp_path), "x", "--not-sure", "0"], "x does not exist: give pictures or folders of pictures"),
     ):
         assert answered(arguments) == 2
         assert capsys.readouterr().err == f"error: {words}\n"
+
+
+def test_a_member_that_trials_jsonl_lost_is_named(study: Study, tmp_path: Path) -> None:
+    copy = Study(tmp_path / "copy")
+    shutil.copytree(study.folder, copy.folder)
+    lines = copy.trials_file.read_text().splitlines(keepends=True)
+    copy.trials_file.write_text("".join(line for line in lines if CONFIGS[0].id not in line))
+    with pytest.raises(
+        ValueError, match=rf"has lost {CONFIGS[0].id}, a member of ensemble\.json; bring a copy"
+    ):
+        of_study(copy)
 
 
 def test_the_confidence_is_the_least_that_makes_answers_right_so_often() -> None:

@@ -51,7 +51,7 @@ def plenty(
 
 
 def found(tmp_path: Path) -> list[Finding]:
-    return findings(Study(tmp_path / "results" / "a"), SPACE, Workers(4, 1, 0.0), tmp_path / "cache")
+    return findings(Study(tmp_path / "results" / "a"), SPACE, Workers(4, 1, 0.0), tmp_path / "cache", later=5)
 
 
 def test_a_machine_in_order_gives_no_finding(tmp_path: Path) -> None:
@@ -103,8 +103,11 @@ def test_another_search_on_this_machine_is_named(tmp_path: Path, monkeypatch: py
     """A process that looks like one, as the parent of a Ray."""
     script = tmp_path / "tune" / "search.py"
     script.parent.mkdir()
-    script.write_text("input()")
-    other = subprocess.Popen([sys.executable, str(script), "--study", "vans"], stdin=subprocess.PIPE)
+    script.write_text("print(flush=True); input()")
+    command = [sys.executable, str(script), "--study", "vans"]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()  # until it runs its name is still ours
     uids = SimpleNamespace(real=os.getuid())
     raylet = SimpleNamespace(info={"pid": 4000, "ppid": other.pid, "name": "raylet", "uids": uids})
     monkeypatch.setattr(preflight.psutil, "process_iter", lambda wanted: [raylet])
@@ -132,7 +135,7 @@ def test_what_is_fatal_comes_first_and_a_clusters_memory_is_not_ours(
 ) -> None:
     plenty(monkeypatch, memory=1e9, disk=1e6)
     assert [f.fatal for f in found(tmp_path)] == [True, False]
-    [only] = findings(Study(tmp_path / "a"), SPACE, None, tmp_path)
+    [only] = findings(Study(tmp_path / "a"), SPACE, None, tmp_path, later=5)
     assert only.fatal
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -414,6 +415,8 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
     ]
     assert (new.config.continues, new.config.unfreeze) == (worst.trial_id, "full")
     assert new.config.backbone == worst.config.backbone
+    recipe = next(r for r in searched if r.note.startswith(stages.RECIPE))
+    place.study.predictions_file(recipe.trial_id, "audit").unlink()  # is made anew
     out = place.folder / "mine.csv"
     result = place.run(
         place.command("ensemble.py", folder, "--top", "1", "--tta", "1", "--out", str(out), *cache)
@@ -587,6 +590,24 @@ def test_the_search_has_the_time_of_the_stages_nobody_asked_for() -> None:
 def test_the_command_is_written_down_with_what_was_left_out() -> None:
     options = search.parser().parse_args(["--confirm", "0", "--audit-stops", "3", "--check"])
     assert list(search._written(options)) == ["--confirm 0", "--audit-stops 3", "--check"]
+
+
+def test_the_command_written_down_is_the_one_that_was_typed() -> None:
+    typed = ["--data", "my cars", "--set", "lr=1e-3", "--set", "epochs=4", "--warm-start", "a", "it's b"]
+    options = search.parser().parse_args(typed)
+    written = shlex.split(" ".join(search._written(options)))
+    assert search.parser().parse_args(written) == options
+
+
+def test_room_is_made_for_what_the_asked_stages_leave() -> None:
+    def later(*typed: str) -> int:
+        return search.models_later(search.parser().parse_args(typed))
+
+    assert later("--until", "search") == 1
+    assert later("--confirm", "0", "--until", "confirm") == 1
+    assert later("--until", "retrain") == 1 + 6 + 3 + 3
+    assert later("--until", "retrain", "--folds", "5", "--fold-in") == 1 + 6 + 15 + 3
+    assert later() > later("--until", "retrain")
 
 
 def test_backbones_without_weights_are_left_out_by_name(weights: Weights) -> None:

@@ -28,6 +28,7 @@ def options(share: str = "1", workers: int | None = None) -> argparse.Namespace:
         ("0.25", 2, 1, 2, Workers(2, 1, 0.25)),
         ("auto", None, 2, 16, Workers(2, 8, 1.0, packed=8)),
         ("auto", 3, 1, 16, Workers(1, 16, 1.0, packed=3)),
+        ("auto", 2, 8, 16, Workers(2, 8, 1.0, packed=2)),
         ("auto", None, 0, 2, Workers(2, 1, 0.0)),
     ],
 )

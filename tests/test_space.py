@@ -185,6 +185,7 @@ def test_an_override_replaces_a_range_a_choice_or_a_fixed_value() -> None:
         ("lr=1e-2:1e-3", "--set lr=1e-2:1e-3: LOW:HIGH is for a real number, with LOW below HIGH"),
         ("head_depth=1:2", "--set head_depth=1:2: LOW:HIGH is for a real number"),
         ("class_weights=maybe", "--set class_weights: 'maybe' is no bool"),
+        ("start_size=0,96", "--set start_size=0,96: start_size=96 must be at most image_size=64"),
     ],
 )
 def test_a_wrong_override_is_refused_with_the_way_out(text: str, message: str) -> None:
@@ -216,6 +217,13 @@ def test_what_is_no_space_is_refused(change: dict[str, object], message: str) ->
 def test_a_size_that_some_backbone_cannot_take_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="multiple of 32 for swin"):
         SPACES["gpu"].with_override("image_size=224,420")
+
+
+def test_what_is_tested_larger_is_held_as_large() -> None:
+    assert SPACES["cpu"].largest_size == 192
+    assert SPACES["cpu"].with_override("test_size=0,256").largest_size == 256
+    with pytest.raises(ValueError, match="--set test_size=0,288: test_size=288"):
+        SPACES["gpu"].with_override("test_size=0,288")
 
 
 def test_backbones_can_be_left_out_but_not_all() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from safetensors.torch import save
 
 from carmodels.files import write_whole
-from carmodels.space import TrialConfig
-from carmodels.study import Status, Study, TrialRecord
+from carmodels.space import EpochMetrics, TrialConfig
+from carmodels.study import Status, Study, TrialRecord, read_json
 from tune import retraining
-from tune.confirm import SLOWER
+from tune.confirm import SLOWER, expected_seconds
 from tune.costs import Costs
-from tune.retraining import Room, Way, _announced, _beside, _chosen, _folds_to_train, _to_train
+from tune.retraining import Room, Way, _announced, _beside, _chosen, _folds_to_train, _to_train, retrain
+from tune.stages import Clock
+from tune.trials import Job, Watch, Workers
 
 
 def run(lr: float, value: float, seed: int = 0, stage: str = "search", epochs: int = 8) -> TrialRecord:
@@ -92,7 +95,7 @@ def test_where_the_time_allows_training_is_longer_and_a_shorter_run_is_no_run_of
     assert to_train(study, seconds=180) == ([2, 3], 8)
     study.append(run(1e-3, 0.9, 2, "retrain", epochs=16))
     assert to_train(study, seconds=190) == ([1, 3], 16)
-    assert to_train(study, seconds=20) == ([], 8)
+    assert to_train(study, seconds=20) == ([], 16)  # there is one of these
 
 
 def left_weights(study: Study, *records: TrialRecord) -> None:
@@ -103,8 +106,10 @@ def left_weights(study: Study, *records: TrialRecord) -> None:
 def onward(study: Study, seconds: float = math.inf, **way: Any) -> tuple[list[tuple[int, str]], int]:
     """Seeds with the runs they go on from, and epochs, on two workers."""
     configs, like = _to_train(study, LUCKY, 3, Way(**way), Room(seconds, 2))
+    starts = {r.trial_id: r.config.start for r in study.records()} | {"": 0}
     for config in configs:
-        own = {"seed": config.seed, "head_seed": 0, "continues": config.continues, "epochs": like.epochs}
+        own = {"seed": config.seed, "continues": config.continues, "epochs": like.epochs}
+        own["head_seed"] = starts[config.continues]  # the run's own head, by which soups know what mixes
         assert config == replace(LUCKY.config, **own)
     return [(c.seed, c.continues) for c in configs], like.epochs
 
@@ -142,7 +147,7 @@ def test_a_frozen_backbone_is_opened_at_what_that_costs_here(study: Study) -> No
     study.append(record)
     opened = replace(frozen, unfreeze="full", layer_decay=0.5)
     assert Way().of(frozen) == [replace(opened, epochs=16), opened]
-    assert Way(changes={"unfreeze": "frozen"}).of(frozen)[1].unfreeze == "frozen"
+    assert Way(changes={"unfreeze": "frozen"}).of(frozen)[1] == frozen
     costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 10 s an epoch
 
     def trained(seconds: float) -> tuple[list[str], int]:
@@ -190,6 +195,41 @@ def test_going_on_all_of_the_backbone_is_open() -> None:
         "new seeds: 2; 8 epochs more each, on from its weights, unfreeze full instead of gradual, "
         "ema 0.998 instead of 0.0."
     )
+
+
+def cut(record: TrialRecord) -> TrialRecord:
+    """The same, its time up after an epoch."""
+    return replace(record, curve=(EpochMetrics(1, 1.0, 1.0, 0.9, 0.9, 10.0, "time"),))
+
+
+def test_what_the_clock_cut_short_does_not_stand_for_a_whole_run(study: Study) -> None:
+    study.append(cut(run(1e-3, 0.9, 1, "confirm")))
+    study.append(run(1e-3, 0.9, 2, "confirm"))
+    assert to_train(study, epochs=8) == ([3, 4], 8)  # it stays as it is, another seed takes its place
+    assert to_train(study, 10, epochs=8) == ([], 8)
+
+
+def test_the_best_is_written_down_as_what_was_trained(study: Study) -> None:
+    job = Job(study, None, None, Workers(1, 1, 0.0), study.folder)  # type: ignore[arg-type]
+    said: list[str] = []
+    assert retrain(job, clock=Clock(time.time(), 1e-3), watch=Watch(), say=said.append)
+    assert said == ["Retraining is left out: the time that is left does not hold one run of it."]
+    best = read_json(study.best_file)
+    assert best["retrained"] == {}
+    assert TrialConfig.from_dict(best["config"]) == LUCKY.config
+
+
+def test_nothing_is_left_of_time_that_is_over(study: Study) -> None:
+    job = Job(study, None, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
+    assert Room.until(time.time() - 1000, job).left == 0
+
+
+def test_what_shared_a_gpu_is_planned_by_what_it_takes_alone() -> None:
+    costs = Costs({"test_resnet": {32: 0.01}}, train=100, val=0)  # 8 s, of which the trial took 80
+    longer = replace(LUCKY.config, epochs=16)
+    assert Room(100, 2, costs, packed=True).seconds(LUCKY, longer) == pytest.approx(16 * SLOWER)
+    assert Room(100, 2, costs).seconds(LUCKY, longer) == pytest.approx(160 * SLOWER)
+    assert expected_seconds(LUCKY, costs) == pytest.approx(8 * SLOWER)
 
 
 def test_a_soup_is_no_run_of_its_configuration(study: Study) -> None:

@@ -90,9 +90,11 @@ def test_only_the_best_trials_of_the_search_keep_their_weights(study: Study) -> 
     for seed, stage in ((1, "search"), (2, "search"), (3, "search"), (4, "retrain")):
         study.append(record(seed, seed / 10, stage=stage))
         study.weights_file(record(seed, None).trial_id).write_bytes(b"w")
+    study.append(replace(record(5, None), status=Status.RUNNING))  # it has written them, and is to say so
+    study.weights_file(record(5, None).trial_id).write_bytes(b"w")
     study.keep_weights(1, also=[record(1, None).trial_id])
-    kept = [seed for seed in (1, 2, 3, 4) if study.weights_file(record(seed, None).trial_id).is_file()]
-    assert kept == [1, 3, 4]
+    kept = [seed for seed in (1, 2, 3, 4, 5) if study.weights_file(record(seed, None).trial_id).is_file()]
+    assert kept == [1, 3, 4, 5]
 
 
 def test_labels_come_back_by_id(study: Study) -> None:

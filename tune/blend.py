@@ -52,13 +52,16 @@ def ensemble(
     `max_seconds` is what all members with all views may take one worker for 1,000 pictures.
     """
     study, labels = job.study, job.study.labels("val")
-    trained = _trained(study, top, say)
-    _restore(job, trained, say)
-    cooked = soups.cook(job, trained, until=time.time() + SOUP_SHARE * clock.left)
+    ready = _with_weights(study, say)
+    trained = _trained(study, ready, top)
+    _restore(job, list({*trained, *(r for r in ready if r.note.startswith(RECIPE))}), say)
+    several = len(folds.ready(study)) > 1  # then these alone are chosen from
+    cooked = [] if several else soups.cook(job, trained, until=time.time() + SOUP_SHARE * clock.left)
     for record in cooked:
         say(f"Soup {record.trial_id}: {record.reason}, {record.config.title}; val {record.value:.4f}.")
     paces = Paces(job)
     candidates, on, asked = folds.judged_on(study, [*trained, *cooked])
+    _restore(job, candidates, say)
     paces.measure(record.config for record in candidates)
     library = Library.of(study, candidates, on, asked, paces, max_seconds)
     chosen = library.choose(until=time.time() + CHECK_SHARE * clock.left)
@@ -132,9 +135,8 @@ def _submitted(job: Job, blended: Mapping[str, Predictions]) -> dict[str, Any]:
     }
 
 
-def _trained(study: Study, top: int, say: Say) -> list[TrialRecord]:
-    """The best `top` trials of the search and all later runs that left their weights intact, best first."""
-    ready = _with_weights(study, say)
+def _trained(study: Study, ready: Sequence[TrialRecord], top: int) -> list[TrialRecord]:
+    """The best `top` trials of the search and all later runs, of what is ready, best first."""
     searched = [r for r in ready if r.stage == "search"][:top]
     found = [r for r in ready if r in searched or (r.stage in TRAINED and r.stage != "search")]
     if not found:
@@ -310,7 +312,8 @@ def _audit(study: Study, metric: str, ensembled: Predictions, single: str) -> di
     labels = study.labels("audit")
     truth = np.array(list(labels.values()))
     probs = {"ensemble": ensembled.aligned(list(labels)).probs}
-    recipe = next((r.trial_id for r in study.leaderboard() if r.note.startswith(RECIPE)), None)
+    recipes = (r.trial_id for r in study.leaderboard() if r.note.startswith(RECIPE))
+    recipe = next((name for name in recipes if study.has_predictions(name, "audit")), None)
     named = {"single": single} | ({"recipe": recipe} if recipe else {})
     for name, trial_id in named.items():
         probs[name] = study.predictions(trial_id, "audit").aligned(list(labels)).probs

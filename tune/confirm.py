@@ -21,6 +21,7 @@ from ray.tune.search import Searcher
 from carmodels.predictions import METRICS, Interval
 from carmodels.space import TrialConfig
 from carmodels.study import CUT_OFF, Status, Study, TrialRecord
+from tune.costs import Costs
 
 RERUNS = 6  # most runs with new seeds in a study
 CONTENDERS = 4  # best configurations that are run again
@@ -78,9 +79,8 @@ def runs_of(records: Iterable[TrialRecord]) -> Runs:
     """
     found: Runs = {}
     for record in sorted(records, key=lambda r: r.stage != "search"):
-        whole = not record.curve or record.curve[-1].ending != "time"
         told = record.stage in ("search", "confirm") and record.value is not None
-        if whole and told and record.status is Status.FINISHED:
+        if record.whole and told and record.status is Status.FINISHED:
             found.setdefault(_seedless(record.config), []).append(record)
     return {config: runs for config, runs in found.items() if runs[0].stage == "search"}
 
@@ -308,8 +308,13 @@ def _reseeded(
     return next(candidate for candidate in seeds if candidate.id not in used)
 
 
-def expected_seconds(record: TrialRecord) -> float:
-    """What the whole schedule of a recorded trial takes, by the pace of the epochs it ran, with a margin."""
+def expected_seconds(record: TrialRecord, costs: Costs | None = None) -> float:
+    """What the whole schedule of a recorded trial takes, by the pace of the epochs it ran, with a margin.
+
+    By `costs` where that says little, since it had a share of a GPU that it now has to itself.
+    """
+    if costs is not None:
+        return SLOWER * costs.schedule(record.config)
     return SLOWER * record.seconds / max(1, record.epochs_run) * record.config.epochs
 
 
@@ -320,8 +325,11 @@ class Reruns(Searcher):
     `end` (time.time()).
     """
 
-    def __init__(self, study: Study, *, most: int, end: float, notes: dict[str, str]) -> None:
+    def __init__(
+        self, study: Study, *, most: int, end: float, notes: dict[str, str], costs: Costs | None = None
+    ) -> None:
         super().__init__(metric=study.metric, mode=METRICS[study.metric].mode)
+        self._costs = costs
         self._study, self._most, self._end, self._notes = study, most, end, notes
         self._pictures = len(study.labels("val"))
         self._handed: list[TrialConfig] = []
@@ -331,7 +339,7 @@ class Reruns(Searcher):
         if config is None:  # what is running may yet change the picture
             return None if self._pending() else Searcher.FINISHED
         first = self._first()[_seedless(config)]
-        if time.time() + expected_seconds(first) > self._end:
+        if time.time() + expected_seconds(first, self._costs) > self._end:
             return Searcher.FINISHED
         self._handed.append(config)
         self._notes[config.id] = f"seed {config.seed} of {first.trial_id}"

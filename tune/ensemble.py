@@ -56,6 +56,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     if out and not (out.absolute().parent.is_dir() and (out.is_file() or not out.exists())):
         raise ValueError(f"--out {out} must name a file in a folder that exists")
     with setup.reopened(study, options, screen) as job:
+        if out and not len(job.splits.test):
+            raise ValueError(f"--out {out}: there are no test pictures to answer; leave it out")
         results = ensemble(
             job,
             clock=Clock(time.time()),
@@ -66,7 +68,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         )
     screen.answer(results, study)
     screen.say(f"Report: {write_report(study)}")
-    if options.out and "submission" in results:
+    if options.out:
         write_whole(options.out, study.submission_file.read_bytes())
         screen.say(f"Copied to {options.out}.")
     return 0

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from carmodels.data import Split
-from carmodels.models import load_weights
+from carmodels.models import load_weights, weights_damage
 from carmodels.predictions import METRICS, Predictions, blend
 from carmodels.space import TrialConfig
 from carmodels.study import FOLD, FOLDS, Status, Study, TrialRecord
@@ -91,10 +91,13 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
 
 
 def ready(study: Study) -> list[TrialRecord]:
-    """Configurations whose folds have all left their weights, best first."""
+    """Configurations whose folds have all left their weights, and intact, best first."""
     found = [r for r in study.leaderboard() if r.stage == FOLDS]
     return [
-        r for r in found if all(study.weights_file(f.trial_id).is_file() for f in runs_of(study, r.config))
+        r
+        for r in found
+        if study.has_predictions(r.trial_id, "oof")
+        and not any(weights_damage(study.weights_file(f.trial_id)) for f in runs_of(study, r.config))
     ]
 
 

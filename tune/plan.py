@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -99,11 +100,11 @@ def _alive(epoch: int, grace_period: int) -> float:
 
 
 def make_plan(job: Job, space: Space, end: float) -> Plan:
-    """The plan for searching a space until `end`; measures what this hardware has not been measured for."""
-    if math.isinf(end) and not job.workers.packed:
+    """The plan for searching a space until `end`, by the job's costs."""
+    costs = job.costs
+    if costs is None:
         return Plan(None, end, job.workers.count)
     gpu_bytes = ray.get(as_task(_gpu_bytes, job.workers).remote()) if job.workers.packed else 0.0
-    costs = costs_of(job, space)
     cheapest = min(costs.schedule(config) for of_one in _opened(space).values() for config in of_one)
     longest = max(TRIAL_SHARE * (end - time.time()), cheapest)
     return Plan(costs, end, job.workers.count, gpu_bytes, longest)
@@ -122,6 +123,21 @@ class Packing:
         return PlacementGroupFactory([{"CPU": max(1, int(share * self.cpus)), "GPU": share}])
 
 
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _device() -> str:
+    """What a worker trains on; where the search was started there may be another."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor()
+
+
 def _gpu_bytes() -> float:
     return float(torch.cuda.get_device_properties(0).total_memory)
 
@@ -137,10 +153,10 @@ def _opened(space: Space) -> dict[str, list[TrialConfig]]:
 
 
 def costs_of(job: Job, space: Space) -> Costs:
-    """What each backbone of a space costs, kept in a file for this hardware and these versions."""
-    configs = _opened(space)
-    workers, hardware = job.workers, job.study.facts["hardware"]
-    held_for = [_VERSION, hardware, workers.cpus, workers.count, torch.__version__, timm.__version__]
+    """What each backbone of a space costs, measured unless it was, by hardware and versions."""
+    configs, workers = _opened(space), job.workers
+    device = ray.get(as_task(_device, workers).remote())
+    held_for = [_VERSION, device, workers.cpus, workers.count, torch.__version__, timm.__version__]
     name = hashlib.sha256(json.dumps(held_for).encode()).hexdigest()[:12]
     path = job.cache / "costs" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     """Export, answer, serve: whatever was asked for, in this order."""
     _check(options)
     study = Study(user_path(options.study))
-    paths = found_pictures([path.expanduser() for path in options.pictures])
+    paths = found_pictures([user_path(p) if str(p).startswith("~") else p for p in options.pictures])
     answer = "student" if options.student else "ensemble"
     ensemble, limit = of_study(study, answer), threshold(study, options.not_sure, answer)
     screen.say(limit.sentence)
@@ -81,8 +81,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("there is nothing to do: give pictures or folders, --export DIR or --serve")
     if options.out and not options.pictures:
         raise ValueError(f"--out {options.out} is for answers; give pictures or folders, too")
-    if options.out and not user_path(options.out).parent.is_dir():
-        raise ValueError(f"--out {options.out} is in a folder that does not exist; make it first")
+    if options.out and (user_path(options.out).is_dir() or not user_path(options.out).parent.is_dir()):
+        raise ValueError(f"--out {options.out} must name a file in a folder that exists")
     if options.port is not None and not options.serve:
         raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
     if options.export:

@@ -38,11 +38,16 @@ class Finding:
     fatal: bool = False
 
 
-def findings(study: Study, space: Space, workers: Workers | None, cache: Path) -> list[Finding]:
-    """Everything that was found, the fatal first. Without `workers` they are other machines' matter."""
+def findings(
+    study: Study, space: Space, workers: Workers | None, cache: Path, *, later: int
+) -> list[Finding]:
+    """Everything that was found, the fatal first. Without `workers` they are other machines' matter.
+
+    `later`: models that further stages may leave beside those of the search.
+    """
     found = [
         *_folders({"--results": study.folder.parent, "--cache": cache}),
-        *_disk(study, space),
+        *_disk(study, space, later),
         *([*_memory(workers), *_other_rays()] if workers else ()),
         *_shared_memory(),
         *_handles(),
@@ -66,10 +71,10 @@ def _trouble_writing(folder: Path) -> str:
         return str(error.strerror or error)
 
 
-def _disk(study: Study, space: Space) -> list[Finding]:
-    """Weights of the best trials, of retrained ones and of those that end meanwhile; Ray's own files."""
+def _disk(study: Study, space: Space, later: int) -> list[Finding]:
+    """Weights of the best trials, of reruns, of retrained ones and of their soups; Ray's own files."""
     largest = max(BACKBONES[name].millions for name in space.backbones) * 1e6 * BYTES_PER_PARAMETER
-    needed = RAY_DISK + (WEIGHTS_KEPT + 5) * largest
+    needed = RAY_DISK + (WEIGHTS_KEPT + later) * largest
     free = shutil.disk_usage(_existing(study.folder)).free
     if free >= needed:
         return []

@@ -26,8 +26,13 @@ def parser() -> argparse.ArgumentParser:
     p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     p.add_argument("--trial", metavar="ID", help="the trial whose configuration is retrained (the best)")
-    p.add_argument("--seeds", type=int, metavar="N", help="how many new seeds (3, or one for each worker)")
-    p.add_argument("--epochs", type=int, metavar="N", help="length of the schedule (that of the search)")
+    p.add_argument("--seeds", type=int, metavar="N", help="how many new seeds (3)")
+    p.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="length of the schedule (twice the trial's for a new model, else as long)",
+    )
     p.add_argument(
         "--onward", action="store_true", help="train on from the weights of the trial, not a new model"
     )
@@ -58,6 +63,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     way = retraining.Way(options.epochs, changes, options.onward)
     if options.onward and (options.folds or options.fold_in):
         raise ValueError("--onward: what folds hold out the trial has learnt from; leave one of them out")
+    if "patience" in changes and (options.folds or options.fold_in):
+        raise ValueError("--set patience: what is held out must not end training; leave it out")
     for name in ("head", "head_depth"):
         if name in changes and options.onward:
             raise ValueError(f"--set {name}: the weights of the trial have another; leave out --onward")
@@ -74,7 +81,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
             watch=setup.watched(job, clock, None, screen),
             say=screen.say,
             trial_id=options.trial,
-            seeds=options.seeds or 3,
+            seeds=options.seeds or retraining.SEEDS,
             way=way,
             folds=options.folds,
             fold_in=options.fold_in,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,17 +15,17 @@ from carmodels.catalog import UNFREEZE
 from carmodels.data import Splits
 from carmodels.models import weights_damage
 from carmodels.predictions import METRICS, blend
-from carmodels.space import Space, TrialConfig
+from carmodels.space import TrialConfig
 from carmodels.study import FOLD, FOLD_IN, TRAINED, Status, Study, TrialRecord, write_json
 from carmodels.submission import write_submission
 from tune.confirm import CONTENDERS, SLOWER, described, expected_seconds, judged
 from tune.costs import Costs, times_as_long
-from tune.folds import MOST_FOLDED, configs_of, gather, ready
-from tune.plan import costs_of
+from tune.folds import MOST_FOLDED, configs_of, gather, ready, whole
 from tune.searcher import Queue
 from tune.stages import RETRAIN_SHARE, Clock, Say
 from tune.trials import Job, Watch, run_trials
 
+SEEDS = 3  # runs of the best
 FOLD_IN_SHARE = 0.06  # of the time, less for retraining where a last run on everything follows
 LONGER = 2.0  # times a trial's epochs, where there is time: +4.5 points in results/final/NOTES.md
 # How a frozen backbone learns after all: at the rate of its head, groups below at half that of the one above.
@@ -52,13 +53,17 @@ class Way:
     def onward(self, config: TrialConfig, parent: str) -> TrialConfig:
         """A further schedule from the weights of that run of it, all of the backbone open; likewise."""
         own = {"epochs": self.epochs or config.epochs, "unfreeze": "full", "continues": parent}
-        return replace(_opened(config), **{**own, **self.changes})
+        return replace(self._opened(config), **{**own, **self.changes})
 
     def of(self, config: TrialConfig) -> list[TrialConfig]:
         """What a new model may come to, the longest schedule first; ValueError for an unfit change."""
         lengths = {self.epochs} if self.epochs else {round(LONGER * config.epochs), config.epochs}
-        like = replace(_opened(config), **self.changes)
+        like = replace(self._opened(config), **self.changes)
         return [replace(like, epochs=epochs) for epochs in sorted(lengths, reverse=True)]
+
+    def _opened(self, config: TrialConfig) -> TrialConfig:
+        stays = self.changes.get("unfreeze") == "frozen"
+        return config if stays else opened(config)
 
 
 AS_IN_THE_TRIAL = Way()
@@ -68,7 +73,7 @@ def _frozen(config: TrialConfig) -> bool:
     return UNFREEZE[config.unfreeze].head_only_epochs is None
 
 
-def _opened(config: TrialConfig) -> TrialConfig:
+def opened(config: TrialConfig) -> TrialConfig:
     """The configuration with a backbone that learns.
 
     A frozen one wins where the time for trials is short, and gains ten points when it is opened
@@ -83,21 +88,20 @@ class Room:
 
     left: float  # seconds
     workers: int
-    costs: Costs | None = None  # where a frozen backbone is opened in limited time: its trial says little
+    costs: Costs | None = None
+    packed: bool = False  # whether trials had a share of a GPU each
 
     @classmethod
-    def until(cls, end: float, job: Job, records: Sequence[TrialRecord]) -> Room:
-        """For training these configurations until `end`, time.time()."""
-        frozen = {r.config.backbone for r in records if _frozen(r.config)}
-        costs = None
-        if frozen and math.isfinite(end):
-            space = Space.from_dict(job.study.facts["space"])
-            costs = costs_of(job, space.with_backbones(tuple(frozen)))
-        return cls(end - time.time(), job.workers.count, costs)
+    def until(cls, end: float, job: Job) -> Room:
+        """For training until `end`, time.time()."""
+        return cls(max(0.0, end - time.time()), job.workers.count, job.costs, bool(job.workers.packed))
 
     def seconds(self, record: TrialRecord, config: TrialConfig, train: float = 1.0) -> float:
-        """What training it another way takes, on `train` times as many pictures, by the pace of the trial."""
-        if self.costs and _frozen(record.config) and not _frozen(config):
+        """What training it another way takes, on `train` times as many pictures, by the pace of the trial.
+
+        That says little where its backbone was frozen, and is not any more, or where it shared a GPU.
+        """
+        if self.costs and (self.packed or (_frozen(record.config) and not _frozen(config))):
             return train * SLOWER * self.costs.schedule(config)
         return expected_seconds(record) * times_as_long(config, record.config, train)
 
@@ -109,12 +113,14 @@ def retrain_all(
     watch: Watch,
     say: Say,
     trial_id: str | None = None,
-    seeds: int = 3,
+    seeds: int = SEEDS,
     way: Way = AS_IN_THE_TRIAL,
     folds: int = 0,
     fold_in: bool = False,
 ) -> bool:
     """Retrain from new seeds or over folds, and then, if asked for, on everything; False if interrupted."""
+    if fold_in:
+        check_test(job.splits)
     share = RETRAIN_SHARE - (FOLD_IN_SHARE if fold_in else 0)
     common: dict[str, Any] = {"clock": clock, "watch": watch, "say": say, "trial_id": trial_id}
     common["way"] = way
@@ -132,7 +138,7 @@ def retrain(
     watch: Watch,
     say: Say,
     trial_id: str | None = None,
-    seeds: int = 3,
+    seeds: int = SEEDS,
     way: Way = AS_IN_THE_TRIAL,
     share: float = RETRAIN_SHARE,
 ) -> bool:
@@ -146,8 +152,7 @@ def retrain(
     """
     study = job.study
     chosen = _chosen(study, trial_id)
-    contenders = [s.record for s in judged(study) if not s.apart] if trial_id is None else []
-    room = Room.until(clock.at(share), job, [chosen, *contenders])
+    room = Room.until(clock.at(share), job)
     configs, like = _to_train(study, chosen, seeds, way, room)
     say(_announced(chosen, len(configs), len(_again(study, chosen, like)), like))
     owners = dict.fromkeys(configs, chosen)
@@ -160,7 +165,7 @@ def retrain(
     notes = {config.id: f"seed {config.seed} of {record.trial_id}" for config, record in owners.items()}
     completed = _train(job, list(owners), stage="retrain", notes=notes, clock=clock, share=share, watch=watch)
     again = {r.trial_id: {"seed": r.config.seed, "val": r.value} for r in _again(study, chosen, like)}
-    _write_best(study, chosen, like, again)
+    _write_best(study, chosen, like if again else chosen.config, again)
     return completed
 
 
@@ -209,27 +214,38 @@ def _to_train(
     """The configurations that retraining lacks and has time for, and what they are but for their seeds."""
     first = chosen.config.seed + 1
     parents = _parents(study, chosen)
+    names = [record.trial_id for record in parents]
     if way.goes_on and not parents:
         raise ValueError(
             f"--onward: {study.folder} has no weights of {chosen.trial_id}; leave it out, or name another "
             "with --trial"
         )
-    some = False
-    for longest in way.all_of(chosen.config, parents):
+    there: TrialConfig | None = None  # the best of what there are runs of
+    for longest in way.all_of(chosen.config, names):
         like = replace(longest, head_seed=chosen.config.start)  # so that they make a soup
-        done = {r.config.seed for r in _again(study, chosen, like)}
-        some = some or bool(done)
-        configs = [replace(like, seed=first + i) for i in range(seeds)]
+        runs = _again(study, chosen, like)
+        done = {r.config.seed for r in runs if r.whole}
+        there = there or (like if runs else None)
+        short = {
+            r.config.seed for r in runs if not r.whole
+        }  # cut by the clock: they stay, and others are whole
+        free = (seed for seed in itertools.count(first) if seed not in short)
+        configs = [replace(like, seed=seed) for seed in itertools.islice(free, seeds)]
         if like.continues:
-            configs = [replace(c, continues=parents[i % len(parents)]) for i, c in enumerate(configs)]
+            configs = [_onto(c, parents[i % len(parents)]) for i, c in enumerate(configs)]
         missing = [c for c in configs if c.seed not in done]
         per_epoch = room.seconds(chosen, like) / like.epochs
         count, planned = _fitting(len(missing), like.epochs, per_epoch, room.left, room.workers)
         if not missing or (count and planned == like.epochs):
             return missing[:count], like
-    if some or not count:
-        return [], like  # a shorter schedule is only for want of a whole one
+    if there or not count:
+        return [], there or like  # a shorter schedule is only for want of a whole one
     return [replace(c, epochs=planned) for c in missing[:count]], replace(like, epochs=planned)
+
+
+def _onto(config: TrialConfig, parent: TrialRecord) -> TrialConfig:
+    """To go on from that run; the head's start is its own, by which soups know what mixes."""
+    return replace(config, continues=parent.trial_id, head_seed=parent.config.start)
 
 
 def _beside(
@@ -255,11 +271,10 @@ def _beside(
     return found
 
 
-def _parents(study: Study, chosen: TrialRecord) -> list[str]:
+def _parents(study: Study, chosen: TrialRecord) -> list[TrialRecord]:
     """The runs of its configuration whose weights training goes on from, the trial itself first."""
     runs = sorted(_runs(study, chosen), key=lambda r: r.trial_id != chosen.trial_id)
-    files = {r.trial_id: study.weights_file(r.trial_id) for r in runs}
-    return [name for name, file in files.items() if file.is_file() and not weights_damage(file)]
+    return [r for r in runs if not weights_damage(study.weights_file(r.trial_id))]
 
 
 def _runs(study: Study, chosen: TrialRecord) -> list[TrialRecord]:
@@ -327,7 +342,7 @@ def retrain_folds(
     if trial_id is None:
         chosen += [s.record for s in judged(study)[:MOST_FOLDED] if s.record != chosen[0]]
     train = (len(splits.train) + len(splits.val)) * (folds - 1) / folds / len(splits.train)
-    room = Room.until(clock.at(share), job, chosen)
+    room = Room.until(clock.at(share), job)
     planned = _folds_to_train(study, chosen, folds, way, room, train)
     for record, like in planned.items():
         say(
@@ -342,8 +357,10 @@ def retrain_folds(
     for record in gather(study):
         say(f"{record.trial_id}: {record.note} ({len(splits.train) + len(splits.val)} pictures).")
     study.write_table()
-    best = planned.get(chosen[0], way.of(chosen[0].config)[-1])
-    _write_best(study, chosen[0], best, {r.trial_id: {"val": r.value} for r in ready(study)})
+    best = planned.get(chosen[0], chosen[0].config)
+    folded = whole(configs_of(best, folds)[0])
+    own = {r.trial_id: {"val": r.value} for r in ready(study) if r.config == folded}
+    _write_best(study, chosen[0], best, own)
     return completed
 
 
@@ -414,7 +431,7 @@ def retrain_on_everything(
     watch: Watch,
     say: Say,
     trial_id: str | None = None,
-    seeds: int = 3,
+    seeds: int = SEEDS,
     way: Way = AS_IN_THE_TRIAL,
 ) -> bool:
     """Train the best (or the named) configuration on all labelled pictures, audit too; False if interrupted.
@@ -426,7 +443,7 @@ def retrain_on_everything(
     check_test(splits)
     chosen = _chosen(study, trial_id)
     train = sum(len(s) for s in (splits.train, splits.val, splits.audit)) / len(splits.train)
-    room = Room.until(clock.at(RETRAIN_SHARE), job, [chosen])
+    room = Room.until(clock.at(RETRAIN_SHARE), job)
     for longest in way.of(chosen.config):
         like = replace(longest, fold_in=True, patience=0)
         per_epoch = room.seconds(chosen, like, train) / like.epochs

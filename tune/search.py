@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -26,7 +27,6 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import joblib
 import torch
-from platformdirs import user_cache_path
 
 from carmodels import demo
 from carmodels.data import Splits
@@ -36,13 +36,14 @@ from carmodels.models import Weights
 from carmodels.predictions import METRICS
 from carmodels.space import SPACES, Space
 from carmodels.study import Study
-from tune import retraining, setup, stages
+from tune import folds, retraining, setup, stages
 from tune.blend import ensemble
 from tune.confirm import CONTENDERS, RERUNS
 from tune.console import Screen
 from tune.live import duration
 from tune.mistakes import SECONDS, write_thumbnails
 from tune.page import write_report
+from tune.plan import costs_of, processor
 from tune.preflight import findings
 from tune.trials import Job, Watch
 
@@ -136,13 +137,14 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     refuse_within(study, options)
     overwrite = options.overwrite or is_bare(options)
     check_folder(study, resume=options.resume, overwrite=overwrite)
-    setup.report(findings(study, space, granted, setup.cache_folder(options)), screen)
+    later = models_later(options)
+    setup.report(findings(study, space, granted, setup.cache_folder(options), later=later), screen)
     earlier = [] if options.resume else earlier_studies(options.warm_start, study, options.metric)
-    data = user_path(options.data) if options.data else demo_data(screen)
+    data = user_path(options.data) if options.data else demo_data(options, screen)
     weights.fetch(space.backbones)
     if weights.source == "hub" and not options.address:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: what they need is on this disk now
-    splits = setup.open_data(data, options, max(space.image_sizes), options.seed, screen)
+    splits = setup.open_data(data, options, space.largest_size, options.seed, screen)
     if options.fold_in:
         retraining.check_test(splits)
     clock, trials = budget(options, space, bare, begun)
@@ -201,6 +203,8 @@ def go(
         "data": job.splits.fingerprint,
         "split": job.splits.split_hash,
     }
+    if math.isfinite(clock.seconds) or job.workers.packed:
+        job = replace(job, costs=costs_of(job, space))
     watch = setup.watched(job, clock, trials, screen)
     completed = stages.search(
         job, space, stamp=stamp, trials=trials, clock=clock, seed=options.seed, watch=watch, say=screen.say
@@ -223,7 +227,7 @@ def go(
         screen.answer(results, job.study)
     if options.until == "report":
         if options.pictures or options.data is None:
-            network = of_study(job.study).to(job.workers.device)
+            network = of_study(job.study).to("cuda" if torch.cuda.is_available() else "cpu")
             write_thumbnails(job.study, network, job.splits, seconds=min(SECONDS, clock.left))
         screen.say(f"Report: {write_report(job.study)}")
     screen.say(f"Every trial: {job.study.table_file}. All of it took {duration(time.time() - clock.begun)}.")
@@ -270,6 +274,11 @@ def check_numbers(options: argparse.Namespace) -> None:
         raise ValueError(f"--pictures is for the report, which --until {options.until} leaves out")
     setup.check_folds(options)
     setup.most_seconds(options)
+    until = STAGES.index(options.until)
+    for name, stage in (("folds", "retrain"), ("fold_in", "retrain"), ("max_seconds_per_1000", "ensemble")):
+        if getattr(options, name) and until < STAGES.index(stage):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is for what --until {options.until} leaves out; leave out one of them")
     if not 0 <= options.seed <= MOST_SEED:
         raise ValueError(f"--seed {options.seed} must be from 0 to {MOST_SEED}")
     name = options.study
@@ -280,9 +289,19 @@ def check_numbers(options: argparse.Namespace) -> None:
         )
 
 
-def demo_data(screen: Screen) -> Path:
+def models_later(options: argparse.Namespace) -> int:
+    """How many models the stages after the search may leave: reruns, retrained ones, folds, soups."""
+    until = STAGES.index(options.until)
+    found = 1 + options.confirm if until >= STAGES.index("confirm") else 1  # and the recipe's
+    if until >= STAGES.index("retrain"):
+        found += folds.MOST_FOLDED * options.folds if options.folds else retraining.SEEDS + CONTENDERS - 1
+        found += retraining.SEEDS if options.fold_in else 0
+    return found + (CONTENDERS if until >= STAGES.index("ensemble") else 0)
+
+
+def demo_data(options: argparse.Namespace, screen: Screen) -> Path:
     """Draw the built-in data set, unless it is drawn already."""
-    folder = user_cache_path("carmodels") / "demo"
+    folder = setup.cache_folder(options) / "demo"
     screen.say("No --data given: this is the demo, ten classes of drawn cars in the competition's layout.")
     demo.draw_demo(folder)
     return folder
@@ -402,7 +421,8 @@ def budget(
         return stages.Clock(begun, search=share), options.trials
     if bare:
         return stages.Clock(begun, 3600 * DEMO_HOURS, share), space.trials
-    return stages.Clock(begun, 3600 * (GPU_HOURS if torch.cuda.is_available() else CPU_HOURS), share), None
+    on_gpus = torch.cuda.is_available() or options.preset == "gpu"  # those of a cluster, too
+    return stages.Clock(begun, 3600 * (GPU_HOURS if on_gpus else CPU_HOURS), share), None
 
 
 def describe(options: argparse.Namespace, preset: str, space: Space, splits: Splits) -> dict[str, Any]:
@@ -436,8 +456,8 @@ def describe(options: argparse.Namespace, preset: str, space: Space, splits: Spl
             "python": platform.python_version(),
             **{p: importlib.metadata.version(p) for p in packages},
         },
-        "max_size": max(space.image_sizes),
-        "hardware": {"device": gpus[0] if gpus else _processor(), "gpus": gpus, "cores": joblib.cpu_count()},
+        "max_size": space.largest_size,
+        "hardware": {"device": gpus[0] if gpus else processor(), "gpus": gpus, "cores": joblib.cpu_count()},
     }
 
 
@@ -457,24 +477,16 @@ def _as_list(value: Any) -> Any:
 
 
 def _written(options: argparse.Namespace) -> Iterator[str]:
-    """The options that differ from their defaults, as typed."""
+    """The options that differ from their defaults, as one can type them."""
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
-        for item in value if isinstance(value, list) else [value]:
-            if item is True:
-                yield flag
-            elif item is not None and item is not False and item != parser().get_default(name):
-                yield f"{flag} {item}"
-
-
-def _processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        if value is True:
+            yield flag
+        elif isinstance(value, list):  # --set is given once for each, --warm-start once for all
+            groups = [value] if name == "warm_start" else [[item] for item in value]
+            yield from (shlex.join([flag, *map(str, group)]) for group in groups if group)
+        elif value is not None and value is not False and value != parser().get_default(name):
+            yield shlex.join([flag, str(value)])
 
 
 def describe_data(splits: Splits, screen: Screen) -> None:

@@ -193,7 +193,8 @@ def _shared_out(options: argparse.Namespace, machines: Sequence[Machine]) -> Wor
         there = f"{gpus} GPUs at --gpus-per-trial {options.gpus_per_trial}" if gpus else f"{cores} cores"
         raise ValueError(f"--workers {count} is more than {there} hold; at most {fits}")
     if packed and gpus:
-        return Workers(gpus, _cores_each(machines, gpus, 1.0), 1.0, packed=count)
+        whole = min(gpus, count)
+        return Workers(whole, _cores_each(machines, whole, 1.0), 1.0, packed=count)
     return Workers(count, _cores_each(machines, count, share), share if gpus else 0.0)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 import ray
 import torch
 
-from carmodels.models import save_weights
+from carmodels.models import save_weights, weights_damage
 from carmodels.predictions import METRICS
 from carmodels.soup import Ingredient, greedy_soup, kind
 from carmodels.study import Status, TrialRecord
@@ -28,7 +28,7 @@ def cook(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> list[T
     its own: record, weights and probabilities.
     """
     study = job.study
-    there = {r.trial_id: r for r in study.records() if study.weights_file(r.trial_id).is_file()}
+    there = {r.trial_id: r for r in study.records() if not weights_damage(study.weights_file(r.trial_id))}
     groups = {soup_id(group): group for group in _kinds(candidates)}
     missing = {name: group for name, group in groups.items() if name not in there}
     task = as_task(_cook, job.workers)

@@ -80,7 +80,6 @@ def search(
     late = end + LATE_SHARE * (clock.at(RETRAIN_SHARE) - end) if math.isfinite(end) else end
     grace = grace_period(int(space.fixed["epochs"]))
     plan = make_plan(job, space, end)
-    job = replace(job, costs=plan.costs)
     if not notes:
         recipe, changed = plan.affordable(
             replace(baseline(space), **stamp), space.image_sizes, BASELINE_SHARE
@@ -159,7 +158,7 @@ def audit_stops(
     chosen = stops.drawn(stopped, count, seed)
     done = {r.trial_id for r in inner.records() if r.status is Status.FINISHED}
     todo = {r.trial_id: r for r in chosen if r.trial_id not in done}
-    end = clock.at(clock.search + STOPS_SHARE)
+    end, costs = clock.at(clock.search + STOPS_SHARE), job.costs if job.workers.packed else None
     say(f"Audit of stops: {len(chosen)} of {len(stopped)} trials stopped at a rung are finished after all.")
     completed = not todo or run_trials(
         replace(job, study=inner, workers=replace(job.workers, packed=0)),
@@ -170,7 +169,7 @@ def audit_stops(
             [r.config for r in todo.values()],
             metric=study.metric,
             mode=METRICS[study.metric].mode,
-            fits=lambda config: time.time() + expected_seconds(todo[config.id]) <= end,
+            fits=lambda config: time.time() + expected_seconds(todo[config.id], costs) <= end,
         ),
         scheduler=FIFOScheduler(),
         notes={r.trial_id: f"stopped after epoch {r.epochs_run}" for r in chosen},
@@ -190,7 +189,8 @@ def confirm(job: Job, *, clock: Clock, watch: Watch, say: Say, most: int = RERUN
     notes: dict[str, str] = {}
     end = clock.at(CONFIRM_SHARE)
     late = end + LATE_SHARE * (clock.at(RETRAIN_SHARE) - end) if math.isfinite(end) else end
-    reruns = Reruns(job.study, most=most, end=end, notes=notes)
+    costs = job.costs if job.workers.packed else None
+    reruns = Reruns(job.study, most=most, end=end, notes=notes, costs=costs)
     if reruns.next() is None:
         return True
     say(f"Running the best few again with new seeds, at most {most} runs.")

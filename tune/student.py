@@ -26,6 +26,7 @@ from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from carmodels.training import Fitted, fit, predict
 from tune.blend import interval
 from tune.dimensions import space_of
+from tune.retraining import opened
 from tune.stages import Say
 from tune.trials import Job
 from tune.views import seconds_a_picture
@@ -134,6 +135,9 @@ def _configured(study: Study, backbone: str, epochs: int | None) -> TrialConfig:
         image_size=max(multiple, like.image_size // multiple * multiple),
         epochs=epochs or LONGER * like.epochs,
         unfreeze="full",
+        layer_decay=opened(like).layer_decay,
+        start_size=0,  # the teacher is asked of whole pictures at their full size
+        test_size=0,
         schedule="cosine",
         augment=like.augment if AUGMENTS[like.augment].crop else "crop",
         label_smoothing=0.0,

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+OUTSIDE = dict(os.environ)  # before our own settings for Ray, by which the tutorial finds no results
 
 import optuna
 from rich.console import Console
@@ -114,7 +115,13 @@ def run_tutorial(seed: int, options: argparse.Namespace, folder: Path) -> dict[s
     places = [str(path.absolute()) for path in (options.tutorial, options.data, options.weights)]
     command = [sys.executable, *places, str(labels), str(60 * options.minutes), str(seed)]
     ended = subprocess.run(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        cwd=folder,
+        env=OUTSIDE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     line = re.search(r"trials (\d+) .* whole (\d+) .* hidden ([\d.]+)", ended.stdout)
     if ended.returncode or line is None:
