@@ -145,15 +145,15 @@ def prepared(pictures: Sequence[np.ndarray], shape: Input) -> torch.Tensor:
 def of_study(study: Study, name: str = "ensemble") -> Ensemble:
     """A study's ensemble, or its student; ValueError where it has none, or lacks a member's weights."""
     facts, file = study.facts, study.answer_file(name)
+    script = {"ensemble": "ensemble.py", "student": "distil.py"}[name]
     if not file.is_file():
-        script = {"ensemble": "ensemble.py", "student": "distil.py"}[name]
         raise ValueError(f"{study.folder} has no {file.name}; python tune/{script} {study.folder} makes it")
     results = read_json(file)
     configs = {record.trial_id: record.config for record in study.records()}
     if lost := [m["trial_id"] for m in results["members"] if m["trial_id"] not in configs]:
         raise ValueError(
             f"{study.trials_file} has lost {lost[0]}, a member of {file.name}; bring a copy back, or choose "
-            f"anew with python tune/ensemble.py {study.folder}"
+            f"anew with python tune/{script} {study.folder}"
         )
     members = tuple(
         Member(m["trial_id"], m["weight"], configs[m["trial_id"]], m.get("temperature", 1.0))

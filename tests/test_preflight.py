@@ -130,6 +130,18 @@ def test_a_folder_that_cannot_be_written_to_is_named(name: str, option: str, tmp
     assert finding.words.endswith("); give a folder of your own")
 
 
+def test_room_that_the_study_has_taken_already_is_not_asked_for_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plenty(monkeypatch, disk=1e9)
+    weights = Study(tmp_path / "results" / "a").weights_file("x")
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    assert len(found(tmp_path)) == 1
+    os.truncate(weights, 6 * 10**9)  # takes no room of its own
+    assert found(tmp_path) == []
+
+
 def test_what_is_fatal_comes_first_and_a_clusters_memory_is_not_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -416,13 +416,14 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
     assert (new.config.continues, new.config.unfreeze) == (worst.trial_id, "full")
     assert new.config.backbone == worst.config.backbone
     recipe = next(r for r in searched if r.note.startswith(stages.RECIPE))
-    place.study.predictions_file(recipe.trial_id, "audit").unlink()  # is made anew
+    place.study.predictions_file(recipe.trial_id, "audit").unlink()
     out = place.folder / "mine.csv"
     result = place.run(
         place.command("ensemble.py", folder, "--top", "1", "--tta", "1", "--out", str(out), *cache)
     )
     assert result.returncode == 0, result.stderr
     assert "audit was looked at 2 times" in result.stdout
+    assert place.study.has_predictions(recipe.trial_id, "audit")
     assert out.read_text() == place.study.submission_file.read_text()
 
 
@@ -585,6 +586,12 @@ def test_the_search_has_the_time_of_the_stages_nobody_asked_for() -> None:
     ends = (stages.SEARCH_SHARE, stages.CONFIRM_SHARE, stages.RETRAIN_SHARE)
     assert share(confirm=0, audit_stops=0) < stages.CONFIRM_SHARE
     assert ends == tuple(sorted(ends))
+
+
+def test_sizes_are_checked_against_what_the_space_has_in_the_end(weights: Weights) -> None:
+    typed = ["start_size=0,96", "image_size=128,160", "backbone=test_resnet"]
+    space, _ = search.chosen_space("cpu", typed, weights)
+    assert (space.image_sizes, space.backbones) == ((128, 160), ("test_resnet",))
 
 
 def test_the_command_is_written_down_with_what_was_left_out() -> None:

@@ -209,6 +209,11 @@ def test_what_the_clock_cut_short_does_not_stand_for_a_whole_run(study: Study) -
     assert to_train(study, 10, epochs=8) == ([], 8)
 
 
+def test_what_was_cut_short_does_not_stand_in_the_way_of_a_shorter_schedule(study: Study) -> None:
+    study.append(cut(run(1e-3, 0.9, 1, "confirm")))
+    assert to_train(study, 70) == ([2, 3], 6)
+
+
 def test_the_best_is_written_down_as_what_was_trained(study: Study) -> None:
     job = Job(study, None, None, Workers(1, 1, 0.0), study.folder)  # type: ignore[arg-type]
     said: list[str] = []

@@ -74,7 +74,8 @@ def _trouble_writing(folder: Path) -> str:
 def _disk(study: Study, space: Space, later: int) -> list[Finding]:
     """Weights of the best trials, of reruns, of retrained ones and of their soups; Ray's own files."""
     largest = max(BACKBONES[name].millions for name in space.backbones) * 1e6 * BYTES_PER_PARAMETER
-    needed = RAY_DISK + (WEIGHTS_KEPT + later) * largest
+    there = sum(file.stat().st_size for file in study.weights_file("x").parent.glob("*"))
+    needed = RAY_DISK + max(0.0, (WEIGHTS_KEPT + later) * largest - there)
     free = shutil.disk_usage(_existing(study.folder)).free
     if free >= needed:
         return []

@@ -20,7 +20,7 @@ from carmodels.study import FOLD, FOLD_IN, TRAINED, Status, Study, TrialRecord, 
 from carmodels.submission import write_submission
 from tune.confirm import CONTENDERS, SLOWER, described, expected_seconds, judged
 from tune.costs import Costs, times_as_long
-from tune.folds import MOST_FOLDED, configs_of, gather, ready, whole
+from tune.folds import MOST_FOLDED, configs_of, gather, ready
 from tune.searcher import Queue
 from tune.stages import RETRAIN_SHARE, Clock, Say
 from tune.trials import Job, Watch, run_trials
@@ -221,15 +221,14 @@ def _to_train(
             "with --trial"
         )
     there: TrialConfig | None = None  # the best of what there are runs of
+    some = False
     for longest in way.all_of(chosen.config, names):
         like = replace(longest, head_seed=chosen.config.start)  # so that they make a soup
         runs = _again(study, chosen, like)
         done = {r.config.seed for r in runs if r.whole}
-        there = there or (like if runs else None)
-        short = {
-            r.config.seed for r in runs if not r.whole
-        }  # cut by the clock: they stay, and others are whole
-        free = (seed for seed in itertools.count(first) if seed not in short)
+        there, some = there or (like if runs else None), some or bool(done)
+        cut = {r.config.seed for r in runs if not r.whole}  # they stay, and other seeds are whole
+        free = (seed for seed in itertools.count(first) if seed not in cut)
         configs = [replace(like, seed=seed) for seed in itertools.islice(free, seeds)]
         if like.continues:
             configs = [_onto(c, parents[i % len(parents)]) for i, c in enumerate(configs)]
@@ -238,7 +237,7 @@ def _to_train(
         count, planned = _fitting(len(missing), like.epochs, per_epoch, room.left, room.workers)
         if not missing or (count and planned == like.epochs):
             return missing[:count], like
-    if there or not count:
+    if some or not count:
         return [], there or like  # a shorter schedule is only for want of a whole one
     return [replace(c, epochs=planned) for c in missing[:count]], replace(like, epochs=planned)
 
@@ -357,10 +356,9 @@ def retrain_folds(
     for record in gather(study):
         say(f"{record.trial_id}: {record.note} ({len(splits.train) + len(splits.val)} pictures).")
     study.write_table()
-    best = planned.get(chosen[0], chosen[0].config)
-    folded = whole(configs_of(best, folds)[0])
-    own = {r.trial_id: {"val": r.value} for r in ready(study) if r.config == folded}
-    _write_best(study, chosen[0], best, own)
+    own = [r for r in ready(study) if f" of {chosen[0].trial_id};" in r.note]
+    best = replace(own[0].config, folds=0) if own else chosen[0].config
+    _write_best(study, chosen[0], best, {r.trial_id: {"val": r.value} for r in own})
     return completed
 
 

@@ -292,7 +292,8 @@ def check_numbers(options: argparse.Namespace) -> None:
 def models_later(options: argparse.Namespace) -> int:
     """How many models the stages after the search may leave: reruns, retrained ones, folds, soups."""
     until = STAGES.index(options.until)
-    found = 1 + options.confirm if until >= STAGES.index("confirm") else 1  # and the recipe's
+    found = options.audit_stops  # until all of these have ended
+    found += 1 + options.confirm if until >= STAGES.index("confirm") else 1  # and the recipe's
     if until >= STAGES.index("retrain"):
         found += folds.MOST_FOLDED * options.folds if options.folds else retraining.SEEDS + CONTENDERS - 1
         found += retraining.SEEDS if options.fold_in else 0
@@ -315,7 +316,8 @@ def default_name(data: str | None) -> str:
 def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[Space, list[str]]:
     """The preset with the overrides, less the backbones without weights, and the names of those."""
     space = SPACES[preset]
-    for text in overrides:
+    first = ("backbone", "image_size")  # what other sizes are held against
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0] not in first):
         space = space.with_override(text)
     left_out = [name for name in space.backbones if not weights.has(name)]
     if len(left_out) == len(space.backbones):
@@ -421,7 +423,7 @@ def budget(
         return stages.Clock(begun, search=share), options.trials
     if bare:
         return stages.Clock(begun, 3600 * DEMO_HOURS, share), space.trials
-    on_gpus = torch.cuda.is_available() or options.preset == "gpu"  # those of a cluster, too
+    on_gpus = torch.cuda.is_available() or (options.address and options.preset == "gpu")
     return stages.Clock(begun, 3600 * (GPU_HOURS if on_gpus else CPU_HOURS), share), None
 
 

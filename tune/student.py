@@ -136,7 +136,7 @@ def _configured(study: Study, backbone: str, epochs: int | None) -> TrialConfig:
         epochs=epochs or LONGER * like.epochs,
         unfreeze="full",
         layer_decay=opened(like).layer_decay,
-        start_size=0,  # the teacher is asked of whole pictures at their full size
+        start_size=0,  # the teacher is asked about crops at their full size and strength
         test_size=0,
         schedule="cosine",
         augment=like.augment if AUGMENTS[like.augment].crop else "crop",
