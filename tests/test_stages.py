@@ -291,5 +291,13 @@ def test_folds_that_were_begun_are_gone_on_with(study: Study) -> None:
     study.append(replace(LUCKY, trial_id=begun.id, config=begun, stage="fold"))
     assert over_folds(study, math.inf, (LUCKY,)) == [(1e-3, 8)]
     assert over_folds(study, 140, (LUCKY,)) == []
+    shorter = replace(STEADY.config, folds=4, fold=0, epochs=5)
+    study.append(replace(STEADY, trial_id=shorter.id, config=shorter, stage="fold"))
+    assert over_folds(study, 200, (STEADY,)) == [(2e-3, 5)]
+    assert over_folds(study, math.inf, (STEADY,)) == [(2e-3, 5)]
+    for fold in (1, 2, 3):
+        other = replace(shorter, fold=fold)
+        study.append(replace(STEADY, trial_id=other.id, config=other, stage="fold"))
+    assert over_folds(study, math.inf, (STEADY,)) == [(2e-3, 16)]
     assert LUCKY in study.leaderboard()
     assert begun.id not in {r.trial_id for r in study.leaderboard()}

@@ -367,6 +367,15 @@ def _missing_folds(study: Study, like: TrialConfig, folds: int) -> list[TrialCon
     return [config for config in configs_of(like, folds) if config.id not in done]
 
 
+def _begun_folds(study: Study, record: TrialRecord, folds: int, way: Way) -> list[TrialConfig]:
+    """Schedules of other lengths, for want of time, of which some folds are there and some are not."""
+    like = replace(way.of(record.config)[0], patience=0)
+    others = (r.config for r in study.records() if r.stage == FOLD and r.config.folds == folds)
+    found = {replace(c, folds=0, fold=None) for c in others}
+    own = [c for c in found if not way.epochs and replace(c, epochs=like.epochs) == like]
+    return [c for c in own if _missing_folds(study, c, folds)]
+
+
 def _folds_to_train(
     study: Study,
     chosen: Sequence[TrialRecord],
@@ -379,7 +388,7 @@ def _folds_to_train(
     found: dict[TrialRecord, TrialConfig] = {}
     busy = [0.0] * room.workers  # seconds that each has work for
     for record in chosen:
-        ways = way.of(record.config)
+        ways = [*way.of(record.config), *_begun_folds(study, record, folds, way)]
         ways.sort(key=lambda like: len(_missing_folds(study, like, folds)) == folds)  # begun ones first
         for like in ways:
             each = room.seconds(record, like, train)
