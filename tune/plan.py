@@ -30,7 +30,7 @@ from tune.trials import Job, as_task
 
 _VERSION = 2  # of what a file of costs holds
 _PARTS = ("seconds", "bytes", "compiled")
-TRIAL_SHARE = 0.2  # of the time for searching that one trial may take on its worker
+TRIAL_SHARE = 0.4  # of the time for searching that one trial may take on its worker: results/search/NOTES.md
 _SAMPLE = 300  # random configurations over which a plan averages
 
 
@@ -64,7 +64,7 @@ class Plan:
         """
         if self.costs is None:
             return wanted, ""
-        # One trial runs on one worker: of many workers a fifth is more than the whole time of one.
+        # One trial runs on one worker: of many workers this share is more than the whole time of one.
         limit = min(share * self.core_seconds, 0.9 * self.core_seconds / self.workers)
         config = wanted
         for size in sorted((s for s in sizes if s <= wanted.image_size), reverse=True):

@@ -40,7 +40,7 @@ from simulation import Clock, Seen, simulate
 from surrogate import BACKBONES, Curves, Surrogate, errors, repeat_noise
 
 from carmodels.space import SPACES, Space, TrialConfig, suggest
-from tune.plan import Plan
+from tune.plan import TRIAL_SHARE, Plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws
 from tune.stages import grace_period
@@ -66,6 +66,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=30, help="how many")
     parser.add_argument("--first-seed", type=int, default=0, help="other than 0: a replication, kept apart")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET, help="seconds of searching, another is kept apart"
+    )
+    parser.add_argument(
+        "--trial-share", type=float, default=TRIAL_SHARE, help="of the budget that a trial of ours may take"
+    )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if not INSTALLED and "HyperBand + BOHB" in options.methods:
@@ -76,7 +82,14 @@ def main() -> None:
     print("surrogate on unseen configurations: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
     first = options.first_seed
     jobs = [(name, seed) for name in options.methods for seed in range(first, first + options.seeds)]
-    run = partial(one, curves=options.curves, half=options.half, trees=options.trees)
+    run = partial(
+        one,
+        curves=options.curves,
+        half=options.half,
+        trees=options.trees,
+        budget=options.budget,
+        share=options.trial_share,
+    )
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         outcomes = list(pool.map(run, jobs, chunksize=5))
     by_method = {
@@ -84,6 +97,8 @@ def main() -> None:
         for name in options.methods
     }
     parts = [options.half, *(["trees"] if options.trees else []), *([f"from-{first}"] if first else [])]
+    if options.budget != BUDGET or options.trial_share != TRIAL_SHARE:
+        parts.append(f"{options.budget:g}-seconds-share-{options.trial_share:g}")
     report(by_method, "-".join(parts))
 
 
@@ -130,7 +145,9 @@ def prepared(path: Path, half: str, trees: bool) -> tuple[Surrogate, Space, floa
     return surrogate, space, float(surrogate.means(configs).max())
 
 
-def one(job: tuple[str, int], curves: Path, half: str, trees: bool) -> list[float]:
+def one(
+    job: tuple[str, int], curves: Path, half: str, trees: bool, budget: float, share: float
+) -> list[float]:
     """Regret in points at each fraction, seconds to within a point of the best, and trials, of one search."""
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -138,21 +155,22 @@ def one(job: tuple[str, int], curves: Path, half: str, trees: bool) -> list[floa
     np.random.seed(seed)  # noqa: NPY002  Ray's schedulers draw from it
     surrogate, space, best = prepared(curves, half, trees)
     clock = Clock()
-    searcher, scheduler = METHODS[name](seed, surrogate, space, clock)
+    method = partial(ours, budget=budget, share=share) if name == "ours" else METHODS[name]
+    searcher, scheduler = method(seed, surrogate, space, clock)
     seen = simulate(
         searcher,
         scheduler,
         surrogate,
         stamp=STAMP,
         metric=METRIC,
-        budget=BUDGET,
+        budget=budget,
         workers=WORKERS,
         seed=seed,
         clock=clock,
     )
     in_hand = held(seen, finished_only=name.startswith("ours"))
-    regrets = [100 * (best - worth(in_hand, fraction * BUDGET)) for fraction in FRACTIONS]
-    within = next((at for at, mean in in_hand if mean >= best - 0.01), BUDGET)
+    regrets = [100 * (best - worth(in_hand, fraction * budget)) for fraction in FRACTIONS]
+    within = next((at for at, mean in in_hand if mean >= best - 0.01), budget)
     return [*regrets, within, float(len({result.trial for result in seen}))]
 
 
@@ -210,7 +228,15 @@ def at_random(seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def ours(seed: int, surrogate: Surrogate, space: Space, clock: Clock) -> tuple[Searcher, TrialScheduler]:
+def ours(
+    seed: int,
+    surrogate: Surrogate,
+    space: Space,
+    clock: Clock,
+    *,
+    budget: float = BUDGET,
+    share: float = TRIAL_SHARE,
+) -> tuple[Searcher, TrialScheduler]:
     """The searcher and the scheduler of a search, as `stages.search` makes them."""
     searcher = Draws(
         space,
@@ -219,14 +245,14 @@ def ours(seed: int, surrogate: Surrogate, space: Space, clock: Clock) -> tuple[S
         mode="max",
         seed=seed,
         limit=None,
-        fits=Plan(surrogate.curves.costs(), BUDGET, WORKERS).fits,
+        fits=Plan(surrogate.curves.costs(), budget, WORKERS, longest=share * budget).fits,
     )
     scheduler = Scheduler(
         metric=METRIC,
         mode="max",
         epochs=EPOCHS,
         grace_period=grace_period(EPOCHS),
-        deadline=Deadline(draw_until=BUDGET, end=BUDGET),
+        deadline=Deadline(draw_until=budget, end=budget),
     )
     return searcher, scheduler
 
