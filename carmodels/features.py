@@ -49,22 +49,20 @@ class FeatureStore:
                 found, buffer = compute().astype(np.float16), io.BytesIO()
                 np.save(buffer, found, allow_pickle=False)
                 write_whole(path, buffer.getvalue())
-                with FileLock(
-                    self.folder / ".room.lock"
-                ):  # what one has seen another must not delete meanwhile
-                    self._make_room()
+                self._make_room()
         with suppress(FileNotFoundError):  # another process may have made room
             os.utime(path)
         return found
 
     def _make_room(self) -> None:
         """Delete the files that were not read for longest, until what is left is within the limit."""
-        files = sorted(self.folder.glob("*.npy"), key=lambda p: p.stat().st_mtime, reverse=True)
-        kept = 0
-        for number, path in enumerate(files):
-            kept += path.stat().st_size
-            if number and kept > self.limit:  # the newest stays: it is about to be read
-                path.unlink(missing_ok=True)
+        with FileLock(self.folder / ".room.lock"):  # what one has seen another must not delete meanwhile
+            files = sorted(self.folder.glob("*.npy"), key=lambda p: p.stat().st_mtime, reverse=True)
+            kept = 0
+            for number, path in enumerate(files):
+                kept += path.stat().st_size
+                if number and kept > self.limit:  # the newest stays: it is about to be read
+                    path.unlink(missing_ok=True)
 
 
 def _read(path: Path, rows: int) -> np.ndarray | None:

@@ -401,9 +401,7 @@ class _Known(dict[str, Any]):
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         super().__init__(values)
-        self._path = (
-            path  # not `path`: what a file says may have a key of that name, and templates ask for it so
-        )
+        self._path = path  # templates ask for a key as for an attribute, and a file may have a key `path`
 
     def __missing__(self, key: str) -> NoReturn:
         raise LackingKey(
