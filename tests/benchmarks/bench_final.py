@@ -1,16 +1,17 @@
 """python tests/benchmarks/bench_final.py --data ../shared/data/cars9 --weights ../shared/weights
 
-Whole jobs of the same length from several splits: is the ensemble better than the best single trial, and by
-how much than the competitor's recipe? Right and wrong answers on each split's audit pictures are kept in
-results/final/answers.csv as a run ends, and the run is not made again; results/final/final.csv holds what all
-of them come to. Intervals are by bootstrap over pictures, since a picture can be in the audit of several
-splits.
+Whole jobs of the same length from several splits: is the ensemble better than the search's best trial and
+than the best single model, which may be a retrained one, and by how much than the competitor's recipe? Each
+is chosen on val. Right and wrong answers on each split's audit pictures are kept in results/final/answers.csv
+as a run ends, and the run is not made again; results/final/final.csv holds what all of them come to.
+Intervals are by bootstrap over pictures, since a picture can be in the audit of several splits.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,11 +25,17 @@ from rich.table import Table
 
 from carmodels.predictions import Interval
 from carmodels.study import Study, read_json
+from tune.stages import RECIPE
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "results" / "final"
-MODELS = ("ensemble", "single", "recipe")
-COMPARED = (("ensemble", "single", 0.0), ("ensemble", "recipe", 3.0), ("single", "recipe", None))  # + target
+MODELS = ("ensemble", "single", "trial", "recipe")
+COMPARED = (  # and the target
+    ("ensemble", "trial", 0.0),
+    ("ensemble", "single", None),
+    ("ensemble", "recipe", 3.0),
+    ("trial", "recipe", None),
+)
 RESAMPLES = 10_000
 
 
@@ -42,6 +49,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=0.5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--most", type=int, help="end after so many runs")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the studies there")
     parser.add_argument("--only-report", action="store_true", help="no runs, only the table")
     options, more = parser.parse_known_args()  # what it does not know goes to the search
     known = answers()
@@ -49,6 +57,8 @@ def main() -> None:
     for seed in [] if options.only_report else missing[: options.most]:
         with tempfile.TemporaryDirectory() as folder:
             found = run(seed, options, more, Path(folder))
+            if options.keep:
+                shutil.copytree(Path(folder) / "study", options.keep / f"seed-{seed}")
         known = pd.concat([known, found])
         FOLDER.mkdir(parents=True, exist_ok=True)
         known.to_csv(FOLDER / "answers.csv", index=False, lineterminator="\n")
@@ -80,10 +90,12 @@ def run(seed: int, options: argparse.Namespace, more: Sequence[str], folder: Pat
     subprocess.run([*command, *more], cwd=folder, check=True)
     study = Study(folder / "study")
     labels = study.labels("audit")
-    recipe = next(r.trial_id for r in study.leaderboard() if r.note.startswith("the competitor's recipe"))
+    ranked = study.leaderboard()
+    recipe = next(r.trial_id for r in ranked if r.note.startswith(RECIPE))
+    trial = next(r.trial_id for r in ranked if r.stage == "search")
     single = read_json(study.ensemble_file)["val"]["single"]["trial_id"]
     found = pd.DataFrame({"seed": seed, "id": list(labels)})
-    for model, name in zip(MODELS, ("ensemble", single, recipe), strict=True):
+    for model, name in zip(MODELS, ("ensemble", single, trial, recipe), strict=True):
         probs = study.predictions(name, "audit").aligned(list(labels)).probs
         found[model] = (probs.argmax(axis=1) == np.array(list(labels.values()))).astype(int)
     return found
