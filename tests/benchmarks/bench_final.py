@@ -3,8 +3,8 @@
 Whole jobs of the same length from several splits: is the ensemble better than the search's best trial and
 than the best single model, which may be a retrained one, and by how much than the competitor's recipe? Each
 is chosen on val. Right and wrong answers on each split's audit pictures are kept in results/final/answers.csv
-as a run ends, and the run is not made again; results/final/final.csv holds what all of them come to.
-Intervals are by bootstrap over pictures, since a picture can be in the audit of several splits.
+as a run ends, and a run of this length is not made again; results/final/final.csv holds what all of them come
+to. Intervals are by bootstrap over pictures, since a picture can be in the audit of several splits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,28 +50,30 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="end after so many runs")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the studies there")
     parser.add_argument("--only-report", action="store_true", help="no runs, only the table")
-    options, more = parser.parse_known_args()  # what it does not know goes to the search
+    options = parser.parse_args()
     known = answers()
+    known = known[known["hours"] == options.hours]
     missing = [seed for seed in range(options.seeds) if seed not in set(known["seed"])]
     for seed in [] if options.only_report else missing[: options.most]:
         with tempfile.TemporaryDirectory() as folder:
-            found = run(seed, options, more, Path(folder))
+            found = run(seed, options, Path(folder))
+            known = pd.concat([known, found])
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            known.to_csv(FOLDER / "answers.csv", index=False, lineterminator="\n")
             if options.keep:
-                shutil.copytree(Path(folder) / "study", options.keep / f"seed-{seed}")
-        known = pd.concat([known, found])
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        known.to_csv(FOLDER / "answers.csv", index=False, lineterminator="\n")
-    report(known)
+                shutil.copytree(Path(folder) / "study", options.keep / f"seed-{seed}", dirs_exist_ok=True)
+    if len(known):
+        report(known)
 
 
 def answers() -> pd.DataFrame:
     """A row a picture and split: 1 where the model's answer was right, else 0."""
     path = FOLDER / "answers.csv"
-    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["seed", "id", *MODELS])
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["seed", "hours", "id", *MODELS])
 
 
-def run(seed: int, options: argparse.Namespace, more: Sequence[str], folder: Path) -> pd.DataFrame:
-    """One whole job in a process of its own; which of its audit pictures each model got right."""
+def run(seed: int, options: argparse.Namespace, folder: Path) -> pd.DataFrame:
+    """One whole job in a process of its own; which of its audit pictures each model that it has got right."""
     command = [
         *(sys.executable, str(ROOT / "tune" / "search.py"), "--plain", "--hours", str(options.hours)),
         *("--data", str(options.data.absolute()), "--weights", str(options.weights.absolute())),
@@ -87,15 +88,18 @@ def run(seed: int, options: argparse.Namespace, more: Sequence[str], folder: Pat
             str(folder / "cache"),
         ),
     ]
-    subprocess.run([*command, *more], cwd=folder, check=True)
+    subprocess.run(command, cwd=folder, check=True)
     study = Study(folder / "study")
     labels = study.labels("audit")
     ranked = study.leaderboard()
-    recipe = next(r.trial_id for r in ranked if r.note.startswith(RECIPE))
+    recipe = next((r.trial_id for r in ranked if r.note.startswith(RECIPE)), None)
     trial = next(r.trial_id for r in ranked if r.stage == "search")
     single = read_json(study.ensemble_file)["val"]["single"]["trial_id"]
-    found = pd.DataFrame({"seed": seed, "id": list(labels)})
+    found = pd.DataFrame({"seed": seed, "hours": options.hours, "id": list(labels)})
     for model, name in zip(MODELS, ("ensemble", single, trial, recipe), strict=True):
+        if name is None:
+            found[model] = np.nan
+            continue
         probs = study.predictions(name, "audit").aligned(list(labels)).probs
         found[model] = (probs.argmax(axis=1) == np.array(list(labels.values()))).astype(int)
     return found
@@ -105,9 +109,9 @@ def report(known: pd.DataFrame) -> None:
     """Print and write shares of right answers over all splits and their differences, in points."""
     names = ["what", "splits", "answers", "points", "95 % interval", "target"]
     rows = []
-    for model in MODELS if len(known) else ():
+    for model in MODELS:
         rows.append([model, *described(known, interval(known, known[model]), "")])
-    for better, worse, target in COMPARED if len(known) else ():
+    for better, worse, target in COMPARED:
         found = interval(known, known[better] - known[worse])
         aim = "" if target is None else f"low end above {target:g}" if target == 0 else f"at least {target:g}"
         rows.append([f"{better} less {worse}", *described(known, found, aim)])

@@ -56,7 +56,7 @@ def main() -> None:
             found[name].append((score, predicted, alone))
             ends = f"{predicted.low:.4f} to {predicted.high:.4f}"
             print(f"{seed:2}  {name:9} audit {predicted.value:.4f}  predicted {ends}  came to {score:.4f}")
-    case = "cars9" if options.data else "demo"
+    case = options.data.name if options.data else "demo"
     rows = [
         Row(
             f"{case}, {name}: pseudo-tests in their prediction interval; theirs: in that of audit alone",

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,15 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="end after so many runs")
     options = parser.parse_args()
     jobs = [(seed, arm) for seed in range(options.seeds) for arm in ARMS]
-    missing = [job for job in jobs if job not in {(int(r["seed"]), r["arm"]) for r in runs()}]
+    done = {(int(r["seed"]), r["arm"]) for r in runs(options.minutes)}
+    missing = [job for job in jobs if job not in done]
     for seed, arm in missing[: options.most]:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             found = run(arm, seed, options, Path(folder))
-        keep({"arm": arm, "seed": seed, **found, "wall": round(time.monotonic() - started)})
-    report()
+        wall = round(time.monotonic() - started)
+        keep({"arm": arm, "seed": seed, "minutes": options.minutes, **found, "wall": wall})
+    report(runs(options.minutes))
 
 
 def run(arm: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -157,17 +160,18 @@ def search_as_the_tutorial(arguments: list[str]) -> int:
     stages.Draws = TutorialDraws  # type: ignore[misc]
     stages.Scheduler = TutorialScheduler  # type: ignore[misc]
     stages.search_share = lambda **asked: SEARCH_SHARE
+    stages.LATE_SHARE = 0.0  # no stage follows whose time a slow trial could have
     retraining.retrain_all = lambda *given, **named: True
     return search.main(arguments)
 
 
-def runs() -> list[dict[str, str]]:
-    """The runs that were made."""
+def runs(minutes: float | None = None) -> list[dict[str, str]]:
+    """The runs that were made, or those of this length."""
     path = FOLDER / "real-runs.csv"
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if minutes in (None, float(row["minutes"]))]
 
 
 def keep(found: dict[str, Any]) -> None:
@@ -180,10 +184,10 @@ def keep(found: dict[str, Any]) -> None:
         writer.writerows([*known, found])
 
 
-def report() -> None:
+def report(made: Iterable[Mapping[str, str]]) -> None:
     """Print and write right answers pooled over the splits, with 95 % intervals."""
     counts: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    for row in runs():
+    for row in made:
         for name in MODELS:
             if row[f"{name} right"]:
                 counts[row["arm"], name].append((int(row[f"{name} right"]), int(row["pictures"])))

@@ -99,6 +99,10 @@ def main() -> None:
     parts = [options.half, *(["trees"] if options.trees else []), *([f"from-{first}"] if first else [])]
     if options.budget != BUDGET or options.trial_share != TRIAL_SHARE:
         parts.append(f"{options.budget:g}-seconds-share-{options.trial_share:g}")
+    if options.methods != parser.get_default("methods"):
+        parts += [name.replace(" ", "") for name in options.methods]
+    if options.seeds != parser.get_default("seeds"):
+        parts.append(f"{options.seeds}-seeds")
     report(by_method, "-".join(parts))
 
 

@@ -2,8 +2,9 @@
 
 Trials an hour: the workers of a search against the training function of Ray's own tutorials (`tutorial.py`),
 both through Ray Tune on the same cores, on the same list of configurations, stopped at the same epochs, on
-the same pictures of train and val. Then ours with one thing taken away at a time, which says where the gain
-is from. With --data and --weights also on those pictures, in the `cpu` preset, else on the demo's alone.
+the same pictures of train and val. Ours finds them decoded: that takes its time once for a data set, and is
+not in here. Then ours with one thing taken away at a time, which says where the gain is from. With --data and
+--weights also on those pictures, in the `cpu` preset, else on the demo's alone.
 """
 
 from __future__ import annotations

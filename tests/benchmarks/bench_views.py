@@ -100,7 +100,7 @@ def main() -> None:
     together = {view: stack.mean(axis=0, keepdims=True) for view, stack in stacks.items()}
     rows = list(judged("single models", stacks, labels))
     rows += judged(f"mean of {options.seeds} models", together, labels)
-    case = "cars9" if options.data else "demo"
+    case = options.data.name if options.data else "demo"
     write(PLACE / f"views{'' if options.data else '-demo'}.csv", rows, case, config, options)
 
 
