@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class Soup:
     ingredients: tuple[Ingredient, ...]
     model: Classifier
     val: Predictions
+    tried: int  # models that it was tried from: fewer than were given where the time was up
 
 
 def kind(config: TrialConfig) -> Hashable | None:
@@ -74,7 +75,7 @@ def greedy_soup(
         probs = val.aligned(splits.val.ids).probs
         return metric.gain(metric.score(probs, labels), 0.0), -log_loss(probs, labels)
 
-    chosen, soup = [ingredients[0]], None
+    chosen, soup, tried = [ingredients[0]], None, 1
     best = worth(ingredients[0].val)
     for candidate in ingredients[1:]:
         if time.time() > until:
@@ -83,7 +84,8 @@ def greedy_soup(
         if worth(mixed.val) >= best:
             best, soup = worth(mixed.val), mixed
             chosen.append(candidate)
-    return soup
+        tried += 1
+    return replace(soup, tried=tried) if soup else None
 
 
 def _mixed(ingredients: Sequence[Ingredient], splits: Splits, device: str, processes: int) -> Soup:
@@ -93,7 +95,7 @@ def _mixed(ingredients: Sequence[Ingredient], splits: Splits, device: str, proce
     model = model.to(device).to(memory_format=torch.channels_last)
     refresh_statistics(model, config, splits, device=device, processes=processes)
     val = predict(model, splits, splits.val, config=config, device=device, processes=processes)
-    return Soup(tuple(ingredients), model, val)
+    return Soup(tuple(ingredients), model, val, len(ingredients))
 
 
 def mean_state(paths: Sequence[Path]) -> dict[str, torch.Tensor]:

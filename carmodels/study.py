@@ -54,7 +54,7 @@ class TrialRecord:
     reason: str  # why it ended, a sentence
     stage: str = "search"  # or one of those above, "soup", "student"; in the study of stops "audit"
     note: str = ""  # e.g. that this is the competitor's recipe
-    at: float = 0.0  # seconds from the start of the command that ran it to the trial's end
+    at: float = 0.0  # seconds of its stage, since its command began and in earlier commands, up to its end
     curve: tuple[EpochMetrics, ...] = ()
 
     @property

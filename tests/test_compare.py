@@ -64,7 +64,7 @@ def test_curves_and_costs_have_a_colour_a_study(pair: tuple[Study, Study]) -> No
     for study, name in zip(pair, ("one", "two"), strict=True):
         rows = [r for r in next(iter(found["rivals"]["datasets"].values())) if r["study"] == name]
         assert rows[-1]["value"] == max(r["value"] for r in rows) == study.leaderboard()[0].value
-        assert rows[-1]["minutes"] == max(charts.elapsed(study.records())) / 60
+        assert rows[-1]["minutes"] == max(r.at for r in study.records()) / 60
         spent = [r for r in next(iter(found["spent"]["datasets"].values())) if r["study"] == name]
         assert sum(r["minutes"] for r in spent) == pytest.approx(sum(r.seconds for r in study.records()) / 60)
 

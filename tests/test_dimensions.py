@@ -202,6 +202,14 @@ def test_at_the_natural_limit_there_is_nothing_to_widen() -> None:
     assert len(told(*5 * [{"label_smoothing": 0.1}], space=smoothed)) == 1
 
 
+def test_sizes_are_not_widened_beyond_what_goes_with_the_other_sizes() -> None:
+    small = Space({**SPACE.dimensions, "start_size": Choice((0, 16, 24))}, SPACE.fixed)
+    assert len(told(*5 * [{"start_size": 24}], space=small)) == 1
+    large = Space({**SPACE.dimensions, "start_size": Choice((0, 16, 32))}, SPACE.fixed)
+    assert not told(*5 * [{"start_size": 32}], space=large)  # the smallest pictures have 32 px
+    assert not told(*5 * [{"image_size": 32, "start_size": 16}], space=small.with_override("start_size=0,32"))
+
+
 def test_what_a_trial_did_not_draw_lies_at_no_edge() -> None:
     assert [e.name for e in best_five({"dropout": 0.5})] == ["dropout"]
     assert not told({"dropout": 0.5, "head_depth": 0})

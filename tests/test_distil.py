@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,19 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
     assert (like.continues, like.layer_decay) == ("", 0.5)
 
 
+def test_a_student_is_trained_longer_than_the_space_says_and_not_than_a_shortened_recipe(
+    study: Study, tmp_path: Path
+) -> None:
+    other = Study(tmp_path / "other")
+    fixed = {"backbone": "test_resnet", "image_size": 32, "epochs": 6}
+    for facts, epochs in (({}, 12), ({"space": {"dimensions": {}, "fixed": fixed}}, 24)):
+        other.begin({**study.facts, **facts, "pictures": {}}, [])
+        config = CONFIGS[0]  # 3 epochs
+        other.append(TrialRecord(config.id, config, Status.FINISHED, 3, 0.6, 1.0, "ran"))
+        assert student._configured(other, "test_resnet", None).epochs == epochs
+        assert student._configured(other, "test_resnet", 7).epochs == 7
+
+
 def test_a_study_is_distilled_and_the_student_answers(
     study: Study, splits: Splits, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +175,19 @@ def test_what_cannot_be_distilled_is_one_line(
 
     assert said(str(study.folder), "--epochs", "0") == "error: --epochs 0 must be from 1 to 10000\n"
     assert "is no study: it holds no study.json" in said(str(tmp_path))
+    gone, empty = Study(tmp_path / "gone"), tmp_path / "weights"
+    facts = json.loads((study.folder / "study.json").read_text())
+    shutil.copytree(study.folder, gone.folder)
+    write_json(gone.folder / "study.json", {**facts, "weights": str(empty)})
+    cached = ("--cache", str(tmp_path / "cache"))
+    assert said(str(gone.folder), *cached) == (
+        f"error: --weights {empty} is no folder; give a folder of <timm name>.safetensors, hub or none\n"
+    )
+    empty.mkdir()
+    (empty / "nobody.safetensors").touch()
+    assert f"error: {empty} holds the weights of no backbone that is known here; bring" in said(
+        str(gone.folder), *cached
+    )
     bare = Study(tmp_path / "bare")
     bare.begin(json.loads((study.folder / "study.json").read_text()), [])
     cache = ("--cache", str(tmp_path / "cache"))

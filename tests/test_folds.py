@@ -14,12 +14,14 @@ from safetensors.torch import save
 from carmodels.data import Splits, assign_folds, with_fold
 from carmodels.files import write_whole
 from carmodels.models import Weights, load_weights
-from carmodels.predictions import Predictions, accuracy, blend
+from carmodels.predictions import Predictions, accuracy, blend, tempered
 from carmodels.space import TrialConfig
 from carmodels.study import FOLD, FOLD_IN, FOLDS, Status, Study, TrialRecord
 from carmodels.training import parted, predict
 from tune import folds, trials
+from tune.blend import Library, _affordable, _answers
 from tune.trials import Job, Workers
+from tune.views import Members, Paces
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -150,15 +152,105 @@ def test_an_ensemble_is_chosen_out_of_fold_where_all_candidates_have_folds(
 ) -> None:
     study = job.study
     plain = TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 1.0, "ran")
-    assert folds.judged_on(study, [plain]) == ([plain], "val", study.labels("val"))
+
+    def judged() -> tuple[list[TrialRecord], str, dict[str, int]]:
+        return folds.judged_on(study, [plain], folds.ready(study))
+
+    assert judged() == ([plain], "val", study.labels("val"))
     one = answers(study, config, 0.4)
-    assert folds.judged_on(study, [plain]) == ([plain, one], "val", study.labels("val"))
+    assert judged() == ([plain, one], "val", study.labels("val"))
     better = answers(study, replace(config, lr=1e-2), 0.6)
-    candidates, on, labels = folds.judged_on(study, [plain])
+    candidates, on, labels = judged()
     assert (candidates, on) == ([better, one], "oof")
     study.weights_file(folds.runs_of(study, better.config)[0].trial_id).write_bytes(b"cut")
-    assert folds.judged_on(study, [plain])[0] == [plain, one]
+    assert judged()[0] == [plain, one]
     assert set(labels) == {*job.splits.train.ids, *job.splits.val.ids}
+
+
+def test_folds_that_are_too_dear_leave_the_choice_to_single_models(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = job.study
+    plain = TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 1.0, "ran")
+    study.append(plain)
+    Predictions(tuple(study.labels("val")), ("0", "1"), np.full((len(job.splits.val), 2), 0.5)).save(
+        study.predictions_file(plain.trial_id, "val")
+    )
+    both = [answers(study, replace(config, lr=1e-2), 0.6), answers(study, config, 0.4)]
+    paces = Paces(job, {("test_resnet", 32): 0.004})  # 4 s for 1,000 pictures, folds 8 s
+    monkeypatch.setattr(Paces, "measure", lambda self, configs, views=(): None)
+    for most, expected in ((9.0, (both, "oof")), (5.0, ([plain], "val"))):
+        folded = _affordable(folds.ready(study), paces, most)
+        candidates, on, labels = folds.judged_on(study, [plain], folded)
+        assert (candidates, on) == expected
+        assert set(Library.of(study, candidates, on, labels, paces, most).probs) == {
+            r.trial_id for r in candidates
+        }
+
+
+def test_folds_that_were_trained_again_are_gathered_anew(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = job.study
+    first, second = (trained(one, job, FOLD, monkeypatch) for one in folds.configs_of(config, 2))
+    [old] = folds.gather(study)
+    assert folds.gather(study) == []
+    views = [study.predictions_file(old.trial_id, "val", "flip")]
+    views += [study.predictions_file(first.trial_id, "audit", "flip")]
+    for file in views:
+        write_whole(file, b"of the models before")
+    study.append(replace(first, status=Status.RUNNING))
+    assert folds.gather(study) == folds.ready(study) == []  # one of two models is no member
+    unsure = study.predictions(first.trial_id, "oof")
+    replace(unsure, probs=np.full_like(unsure.probs, 0.1)).save(study.predictions_file(first.trial_id, "oof"))
+    study.append(first)
+    [new] = folds.gather(study)
+    assert (new.trial_id, new.at) == (old.trial_id, old.at)
+    assert new.note != old.note
+    assert not any(file.exists() for file in views)
+    kept = study.predictions(second.trial_id, "oof")
+    oof = study.predictions(new.trial_id, "oof").aligned([*unsure.ids, *kept.ids])
+    np.testing.assert_allclose(oof.probs[: len(unsure.ids)], 0.1)
+    np.testing.assert_array_equal(oof.probs[len(unsure.ids) :], kept.probs)
+    assert folds.gather(study) == []
+    assert folds.ready(study) == [new]
+
+
+def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_mean(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an ensemble of folds alone; one model answers a val picture, two the others."""
+    study, rng = job.study, np.random.default_rng(0)
+    weights: dict[TrialRecord, float] = {}
+
+    def said(trial_id: str, split: str) -> None:
+        ids = getattr(job.splits, split).ids
+        odds = np.exp(3 * rng.normal(size=(len(ids), 2)))
+        probs = odds / odds.sum(axis=1, keepdims=True)
+        Predictions(ids, ("0", "1"), probs).save(study.predictions_file(trial_id, split))
+
+    for lr, weight in ((1e-2, 0.75), (1e-3, 0.25)):
+        record = answers(study, replace(config, lr=lr), 0.5)
+        weights[record] = weight
+        for one in (record, *folds.runs_of(study, record.config)):
+            for split in ("val", "audit", "test"):
+                said(one.trial_id, split)
+    given = {r.trial_id: t for r, t in zip(weights, (2.0, 0.5), strict=True)}
+    monkeypatch.setattr(Members, "show", lambda self, split, views: [])
+    labels = dict.fromkeys(job.splits.val.ids, 0) | dict.fromkeys(job.splits.val.ids[::2], 1)
+    blended, temperature = _answers(Members(job, weights, given), ("plain",), labels)
+    assert temperature == 1.0
+    expected = sum(
+        weight / 2 * tempered(study.predictions(run.trial_id, "audit").probs, given[record.trial_id])
+        for record, weight in weights.items()
+        for run in folds.runs_of(study, record.config)
+    )
+    np.testing.assert_allclose(blended["audit"].probs, expected, atol=1e-6)
+    plain = TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 1.0, "ran")
+    for split in ("val", "audit", "test"):
+        said(plain.trial_id, split)
+    mixed = Members(job, {**weights, plain: 1.0}, {**given, plain.trial_id: 1.0})
+    assert _answers(mixed, ("plain",), labels)[1] != 1.0
 
 
 def test_predictions_of_different_pictures_are_joined() -> None:

@@ -82,11 +82,19 @@ def test_more_trials_than_lines_are_counted(recorder: Recorder) -> None:
 
 
 def test_the_plain_line_says_the_same(recorder: Recorder) -> None:
+    recorder.recorded = set("12345")
     now = standing(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)
     assert line(now) == (
         "search: 5 of 20 trials ended, 2 running, 1 stopped, 2 failed, "
         "best 0.8300 (mobilenetv2_100 160px head0 gradual), epochs 3/8 0/8, 30 s used, 90 s left"
     )
+
+
+def test_a_resumed_search_is_as_fast_as_the_trials_since_it_began(recorder: Recorder) -> None:
+    assert line(standing(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)).endswith("30 s used")
+    recorder.recorded = {"5"}
+    now = standing(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)
+    assert line(now).endswith("30 s used, 8 min left")
 
 
 def test_a_metric_to_minimise_has_its_lowest_as_the_best(recorder: Recorder) -> None:

@@ -278,10 +278,9 @@ def test_what_failed_is_told_by_reason_the_commonest_first(study: Study) -> None
     assert rows[1].startswith(f"1{html.escape(EVIL, quote=False)[:20]}")
 
 
-def test_a_resumed_search_goes_on_where_the_first_part_ended(study: Study) -> None:
+def test_the_best_so_far_is_that_of_the_trials_that_had_ended(study: Study) -> None:
     board = study.leaderboard()
-    ends = [replace(board[0], at=at) for at in (60.0, 120.0, 30.0, 90.0)]
-    assert charts.elapsed(ends) == [60.0, 120.0, 150.0, 210.0]
+    ends = [replace(board[0], at=at) for at in (60.0, 120.0, 150.0, 210.0)]
     values = [replace(r, value=v) for r, v in zip(ends, (0.5, 0.4, 0.7, 0.6), strict=True)]
     rows = next(iter(charts.progress(values, "accuracy")["datasets"].values()))
     searched = [(r["minutes"], r["value"]) for r in rows if r["order"] == "as searched"]
@@ -304,6 +303,13 @@ def test_of_many_classes_the_least_recognised_are_drawn() -> None:
         assert "Of 60 classes the 30 that are least often recognised" in part.words
     rows = next(iter(parts[1].chart["datasets"].values()))
     assert {row["name"] for row in rows} == {f"class {k}" for k in range(1, 60, 2)}
+
+
+def test_shares_count_the_answers_of_classes_that_are_not_drawn() -> None:
+    counts = np.array([[3, 0, 7], [1, 1, 0], [0, 0, 2]])
+    rows = next(iter(charts.confusion(counts, ["a", "b", "c"], [0, 1])["datasets"].values()))
+    found = {(row["truth"], row["answer"]): (row["pictures"], row["share"]) for row in rows}
+    assert found == {("a", "a"): (3, 0.3), ("b", "a"): (1, 0.5), ("b", "b"): (1, 0.5)}
 
 
 def test_mistakes_are_listed_and_shown_where_there_are_thumbnails(study: Study) -> None:

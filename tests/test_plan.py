@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from carmodels.features import VIEWS_KEPT
 from carmodels.space import SPACES, TrialConfig, baseline
 from carmodels.study import write_json
 from tune.costs import CONTEXT_BYTES, FORWARD_SHARE, MEMORY_SPARE, Compiled, Costs, times_as_long
@@ -31,16 +32,21 @@ def test_cost_between_two_measured_sizes_goes_with_the_area() -> None:
 
 
 @pytest.mark.parametrize(("strategy", "head_only"), [("frozen", 8), ("full", 0), ("once", 2), ("gradual", 1)])
-def test_frozen_epochs_cost_a_forward_pass(strategy: str, head_only: int) -> None:
+def test_frozen_epochs_cost_a_forward_pass_for_what_is_not_stored_yet(strategy: str, head_only: int) -> None:
     config = replace(RECIPE, unfreeze=strategy)
-    frozen, learning = 0.009 * FORWARD_SHARE * 800, 0.009 * (700 + FORWARD_SHARE * 100)
-    assert COSTS.schedule(config) == pytest.approx(head_only * frozen + (8 - head_only) * learning)
+    train, val = 0.009 * FORWARD_SHARE * 700, 0.009 * FORWARD_SHARE * 100
+    learning, left = (8 - head_only) * (0.009 * 700 + val), 3 * val  # of val, audit and test
+    stored = min(head_only, VIEWS_KEPT) * train + min(head_only, 1) * val
+    costs = replace(COSTS, others=200)
+    assert costs.schedule(config) == pytest.approx(stored + learning + left)
+    mixed = costs.schedule(replace(config, mixup=0.2))
+    assert mixed == pytest.approx(head_only * (train + val) + learning + left)
 
 
 def test_growing_pictures_cost_their_area_and_larger_test_pictures_theirs() -> None:
     config = replace(RECIPE, unfreeze="full", start_size=48)
     areas = sum((config.shown_size(n) / 96) ** 2 for n in range(1, 9))
-    shown = 8 * FORWARD_SHARE * 100
+    shown = 9 * FORWARD_SHARE * 100  # once more by the finished trial
     assert areas < 8
     assert COSTS.schedule(config) == pytest.approx(0.009 * (areas * 700 + shown))
     larger = replace(RECIPE, unfreeze="full", test_size=192)
@@ -113,7 +119,7 @@ def test_a_space_of_one_size_needs_one_measurement() -> None:
     single = Costs({"test_resnet": {64: 0.002}}, train=10, val=10)
     assert single.picture("test_resnet", 64) == 0.002
     config = TrialConfig(backbone="test_resnet", image_size=64, epochs=1)
-    assert single.schedule(config) == pytest.approx(0.002 * (10 + FORWARD_SHARE * 10))
+    assert single.schedule(config) == pytest.approx(0.002 * (10 + FORWARD_SHARE * (10 + 10)))
 
 
 GB = 10**9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -149,6 +150,21 @@ def test_answers_are_printed_and_written(
         assert probs == pytest.approx(expected.tolist(), abs=2e-3)
         assert row["class"] == audit.classes[int(np.argmax(probs))]
         assert row["sure"] == "yes"
+
+
+def test_a_name_that_is_not_utf8_leaves_the_other_answers_alone(
+    study: Study, audit: Predictions, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "mine", tmp_path / "answers.csv"
+    folder.mkdir()
+    for name in ("a.jpg", os.fsdecode(b"caf\xe9.jpg")):
+        shutil.copy(picture(drawn, audit.ids[0]), folder / name)
+    assert answered([str(study.folder), str(folder), "--not-sure", "0", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert r"caf\udce9.jpg' (its name is not UTF-8, as names must be here: rename it)." in printed
+    assert "1 pictures, 0 of them 'not sure', 1 left out." in printed
+    rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
+    assert [Path(row["picture"]).name for row in rows] == ["a.jpg"]
 
 
 def test_what_is_asked_for_in_vain_is_one_line(

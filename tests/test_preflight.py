@@ -54,6 +54,22 @@ def found(tmp_path: Path) -> list[Finding]:
     return findings(Study(tmp_path / "results" / "a"), SPACE, Workers(4, 1, 0.0), tmp_path / "cache", later=5)
 
 
+def test_loader_processes_of_a_gpu_need_room_in_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plenty(monkeypatch, shared=64e6)
+    workers = Workers(1, 16, 1.0)
+    [said] = findings(Study(tmp_path / "results" / "a"), SPACE, workers, tmp_path / "cache", later=5)
+    each = 2 * 32 * 3 * SPACE.largest_size**2
+    assert said == Finding(
+        "/dev/shm has 0.06 GB free, loader processes hand over pictures there and need "
+        f"{15 * each / 1e9:.2f} GB; in a container: --shm-size=2g",
+        fatal=True,
+    )
+    plenty(monkeypatch, shared=3e9)
+    assert findings(Study(tmp_path / "results" / "a"), SPACE, workers, tmp_path / "cache", later=5) == []
+
+
 def test_a_machine_in_order_gives_no_finding(tmp_path: Path) -> None:
     assert found(tmp_path) == []
     assert not (tmp_path / "results" / "a").exists()

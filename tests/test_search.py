@@ -30,6 +30,7 @@ from carmodels.data import open_dataset
 from carmodels.ensemble import of_study
 from carmodels.models import Weights
 from carmodels.predictions import with_temperature
+from carmodels.space import SPACES
 from carmodels.study import TRAINED, Status, Study, read_json
 from tune import search, setup, stages
 from tune.confirm import judged, sentence
@@ -486,6 +487,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     cut = {r.trial_id for r in study.records() if r.status is Status.INTERRUPTED}
     kept = {r.trial_id: r for r in study.records() if r.status is not Status.INTERRUPTED}
     assert 0 < len(kept) < 5
+    before = max(r.at for r in study.records())
     assert study.table_file.is_file()
     result = place.run([*command, "--resume", "--audit-stops", "2"])
     assert result.returncode == 0, result.stderr
@@ -497,6 +499,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     records = {r.trial_id: r for r in study.records()}
     assert len(records) == 5
     assert {i: records[i] for i in kept} == kept
+    assert {i for i, r in records.items() if r.at > before} == set(records) - set(kept)
     assert not [r for r in records.values() if r.status is Status.INTERRUPTED]
 
 
@@ -528,10 +531,26 @@ def test_a_plain_tree_without_test_pictures_and_a_metric_to_minimise(place: Plac
     assert not study.submission_file.exists()
 
 
-def test_only_the_demo_without_any_option_overwrites_its_study() -> None:
-    assert search.is_bare(search.parser().parse_args([]))
-    assert not search.is_bare(search.parser().parse_args(["--trials", "3"]))
-    assert not search.is_bare(search.parser().parse_args(["--data", "x"]))
+@pytest.mark.parametrize(
+    ("arguments", "command", "overwrites"),
+    [
+        ("", "", True),
+        ("--plain", "", True),
+        ("", " --plain", True),
+        ("--trials 3", "", False),
+        ("--data x", "", False),
+        ("", " --trials 200 --hours 2", False),
+        ("", " --data /pictures/demo", False),
+    ],
+)
+def test_only_the_demo_without_any_option_overwrites_its_own_study(
+    tmp_path: Path, arguments: str, command: str, overwrites: bool
+) -> None:
+    study = Study(tmp_path / "demo")
+    options = search.parser().parse_args(arguments.split())
+    assert not search.repeats_the_demo(study, options)
+    study.begin({"command": f"python tune/search.py{command}"}, [])
+    assert search.repeats_the_demo(study, options) == overwrites
 
 
 @pytest.mark.parametrize(
@@ -586,6 +605,30 @@ def test_the_search_has_the_time_of_the_stages_nobody_asked_for() -> None:
     ends = (stages.SEARCH_SHARE, stages.CONFIRM_SHARE, stages.RETRAIN_SHARE)
     assert share(confirm=0, audit_stops=0) < stages.CONFIRM_SHARE
     assert ends == tuple(sorted(ends))
+
+
+@pytest.mark.parametrize(
+    ("options", "stage"),
+    [
+        ("--until search", "search"),
+        ("--until search --audit-stops 3", "audit"),
+        ("--until confirm", "confirm"),
+        ("--until confirm --confirm 0", "search"),
+        ("--until retrain", "retrain"),
+    ],
+)
+def test_the_last_stage_that_is_asked_for_has_nearly_all_of_the_time(options: str, stage: str) -> None:
+    typed = search.parser().parse_args(["--hours", "1", *options.split()])
+    clock, trials = search.budget(typed, SPACES["cpu"], bare=False, begun=0.0)
+    ends = {
+        "search": clock.at(clock.search),
+        "audit": clock.at(clock.search + stages.STOPS_SHARE),
+        "confirm": clock.at(stages.CONFIRM_SHARE),
+        "retrain": clock.at(stages.RETRAIN_SHARE),
+    }
+    assert (ends[stage], clock.at(1.0), trials) == (pytest.approx(0.97 * 3600), 3600, None)
+    whole, _ = search.budget(search.parser().parse_args(["--hours", "1"]), SPACES["cpu"], bare=False, begun=0)
+    assert (whole.at(stages.RETRAIN_SHARE), whole.last) == (0.88 * 3600, 1.0)
 
 
 def test_sizes_are_checked_against_what_the_space_has_in_the_end(weights: Weights) -> None:

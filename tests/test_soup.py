@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,7 +115,38 @@ def test_copies_of_a_poor_model_make_a_soup_and_strangers_do_not(
     soup = greedy_soup([poor, copy], splits)
     assert soup is not None
     assert [i.trial_id for i in soup.ingredients] == [one.trial_id, "copy"]
+    assert soup.tried == 2
+    tried = greedy_soup([poor, copy, stranger], splits)
+    assert tried is not None
+    assert (len(tried.ingredients), tried.tried) == (2, 3)
     assert greedy_soup([one, stranger], splits) is None
+
+
+def test_a_soup_says_of_how_many_models_the_time_held_a_try(
+    splits: Splits,
+    weights: Weights,
+    ingredients: list[Ingredient],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = Study(tmp_path / "cars")
+    study.begin({"metric": "accuracy"}, [])
+    group = []
+    for seed in range(3):  # one and the same model, said to be poor
+        config = replace(CONFIG, seed=seed, head_seed=0)
+        group.append(TrialRecord(config.id, config, Status.FINISHED, 4, 0.5, 1.0, "ran", stage="retrain"))
+        shutil.copy(ingredients[0].weights, study.weights_file(config.id))
+        unsure = replace(ingredients[0].val, probs=np.full_like(ingredients[0].val.probs, 0.1))
+        unsure.save(study.predictions_file(config.id, "val"))
+    job = Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
+    whole = soups._cook(job, "whole", group, math.inf)
+    assert whole is not None
+    assert whole.reason.endswith(" models of 3")
+    moments = iter([0.0, 2.0])  # the time is up before the third is tried
+    monkeypatch.setattr("carmodels.soup.time", SimpleNamespace(time=lambda: next(moments)))
+    cut = soups._cook(job, "cut", group, 1.0)
+    assert cut is not None
+    assert cut.reason == "the mean of the weights of 2 models of 3, the time was up after 2 of them"
 
 
 def test_a_soup_is_a_record_with_weights_and_answers_of_its_own(

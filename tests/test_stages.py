@@ -6,20 +6,36 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
 
 from carmodels.files import write_whole
+from carmodels.predictions import Predictions
 from carmodels.space import EpochMetrics, TrialConfig
-from carmodels.study import Status, Study, TrialRecord, read_json
+from carmodels.study import FOLD, FOLD_IN, Status, Study, TrialRecord, read_json, write_json
 from tune import retraining
 from tune.confirm import SLOWER, expected_seconds
 from tune.costs import Costs
-from tune.retraining import Room, Way, _announced, _beside, _chosen, _folds_to_train, _to_train, retrain
-from tune.stages import Clock
+from tune.plan import Plan
+from tune.retraining import (
+    Room,
+    Way,
+    _announced,
+    _beside,
+    _chosen,
+    _folds_to_train,
+    _missing_folds,
+    _to_train,
+    retrain,
+    retrain_folds,
+    retrain_on_everything,
+)
+from tune.stages import RECIPE, Clock, _to_run_again
 from tune.trials import Job, Watch, Workers
 
 
@@ -39,6 +55,27 @@ def study(tmp_path: Path) -> Study:
     for record in (LUCKY, STEADY, run(3e-3, 0.88)):
         study.append(record)
     return study
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "note", "seconds", "again"),
+    [
+        (Status.STOPPED, "the time for searching was up after epoch 7 of 8", "", 90, True),
+        (Status.STOPPED, "the time for searching was up after epoch 7 of 8", "", 70, False),
+        (Status.STOPPED, "rung at epoch 4: 0.5 against a cut-off of 0.6, rank 2 of 2", "", 90, False),
+        (Status.STOPPED, "the time was up", RECIPE, 70, True),
+        (Status.INTERRUPTED, "interrupted", "", 70, True),
+        (Status.RUNNING, "", "", 70, True),
+        (Status.FAILED, "CUDA out of memory", "", 90, False),
+        (Status.FINISHED, "ran its 8 epochs", "", 90, False),
+    ],
+)
+def test_a_resumed_search_runs_again_what_was_cut_off_and_what_there_is_time_for_now(
+    status: Status, reason: str, note: str, seconds: float, again: bool
+) -> None:
+    costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 80 s
+    plan = Plan(costs, time.time() + seconds, 1)
+    assert _to_run_again(replace(LUCKY, status=status, reason=reason, note=note), plan) == again
 
 
 def test_of_single_runs_the_best_is_retrained(study: Study) -> None:
@@ -301,3 +338,125 @@ def test_folds_that_were_begun_are_gone_on_with(study: Study) -> None:
     assert over_folds(study, math.inf, (STEADY,)) == [(2e-3, 16)]
     assert LUCKY in study.leaderboard()
     assert begun.id not in {r.trial_id for r in study.leaderboard()}
+
+
+def left_folds(study: Study, like: TrialConfig, *, cut_short: int) -> list[TrialRecord]:
+    """All four folds of it, the first so many of which the clock cut short."""
+    found = []
+    for fold in range(4):
+        config = replace(like, folds=4, fold=fold)
+        record = replace(LUCKY, trial_id=config.id, config=config, stage=FOLD)
+        found.append(cut(record) if fold < cut_short else record)
+        study.append(found[-1])
+    return found
+
+
+@pytest.mark.usefixtures("longer")
+def test_folds_that_the_clock_cut_short_are_trained_again_where_there_is_time(study: Study) -> None:
+    first, *_ = left_folds(study, LUCKY.config, cut_short=1)
+    assert _missing_folds(study, LUCKY.config, 4) == [first.config]
+    assert over_folds(study, 100, (LUCKY,)) == [(1e-3, 8)]
+    assert over_folds(study, 60, (LUCKY,)) == []  # what there is will do
+    left_folds(study, STEADY.config, cut_short=4)
+    assert over_folds(study, 190, (STEADY,)) == [(2e-3, 8)]
+    assert over_folds(study, 140, (STEADY,)) == []
+    shorter = replace(STEADY.config, epochs=6)  # planned so, and whole
+    left_folds(study, shorter, cut_short=0)
+    assert _missing_folds(study, shorter, 4) == []
+
+
+def a_job(study: Study) -> Job:
+    splits = SimpleNamespace(train=range(100), val=range(20), audit=range(20), test=range(2))
+    splits.sample_file = None
+    return Job(study, splits, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """In the place of training: `asked` holds the configurations, all of which get the status `ends`."""
+    told = SimpleNamespace(asked=[], ends=Status.FINISHED)
+
+    def run_trials(job: Job, *, stage: str, search_alg: Any, **more: Any) -> bool:
+        for config in search_alg._configs:
+            told.asked.append(config)
+            job.study.append(TrialRecord(config.id, config, told.ends, 1, 0.5, 1.0, "ran", stage))
+            if stage == FOLD_IN and told.ends is Status.FINISHED:
+                answer = Predictions(("a", "b"), ("0", "1"), np.eye(2))
+                answer.save(job.study.predictions_file(config.id, "test"))
+        return told.ends is not Status.INTERRUPTED
+
+    monkeypatch.setattr(retraining, "run_trials", run_trials)
+    return told
+
+
+def test_a_model_of_everything_that_the_clock_cut_short_is_trained_again(
+    study: Study, training: SimpleNamespace
+) -> None:
+    said: list[str] = []
+    common: dict[str, Any] = {"watch": Watch(), "say": said.append, "way": Way(epochs=8)}
+    unbounded, over = Clock(time.time()), Clock(time.time() - 10, 1.0)
+    assert retrain_on_everything(a_job(study), clock=unbounded, **common)
+    first, *others = training.asked
+    assert [c.seed for c in (first, *others)] == [1, 2, 3]
+    done = {r.trial_id: r for r in study.records()}
+    study.append(cut(done[first.id]))
+    study.fold_in_file.unlink()
+    training.asked.clear()
+    assert retrain_on_everything(a_job(study), clock=over, **common)
+    assert training.asked == []
+    assert "the mean of 3 models that learnt from everything" in said[-1]  # there was no time, none is lost
+    training.ends = Status.INTERRUPTED
+    assert not retrain_on_everything(a_job(study), clock=unbounded, **common)
+    assert training.asked == [first]
+    assert {r.trial_id: r for r in study.records()}[first.id] == cut(done[first.id])
+    training.ends = Status.FINISHED
+    assert retrain_on_everything(a_job(study), clock=unbounded, **common)
+    assert training.asked == [first, first]
+    assert retrain_on_everything(a_job(study), clock=unbounded, **common)
+    assert training.asked == [first, first]
+
+
+def test_where_nothing_learns_from_everything_that_is_said(study: Study, training: SimpleNamespace) -> None:
+    said: list[str] = []
+    over = Clock(time.time() - 10, 1.0)
+    assert retrain_on_everything(a_job(study), clock=over, watch=Watch(), say=said.append)
+    assert training.asked == []
+    assert [line.endswith("on everything is left out: there is no time for it.") for line in said] == [True]
+
+
+def test_a_runner_up_that_does_not_take_a_change_is_left_out_and_the_best_is_not(
+    study: Study, training: SimpleNamespace
+) -> None:
+    training.ends = Status.STOPPED  # there is nothing to gather
+    large = replace(LUCKY.config, image_size=64, lr=4e-3)
+    study.append(replace(LUCKY, trial_id=large.id, config=large, value=0.95))
+    said: list[str] = []
+    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": Watch(), "say": said.append}
+    way = Way(epochs=8, changes={"start_size": 48})
+    assert retrain_folds(a_job(study), folds=2, way=way, **common)
+    assert {c.image_size for c in training.asked} == {64}
+    left_out = f"{LUCKY.config.title} ({LUCKY.trial_id}) is left out: start_size=48 must be at most"
+    assert any(line.startswith(left_out) for line in said)
+    with pytest.raises(ValueError, match="start_size=48 must be at most image_size=32"):
+        retrain_folds(a_job(study), folds=2, way=way, trial_id=LUCKY.trial_id, **common)
+
+
+@pytest.mark.usefixtures("longer")
+def test_a_schedule_that_the_search_had_shortened_is_trained_at_the_length_of_the_others(
+    study: Study,
+) -> None:
+    fixed = {"backbone": "test_resnet", "image_size": 32, "epochs": 8}
+    write_json(study.folder / "study.json", {**study.facts, "space": {"dimensions": {}, "fixed": fixed}})
+    way, short = Way().inside(study), run(4e-3, 0.95, epochs=5)
+    study.append(short)
+
+    def lengths(configs: list[TrialConfig]) -> list[tuple[int, str]]:
+        return [(c.epochs, c.continues) for c in configs]
+
+    assert lengths(way.of(short.config)) == [(16, ""), (10, ""), (8, ""), (5, "")]
+    assert lengths(way.of(LUCKY.config)) == [(16, ""), (8, "")]
+    assert lengths(way.all_of(short.config, ["it"])) == [(16, ""), (10, ""), (8, "it")]
+    assert lengths(way.all_of(LUCKY.config, ["it"])) == [(16, ""), (8, "it")]
+    assert lengths(Way(epochs=3).inside(study).of(short.config)) == [(3, "")]
+    for seconds, epochs in ((190, 16), (120, 10), (100, 8), (60, 5)):  # 10 s an epoch, given 11.5
+        assert _to_train(study, short, 2, way, Room(seconds, 2))[1].epochs == epochs

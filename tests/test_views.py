@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,12 +14,14 @@ import pytest
 import torch
 
 from carmodels.batches import Loader
-from carmodels.catalog import AUGMENTS, VIEWS
+from carmodels.catalog import AUGMENTS, BACKBONES, VIEWS
 from carmodels.data import Split, Splits
 from carmodels.models import Weights
 from carmodels.predictions import Predictions, accuracy, blend
 from carmodels.space import TrialConfig
-from carmodels.training import Fitted, fit, predict
+from carmodels.study import Status, TrialRecord
+from carmodels.training import Fitted, fit, predict, view_size
+from tune.trials import Job
 from tune.views import Members, Paces, Verdict, judge_views
 
 RANDOM_VIEWS = 10
@@ -104,6 +107,7 @@ class MadeUp:
 
     shown: dict[str, np.ndarray]
     cost: dict[str, float] = field(default_factory=lambda: dict.fromkeys(VIEWS, 1.0))
+    folds: int = 1  # models that share val
     same: bool = True
     asked: list[str] = field(default_factory=list)
 
@@ -116,8 +120,11 @@ class MadeUp:
     def identity(self) -> bool:
         return self.same
 
-    def costs(self, paces: Paces, views: Sequence[str]) -> dict[str, float]:
-        return {view: self.cost[view] for view in views}
+    def costs(self, paces: Paces, views: Sequence[str], *, on_val: bool = False) -> dict[str, float]:
+        return {view: self.cost[view] / (self.folds if on_val else 1) for view in views}
+
+    def show(self, split: str, views: Sequence[str]) -> list[Path]:
+        return []
 
     def blended(self, split: str, views: Sequence[str]) -> Predictions:
         self.asked += views
@@ -201,3 +208,40 @@ def test_costs_and_the_clock_are_kept_to() -> None:
     assert len(verdict.views) == 2
     assert all("left_out" in row for row in verdict.tried[4:])
     assert replace(verdict, tried=()).lines == []
+
+
+def test_val_is_shown_to_one_model_of_folds_alone_which_leaves_time_for_more_views() -> None:
+    right = {"plain": 0.6, "flip": 0.9, "larger": 0.95, "smaller": 0.9}
+    members = MadeUp(views_of(right), dict.fromkeys(VIEWS, 1000.0), folds=3)  # 20 s for val, a view
+    judged(members, seconds=500)
+    assert len([view for view in members.asked if view != "plain"]) == 12
+
+
+def test_folds_cost_what_all_their_models_do_but_on_val(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Paces, "measure", lambda self, configs, views=(): None)
+    single = TrialConfig("test_resnet", image_size=32, epochs=2)
+    configs = (single, replace(single, folds=3))
+    records = [TrialRecord(c.id, c, Status.FINISHED, 2, 0.5, 1.0, "") for c in configs]
+    job = cast(Job, None)
+    members, paces = Members(job, dict.fromkeys(records, 0.5), {}), Paces(job, {("test_resnet", 32): 0.002})
+    assert members.costs(paces, ["flip"]) == {"flip": pytest.approx(8.0)}
+    assert members.costs(paces, ["flip"], on_val=True) == {"flip": pytest.approx(4.0)}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("size", [16, 1639, 2048])
+def test_a_view_is_of_a_size_that_a_configuration_may_have(view: str, size: int) -> None:
+    config = TrialConfig("test_resnet", image_size=size, epochs=1)
+    shown = view_size(config, view)
+    assert replace(config, image_size=shown).image_size == shown  # as is done to time it
+    assert shown == size or VIEWS[view].scale != 1
+
+
+def test_a_view_keeps_to_the_multiples_of_its_backbone() -> None:
+    names = [name for name, row in BACKBONES.items() if row.multiple > 1 and not row.sized]
+    for name in names:
+        multiple = BACKBONES[name].multiple
+        for size in (multiple * -(-16 // multiple), 2048 // multiple * multiple):
+            for view in VIEWS:
+                config = TrialConfig(name, image_size=size, epochs=1)
+                replace(config, image_size=view_size(config, view))

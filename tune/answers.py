@@ -118,7 +118,7 @@ class Answer:
 class Unreadable:
     """A picture that there is no answer to."""
 
-    picture: str
+    picture: str  # its name, quoted, with escapes for what cannot be shown
     reason: str
 
 
@@ -145,7 +145,7 @@ def answers(ensemble: Ensemble, paths: Sequence[Path], limit: Threshold) -> Iter
         rows = iter(zip(probs, limit.sure(probs).tolist() if good else [], strict=True))
         for path, picture in zip(part, read, strict=True):
             if isinstance(picture, str):
-                yield Unreadable(str(path), picture)
+                yield Unreadable(repr(str(path)), picture)
             else:
                 row, sure = next(rows)
                 yield Answer(str(path), int(row.argmax()), sure, row)
@@ -155,6 +155,10 @@ def _read(paths: Sequence[Path], max_size: int) -> list[np.ndarray | str]:
     """Each picture, or why there is none."""
 
     def one(path: Path) -> np.ndarray | str:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            return "its name is not UTF-8, as names must be here: rename it"
         try:
             return decoded(path, max_size)
         except ValueError as reason:

@@ -55,12 +55,13 @@ def ensemble(
     ready = _with_weights(study, say)
     trained = _trained(study, ready, top)
     _restore(job, list({*trained, *(r for r in ready if r.note.startswith(RECIPE))}), say)
-    several = len(folds.ready(study)) > 1  # then these alone are chosen from
+    paces = Paces(job)
+    folded = _affordable(folds.ready(study), paces, max_seconds)
+    several = len(folded) > 1  # then these alone are chosen from
     cooked = [] if several else soups.cook(job, trained, until=time.time() + SOUP_SHARE * clock.left)
     for record in cooked:
         say(f"Soup {record.trial_id}: {record.reason}, {record.config.title}; val {record.value:.4f}.")
-    paces = Paces(job)
-    candidates, on, asked = folds.judged_on(study, [*trained, *cooked])
+    candidates, on, asked = folds.judged_on(study, [*trained, *cooked], folded)
     _restore(job, candidates, say)
     paces.measure(record.config for record in candidates)
     library = Library.of(study, candidates, on, asked, paces, max_seconds)
@@ -112,15 +113,30 @@ def _answers(
 ) -> tuple[dict[str, Predictions], float]:
     """The ensemble's probabilities of each split, which are kept, and their temperature, fitted on val."""
     splits, study = members.job.splits, members.job.study
-    found = {
-        s.name: members.blended(s.name, views) for s in (splits.val, splits.audit, splits.test) if len(s)
-    }
+    models = _models(members)
+    found = {"val": members.blended("val", views)}
+    found |= {s.name: models.blended(s.name, views) for s in (splits.audit, splits.test) if len(s)}
     truth = np.array(list(labels.values()))
     temperature = fit_temperature(found["val"].aligned(list(labels)).probs, truth)
+    if all(record.stage == FOLDS for record in members.weights):
+        # On val one model of each member answers, on other pictures the mean of all its folds, which is less
+        # sure: what fits the one does not fit the other. Each model has a temperature of its own already.
+        temperature = 1.0
     blended = {split: with_temperature(predictions, temperature) for split, predictions in found.items()}
     for split, predictions in blended.items():
         predictions.save(study.predictions_file("ensemble", split))
     return blended, temperature
+
+
+def _models(members: Members) -> Members:
+    """Each model by itself, those of folds too, with its member's temperature: as in the exported network."""
+    models: dict[TrialRecord, float] = {}
+    temperatures: dict[str, float] = {}
+    for record, weight in members.weights.items():
+        of = folds.models_of(members.job.study, record)
+        models |= dict.fromkeys(of, weight / len(of))
+        temperatures |= dict.fromkeys((one.trial_id for one in of), members.temperatures[record.trial_id])
+    return Members(members.job, models, temperatures)
 
 
 def _submitted(job: Job, blended: Mapping[str, Predictions]) -> dict[str, Any]:
@@ -153,6 +169,12 @@ def _with_weights(study: Study, say: Say) -> list[TrialRecord]:
     return [r for r in there if r.trial_id not in damaged]
 
 
+def _affordable(records: Sequence[TrialRecord], paces: Paces, most: float) -> list[TrialRecord]:
+    """Those that take one worker at most so many seconds for 1,000 pictures."""
+    paces.measure(record.config for record in records)
+    return [record for record in records if 1000 * paces.of(record.config) <= most]
+
+
 def _restore(job: Job, records: Sequence[TrialRecord], say: Say) -> None:
     """Make probabilities that are missing or damaged anew, from the weights."""
     for split in ("val", "audit"):
@@ -179,7 +201,6 @@ class Library:
     truth: np.ndarray  # (N,)
     costs: Mapping[str, float]  # seconds for 1,000 pictures
     max_cost: float
-    means: frozenset[str] = frozenset()  # of several models, whose temperature is left alone
 
     @classmethod
     def of(
@@ -199,8 +220,7 @@ class Library:
                 f"{min(costs.values()):.2f} s; allow more"
             )
         probs = {r.trial_id: study.predictions(r.trial_id, on).aligned(list(labels)) for r in candidates}
-        means = frozenset(r.trial_id for r in candidates if r.stage == FOLDS)
-        return cls(study.metric, probs, np.array(list(labels.values())), costs, max_cost, means)
+        return cls(study.metric, probs, np.array(list(labels.values())), costs, max_cost)
 
     @property
     def all_rows(self) -> np.ndarray:
@@ -218,11 +238,8 @@ class Library:
         )
 
     def temperatures(self, rows: np.ndarray) -> dict[str, float]:
-        """Each model's temperature, fitted on these rows."""
-        return {
-            name: 1.0 if name in self.means else fit_temperature(p.probs[rows], self.truth[rows])
-            for name, p in self.probs.items()
-        }
+        """Each model's temperature, fitted on these rows; that of folds is of each of their models."""
+        return {name: fit_temperature(p.probs[rows], self.truth[rows]) for name, p in self.probs.items()}
 
     def tempered(self, rows: np.ndarray) -> dict[str, Predictions]:
         """All rows, with the temperatures fitted on some."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -80,25 +81,9 @@ def thinned(records: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
     return finished + others
 
 
-def elapsed(records: Sequence[TrialRecord]) -> list[float]:
-    """Seconds of searching by the end of each trial, in the study's order.
-
-    A resumed search counts from its own start; what ran before is added.
-    """
-    found: list[float] = []
-    before, last = 0.0, 0.0
-    for record in records:
-        if record.at < last:
-            before += last
-        last = record.at
-        found.append(before + last)
-    return found
-
-
 def finished_by(records: Sequence[TrialRecord]) -> tuple[np.ndarray, np.ndarray]:
     """Minutes of searching by which each finished trial had ended, (N,), and their values, (N,)."""
-    ends = zip(elapsed(records), records, strict=True)
-    done = [(at / 60, r.value) for at, r in ends if r.status is Status.FINISHED and r.value is not None]
+    done = [(r.at / 60, r.value) for r in records if r.status is Status.FINISHED and r.value is not None]
     found = np.array(done, dtype=float).reshape(-1, 2)
     return found[:, 0], found[:, 1]
 
@@ -276,9 +261,9 @@ def importance(found: Sequence[Importance]) -> Chart:
     return _spec((bars + ticks).properties(width="container", height=26 * len(rows)))
 
 
-def confusion(counts: np.ndarray, names: Sequence[str]) -> Chart:
-    """counts (C, C), rows are the truth."""
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+def confusion(counts: np.ndarray, names: Sequence[str], shown: Sequence[int]) -> Chart:
+    """counts (C, C), rows are the truth; `shown` are the classes that are drawn."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of all answers, those not drawn, too
     rows = [
         {
             "truth": names[i],
@@ -286,8 +271,10 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Chart:
             "pictures": int(counts[i, j]),
             "share": float(shares[i, j]),
         }
-        for i, j in np.argwhere(counts).tolist()
+        for i, j in itertools.product(shown, shown)
+        if counts[i, j]
     ]
+    names = [names[k] for k in shown]
     base = alt.Chart(pd.DataFrame(rows)).encode(
         x=alt.X("answer:N", scale=alt.Scale(domain=list(names)), axis=alt.Axis(labelAngle=-40)),
         y=alt.Y("truth:N", scale=alt.Scale(domain=list(names))),
@@ -354,7 +341,7 @@ def rivals(studies: Mapping[str, Sequence[TrialRecord]], metric: str) -> Chart:
         best = best_so_far(values, metric)
         points = list(zip(minutes.tolist(), best.tolist(), strict=True))
         if points:
-            points.append((max(elapsed(records)) / 60, points[-1][1]))
+            points.append((max(r.at for r in records) / 60, points[-1][1]))
         rows += [{"study": name, "minutes": m, "value": v} for m, v in points]
     chart = (
         alt.Chart(pd.DataFrame(rows))

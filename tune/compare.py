@@ -217,7 +217,7 @@ def _other_rows(side: Side, metric: str) -> dict[str, str]:
         "ensemble on val": score_text(metric, side.results["val"]["ensemble"]) if side.results else NOTHING,
         "best trial on val": score_text(metric, best.value) if best else NOTHING,
         "trials": f"{len(side.records)}: {ended}",
-        "time of the search": duration(max(charts.elapsed(side.searched), default=0.0)),
+        "time of the search": duration(max((r.at for r in side.searched), default=0.0)),
         "training, all trials together": duration(sum(r.seconds for r in side.records)),
         "hardware": side.facts["hardware"]["device"],
         "begun": side.facts["begun"],

@@ -36,7 +36,7 @@ class Screen:
     def __init__(self, *, plain: bool = False) -> None:
         plain = plain or not sys.stdout.isatty()  # FORCE_COLOR or not: a program reads it
         self._terminal = False if plain else None  # None: rich finds out what the terminal can do
-        self.console = Console(highlight=False, soft_wrap=True, force_terminal=self._terminal)
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False, force_terminal=self._terminal)
         self._alive = self.console.is_interactive and not self.console.options.ascii_only
         self._live: Live | None = None
         self._last_word = time.monotonic()
@@ -153,7 +153,9 @@ class Screen:
     def _wide(self, table: Table) -> None:
         self.rest()
         width = self.console.width if self._alive else max(self.console.width, 150)
-        Console(width=width, highlight=False, markup=False, force_terminal=self._terminal).print(table)
+        Console(width=width, highlight=False, markup=False, emoji=False, force_terminal=self._terminal).print(
+            table
+        )
 
     def answer(self, results: dict[str, Any], study: Study) -> None:
         """What the ensemble is made of and scores on audit, what searching gained, the submission's path."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from carmodels.catalog import UNFREEZE
+from carmodels.features import VIEWS_KEPT
 from carmodels.models import open_groups
 from carmodels.space import TrialConfig
 
@@ -33,6 +34,7 @@ class Costs:
     seconds: Mapping[str, Mapping[int, float]]  # per backbone, at the sizes that were measured
     train: int  # pictures
     val: int
+    others: int = 0  # that a finished trial is shown once
     memory: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # bytes on a GPU, likewise
     compiled: Mapping[str, Compiled] = field(default_factory=dict)  # per backbone, where it was tried
 
@@ -41,16 +43,27 @@ class Costs:
         return _between(self.seconds[backbone], image_size)
 
     def epoch(self, config: TrialConfig, number: int) -> float:
-        """Seconds of one epoch (the first is 1): less while the backbone is frozen, or pictures are small."""
-        train = FORWARD_SHARE * self.train
+        """Seconds of one epoch (the first is 1): less while the backbone is frozen, or pictures are small.
+
+        What a frozen one says of a view of the pictures is stored, unless they are mixed.
+        """
+        area = (config.tested_size / config.image_size) ** 2  # of a val picture, in those that it learns from
+        val = FORWARD_SHARE * self.val * area
         if _opened(config, number):
             train = self.train * (config.shown_size(number) / config.image_size) ** 2
-        val = FORWARD_SHARE * self.val * (config.tested_size / config.image_size) ** 2
+        else:
+            train = FORWARD_SHARE * self.train
+            if not config.mixup:
+                train *= number <= VIEWS_KEPT
+                val *= number == 1
         return self.picture(config.backbone, config.image_size) * (train + val)
 
     def schedule(self, config: TrialConfig) -> float:
-        """Seconds of the whole schedule."""
-        return sum(self.epoch(config, number) for number in range(1, config.epochs + 1))
+        """Seconds of the whole schedule, and of what a finished trial leaves."""
+        area = (config.tested_size / config.image_size) ** 2
+        left = FORWARD_SHARE * (self.val + self.others) * area
+        epochs = sum(self.epoch(config, number) for number in range(1, config.epochs + 1))
+        return epochs + left * self.picture(config.backbone, config.image_size)
 
     def gpu_share(self, config: TrialConfig, gpu_bytes: float) -> float:
         """The smallest of `GPU_SHARES` of a GPU with `gpu_bytes` whose memory holds the configuration."""

@@ -236,8 +236,14 @@ def _wider(name: str, dimension: Dimension, space: Space, top: bool) -> str:
     if new in options:
         return ""
     if isinstance(dimension, Range):
-        return f"--set {name}={min(*options, new)}:{max(*options, new)}"
-    return f"--set {name}={','.join(str(option) for option in sorted([*options, new]))}"
+        wider = f"{name}={min(*options, new)}:{max(*options, new)}"
+    else:
+        wider = f"{name}={','.join(str(option) for option in sorted([*options, new]))}"
+    try:
+        space.with_override(wider)
+    except ValueError:  # a size that does not go with the others
+        return ""
+    return f"--set {wider}"
 
 
 def _accepted(name: str, end: float, aim: float, space: Space) -> float:

@@ -16,6 +16,7 @@ import joblib
 import torch
 
 from carmodels.files import user_path
+from carmodels.models import Weights
 from carmodels.space import BOUNDS, EpochMetrics
 from carmodels.study import Study
 from tune import setup, student
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         screen.say(f"  epoch {epoch.epoch}: {study.metric} on val {epoch.value:.4f}, {epoch.seconds:.0f} s")
 
     with setup.alone(study, options, screen) as job:
+        Weights.parse(job.weights.source)  # a folder may have gone since
         torch.set_num_threads(joblib.cpu_count())
         results = student.distil(
             job, backbone=options.backbone, epochs=options.epochs, say=screen.say, on_epoch=on_epoch

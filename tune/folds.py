@@ -43,19 +43,25 @@ def runs_of(study: Study, config: TrialConfig) -> list[TrialRecord]:
 def gather(study: Study) -> list[TrialRecord]:
     """Write down each configuration whose folds are all finished, with its probabilities; those that are new.
 
-    Its value is that of val, as for other trials, from answers of models that have not seen a picture.
+    Its value is that of val, as for other trials, from answers of models that have not seen a picture. It is
+    new as well where one of its folds, cut short before, has been trained again since.
     """
     found: dict[TrialConfig, list[TrialRecord]] = defaultdict(list)
     for record in study.records():
         if record.stage == FOLD and record.status is Status.FINISHED:
             found[whole(record.config)].append(record)
-    known = {r.trial_id for r in study.records()}
-    complete = [c for c, runs in found.items() if len(runs) == c.folds and c.id not in known]
+    places = {r.trial_id: place for place, r in enumerate(study.records())}
+    complete = [
+        config
+        for config, runs in found.items()
+        if len(runs) == config.folds and places.get(config.id, -1) < max(places[r.trial_id] for r in runs)
+    ]
     return [_gathered(study, config) for config in complete]
 
 
 def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
     runs, metric = runs_of(study, config), METRICS[study.metric]
+    _forget(study, config, runs)
     on_val = study.labels("val")
     labels = study.labels("train") | on_val
     oof = joined([study.predictions(r.trial_id, "oof") for r in runs]).aligned(list(labels))
@@ -84,6 +90,15 @@ def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
     return record
 
 
+def _forget(study: Study, config: TrialConfig, runs: Sequence[TrialRecord]) -> None:
+    """Delete what earlier models of these folds have said, which is made anew where it is asked for."""
+    stale = [study.predictions_file(config.id, "*")]
+    stale += [study.predictions_file(run.trial_id, "*", "*") for run in runs]  # through other views
+    for pattern in stale:
+        for file in pattern.parent.glob(pattern.name):
+            file.unlink()
+
+
 def joined(parts: Sequence[Predictions]) -> Predictions:
     """Predictions of different pictures as one."""
     ids = tuple(i for part in parts for i in part.ids)
@@ -97,22 +112,22 @@ def ready(study: Study) -> list[TrialRecord]:
         r
         for r in found
         if study.has_predictions(r.trial_id, "oof")
-        and not any(weights_damage(study.weights_file(f.trial_id)) for f in runs_of(study, r.config))
+        and len(runs := runs_of(study, r.config)) == r.config.folds  # one may be in training once more
+        and not any(weights_damage(study.weights_file(f.trial_id)) for f in runs)
     ]
 
 
 def judged_on(
-    study: Study, candidates: Sequence[TrialRecord]
+    study: Study, candidates: Sequence[TrialRecord], folded: Sequence[TrialRecord]
 ) -> tuple[list[TrialRecord], str, dict[str, int]]:
     """The candidates of an ensemble, the split that it is chosen on, and the labels there.
 
     Of several configurations with folds these alone, on all of train and val; else on val, with what each
-    picture's own fold says of it.
+    picture's own fold says of it. `folded`: those that are ready and not too dear.
     """
-    there = ready(study)
-    if len(there) > 1:
-        return there, "oof", study.labels("train") | study.labels("val")
-    return [*candidates, *there], "val", study.labels("val")
+    if len(folded) > 1:
+        return [*folded], "oof", study.labels("train") | study.labels("val")
+    return [*candidates, *folded], "val", study.labels("val")
 
 
 def models_of(study: Study, record: TrialRecord) -> list[TrialRecord]:

@@ -92,8 +92,8 @@ def standing(
     here = tuple(r for r in ended if r.stage == recorder.stage)
     goal = trials if recorder.stage == "search" else None
     used, left = time.time() - clock.begun, clock.left
-    if math.isinf(left) and goal and here:
-        left = used / len(here) * max(0, goal - len(here))
+    if math.isinf(left) and goal and recorder.recorded:
+        left = used / len(recorder.recorded) * max(0, goal - len(here))
     return Standing(
         stage=recorder.stage,
         metric=metric,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -57,9 +57,17 @@ def _series(name: str) -> Counter | Gauge:
 
 
 def exported(
-    study: str, metric: str, *, pictures: int, clock: Clock, records: Iterable[TrialRecord] = ()
+    study: str,
+    metric: str,
+    *,
+    pictures: Callable[[TrialConfig], int],
+    clock: Clock,
+    records: Iterable[TrialRecord] = (),
 ) -> Watch:
-    """A watch that exports what it is told; `pictures` are those of an epoch, `records` are there already."""
+    """A watch that exports what it is told; `pictures` says how many a configuration's epoch learns from.
+
+    `records` are there already.
+    """
     exporter = _Exporter(study, metric, pictures, clock)
     for record in records:
         exporter.on_finished(record)
@@ -70,7 +78,7 @@ def exported(
 class _Exporter:
     study: str
     metric: str
-    pictures: int
+    pictures: Callable[[TrialConfig], int]
     clock: Clock
     _levels: dict[tuple[str, ...], tuple[dict[str, str], float]] = field(default_factory=dict)
     _refreshed: float = -math.inf  # time.monotonic()
@@ -81,7 +89,7 @@ class _Exporter:
         self._set("carmodels_epoch", epoch.epoch, tags)
         if epoch.seconds > 0:
             self._set("carmodels_epochs_per_second", 1 / epoch.seconds, tags)
-            self._set("carmodels_pictures_per_second", self.pictures / epoch.seconds, tags)
+            self._set("carmodels_pictures_per_second", self.pictures(config) / epoch.seconds, tags)
         self._set("carmodels_gpu_bytes", gpu_bytes, tags)
 
     def on_record(self, record: TrialRecord) -> None:

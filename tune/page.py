@@ -58,6 +58,7 @@ def render(study: Study, refresh: int = 0) -> str:
     space, metric = space_of(facts), facts["metric"]
     rows, columns = table(study)
     standings = judged(study)
+    finished = any(r.stage == "search" and r.status is Status.FINISHED and not r.note for r in records)
     mattered = importances(records, space, metric) if space is not None else None
     pictures = sections(study, records, space, results)
     drawn = {section.name: section.chart for section in pictures}
@@ -81,7 +82,7 @@ def render(study: Study, refresh: int = 0) -> str:
         importances=mattered,
         caveat=CAVEAT,
         unknown=UNKNOWN,
-        edges=edges(records, space, metric) if space is not None else (),
+        edges=edges(records, space, metric) if space is not None and finished else None,
         standings=described(standings),
         verdict=sentence(standings) if standings else "",
         stops=found_stops,
@@ -293,7 +294,7 @@ def by_class(probs: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> list
             "confusion",
             "Confusion",
             f"The ensemble on audit: a row a class as it is, a column as it was answered.{some}",
-            charts.confusion(confused[np.ix_(shown, shown)], [names[k] for k in shown]),
+            charts.confusion(confused, names, shown),
         ),
         Section(
             "recall",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -28,7 +29,7 @@ from tune.costs import Compiled, Costs
 from tune.scheduler import REDUCTION_FACTOR
 from tune.trials import Job, as_task
 
-_VERSION = 2  # of what a file of costs holds
+_VERSION = 3  # of what a file of costs holds
 _PARTS = ("seconds", "bytes", "compiled")
 TRIAL_SHARE = 0.4  # of the time for searching that one trial may take on its worker: results/search/NOTES.md
 _SAMPLE = 300  # random configurations over which a plan averages
@@ -53,9 +54,14 @@ class Plan:
         """Whether the whole schedule of a trial that starts now ends in time and leaves time for others."""
         if self.costs is None:
             return True
-        share = self.costs.gpu_share(config, self.gpu_bytes) if self.gpu_bytes else 1.0
-        seconds = self.costs.schedule(config) / share
+        seconds = self.seconds(config)
         return seconds <= self.longest and time.time() + seconds <= self.end
+
+    def seconds(self, config: TrialConfig) -> float:
+        """What a trial takes, longer on the share of a GPU that it gets."""
+        assert self.costs is not None
+        share = self.costs.gpu_share(config, self.gpu_bytes) if self.gpu_bytes else 1.0
+        return self.costs.schedule(config) / share
 
     def affordable(self, wanted: TrialConfig, sizes: Iterable[int], share: float) -> tuple[TrialConfig, str]:
         """The configuration for at most this share of the search: smaller, then for fewer epochs, if need be.
@@ -69,9 +75,9 @@ class Plan:
         config = wanted
         for size in sorted((s for s in sizes if s <= wanted.image_size), reverse=True):
             config = replace(wanted, image_size=size)
-            if self.costs.schedule(config) <= limit:
+            if self.seconds(config) <= limit:
                 break
-        while config.epochs > 1 and self.costs.schedule(config) > limit:
+        while config.epochs > 1 and self.seconds(config) > limit:
             config = replace(config, epochs=config.epochs - 1)
         smaller, shorter = config.image_size < wanted.image_size, config.epochs < wanted.epochs
         changed = f" at {config.image_size} instead of {wanted.image_size} px" if smaller else ""
@@ -156,7 +162,8 @@ def costs_of(job: Job, space: Space) -> Costs:
     """What each backbone of a space costs, measured unless it was, by hardware and versions."""
     configs, workers = _opened(space), job.workers
     device = ray.get(as_task(_device, workers).remote())
-    held_for = [_VERSION, device, workers.cpus, workers.count, torch.__version__, timm.__version__]
+    own = [device, workers.cpus, workers.gpus, workers.count]
+    held_for = [_VERSION, *own, torch.__version__, timm.__version__]
     name = hashlib.sha256(json.dumps(held_for).encode()).hexdigest()[:12]
     path = job.cache / "costs" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +181,7 @@ def costs_of(job: Job, space: Space) -> Costs:
         seconds={b: {int(size): value for size, value in m["seconds"].items()} for b, m in of.items()},
         train=len(job.splits.train),
         val=len(job.splits.val),
+        others=len(job.splits.audit) + len(job.splits.test),
         memory={b: {int(size): value for size, value in m["bytes"].items()} for b, m in of.items()},
         compiled={b: Compiled(**m["compiled"]) for b, m in of.items() if m["compiled"]},
     )
@@ -200,7 +208,15 @@ def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
     found: dict[str, Any] = {part: {} for part in _PARTS}
 
     def seconds(config: TrialConfig, **more: Any) -> float:
-        return seconds_per_picture(config, job.splits, weights=job.weights, device=job.workers.device, **more)
+        own = job.workers
+        return seconds_per_picture(
+            config,
+            job.splits,
+            weights=job.weights,
+            device=own.device,
+            processes=own.processes,
+            **more,
+        )
 
     for config in configs:
         if found["seconds"] and config is not configs[-1]:
@@ -208,6 +224,8 @@ def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
         size = str(config.image_size)
         try:
             if on_gpu:
+                gc.collect()
+                torch.cuda.empty_cache()  # what the allocator keeps of the size before counts as reserved
                 torch.cuda.reset_peak_memory_stats()
             eager = seconds(config)
             if on_gpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import resource
 import secrets
@@ -18,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carmodels.catalog import BACKBONES
-from carmodels.space import Space
+from carmodels.space import Space, TrialConfig
 from carmodels.study import Study
 from tune.trials import WEIGHTS_KEPT, Workers
 
@@ -49,7 +50,7 @@ def findings(
         *_folders({"--results": study.folder.parent, "--cache": cache}),
         *_disk(study, space, later),
         *([*_memory(workers), *_other_rays()] if workers else ()),
-        *_shared_memory(),
+        *_shared_memory(_loaded(space, workers) if workers else 0.0),
         *_handles(),
     ]
     return sorted(found, key=lambda finding: not finding.fatal)
@@ -117,9 +118,24 @@ def _container_memory() -> float:
         return float("inf")
 
 
-def _shared_memory() -> list[Finding]:
+def _loaded(space: Space, workers: Workers) -> float:
+    """Bytes that loader processes hand over in shared memory: of each a batch of val, the larger ones."""
+    pictures = 2 * space.fixed.get("batch_size", TrialConfig.batch_size)
+    return float(workers.at_once * workers.processes * pictures * 3 * space.largest_size**2)
+
+
+def _shared_memory(loaded: float = 0.0) -> list[Finding]:
     folder = Path("/dev/shm")
     free = shutil.disk_usage(folder).free if folder.is_dir() else float("inf")
+    if free < loaded:
+        enough = math.ceil((SHARED_MEMORY + 2 * loaded) / GB)
+        return [
+            Finding(
+                f"/dev/shm has {free / GB:.2f} GB free, loader processes hand over pictures there and need "
+                f"{loaded / GB:.2f} GB; in a container: --shm-size={enough}g",
+                fatal=True,
+            )
+        ]
     if free >= SHARED_MEMORY:
         return []
     return [

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         "--epochs",
         type=int,
         metavar="N",
-        help="length of the schedule (twice the trial's for a new model, else as long)",
+        help="length of the schedule (twice a trial's for a new model, else as long)",
     )
     p.add_argument(
         "--onward", action="store_true", help="train on from the weights of the trial, not a new model"

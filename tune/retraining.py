@@ -20,7 +20,8 @@ from carmodels.study import FOLD, FOLD_IN, TRAINED, Status, Study, TrialRecord, 
 from carmodels.submission import write_submission
 from tune.confirm import CONTENDERS, SLOWER, described, expected_seconds, judged
 from tune.costs import Costs, times_as_long
-from tune.folds import MOST_FOLDED, configs_of, gather, ready
+from tune.dimensions import space_of
+from tune.folds import MOST_FOLDED, configs_of, gather, ready, runs_of, whole
 from tune.searcher import Queue
 from tune.stages import RETRAIN_SHARE, Clock, Say
 from tune.trials import Job, Watch, run_trials
@@ -36,9 +37,14 @@ OPENED: Mapping[str, Any] = {"unfreeze": "full", "layer_decay": 0.5}
 class Way:
     """How a configuration of the search is trained again."""
 
-    epochs: int | None = None  # None: as many as the trial, LONGER times those for a new model where they fit
+    epochs: int | None = None  # None: as many as a trial, LONGER times those for a new model where they fit
     changes: Mapping[str, Any] = field(default_factory=dict)  # fields of TrialConfig, with their values
     goes_on: bool = False  # from the trial's weights in any case, not for want of time for a new model alone
+    space_epochs: int = 0  # of the study's trials, some of which have fewer for want of time; 0: not known
+
+    def inside(self, study: Study) -> Way:
+        """The same, with the epochs of the study's trials."""
+        return replace(self, space_epochs=epochs_of_space(study))
 
     def all_of(self, config: TrialConfig, parents: Sequence[str]) -> list[TrialConfig]:
         """What it may come to where there are weights of these runs to go on from, the best first."""
@@ -47,17 +53,21 @@ class Way:
         onward = [self.onward(config, parents[0])]
         if self.goes_on:
             return onward
-        new = self.of(config)[:1]  # one no longer than the trial is not worth its time
-        return new if self.epochs else new + onward
+        if self.epochs:
+            return self.of(config)
+        # a new one that is no longer is not worth its time
+        return [like for like in self.of(config) if like.epochs > onward[0].epochs] + onward
 
     def onward(self, config: TrialConfig, parent: str) -> TrialConfig:
         """A further schedule from the weights of that run of it, all of the backbone open; likewise."""
-        own = {"epochs": self.epochs or config.epochs, "unfreeze": "full", "continues": parent}
+        epochs = self.epochs or max(config.epochs, self.space_epochs)
+        own = {"epochs": epochs, "unfreeze": "full", "continues": parent}
         return replace(self._opened(config), **{**own, **self.changes})
 
     def of(self, config: TrialConfig) -> list[TrialConfig]:
         """What a new model may come to, the longest schedule first; ValueError for an unfit change."""
-        lengths = {self.epochs} if self.epochs else {round(LONGER * config.epochs), config.epochs}
+        usual = (max(config.epochs, self.space_epochs), config.epochs)  # one and the same for most trials
+        lengths = {self.epochs} if self.epochs else {*usual, *(round(LONGER * epochs) for epochs in usual)}
         like = replace(self._opened(config), **self.changes)
         return [replace(like, epochs=epochs) for epochs in sorted(lengths, reverse=True)]
 
@@ -67,6 +77,12 @@ class Way:
 
 
 AS_IN_THE_TRIAL = Way()
+
+
+def epochs_of_space(study: Study) -> int:
+    """Of a trial of the study, but for a recipe that was shortened; 0 where its space is not known."""
+    space = space_of(study.facts)
+    return int(space.fixed.get("epochs", 0)) if space else 0
 
 
 def _frozen(config: TrialConfig) -> bool:
@@ -151,6 +167,7 @@ def retrain(
     the next best.
     """
     study = job.study
+    way = way.inside(study)
     chosen = _chosen(study, trial_id)
     room = Room.until(clock.at(share), job)
     configs, like = _to_train(study, chosen, seeds, way, room)
@@ -179,8 +196,13 @@ def _train(
     share: float,
     watch: Watch,
 ) -> bool:
-    """Train all of these side by side, each with a GPU of its own, until that share of the time is over."""
+    """Train all of these side by side, each with a GPU of its own, until that share of the time is over.
+
+    One that had been cut short, and is not finished this time either, stays what it was.
+    """
     study, end = job.study, clock.at(share)
+    ids = {config.id for config in configs}
+    before = {r.trial_id: r for r in study.records() if r.trial_id in ids and r.status is Status.FINISHED}
     late = end + 0.3 * (clock.at(1) - end) if clock.seconds < math.inf else math.inf
     completed = not configs or run_trials(
         replace(job, workers=replace(job.workers, packed=0), until=end),
@@ -192,6 +214,9 @@ def _train(
         notes=notes,
         watch=watch,
     )
+    for record in study.records():
+        if record.trial_id in before and record.status is not Status.FINISHED:
+            study.append(before[record.trial_id])
     study.write_table()
     return completed
 
@@ -334,12 +359,13 @@ def retrain_folds(
     """Train the best few configurations (or the named one) once a fold; False if interrupted.
 
     As many as the time holds, the best in any case where it holds one. Folds that are there are not trained
-    again. Audit is not touched.
+    again, but for those that the clock cut short. Audit is not touched.
     """
     study, splits = job.study, job.splits
+    way = way.inside(study)
     chosen = [_chosen(study, trial_id)]
     if trial_id is None:
-        chosen += [s.record for s in judged(study)[:MOST_FOLDED] if s.record != chosen[0]]
+        chosen += _runners_up(study, chosen[0], way, say)
     train = (len(splits.train) + len(splits.val)) * (folds - 1) / folds / len(splits.train)
     room = Room.until(clock.at(share), job)
     planned = _folds_to_train(study, chosen, folds, way, room, train)
@@ -362,8 +388,29 @@ def retrain_folds(
     return completed
 
 
+def _runners_up(study: Study, best: TrialRecord, way: Way, say: Say) -> list[TrialRecord]:
+    """The next best few, save those that cannot be trained that way."""
+    found = []
+    for standing in judged(study)[:MOST_FOLDED]:
+        record = standing.record
+        if record == best:
+            continue
+        try:
+            way.of(record.config)
+        except ValueError as error:
+            say(f"{record.config.title} ({record.trial_id}) is left out: {error}.")
+            continue
+        found.append(record)
+    return found
+
+
+def _done(study: Study) -> set[str]:
+    """Ids of the runs that are finished, and were not cut short."""
+    return {r.trial_id for r in study.records() if r.status is Status.FINISHED and r.whole}
+
+
 def _missing_folds(study: Study, like: TrialConfig, folds: int) -> list[TrialConfig]:
-    done = {r.trial_id for r in study.records() if r.status is Status.FINISHED}
+    done = _done(study)
     return [config for config in configs_of(like, folds) if config.id not in done]
 
 
@@ -411,7 +458,7 @@ def _shorter_folds(
     like = way.of(best.config)[-1]
     per_epoch = room.seconds(best, like, train) / like.epochs
     shorter = int(room.left / (math.ceil(folds / room.workers) * per_epoch))
-    begun = len(_missing_folds(study, like, folds)) < folds
+    begun = runs_of(study, whole(configs_of(like, folds)[0]))
     if begun or shorter < max(2, like.epochs // 2):
         return {}
     return {best: replace(like, epochs=shorter)}
@@ -448,29 +495,34 @@ def retrain_on_everything(
     """
     study, splits = job.study, job.splits
     check_test(splits)
+    way = way.inside(study)
     chosen = _chosen(study, trial_id)
     train = sum(len(s) for s in (splits.train, splits.val, splits.audit)) / len(splits.train)
     room = Room.until(clock.at(RETRAIN_SHARE), job)
+    done = _done(study)
+    asked: list[TrialConfig] = []  # of every length that was thought of: what there is of them is used
     for longest in way.of(chosen.config):
         like = replace(longest, fold_in=True, patience=0)
+        configs = [replace(like, seed=like.seed + 1 + i) for i in range(seeds)]
+        asked += configs
+        missing = [c for c in configs if c.id not in done]
         per_epoch = room.seconds(chosen, like, train) / like.epochs
-        count, planned = _fitting(seeds, like.epochs, per_epoch, room.left, room.workers)
-        if count and planned == like.epochs:
+        count, planned = _fitting(len(missing), like.epochs, per_epoch, room.left, room.workers)
+        if not missing or (count and planned == like.epochs):
             break
-    configs = [replace(like, epochs=planned, seed=like.seed + 1 + i) for i in range(count)]
+    missing = [c for m in missing[:count] if (c := replace(m, epochs=planned)).id not in done]
+    asked = list(dict.fromkeys([*asked, *missing]))
     name = f"{chosen.config.title} ({chosen.trial_id})"
-    if not configs:
-        say(f"A last run of {name} on everything is left out: there is no time for it.")
-        return True
-    difference = _difference(chosen.config, configs[0])
-    say(f"Training {name} on all labelled pictures, audit too, seeds: {count}; {difference}.")
-    done = {r.trial_id for r in study.records() if r.status is Status.FINISHED}
-    missing = [c for c in configs if c.id not in done]
+    if missing:
+        difference = _difference(chosen.config, missing[0])
+        say(f"Training {name} on all labelled pictures, audit too, seeds: {len(missing)}; {difference}.")
     notes = {c.id: f"seed {c.seed} of {chosen.trial_id}, learns from everything" for c in missing}
     completed = _train(
         job, missing, stage=FOLD_IN, notes=notes, clock=clock, share=RETRAIN_SHARE, watch=watch
     )
-    answers = [c.id for c in configs if study.predictions_file(c.id, "test").is_file()]
+    answers = [c.id for c in asked if study.predictions_file(c.id, "test").is_file()]
+    if not answers and not missing:
+        say(f"A last run of {name} on everything is left out: there is no time for it.")
     if answers:
         blended = blend([study.predictions(i, "test") for i in answers])
         write_submission(blended, study.fold_in_file, sample=splits.sample_file)

@@ -51,6 +51,7 @@ MOST_SEED = 2_000_000_000  # leaves room for the seeds of retraining
 STAGES = ("search", "confirm", "retrain", "ensemble", "report")
 LONGEST_NAME = 100  # characters of a study's name; file systems end at 255 bytes
 CPU_HOURS, GPU_HOURS = 0.25, 4.0  # where neither --hours nor --trials says more
+COMMAND = "python tune/search.py"
 DEMO_HOURS = 0.15  # the demo ends by its number of trials; this is for slow machines
 DEMO_WEIGHTS = Path(demo.__file__).with_name("weights")
 
@@ -135,7 +136,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         screen.say(f"Left out of the space, no weights for them: {', '.join(left_out)}.")
     study = Study(user_path(options.results) / (options.study or default_name(options.data)))
     refuse_within(study, options)
-    overwrite = options.overwrite or is_bare(options)
+    overwrite = options.overwrite or repeats_the_demo(study, options)
     check_folder(study, resume=options.resume, overwrite=overwrite)
     later = models_later(options)
     setup.report(findings(study, space, granted, setup.cache_folder(options), later=later), screen)
@@ -177,9 +178,11 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
             return go(job, space, options, clock, trials, screen)
 
 
-def is_bare(options: argparse.Namespace) -> bool:
-    """Whether this is the demo without an option (but --check and --plain): it may overwrite its study."""
-    return vars(options) == {**vars(parser().parse_args([])), "check": options.check, "plain": options.plain}
+def repeats_the_demo(study: Study, options: argparse.Namespace) -> bool:
+    """Whether this is the demo without an option (but --check and --plain), and the study is of the same."""
+    plain = {**vars(parser().parse_args([])), "check": options.check, "plain": options.plain}
+    own = (COMMAND, f"{COMMAND} --plain")
+    return vars(options) == plain and study.exists and study.facts.get("command") in own
 
 
 def described_budget(clock: stages.Clock, trials: int | None) -> str:
@@ -416,15 +419,19 @@ def budget(
     options: argparse.Namespace, space: Space, bare: bool, begun: float
 ) -> tuple[stages.Clock, int | None]:
     """The clock of the whole command, and the number of configurations where one is set."""
-    share = stages.search_share(confirm=options.confirm, audit_stops=options.audit_stops)
-    if options.hours is not None:
-        return stages.Clock(begun, 3600 * options.hours, share), options.trials
-    if options.trials is not None:
-        return stages.Clock(begun, search=share), options.trials
-    if bare:
-        return stages.Clock(begun, 3600 * DEMO_HOURS, share), space.trials
-    on_gpus = torch.cuda.is_available() or (options.address and options.preset == "gpu")
-    return stages.Clock(begun, 3600 * (GPU_HOURS if on_gpus else CPU_HOURS), share), None
+    asked = {"confirm": options.confirm, "audit_stops": options.audit_stops}
+    hours, trials = options.hours, options.trials
+    if hours is None and trials is None:
+        on_gpus = torch.cuda.is_available() or (options.address and options.preset == "gpu")
+        hours = DEMO_HOURS if bare else GPU_HOURS if on_gpus else CPU_HOURS
+        trials = space.trials if bare else None
+    clock = stages.Clock(
+        begun,
+        math.inf if hours is None else 3600 * hours,
+        search=stages.search_share(**asked),
+        last=stages.last_share(options.until, **asked),
+    )
+    return clock, trials
 
 
 def describe(options: argparse.Namespace, preset: str, space: Space, splits: Splits) -> dict[str, Any]:
@@ -441,7 +448,7 @@ def describe(options: argparse.Namespace, preset: str, space: Space, splits: Spl
     )
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": " ".join(["python tune/search.py", *_written(options)]),
+        "command": " ".join([COMMAND, *_written(options)]),
         "begun": time.strftime("%Y-%m-%d %H:%M:%S"),
         "preset": preset,
         "space": describe_space(space),

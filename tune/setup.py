@@ -24,6 +24,7 @@ from carmodels.data import Splits, open_dataset
 from carmodels.files import user_path, write_whole
 from carmodels.models import Weights
 from carmodels.study import Study
+from carmodels.training import parted
 from tune.console import Screen
 from tune.costs import GPU_SHARES
 from tune.curves import written
@@ -277,7 +278,7 @@ def watched(job: Job, clock: Clock, trials: int | None, screen: Screen, *, inner
     metrics = exported(
         f"{study.folder.parent.name}/{inner}" if inner else study.folder.name,
         study.metric,
-        pictures=len(job.splits.train),
+        pictures=lambda config: len(parted(config, job.splits).train),
         clock=clock,
         records=study.records(),
     )

@@ -77,6 +77,7 @@ def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> Tr
     save_weights(soup.model, study.weights_file(name))
     assert splits.val.labels is not None
     members = ", ".join(ingredient.trial_id for ingredient in soup.ingredients)
+    cut = f", the time was up after {soup.tried} of them" if soup.tried < len(group) else ""
     return TrialRecord(
         trial_id=name,
         config=config,
@@ -84,7 +85,7 @@ def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> Tr
         epochs_run=0,
         value=METRICS[study.metric].score(soup.val.aligned(splits.val.ids).probs, splits.val.labels),
         seconds=time.time() - started,
-        reason=f"the mean of the weights of {len(soup.ingredients)} models of {len(group)}",
+        reason=f"the mean of the weights of {len(soup.ingredients)} models of {len(group)}{cut}",
         stage=STAGE,
         note=f"soup of {members}",
     )

@@ -17,7 +17,7 @@ from carmodels.space import Space, baseline
 from carmodels.study import CUT_OFF, Status, Study, TrialRecord, write_json
 from tune import stops
 from tune.confirm import RERUNS, Reruns, expected_seconds
-from tune.plan import Packing, make_plan
+from tune.plan import Packing, Plan, make_plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws, Queue, useful
 from tune.trials import Job, Watch, run_trials
@@ -27,6 +27,7 @@ Say = Callable[[str], None]
 SEARCH_SHARE = 0.62  # of the whole time, by when the search has ended
 CONFIRM_SHARE = 0.74  # likewise for running the best few again
 RETRAIN_SHARE = 0.88  # likewise for retraining; the rest is the ensemble's
+WHOLE_SHARE = 0.97  # by when a stage has ended that is the last; what it leaves takes time, too
 UNCONFIRMED_SHARE = 0.08  # of the time, more for the search where nothing is run again
 STOPS_SHARE = 0.10  # of the time, less for the search where its stops are audited
 LATE_SHARE = 0.2  # of the retraining's time that trials may take which turn out slower than planned
@@ -41,10 +42,11 @@ class Clock:
     begun: float  # time.time()
     seconds: float = math.inf
     search: float = SEARCH_SHARE  # by what share of the time the search has ended
+    last: float = 1.0  # by what share of the time the last stage has ended that is asked for
 
     def at(self, share: float) -> float:
-        """The moment, in time.time(), when this share of the time is over."""
-        return self.begun + share * self.seconds
+        """The moment, in time.time(), when a stage ends that has so much of the time where all follow."""
+        return self.begun + min(1.0, share / self.last) * self.seconds
 
     @property
     def left(self) -> float:
@@ -55,6 +57,13 @@ class Clock:
 def search_share(*, confirm: int, audit_stops: int) -> float:
     """By what share of the time the search has ended, with so many runs of the other stages asked for."""
     return SEARCH_SHARE + (0 if confirm else UNCONFIRMED_SHARE) - (STOPS_SHARE if audit_stops else 0)
+
+
+def last_share(until: str, *, confirm: int, audit_stops: int) -> float:
+    """`Clock.last` where nothing follows the stage `until`: it then has the time of those left out."""
+    searched = search_share(confirm=confirm, audit_stops=audit_stops) + (STOPS_SHARE if audit_stops else 0)
+    ends = {"search": searched, "confirm": CONFIRM_SHARE if confirm else searched, "retrain": RETRAIN_SHARE}
+    return ends[until] / WHOLE_SHARE if until in ends else 1.0
 
 
 def search(
@@ -71,15 +80,15 @@ def search(
     """Search the space within `trials` configurations and its share of the clock; False if interrupted."""
     study, metric = job.study, stamp["metric"]
     mode = METRICS[metric].mode
-    records = [r for r in study.records() if r.stage == "search"]
-    again = [r for r in records if _to_run_again(r)]
-    known = [r for r in records if not _to_run_again(r)]
-    notes = {r.trial_id: r.note for r in records if r.note}
-    queue = [r.config for r in again]
     end = clock.at(clock.search)
     late = end + LATE_SHARE * (clock.at(RETRAIN_SHARE) - end) if math.isfinite(end) else end
     grace = grace_period(int(space.fixed["epochs"]))
     plan = make_plan(job, space, end)
+    records = [r for r in study.records() if r.stage == "search"]
+    again = [r for r in records if _to_run_again(r, plan)]
+    known = [r for r in records if r not in again]
+    notes = {r.trial_id: r.note for r in records if r.note}
+    queue = [r.config for r in again]
     if not notes:
         recipe, changed = plan.affordable(
             replace(baseline(space), **stamp), space.image_sizes, BASELINE_SHARE
@@ -134,9 +143,12 @@ def search(
     return completed
 
 
-def _to_run_again(record: TrialRecord) -> bool:
-    """Whether a trial of an earlier run is queued once more: it was cut off, or is the recipe, unfinished."""
-    cut_off = record.status in CUT_OFF
+def _to_run_again(record: TrialRecord, plan: Plan) -> bool:
+    """Whether a trial of an earlier run is queued once more.
+
+    It was cut off, or stopped for want of time that there is now, or is the recipe, unfinished.
+    """
+    cut_off = record.status in CUT_OFF or (stops.by_the_clock(record) and plan.fits(record.config))
     return cut_off or (record.note != "" and record.status in (Status.STOPPED, Status.FAILED))
 
 

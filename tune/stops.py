@@ -33,7 +33,12 @@ class Verdict:
 def at_rungs(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Trials of the search that the scheduler stopped at a rung, not the clock."""
     stopped = (r for r in records if r.stage == "search" and r.status is Status.STOPPED)
-    return [r for r in stopped if not r.reason.startswith(_CLOCK)]
+    return [r for r in stopped if not by_the_clock(r)]
+
+
+def by_the_clock(record: TrialRecord) -> bool:
+    """Whether it was stopped for want of time, not for what it came to."""
+    return record.status is Status.STOPPED and record.reason.startswith(_CLOCK)
 
 
 def drawn(stopped: Iterable[TrialRecord], most: int, seed: int) -> list[TrialRecord]:

@@ -26,7 +26,7 @@ from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from carmodels.training import Fitted, fit, predict
 from tune.blend import interval
 from tune.dimensions import space_of
-from tune.retraining import opened
+from tune.retraining import epochs_of_space, opened
 from tune.stages import Say
 from tune.trials import Job
 from tune.views import seconds_a_picture
@@ -102,6 +102,11 @@ def distil(
 def _student(job: Job, backbone: str | None, epochs: int | None, say: Say) -> TrialConfig:
     """The configuration of the named backbone, else of the one that is measured to be fastest."""
     candidates = _backbones(job)
+    if not candidates:
+        raise ValueError(
+            f"{job.weights.source} holds the weights of no backbone that is known here; bring the files "
+            "<timm name>.safetensors back that the search began with"
+        )
     if backbone is not None and backbone not in candidates:
         raise ValueError(
             f"--backbone {backbone}: there are weights for {', '.join(candidates)}; name one of these"
@@ -133,7 +138,7 @@ def _configured(study: Study, backbone: str, epochs: int | None) -> TrialConfig:
         like,
         backbone=backbone,
         image_size=max(multiple, like.image_size // multiple * multiple),
-        epochs=epochs or LONGER * like.epochs,
+        epochs=epochs or LONGER * (epochs_of_space(study) or like.epochs),
         unfreeze="full",
         layer_decay=opened(like).layer_decay,
         start_size=0,  # the teacher is asked about crops at their full size and strength

@@ -76,6 +76,7 @@ HOPELESS = 10  # failed trials in a row, beyond those side by side, that end a r
 LONGEST_SILENCE = 6 * 3600.0  # seconds from one epoch's end to the next before a worker counts as hung
 SHORTEST_SILENCE, MUCH_SLOWER = 1800.0, 20.0  # likewise, where an epoch's cost is known: seconds, times that
 RETRIES = 1  # of a trial that died or failed: machines go, memory is short for a while
+MOST_LOADERS = 16  # loader processes of a trial on a GPU
 WEIGHTS_KEPT = 12  # best trials of the search whose weights stay on disk
 
 
@@ -100,7 +101,7 @@ class Workers:
     @property
     def processes(self) -> int:
         """Loader processes of a trial: none where its one core trains as well."""
-        return max(0, self.cpus - 1) if self.gpus else 0
+        return min(MOST_LOADERS, max(0, self.cpus - 1)) if self.gpus else 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def train_trial(values: dict[str, Any], job: Job) -> None:
         _give_memory_back()  # once a trial, not in every step
         if job.workers.gpus:
             torch.cuda.empty_cache()
+            torch.compiler.reset()  # else after a few trials nothing would be compiled any more
 
 
 def _give_memory_back() -> None:
@@ -338,7 +340,7 @@ class Recorder(_StaysHere, Callback):
 
     study: Study
     stage: str
-    begun: float  # time.time() at the study's start
+    begun: float  # time.time() at the stage's start; earlier where it was gone on with
     reasons: dict[str, str]  # Ray's trial id -> why the scheduler stopped it
     watch: Watch
     notes: dict[str, str] = field(default_factory=dict)  # config id -> note
@@ -488,10 +490,11 @@ def run_trials(
     """
     interrupts = Interrupts()
     reasons = getattr(scheduler, "reasons", {})
+    before = max((r.at for r in job.study.records() if r.stage == stage), default=0.0)
     recorder = Recorder(
         job.study,
         stage,
-        begun,
+        begun - before,
         reasons,
         watch,
         notes,
@@ -499,6 +502,8 @@ def run_trials(
         most_failures=HOPELESS + job.workers.at_once,
     )
     resources = packing or {"cpu": job.workers.cpus, "gpu": job.workers.gpus}
+    # where trials ask for different shares, one is drawn only when those before it have found room
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1" if packing else "auto"
     tuner = Tuner(
         with_resources(with_parameters(train_trial, job=job), resources),
         tune_config=TuneConfig(

@@ -105,14 +105,18 @@ class Members:
         They are made side by side. What comes back are the files that were there, but damaged.
         """
         study, path = self.job.study, self.job.study.predictions_file
-        missing = [
-            (r, v) for r in self.weights for v in views if not study.has_predictions(r.trial_id, split, v)
-        ]
-        damaged = [f for r, v in missing if (f := path(r.trial_id, split, v)).is_file()]
-        task = as_task(_show_one, self.job.workers)
-        made = ray.get([task.remote(self.job, r, split, v) for r, v in missing])
-        for (record, view), predictions in zip(missing, made, strict=True):
-            predictions.save(path(record.trial_id, split, view))
+        missing = {
+            r: [v for v in views if not study.has_predictions(r.trial_id, split, v)] for r in self.weights
+        }
+        damaged = [f for r, vs in missing.items() for v in vs if (f := path(r.trial_id, split, v)).is_file()]
+        # few tasks: each may start a process, and builds the model once
+        parts = math.ceil(self.job.workers.count / max(1, sum(map(bool, missing.values()))))
+        tasks = [(r, vs[k::parts]) for r, vs in missing.items() for k in range(parts) if vs[k::parts]]
+        task = as_task(_shown, self.job.workers)
+        made = ray.get([task.remote(self.job, r, split, vs) for r, vs in tasks])
+        for (record, vs), found in zip(tasks, made, strict=True):
+            for view, predictions in zip(vs, found, strict=True):
+                predictions.save(path(record.trial_id, split, view))
         return damaged
 
     def identity(self) -> bool:
@@ -122,37 +126,44 @@ class Members:
         """
         record = next(iter(self.weights))
         before = self.job.study.predictions(record.trial_id, "val")
-        task = as_task(_show_one, self.job.workers)
-        again = ray.get(task.remote(self.job, record, "val", "plain")).aligned(before.ids)
+        task = as_task(_shown, self.job.workers)
+        again = ray.get(task.remote(self.job, record, "val", ("plain",)))[0].aligned(before.ids)
         tolerance = _ROUNDING if record.stage == FOLDS else 0.0  # whose pictures come in other batches now
         if self.job.workers.gpus:
             tolerance = _HALF_PRECISION
         return np.allclose(again.probs, before.probs, rtol=0, atol=tolerance)
 
-    def costs(self, paces: Paces, views: Iterable[str]) -> dict[str, float]:
-        """Seconds that all members together take for 1,000 pictures, by view."""
+    def costs(self, paces: Paces, views: Iterable[str], *, on_val: bool = False) -> dict[str, float]:
+        """Seconds that all members together take for 1,000 pictures, by view.
+
+        On val each picture is shown to one model of folds alone.
+        """
         configs, views = [record.config for record in self.weights], tuple(views)
         paces.measure(configs, views)
-        return {view: 1000 * sum(paces.of(config, view) for config in configs) for view in views}
+        shares = {config: 1 / (config.folds or 1) if on_val else 1.0 for config in configs}
+        return {view: 1000 * sum(shares[c] * paces.of(c, view) for c in configs) for view in views}
 
 
-def _show_one(job: Job, record: TrialRecord, split: str, view: str) -> Predictions:
-    """One trial's probabilities for one split through one view, from the weights it left."""
+def _shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
+    """One trial's probabilities for one split through each of the views, from the weights it left."""
     if record.stage == FOLDS:
-        return folds.shown(job, record, split, view)
+        return [folds.shown(job, record, split, view) for view in views]
     torch.set_num_threads(job.workers.cpus)
     weights = job.study.weights_file(record.trial_id)
     model = load_weights(record.config, weights, classes=len(job.splits.classes))
     pictures: Split = getattr(job.splits, split)
-    return predict(
-        model,
-        job.splits,
-        pictures,
-        config=record.config,
-        view=view,
-        device=job.workers.device,
-        processes=job.workers.processes,
-    )
+    return [
+        predict(
+            model,
+            job.splits,
+            pictures,
+            config=record.config,
+            view=view,
+            device=job.workers.device,
+            processes=job.workers.processes,
+        )
+        for view in views
+    ]
 
 
 @dataclass(frozen=True)
@@ -201,12 +212,15 @@ def judge_views(
     if not members.identity():
         return Verdict(("plain",), "left out, the plain view does not give again what the trial left")
     costs = members.costs(paces, VIEWS)
-    most, left_out = _affordable(members.job, costs, limit, ends - time.time(), max_cost)
+    on_val = members.costs(paces, VIEWS, on_val=True)
+    most, left_out = _affordable(members.job, costs, on_val, limit, ends - time.time(), max_cost)
     if len(left_out) == len(VIEWS) - 1:
         reason = "no time for it" if most < 2 else "every view would cost too much"
         return Verdict(("plain",), f"left out, {reason}", _left_out(left_out))
     ids, truth = list(labels), np.array(list(labels.values()))
-    shown = {v: members.blended("val", (v,)).aligned(ids).probs for v in VIEWS if v not in left_out}
+    tried_on = [view for view in VIEWS if view not in left_out]
+    members.show("val", tried_on)
+    shown = {view: members.blended("val", (view,)).aligned(ids).probs for view in tried_on}
     metric = members.job.study.metric
 
     def chosen(rows: np.ndarray) -> tuple[str, ...]:
@@ -226,7 +240,12 @@ def judge_views(
 
 
 def _affordable(
-    job: Job, costs: Mapping[str, float], limit: int, seconds: float, max_cost: float
+    job: Job,
+    costs: Mapping[str, float],
+    on_val: Mapping[str, float],
+    limit: int,
+    seconds: float,
+    max_cost: float,
 ) -> tuple[int, dict[str, str]]:
     """How many views a picture there is time for, and why views are left out that are not to be tried."""
     splits, workers = job.splits, job.workers.count
@@ -236,7 +255,7 @@ def _affordable(
     for view in VIEWS:
         if view == "plain":
             continue
-        takes = len(splits.val) * costs[view] / 1000 / workers
+        takes = len(splits.val) * on_val[view] / 1000 / workers
         if costs["plain"] + costs[view] > max_cost:
             total = costs["plain"] + costs[view]
             left_out[view] = f"with it 1,000 pictures would take {total:.1f} s, more than {max_cost:g} s"
