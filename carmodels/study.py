@@ -275,6 +275,13 @@ class Study:
         found = self.trials_file.stat()
         return _parsed(self.trials_file, found.st_size, found.st_mtime_ns)
 
+    def spent(self) -> dict[str, float]:
+        """Seconds up to the last trial of each stage, over all commands."""
+        found: dict[str, float] = {}
+        for record in self.records():
+            found[record.stage] = max(found.get(record.stage, 0.0), record.at)
+        return found
+
     def leaderboard(self) -> list[TrialRecord]:
         """Finished trials that have a value on val, best first; a single fold has one on other pictures."""
         sign = -1 if METRICS[self.metric].mode == "max" else 1

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from carmodels.catalog import VIEWS
 from carmodels.predictions import Nested, Predictions, Selection, accuracy, log_loss, select_ensemble
-from tune.blend import Library, _sentence
+from carmodels.space import TrialConfig
+from carmodels.study import Status, Study, TrialRecord
+from tune.blend import Library, _sentence, most_seconds
+from tune.costs import Costs
+from tune.trials import Job, Workers
+from tune.views import MOST_VIEWS
 
 ROWS = 160
 TRUTH = np.arange(ROWS) % 4
@@ -28,6 +37,23 @@ def library(
     probs: dict[str, Predictions], metric: str = "accuracy", most: float = math.inf, **costs: float
 ) -> Library:
     return Library(metric, probs, TRUTH, {name: costs.get(name, 1.0) for name in probs}, most)
+
+
+def test_an_ensemble_takes_at_most_what_all_members_take_to_be_shown_everything(tmp_path: Path) -> None:
+    study = Study(tmp_path / "study")
+    study.begin({"metric": "accuracy"}, [])
+    splits = SimpleNamespace(val=range(100), audit=range(100), test=range(400))
+    costs = Costs({"test_resnet": {32: 0.01, 64: 0.04}}, train=500, val=100)
+    workers = Workers(2, 1, 0.0)
+    job = Job(study, splits, None, workers, tmp_path, costs)  # type: ignore[arg-type]
+    assert math.isinf(most_seconds(job))
+    for size, value in ((32, 0.9), (64, 0.8)):
+        config = TrialConfig("test_resnet", image_size=size, epochs=2)
+        study.append(TrialRecord(config.id, config, Status.FINISHED, 2, value, 1.0, "ran"))
+    pictures = 100 * len(VIEWS) + 500 * MOST_VIEWS
+    assert most_seconds(job) >= 8 * 0.35 * 0.04 * pictures / 2
+    assert most_seconds(job) == pytest.approx(8 * (0.35 * 0.04 * pictures + 50) / 2)
+    assert math.isinf(most_seconds(replace(job, costs=None)))
 
 
 def test_models_that_err_apart_are_kept_and_copies_of_one_are_not() -> None:

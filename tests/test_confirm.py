@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,10 +18,12 @@ from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord
 from tune.confirm import (
     CONTENDERS,
+    SLOWER,
     Reruns,
     described,
     knowledge_gradient,
     leading,
+    most_seconds,
     next_rerun,
     noise,
     posterior,
@@ -229,6 +232,17 @@ def test_without_a_finished_trial_or_pictures_there_is_no_standing() -> None:
     assert standings([], metric="accuracy", pictures=PICTURES) == []
     assert standings(field(0.9), metric="accuracy", pictures=0) == []
     assert next_rerun([], metric="accuracy", pictures=PICTURES) is None
+
+
+def test_reruns_take_at_most_as_many_runs_of_the_dearest_of_the_best(tmp_path: Path) -> None:
+    study = Study(tmp_path / "study")
+    study.begin({"metric": "accuracy"}, [("val", f"{n}.jpg", 0) for n in range(PICTURES)])
+    assert math.isinf(most_seconds(study, 2, most=6))
+    assert most_seconds(study, 2, most=0) == 0
+    for record in field(0.9, 0.89, 0.88, 0.87, 0.5):
+        study.append(replace(record, seconds=1000.0 if record.value == 0.5 else 100 * record.value))
+    assert most_seconds(study, 2, most=6) == pytest.approx(3 * SLOWER * 90)
+    assert most_seconds(study, 4, most=6) == pytest.approx(2 * SLOWER * 90)
 
 
 def test_the_sentence_names_the_best_and_those_that_cannot_be_told_apart() -> None:

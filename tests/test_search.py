@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,7 @@ from tune.mistakes import found_mistakes
 from tune.retraining import LONGER
 from tune.stops import at_rungs
 from tune.stops import sentence as stops_sentence
-from tune.trials import trial_name
+from tune.trials import Job, Workers, trial_name
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--set", "epochs=3", "--set", "image_size=32,48", "--preset", "demo")
@@ -629,6 +631,55 @@ def test_the_last_stage_that_is_asked_for_has_nearly_all_of_the_time(options: st
     assert (ends[stage], clock.at(1.0), trials) == (pytest.approx(0.97 * 3600), 3600, None)
     whole, _ = search.budget(search.parser().parse_args(["--hours", "1"]), SPACES["cpu"], bare=False, begun=0)
     assert (whole.at(stages.RETRAIN_SHARE), whole.last) == (0.88 * 3600, 1.0)
+
+
+def test_the_search_goes_on_where_later_stages_leave_time() -> None:
+    clock = stages.Clock(0.0, 10_000)
+    longer = clock.with_spare_time(confirm=300, retrain=700, ensemble=500)
+    assert (longer.search, longer.confirm, longer.retrain) == pytest.approx((0.85, 0.88, 0.95))
+    audited = clock.with_spare_time(confirm=300, retrain=700, ensemble=500, stops=0.1)
+    assert (audited.search, audited.confirm) == pytest.approx((0.75, 0.88))
+    much = clock.with_spare_time(confirm=3000, retrain=500, ensemble=500)
+    assert much is clock
+    bounded = clock.with_spare_time(confirm=0, retrain=5000, ensemble=5000)  # they never get less than usual
+    assert (bounded.search, bounded.confirm, bounded.retrain) == pytest.approx((0.74, 0.74, 0.88))
+    for other in (stages.Clock(0.0), replace(clock, last=0.88)):
+        assert other.with_spare_time(confirm=0, retrain=0, ensemble=0) is other
+    assert clock.with_spare_time(confirm=math.inf, retrain=math.inf, ensemble=math.inf) is clock
+
+
+@pytest.mark.parametrize(("trials", "spare", "searches"), [(None, True, 2), (None, False, 1), (9, True, 1)])
+def test_what_follows_has_the_clock_of_the_longer_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trials: int | None, spare: bool, searches: int
+) -> None:
+    clock = stages.Clock(time.time(), 1000)
+    longer = replace(clock, search=0.8, confirm=0.85) if spare else clock
+    asked: list[tuple[stages.Clock, bool]] = []
+    further: list[stages.Clock] = []
+
+    def searched(*given: Any, clock: stages.Clock, resumed: bool = True, **more: Any) -> bool:
+        asked.append((clock, resumed))
+        return True
+
+    def trained(job: Any, options: Any, clock: stages.Clock, *given: Any) -> bool:
+        further.append(clock)
+        return False
+
+    for place, name, value in (
+        (search, "costs_of", lambda job, space: None),
+        (search, "with_spare_time", lambda job, options, clock: longer),
+        (search, "trained_further", trained),
+        (stages, "search", searched),
+        (setup, "watched", lambda *given: None),
+    ):
+        monkeypatch.setattr(place, name, value)
+    splits = SimpleNamespace(fingerprint="f", split_hash="s")
+    job = Job(Study(tmp_path), splits, None, Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
+    options = search.parser().parse_args([])
+    screen = SimpleNamespace(say=print, rest=list, table=print)
+    assert search.go(job, SPACES["demo"], options, clock, trials, screen) == 130  # type: ignore[arg-type]
+    assert asked == [(clock, True), (longer, False)][:searches]
+    assert further == [asked[-1][0]]
 
 
 def test_sizes_are_checked_against_what_the_space_has_in_the_end(weights: Weights) -> None:

@@ -23,6 +23,7 @@ from tune.confirm import SLOWER, expected_seconds
 from tune.costs import Costs
 from tune.plan import Plan
 from tune.retraining import (
+    LONGER,
     Room,
     Way,
     _announced,
@@ -76,6 +77,21 @@ def test_a_resumed_search_runs_again_what_was_cut_off_and_what_there_is_time_for
     costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 80 s
     plan = Plan(costs, time.time() + seconds, 1)
     assert _to_run_again(replace(LUCKY, status=status, reason=reason, note=note), plan) == again
+
+
+def test_what_retraining_takes_at_most_goes_by_the_dearest_of_the_best(study: Study) -> None:
+    splits = SimpleNamespace(train=range(700), val=range(150), audit=range(150))
+    job = Job(study, splits, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
+    slow = replace(run(4e-3, 0.90), seconds=160.0)
+    study.append(slow)
+    each = LONGER * expected_seconds(slow)
+    assert retraining.most_seconds(job) == pytest.approx(3 * each)  # three seeds, three others, two workers
+    assert retraining.most_seconds(job, seeds=5) == pytest.approx(4 * each)
+    assert retraining.most_seconds(job, fold_in=True) == pytest.approx((3 + 2 * 10 / 7) * each)
+    assert retraining.most_seconds(job, folds=4) == pytest.approx(6 * 10 / 7 * each)
+    empty = Study(study.folder / "empty")
+    empty.begin({"metric": "accuracy"}, [])
+    assert math.isinf(retraining.most_seconds(replace(job, study=empty)))
 
 
 def test_of_single_runs_the_best_is_retrained(study: Study) -> None:

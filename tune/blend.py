@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from carmodels.catalog import VIEWS
 from carmodels.models import weights_damage
 from carmodels.predictions import (
     METRICS,
@@ -30,11 +31,14 @@ from carmodels.predictions import (
 from carmodels.study import FOLDS, TRAINED, Study, TrialRecord, read_json, write_json
 from carmodels.submission import write_submission
 from tune import folds, soups
+from tune.costs import FORWARD_SHARE
 from tune.stages import RECIPE, Clock, Say
 from tune.trials import WEIGHTS_KEPT, Job
 from tune.views import MOST_VIEWS, Members, Paces, judge_views
 
 SOUP_SHARE = 0.3  # of the time that is left, after which no further soup is tried
+MOST_MEMBERS = 8  # of `select_ensemble`
+_STARTS, _START = 5, 10.0  # tasks of a member, for timing it, each split and soups; seconds until one works
 CHECK_SHARE = 0.2  # of the rest, after which the nested check is not repeated once more
 
 
@@ -106,6 +110,17 @@ def ensemble(
     write_json(study.ensemble_file, results)
     study.write_table()
     return results
+
+
+def most_seconds(job: Job) -> float:
+    """What the ensemble takes at most, by the costs of the dearest of the best trials; infinite without."""
+    study, splits, costs = job.study, job.splits, job.costs
+    best = [r.config for r in study.leaderboard() if r.stage == "search"][:MOST_MEMBERS]
+    if not best or costs is None:
+        return math.inf
+    picture = FORWARD_SHARE * max(costs.picture(config.backbone, config.tested_size) for config in best)
+    pictures = len(splits.val) * len(VIEWS) + (len(splits.audit) + len(splits.test)) * MOST_VIEWS
+    return MOST_MEMBERS * (picture * pictures + _STARTS * _START) / job.workers.count
 
 
 def _answers(

@@ -318,6 +318,16 @@ def expected_seconds(record: TrialRecord, costs: Costs | None = None) -> float:
     return SLOWER * record.seconds / max(1, record.epochs_run) * record.config.epochs
 
 
+def most_seconds(study: Study, workers: int, *, most: int, costs: Costs | None = None) -> float:
+    """What running the best few again takes at most, if they stay those that they are now.
+
+    Infinite where there are none.
+    """
+    best = [standing.record for standing in judged(study)[:CONTENDERS]]
+    each = max((expected_seconds(record, costs) for record in best), default=math.inf)
+    return math.ceil(most / workers) * each if most else 0.0
+
+
 class Reruns(Searcher):
     """Hands out one rerun after the other, by what the study's records say when it is asked.
 

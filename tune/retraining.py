@@ -23,7 +23,7 @@ from tune.costs import Costs, times_as_long
 from tune.dimensions import space_of
 from tune.folds import MOST_FOLDED, configs_of, gather, ready, runs_of, whole
 from tune.searcher import Queue
-from tune.stages import RETRAIN_SHARE, Clock, Say
+from tune.stages import Clock, Say
 from tune.trials import Job, Watch, run_trials
 
 SEEDS = 3  # runs of the best
@@ -137,13 +137,13 @@ def retrain_all(
     """Retrain from new seeds or over folds, and then, if asked for, on everything; False if interrupted."""
     if fold_in:
         check_test(job.splits)
-    share = RETRAIN_SHARE - (FOLD_IN_SHARE if fold_in else 0)
+    less = FOLD_IN_SHARE if fold_in else 0.0
     common: dict[str, Any] = {"clock": clock, "watch": watch, "say": say, "trial_id": trial_id}
     common["way"] = way
     if folds:
-        completed = retrain_folds(job, **common, folds=folds, share=share)
+        completed = retrain_folds(job, **common, folds=folds, less=less)
     else:
-        completed = retrain(job, **common, seeds=seeds, share=share)
+        completed = retrain(job, **common, seeds=seeds, less=less)
     return completed and (not fold_in or retrain_on_everything(job, **common, seeds=seeds))
 
 
@@ -156,7 +156,7 @@ def retrain(
     trial_id: str | None = None,
     seeds: int = SEEDS,
     way: Way = AS_IN_THE_TRIAL,
-    share: float = RETRAIN_SHARE,
+    less: float = 0.0,  # of the time, for what follows
 ) -> bool:
     """Train the best (or the named) configuration from new seeds, side by side; False if interrupted.
 
@@ -169,7 +169,7 @@ def retrain(
     study = job.study
     way = way.inside(study)
     chosen = _chosen(study, trial_id)
-    room = Room.until(clock.at(share), job)
+    room = Room.until(clock.at(clock.retrain - less), job)
     configs, like = _to_train(study, chosen, seeds, way, room)
     say(_announced(chosen, len(configs), len(_again(study, chosen, like)), like))
     owners = dict.fromkeys(configs, chosen)
@@ -180,10 +180,30 @@ def retrain(
             name = f"{record.config.title} ({record.trial_id})"
             say(f"Beside it, as there is time for it: {name}, {_difference(record.config, config)}.")
     notes = {config.id: f"seed {config.seed} of {record.trial_id}" for config, record in owners.items()}
-    completed = _train(job, list(owners), stage="retrain", notes=notes, clock=clock, share=share, watch=watch)
+    completed = _train(
+        job, list(owners), stage="retrain", notes=notes, clock=clock, share=clock.retrain - less, watch=watch
+    )
     again = {r.trial_id: {"seed": r.config.seed, "val": r.value} for r in _again(study, chosen, like)}
     _write_best(study, chosen, like if again else chosen.config, again)
     return completed
+
+
+def most_seconds(job: Job, *, seeds: int = SEEDS, folds: int = 0, fold_in: bool = False) -> float:
+    """What retraining takes at most, where time is no matter, if the best stay those that they are now.
+
+    Infinite where there are none.
+    """
+    study, splits = job.study, job.splits
+    room = Room(math.inf, job.workers.count, job.costs, bool(job.workers.packed))
+    way = AS_IN_THE_TRIAL.inside(study)
+    best = [standing.record for standing in judged(study)[:CONTENDERS]]
+    each = max((room.seconds(r, way.of(r.config)[0]) for r in best), default=math.inf)
+    rest = (len(splits.val) + len(splits.audit)) / len(
+        splits.train
+    )  # that folds and last runs learn from, too
+    runs = folds * MOST_FOLDED if folds else seeds + CONTENDERS - 1
+    rounds = math.ceil(runs / room.workers) * (1 + rest if folds else 1)
+    return each * (rounds + (math.ceil(seeds / room.workers) * (1 + rest) if fold_in else 0))
 
 
 def _train(
@@ -354,7 +374,7 @@ def retrain_folds(
     say: Say,
     trial_id: str | None = None,
     way: Way = AS_IN_THE_TRIAL,
-    share: float = RETRAIN_SHARE,
+    less: float = 0.0,  # of the time, for what follows
 ) -> bool:
     """Train the best few configurations (or the named one) once a fold; False if interrupted.
 
@@ -367,7 +387,7 @@ def retrain_folds(
     if trial_id is None:
         chosen += _runners_up(study, chosen[0], way, say)
     train = (len(splits.train) + len(splits.val)) * (folds - 1) / folds / len(splits.train)
-    room = Room.until(clock.at(share), job)
+    room = Room.until(clock.at(clock.retrain - less), job)
     planned = _folds_to_train(study, chosen, folds, way, room, train)
     for record, like in planned.items():
         say(
@@ -378,7 +398,9 @@ def retrain_folds(
         say(f"Folds are left out: the time that is left does not hold {folds} runs of the best.")
     missing = {c: r for r, like in planned.items() for c in _missing_folds(study, like, folds)}
     notes = {c.id: f"fold {1 + (c.fold or 0)} of {folds} of {r.trial_id}" for c, r in missing.items()}
-    completed = _train(job, list(missing), stage=FOLD, notes=notes, clock=clock, share=share, watch=watch)
+    completed = _train(
+        job, list(missing), stage=FOLD, notes=notes, clock=clock, share=clock.retrain - less, watch=watch
+    )
     for record in gather(study):
         say(f"{record.trial_id}: {record.note} ({len(splits.train) + len(splits.val)} pictures).")
     study.write_table()
@@ -498,7 +520,7 @@ def retrain_on_everything(
     way = way.inside(study)
     chosen = _chosen(study, trial_id)
     train = sum(len(s) for s in (splits.train, splits.val, splits.audit)) / len(splits.train)
-    room = Room.until(clock.at(RETRAIN_SHARE), job)
+    room = Room.until(clock.at(clock.retrain), job)
     done = _done(study)
     asked: list[TrialConfig] = []  # of every length that was thought of: what there is of them is used
     for longest in way.of(chosen.config):
@@ -518,7 +540,7 @@ def retrain_on_everything(
         say(f"Training {name} on all labelled pictures, audit too, seeds: {len(missing)}; {difference}.")
     notes = {c.id: f"seed {c.seed} of {chosen.trial_id}, learns from everything" for c in missing}
     completed = _train(
-        job, missing, stage=FOLD_IN, notes=notes, clock=clock, share=RETRAIN_SHARE, watch=watch
+        job, missing, stage=FOLD_IN, notes=notes, clock=clock, share=clock.retrain, watch=watch
     )
     answers = [c.id for c in asked if study.predictions_file(c.id, "test").is_file()]
     if not answers and not missing:

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ from carmodels.models import Weights
 from carmodels.predictions import METRICS
 from carmodels.space import SPACES, Space
 from carmodels.study import Study
-from tune import folds, retraining, setup, stages
-from tune.blend import ensemble
+from tune import blend, confirm, folds, retraining, setup, stages
 from tune.confirm import CONTENDERS, RERUNS
 from tune.console import Screen
 from tune.live import duration
@@ -174,7 +174,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
                 f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
                 f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
             )
-            job = Job(study, splits, weights, workers, setup.cache_folder(options))
+            job = Job(study, splits, weights, workers, setup.cache_folder(options), spent=study.spent())
             return go(job, space, options, clock, trials, screen)
 
 
@@ -209,9 +209,15 @@ def go(
     if math.isfinite(clock.seconds) or job.workers.packed:
         job = replace(job, costs=costs_of(job, space))
     watch = setup.watched(job, clock, trials, screen)
-    completed = stages.search(
-        job, space, stamp=stamp, trials=trials, clock=clock, seed=options.seed, watch=watch, say=screen.say
+    search = partial(
+        stages.search, job, space, stamp=stamp, trials=trials, seed=options.seed, watch=watch, say=screen.say
     )
+    completed = search(clock=clock)
+    longer = with_spare_time(job, options, clock) if completed and trials is None else clock
+    if longer != clock:
+        more = duration(longer.at(longer.search) - time.time())
+        screen.say(f"What follows does not need all the time that is left: the search goes on for {more}.")
+        completed, clock = search(clock=longer, resumed=False), longer
     completed = completed and trained_further(job, options, clock, watch, screen)
     screen.rest()
     if not completed:
@@ -223,7 +229,7 @@ def go(
     last = STAGES.index(options.until)
     results = None
     if last >= STAGES.index("ensemble"):
-        results = ensemble(job, clock=clock, say=screen.say, max_seconds=setup.most_seconds(options))
+        results = blend.ensemble(job, clock=clock, say=screen.say, max_seconds=setup.most_seconds(options))
     screen.table(job.study)
     screen.dimensions(job.study)
     if results:
@@ -235,6 +241,17 @@ def go(
         screen.say(f"Report: {write_report(job.study)}")
     screen.say(f"Every trial: {job.study.table_file}. All of it took {duration(time.time() - clock.begun)}.")
     return 0
+
+
+def with_spare_time(job: Job, options: argparse.Namespace, clock: stages.Clock) -> stages.Clock:
+    """The clock with more time for the search where the later stages, as they are bounded, do not need it."""
+    packed = job.costs if job.workers.packed else None
+    return clock.with_spare_time(
+        confirm=confirm.most_seconds(job.study, job.workers.count, most=options.confirm, costs=packed),
+        retrain=retraining.most_seconds(job, folds=options.folds, fold_in=options.fold_in),
+        ensemble=blend.most_seconds(job),
+        stops=stages.STOPS_SHARE if options.audit_stops else 0.0,
+    )
 
 
 def trained_further(

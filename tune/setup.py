@@ -294,7 +294,7 @@ def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Itera
         if options.address:
             data = study.resolved(study.facts["data"])
             look_at_machines(study, data, weights, options, screen)
-        yield Job(study, splits, weights, workers, cache_folder(options))
+        yield Job(study, splits, weights, workers, cache_folder(options), spent=study.spent())
 
 
 @contextmanager

@@ -27,6 +27,7 @@ Say = Callable[[str], None]
 SEARCH_SHARE = 0.62  # of the whole time, by when the search has ended
 CONFIRM_SHARE = 0.74  # likewise for running the best few again
 RETRAIN_SHARE = 0.88  # likewise for retraining; the rest is the ensemble's
+LEAST_MORE = 0.05  # of the time, for which the search goes on where later stages leave it
 WHOLE_SHARE = 0.97  # by when a stage has ended that is the last; what it leaves takes time, too
 UNCONFIRMED_SHARE = 0.08  # of the time, more for the search where nothing is run again
 STOPS_SHARE = 0.10  # of the time, less for the search where its stops are audited
@@ -42,6 +43,8 @@ class Clock:
     begun: float  # time.time()
     seconds: float = math.inf
     search: float = SEARCH_SHARE  # by what share of the time the search has ended
+    confirm: float = CONFIRM_SHARE
+    retrain: float = RETRAIN_SHARE
     last: float = 1.0  # by what share of the time the last stage has ended that is asked for
 
     def at(self, share: float) -> float:
@@ -52,6 +55,20 @@ class Clock:
     def left(self) -> float:
         """Seconds."""
         return self.begun + self.seconds - time.time()
+
+    def with_spare_time(
+        self, *, confirm: float, retrain: float, ensemble: float, stops: float = 0.0
+    ) -> Clock:
+        """With a longer search where the later stages take no more seconds than these; itself where not.
+
+        `stops` is the share of the time that auditing them has.
+        """
+        ends_retrain = max(self.retrain, 1 - ensemble / self.seconds)
+        ends_confirm = max(self.confirm, ends_retrain - retrain / self.seconds)
+        ends_search = ends_confirm - confirm / self.seconds - stops
+        if math.isinf(self.seconds) or self.last < 1 or ends_search < self.search + LEAST_MORE:
+            return self
+        return replace(self, search=ends_search, confirm=ends_confirm, retrain=ends_retrain)
 
 
 def search_share(*, confirm: int, audit_stops: int) -> float:
@@ -76,12 +93,16 @@ def search(
     seed: int,
     watch: Watch,
     say: Say,
+    resumed: bool = True,
 ) -> bool:
-    """Search the space within `trials` configurations and its share of the clock; False if interrupted."""
+    """Search the space within `trials` configurations and its share of the clock; False if interrupted.
+
+    What the study has of it is gone on with; `resumed`: as it was left by another command.
+    """
     study, metric = job.study, stamp["metric"]
     mode = METRICS[metric].mode
     end = clock.at(clock.search)
-    late = end + LATE_SHARE * (clock.at(RETRAIN_SHARE) - end) if math.isfinite(end) else end
+    late = end + LATE_SHARE * (clock.at(clock.retrain) - end) if math.isfinite(end) else end
     grace = grace_period(int(space.fixed["epochs"]))
     plan = make_plan(job, space, end)
     records = [r for r in study.records() if r.stage == "search"]
@@ -98,7 +119,7 @@ def search(
         say(f"First trial: {notes[recipe.id]}: {recipe.title}, {recipe.epochs} epochs.")
     if math.isfinite(end):
         say(f"The time for searching buys about {plan.trials(space, grace)} trials.")
-    if records:
+    if records and resumed:
         say(f"Resumed: {len(known)} trials kept, {len(again)} queued again.")
     scheduler = Scheduler(
         metric=metric,
@@ -110,7 +131,7 @@ def search(
     )
     scheduler.replay(known)
     earlier = study.earlier()
-    for folder, found in earlier.items():
+    for folder, found in earlier.items() if resumed else ():
         say(f"Warm start: {len(useful(found, space))} of {len(found)} trials of {folder} are of this space.")
     study.optuna_file.unlink(missing_ok=True)  # it repeats what trials.jsonl says, and is rebuilt from that
     draws = Draws(
@@ -199,8 +220,8 @@ def audit_stops(
 def confirm(job: Job, *, clock: Clock, watch: Watch, say: Say, most: int = RERUNS) -> bool:
     """Run the best few again with new seeds until it is clear who is best; False if interrupted."""
     notes: dict[str, str] = {}
-    end = clock.at(CONFIRM_SHARE)
-    late = end + LATE_SHARE * (clock.at(RETRAIN_SHARE) - end) if math.isfinite(end) else end
+    end = clock.at(clock.confirm)
+    late = end + LATE_SHARE * (clock.at(clock.retrain) - end) if math.isfinite(end) else end
     costs = job.costs if job.workers.packed else None
     reruns = Reruns(job.study, most=most, end=end, notes=notes, costs=costs)
     if reruns.next() is None:

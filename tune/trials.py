@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -114,6 +114,7 @@ class Job:
     workers: Workers
     cache: Path  # folder of what all studies on this machine share
     costs: Costs | None = None  # what training costs here, where that was measured
+    spent: Mapping[str, float] = field(default_factory=dict)  # seconds of earlier commands, by stage
     until: float = math.inf  # time.time() by which a trial ends of itself, with the best epoch it has
 
 
@@ -490,11 +491,10 @@ def run_trials(
     """
     interrupts = Interrupts()
     reasons = getattr(scheduler, "reasons", {})
-    before = max((r.at for r in job.study.records() if r.stage == stage), default=0.0)
     recorder = Recorder(
         job.study,
         stage,
-        begun - before,
+        begun - job.spent.get(stage, 0.0),
         reasons,
         watch,
         notes,
