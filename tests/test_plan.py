@@ -6,14 +6,18 @@ import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from carmodels.features import VIEWS_KEPT
 from carmodels.space import SPACES, TrialConfig, baseline
-from carmodels.study import write_json
+from carmodels.study import Study, write_json
+from tune import plan as plans
 from tune.costs import CONTEXT_BYTES, FORWARD_SHARE, MEMORY_SPARE, Compiled, Costs, times_as_long
-from tune.plan import Packing, Plan, _alive, _known
+from tune.plan import Packing, Plan, _alive, _known, _untried, costs_of
+from tune.trials import Job, Workers
 
 SPACE = SPACES["demo"]
 COSTS = Costs({b: {32: 0.001, 96: 0.009} for b in SPACE.backbones}, train=700, val=100)
@@ -122,6 +126,31 @@ def test_a_space_of_one_size_needs_one_measurement() -> None:
     assert single.schedule(config) == pytest.approx(0.002 * (10 + FORWARD_SHARE * (10 + 10)))
 
 
+@pytest.mark.parametrize(("now", "anew"), [(0.012, False), (0.0155, False), (0.017, True), (0.006, True)])
+def test_costs_that_were_kept_hold_as_long_as_the_machine_is_as_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: float, anew: bool
+) -> None:
+    pace, measured = [0.010], []
+
+    def measure(job: Job, configs: list[TrialConfig]) -> dict[str, Any]:
+        measured.append(configs[0].backbone)
+        return {"seconds": {str(c.image_size): pace[0] for c in configs}, "bytes": {}, "compiled": {}}
+
+    monkeypatch.setattr(plans, "_looked_at", lambda job, config: ("a processor", pace[0]))
+    monkeypatch.setattr(plans, "_measure", measure)
+    monkeypatch.setattr(plans, "as_task", lambda function, workers: SimpleNamespace(remote=function))
+    monkeypatch.setattr(plans.ray, "get", lambda found: found)
+    splits = SimpleNamespace(train=range(700), val=range(150), audit=range(150), test=range(300))
+    job = Job(Study(tmp_path), splits, None, Workers(2, 1, 0.0), tmp_path)  # type: ignore[arg-type]
+    first = costs_of(job, SPACE)
+    assert measured == list(SPACE.backbones)
+    assert (first.seconds["test_resnet"][96], first.train, first.val, first.others) == (0.010, 700, 150, 450)
+    pace[0] = now
+    again = costs_of(job, SPACE)
+    assert measured == (2 if anew else 1) * list(SPACE.backbones)
+    assert again.seconds["test_resnet"][96] == (now if anew else 0.010)
+
+
 GB = 10**9
 SHARED = replace(
     COSTS, memory={"test_resnet": {32: 1 * GB, 96: 20 * GB}}, compiled={"test_resnet": Compiled(60.0, 0.7)}
@@ -164,11 +193,30 @@ def test_compiling_pays_in_a_long_run_of_one_stage() -> None:
     assert not COSTS.pays_to_compile(replace(config, epochs=60))
 
 
+@pytest.mark.parametrize(
+    ("compiled", "pictures", "untried"),
+    [
+        (None, 2000, True),
+        (None, 500, False),
+        ({}, 2000, False),
+        ({"seconds": 60.0, "ratio": 0.8}, 2000, False),
+    ],
+)
+def test_compiling_is_tried_once_a_trial_is_long_enough_for_it_to_pay(
+    compiled: dict[str, float] | None, pictures: int, untried: bool
+) -> None:
+    measured = {"seconds": {"96": 0.01, "32": 0.001}, "bytes": {}, "compiled": compiled}
+    job = cast(Job, SimpleNamespace(splits=SimpleNamespace(train=range(pictures))))
+    assert _untried(measured, job, [RECIPE]) == untried  # 8 epochs: 160 s or 40 s
+
+
 def test_a_file_of_costs_from_before_is_measured_anew(tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
     assert _known(path) == {}
     path.write_text('{"a": {"96": 0.1}}')
     assert _known(path) == {}
-    whole = {"a": {"seconds": {"96": 0.1}, "bytes": {}, "compiled": {}}}
+    compiled = {"seconds": 60.0, "ratio": 0.8}
+    tried: list[dict[str, float] | None] = [{}, compiled, None]
+    whole = {str(t): {"seconds": {"96": 0.1}, "bytes": {}, "compiled": t} for t in tried}
     write_json(path, whole)
     assert _known(path) == whole

@@ -8,7 +8,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,11 @@ from tune.costs import Compiled, Costs
 from tune.scheduler import REDUCTION_FACTOR
 from tune.trials import Job, as_task
 
-_VERSION = 3  # of what a file of costs holds
+_VERSION = 4  # of what a file of costs holds
 _PARTS = ("seconds", "bytes", "compiled")
 TRIAL_SHARE = 0.4  # of the time for searching that one trial may take on its worker: results/search/NOTES.md
+_CHANGED = 1.6  # times as long or short, beyond which costs that were kept no longer hold
+_WORTH_COMPILING = 120.0  # seconds of a trial; to find out takes a minute, and less than a third is saved
 _SAMPLE = 300  # random configurations over which a plan averages
 
 
@@ -139,9 +141,18 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _device() -> str:
-    """What a worker trains on; where the search was started there may be another."""
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor()
+def _looked_at(job: Job, config: TrialConfig) -> tuple[str, float]:
+    """What a worker trains on (where the search was started there may be another), and how fast it is now."""
+    torch.set_num_threads(job.workers.cpus)
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor()
+    return device, _seconds(job, config)
+
+
+def _seconds(job: Job, config: TrialConfig, **more: Any) -> float:
+    own = job.workers
+    return seconds_per_picture(
+        config, job.splits, weights=job.weights, device=own.device, processes=own.processes, **more
+    )
 
 
 def _gpu_bytes() -> float:
@@ -159,9 +170,16 @@ def _opened(space: Space) -> dict[str, list[TrialConfig]]:
 
 
 def costs_of(job: Job, space: Space) -> Costs:
-    """What each backbone of a space costs, measured unless it was, by hardware and versions."""
+    """What each backbone of a space costs, measured unless it was, by hardware and versions.
+
+    One of them is timed again on all workers at once: where that takes much longer or shorter than it did, as
+    on a machine that is busy now, or was then, all are measured anew.
+    """
     configs, workers = _opened(space), job.workers
-    device = ray.get(as_task(_device, workers).remote())
+    sample = next(iter(configs.values()))[-1]
+    look = as_task(_looked_at, workers)
+    looks = ray.get([look.remote(job, sample) for _ in range(workers.count)])
+    device, seconds = looks[0][0], float(np.median([taken for _, taken in looks]))
     own = [device, workers.cpus, workers.gpus, workers.count]
     held_for = [_VERSION, *own, torch.__version__, timm.__version__]
     name = hashlib.sha256(json.dumps(held_for).encode()).hexdigest()[:12]
@@ -170,7 +188,10 @@ def costs_of(job: Job, space: Space) -> Costs:
     with FileLock(f"{path}.lock"):
         known = _known(path)
         keys = {backbone: _key(of_one) for backbone, of_one in configs.items()}
-        missing = [backbone for backbone, key in keys.items() if key not in known]
+        before = known.get(keys[sample.backbone], {"seconds": {}})["seconds"].get(str(sample.image_size))
+        if before and not 1 / _CHANGED < seconds / before < _CHANGED:
+            known = {}
+        missing = [b for b, key in keys.items() if key not in known or _untried(known[key], job, configs[b])]
         measure = as_task(_measure, workers)
         found = ray.get([measure.remote(job, configs[backbone]) for backbone in missing])
         known |= {keys[backbone]: measured for backbone, measured in zip(missing, found, strict=True)}
@@ -196,9 +217,23 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
     """What was measured before, by key; nothing where the file is missing or damaged."""
     try:
         found = read_json(path)
-        return {key: {part: dict(value[part]) for part in _PARTS} for key, value in found.items()}
+        return {key: {part: _of(value[part]) for part in _PARTS} for key, value in found.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
+
+
+def _of(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if part is None else dict(part)
+
+
+def _untried(measured: Mapping[str, Any], job: Job, configs: Sequence[TrialConfig]) -> bool:
+    """Whether torch.compile was not tried, as it could not pay with fewer pictures or epochs, and may now."""
+    slowest = max(measured["seconds"].values(), default=0.0)
+    return measured["compiled"] is None and _may_pay_to_compile(slowest, job, configs[0])
+
+
+def _may_pay_to_compile(seconds: float, job: Job, config: TrialConfig) -> bool:
+    return seconds * len(job.splits.train) * config.epochs >= _WORTH_COMPILING
 
 
 def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
@@ -206,17 +241,6 @@ def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
     torch.set_num_threads(job.workers.cpus)
     on_gpu = job.workers.device == "cuda"
     found: dict[str, Any] = {part: {} for part in _PARTS}
-
-    def seconds(config: TrialConfig, **more: Any) -> float:
-        own = job.workers
-        return seconds_per_picture(
-            config,
-            job.splits,
-            weights=job.weights,
-            device=own.device,
-            processes=own.processes,
-            **more,
-        )
 
     for config in configs:
         if found["seconds"] and config is not configs[-1]:
@@ -227,11 +251,13 @@ def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
                 gc.collect()
                 torch.cuda.empty_cache()  # what the allocator keeps of the size before counts as reserved
                 torch.cuda.reset_peak_memory_stats()
-            eager = seconds(config)
+            eager = _seconds(job, config)
             if on_gpu:
                 found["bytes"][size] = torch.cuda.max_memory_reserved()
             if on_gpu and not found["seconds"]:
-                found["compiled"] = _tried_to_compile(partial(seconds, config, compiled=True), eager)
+                compiled = partial(_seconds, job, config, compiled=True)
+                pays = _may_pay_to_compile(eager, job, config)
+                found["compiled"] = _tried_to_compile(compiled, eager) if pays else None
         except torch.OutOfMemoryError:
             continue
         found["seconds"][size] = eager
