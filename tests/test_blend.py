@@ -53,6 +53,8 @@ def test_an_ensemble_takes_at_most_what_all_members_take_to_be_shown_everything(
     pictures = 100 * len(VIEWS) + 500 * MOST_VIEWS
     assert most_seconds(job) >= 8 * 0.35 * 0.04 * pictures / 2
     assert most_seconds(job) == pytest.approx(8 * (0.35 * 0.04 * pictures + 50) / 2)
+    pictures += 4 * 500 * MOST_VIEWS
+    assert most_seconds(job, folds=5) == pytest.approx(8 * (0.35 * 0.04 * pictures + 50) / 2)
     assert math.isinf(most_seconds(replace(job, costs=None)))
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from carmodels.features import VIEWS_KEPT
+from carmodels.models import Weights
 from carmodels.space import SPACES, TrialConfig, baseline
 from carmodels.study import Study, write_json
 from tune import plan as plans
@@ -43,8 +44,12 @@ def test_frozen_epochs_cost_a_forward_pass_for_what_is_not_stored_yet(strategy: 
     stored = min(head_only, VIEWS_KEPT) * train + min(head_only, 1) * val
     costs = replace(COSTS, others=200)
     assert costs.schedule(config) == pytest.approx(stored + learning + left)
-    mixed = costs.schedule(replace(config, mixup=0.2))
-    assert mixed == pytest.approx(head_only * (train + val) + learning + left)
+    for other, of in (
+        (replace(config, mixup=0.2), costs),
+        (replace(config, cutmix=0.5), costs),
+        (config, replace(costs, stored=False)),
+    ):
+        assert of.schedule(other) == pytest.approx(head_only * (train + val) + learning + left)
 
 
 def test_growing_pictures_cost_their_area_and_larger_test_pictures_theirs() -> None:
@@ -141,10 +146,11 @@ def test_costs_that_were_kept_hold_as_long_as_the_machine_is_as_fast(
     monkeypatch.setattr(plans, "as_task", lambda function, workers: SimpleNamespace(remote=function))
     monkeypatch.setattr(plans.ray, "get", lambda found: found)
     splits = SimpleNamespace(train=range(700), val=range(150), audit=range(150), test=range(300))
-    job = Job(Study(tmp_path), splits, None, Workers(2, 1, 0.0), tmp_path)  # type: ignore[arg-type]
+    job = Job(Study(tmp_path), splits, Weights("none"), Workers(2, 1, 0.0), tmp_path)  # type: ignore[arg-type]
     first = costs_of(job, SPACE)
     assert measured == list(SPACE.backbones)
     assert (first.seconds["test_resnet"][96], first.train, first.val, first.others) == (0.010, 700, 150, 450)
+    assert not first.stored
     pace[0] = now
     again = costs_of(job, SPACE)
     assert measured == (2 if anew else 1) * list(SPACE.backbones)

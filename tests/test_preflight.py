@@ -66,6 +66,8 @@ def test_loader_processes_of_a_gpu_need_room_in_shared_memory(
         f"{15 * each / 1e9:.2f} GB; in a container: --shm-size=2g",
         fatal=True,
     )
+    sharing = Workers(1, 16, 1.0, packed=4)  # trials share the cores, too
+    assert findings(Study(tmp_path / "results" / "a"), SPACE, sharing, tmp_path / "cache", later=5) == [said]
     plenty(monkeypatch, shared=3e9)
     assert findings(Study(tmp_path / "results" / "a"), SPACE, workers, tmp_path / "cache", later=5) == []
 

@@ -539,6 +539,7 @@ def test_a_plain_tree_without_test_pictures_and_a_metric_to_minimise(place: Plac
         ("", "", True),
         ("--plain", "", True),
         ("", " --plain", True),
+        ("", " --overwrite", True),
         ("--trials 3", "", False),
         ("--data x", "", False),
         ("", " --trials 200 --hours 2", False),

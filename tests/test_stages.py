@@ -87,8 +87,7 @@ def test_what_retraining_takes_at_most_goes_by_the_dearest_of_the_best(study: St
     each = LONGER * expected_seconds(slow)
     assert retraining.most_seconds(job) == pytest.approx(3 * each)  # three seeds, three others, two workers
     assert retraining.most_seconds(job, seeds=5) == pytest.approx(4 * each)
-    assert retraining.most_seconds(job, fold_in=True) == pytest.approx((3 + 2 * 10 / 7) * each)
-    assert retraining.most_seconds(job, folds=4) == pytest.approx(6 * 10 / 7 * each)
+    assert retraining.most_seconds(job, folds=4) == pytest.approx(6 * 850 / 700 * each)
     empty = Study(study.folder / "empty")
     empty.begin({"metric": "accuracy"}, [])
     assert math.isinf(retraining.most_seconds(replace(job, study=empty)))
@@ -376,6 +375,14 @@ def test_folds_that_the_clock_cut_short_are_trained_again_where_there_is_time(st
     left_folds(study, STEADY.config, cut_short=4)
     assert over_folds(study, 190, (STEADY,)) == [(2e-3, 8)]
     assert over_folds(study, 140, (STEADY,)) == []
+    longer = replace(run(4e-3, 0.9), trial_id="longer")
+    left_folds(study, replace(longer.config, epochs=16), cut_short=1)
+    for seconds in (
+        50,
+        100,
+        150,
+    ):  # not enough for the one that was cut: no shorter ones beside those there are
+        assert over_folds(study, seconds, (longer,)) == []
     shorter = replace(STEADY.config, epochs=6)  # planned so, and whole
     left_folds(study, shorter, cut_short=0)
     assert _missing_folds(study, shorter, 4) == []

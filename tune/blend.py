@@ -112,14 +112,18 @@ def ensemble(
     return results
 
 
-def most_seconds(job: Job) -> float:
-    """What the ensemble takes at most, by the costs of the dearest of the best trials; infinite without."""
+def most_seconds(job: Job, folds: int = 0) -> float:
+    """What the ensemble takes at most, by the costs of the dearest of the best trials; infinite without.
+
+    With `folds`, of which each member has so many models: only one of them sees a picture of val.
+    """
     study, splits, costs = job.study, job.splits, job.costs
     best = [r.config for r in study.leaderboard() if r.stage == "search"][:MOST_MEMBERS]
     if not best or costs is None:
         return math.inf
     picture = FORWARD_SHARE * max(costs.picture(config.backbone, config.tested_size) for config in best)
-    pictures = len(splits.val) * len(VIEWS) + (len(splits.audit) + len(splits.test)) * MOST_VIEWS
+    later = (len(splits.audit) + len(splits.test)) * MOST_VIEWS * (folds or 1)
+    pictures = len(splits.val) * len(VIEWS) + later
     return MOST_MEMBERS * (picture * pictures + _STARTS * _START) / job.workers.count
 
 

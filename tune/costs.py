@@ -35,6 +35,7 @@ class Costs:
     train: int  # pictures
     val: int
     others: int = 0  # that a finished trial is shown once
+    stored: bool = True  # whether what a frozen backbone says of a view is stored: it is, of pretrained ones
     memory: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # bytes on a GPU, likewise
     compiled: Mapping[str, Compiled] = field(default_factory=dict)  # per backbone, where it was tried
 
@@ -45,7 +46,7 @@ class Costs:
     def epoch(self, config: TrialConfig, number: int) -> float:
         """Seconds of one epoch (the first is 1): less while the backbone is frozen, or pictures are small.
 
-        What a frozen one says of a view of the pictures is stored, unless they are mixed.
+        What a frozen one says of a view of the pictures may be stored, unless they are mixed.
         """
         area = (config.tested_size / config.image_size) ** 2  # of a val picture, in those that it learns from
         val = FORWARD_SHARE * self.val * area
@@ -53,7 +54,7 @@ class Costs:
             train = self.train * (config.shown_size(number) / config.image_size) ** 2
         else:
             train = FORWARD_SHARE * self.train
-            if not config.mixup:
+            if self.stored and not (config.mixup or config.cutmix):
                 train *= number <= VIEWS_KEPT
                 val *= number == 1
         return self.picture(config.backbone, config.image_size) * (train + val)

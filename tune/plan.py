@@ -73,13 +73,18 @@ class Plan:
         if self.costs is None:
             return wanted, ""
         # One trial runs on one worker: of many workers this share is more than the whole time of one.
-        limit = min(share * self.core_seconds, 0.9 * self.core_seconds / self.workers)
+        whole, costs = self.core_seconds, self.costs
+
+        def affords(config: TrialConfig) -> bool:
+            in_time = self.seconds(config) <= 0.9 * whole / self.workers
+            return in_time and costs.schedule(config) <= share * whole
+
         config = wanted
         for size in sorted((s for s in sizes if s <= wanted.image_size), reverse=True):
             config = replace(wanted, image_size=size)
-            if self.seconds(config) <= limit:
+            if affords(config):
                 break
-        while config.epochs > 1 and self.seconds(config) > limit:
+        while config.epochs > 1 and not affords(config):
             config = replace(config, epochs=config.epochs - 1)
         smaller, shorter = config.image_size < wanted.image_size, config.epochs < wanted.epochs
         changed = f" at {config.image_size} instead of {wanted.image_size} px" if smaller else ""
@@ -107,14 +112,14 @@ def _alive(epoch: int, grace_period: int) -> float:
     return REDUCTION_FACTOR ** -math.ceil(math.log(epoch / grace_period, REDUCTION_FACTOR))
 
 
-def make_plan(job: Job, space: Space, end: float) -> Plan:
-    """The plan for searching a space until `end`, by the job's costs."""
+def make_plan(job: Job, space: Space, begun: float, end: float) -> Plan:
+    """The plan for searching a space until `end`, by the job's costs; `begun` is when that began."""
     costs = job.costs
     if costs is None:
         return Plan(None, end, job.workers.count)
     gpu_bytes = ray.get(as_task(_gpu_bytes, job.workers).remote()) if job.workers.packed else 0.0
     cheapest = min(costs.schedule(config) for of_one in _opened(space).values() for config in of_one)
-    longest = max(TRIAL_SHARE * (end - time.time()), cheapest)
+    longest = max(TRIAL_SHARE * (end - begun), cheapest)
     return Plan(costs, end, job.workers.count, gpu_bytes, longest)
 
 
@@ -172,13 +177,13 @@ def _opened(space: Space) -> dict[str, list[TrialConfig]]:
 def costs_of(job: Job, space: Space) -> Costs:
     """What each backbone of a space costs, measured unless it was, by hardware and versions.
 
-    One of them is timed again on all workers at once: where that takes much longer or shorter than it did, as
-    on a machine that is busy now, or was then, all are measured anew.
+    One of them is timed again, on as many workers at once as all are: where that takes much longer or shorter
+    than it did, as on a machine that is busy now, or was then, all are measured anew.
     """
     configs, workers = _opened(space), job.workers
     sample = next(iter(configs.values()))[-1]
     look = as_task(_looked_at, workers)
-    looks = ray.get([look.remote(job, sample) for _ in range(workers.count)])
+    looks = ray.get([look.remote(job, sample) for _ in range(min(workers.count, len(configs)))])
     device, seconds = looks[0][0], float(np.median([taken for _, taken in looks]))
     own = [device, workers.cpus, workers.gpus, workers.count]
     held_for = [_VERSION, *own, torch.__version__, timm.__version__]
@@ -203,6 +208,7 @@ def costs_of(job: Job, space: Space) -> Costs:
         train=len(job.splits.train),
         val=len(job.splits.val),
         others=len(job.splits.audit) + len(job.splits.test),
+        stored=job.weights.source != "none",
         memory={b: {int(size): value for size, value in m["bytes"].items()} for b, m in of.items()},
         compiled={b: Compiled(**m["compiled"]) for b, m in of.items() if m["compiled"]},
     )

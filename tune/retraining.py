@@ -188,22 +188,19 @@ def retrain(
     return completed
 
 
-def most_seconds(job: Job, *, seeds: int = SEEDS, folds: int = 0, fold_in: bool = False) -> float:
+def most_seconds(job: Job, *, seeds: int = SEEDS, folds: int = 0) -> float:
     """What retraining takes at most, where time is no matter, if the best stay those that they are now.
 
-    Infinite where there are none.
+    Without the runs on everything, which have `FOLD_IN_SHARE`. Infinite where there are none.
     """
     study, splits = job.study, job.splits
     room = Room(math.inf, job.workers.count, job.costs, bool(job.workers.packed))
     way = AS_IN_THE_TRIAL.inside(study)
     best = [standing.record for standing in judged(study)[:CONTENDERS]]
     each = max((room.seconds(r, way.of(r.config)[0]) for r in best), default=math.inf)
-    rest = (len(splits.val) + len(splits.audit)) / len(
-        splits.train
-    )  # that folds and last runs learn from, too
     runs = folds * MOST_FOLDED if folds else seeds + CONTENDERS - 1
-    rounds = math.ceil(runs / room.workers) * (1 + rest if folds else 1)
-    return each * (rounds + (math.ceil(seeds / room.workers) * (1 + rest) if fold_in else 0))
+    pictures = 1 + len(splits.val) / len(splits.train) if folds else 1.0  # for each that a trial learns from
+    return each * pictures * math.ceil(runs / room.workers)
 
 
 def _train(
@@ -224,19 +221,21 @@ def _train(
     ids = {config.id for config in configs}
     before = {r.trial_id: r for r in study.records() if r.trial_id in ids and r.status is Status.FINISHED}
     late = end + 0.3 * (clock.at(1) - end) if clock.seconds < math.inf else math.inf
-    completed = not configs or run_trials(
-        replace(job, workers=replace(job.workers, packed=0), until=end),
-        stage=stage,
-        begun=clock.begun,
-        end=late,
-        search_alg=Queue(configs, metric=study.metric, mode=METRICS[study.metric].mode),
-        scheduler=FIFOScheduler(),
-        notes=notes,
-        watch=watch,
-    )
-    for record in study.records():
-        if record.trial_id in before and record.status is not Status.FINISHED:
-            study.append(before[record.trial_id])
+    try:
+        completed = not configs or run_trials(
+            replace(job, workers=replace(job.workers, packed=0), until=end),
+            stage=stage,
+            begun=clock.begun,
+            end=late,
+            search_alg=Queue(configs, metric=study.metric, mode=METRICS[study.metric].mode),
+            scheduler=FIFOScheduler(),
+            notes=notes,
+            watch=watch,
+        )
+    finally:
+        for record in study.records():
+            if record.trial_id in before and record.status is not Status.FINISHED:
+                study.append(before[record.trial_id])
     study.write_table()
     return completed
 
@@ -436,6 +435,11 @@ def _missing_folds(study: Study, like: TrialConfig, folds: int) -> list[TrialCon
     return [config for config in configs_of(like, folds) if config.id not in done]
 
 
+def _all_there(study: Study, like: TrialConfig, folds: int) -> bool:
+    """Whether each of its folds has been trained, be it cut short."""
+    return len(runs_of(study, whole(configs_of(like, folds)[0]))) == folds
+
+
 def _begun_folds(study: Study, record: TrialRecord, folds: int, way: Way) -> list[TrialConfig]:
     """Schedules of other lengths, for want of time, of which some folds are there and some are not."""
     like = replace(way.of(record.config)[0], patience=0)
@@ -459,6 +463,8 @@ def _folds_to_train(
     for record in chosen:
         ways = [*way.of(record.config), *_begun_folds(study, record, folds, way)]
         ways.sort(key=lambda like: len(_missing_folds(study, like, folds)) == folds)  # begun ones first
+        if complete := [like for like in ways if _all_there(study, like, folds)]:
+            ways = complete[:1]  # some of them cut short; a set of another length would be no better
         for like in ways:
             each = room.seconds(record, like, train)
             after = _loaded(busy, len(_missing_folds(study, like, folds)), each)
@@ -481,7 +487,8 @@ def _shorter_folds(
     per_epoch = room.seconds(best, like, train) / like.epochs
     shorter = int(room.left / (math.ceil(folds / room.workers) * per_epoch))
     begun = runs_of(study, whole(configs_of(like, folds)[0]))
-    if begun or shorter < max(2, like.epochs // 2):
+    begun_longer = any(_all_there(study, longer, folds) for longer in way.of(best.config))
+    if begun or begun_longer or shorter < max(2, like.epochs // 2):
         return {}
     return {best: replace(like, epochs=shorter)}
 

@@ -181,8 +181,11 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
 def repeats_the_demo(study: Study, options: argparse.Namespace) -> bool:
     """Whether this is the demo without an option (but --check and --plain), and the study is of the same."""
     plain = {**vars(parser().parse_args([])), "check": options.check, "plain": options.plain}
-    own = (COMMAND, f"{COMMAND} --plain")
-    return vars(options) == plain and study.exists and study.facts.get("command") in own
+    if vars(options) != plain or not study.exists:
+        return False
+    command = str(study.facts.get("command"))
+    more = command.removeprefix(COMMAND).split()
+    return command.startswith(COMMAND) and set(more) <= {"--plain", "--overwrite"}
 
 
 def described_budget(clock: stages.Clock, trials: int | None) -> str:
@@ -248,8 +251,9 @@ def with_spare_time(job: Job, options: argparse.Namespace, clock: stages.Clock) 
     packed = job.costs if job.workers.packed else None
     return clock.with_spare_time(
         confirm=confirm.most_seconds(job.study, job.workers.count, most=options.confirm, costs=packed),
-        retrain=retraining.most_seconds(job, folds=options.folds, fold_in=options.fold_in),
-        ensemble=blend.most_seconds(job),
+        retrain=retraining.most_seconds(job, folds=options.folds)
+        + (retraining.FOLD_IN_SHARE * clock.seconds if options.fold_in else 0.0),
+        ensemble=blend.most_seconds(job, folds=options.folds),
         stops=stages.STOPS_SHARE if options.audit_stops else 0.0,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -53,8 +53,9 @@ class Draws(OptunaSearch):
 
     Optuna is told what happened: a stopped trial is pruned (with its intermediate values), a diverged one
     ends with NaN and has the worst value. `stamp` holds the fields that every configuration shares: seed,
-    metric, data and split. `earlier` are the records of other studies, of any data. `storage` gets what has
-    ended, and is not read: a database asked for all trials at each draw takes seconds where hundreds run.
+    metric, data and split. Of the queue, what is `optional` (ids) goes only where it fits. `earlier` are the
+    records of other studies, of any data. `storage` gets what has ended, and is not read: a database asked
+    for all trials at each draw takes seconds where hundreds run.
     """
 
     _ot_study: Any  # an optuna.Study; Ray's code starts from None and has no annotation
@@ -70,6 +71,7 @@ class Draws(OptunaSearch):
         limit: int | None,
         fits: Callable[[TrialConfig], bool],
         queue: Sequence[TrialConfig] = (),
+        optional: Collection[str] = (),
         known: Sequence[TrialRecord] = (),
         earlier: Sequence[Sequence[TrialRecord]] = (),
         storage: optuna.storages.BaseStorage | None = None,
@@ -91,7 +93,7 @@ class Draws(OptunaSearch):
         self._dimensions = space
         self._reported: dict[str, int] = {}  # Ray's trial id -> the last epoch that Optuna knows
         self._stamp = stamp
-        self._queue = list(queue)
+        self._queue, self._optional = list(queue), optional
         self._seen = {r.trial_id for r in known} | {c.id for c in queue}
         self._left = None if limit is None else max(0, limit - len(known))
         self._fits = fits
@@ -105,6 +107,8 @@ class Draws(OptunaSearch):
         """The next TrialConfig's fields, or FINISHED at the limit, after the time, with nothing new left."""
         if self._left == 0:
             return Searcher.FINISHED
+        while self._queue and self._queue[0].id in self._optional and not self._fits(self._queue[0]):
+            self._queue.pop(0)
         config = self._queued(trial_id) if self._queue else self._drawn(trial_id)
         if config is None:
             return Searcher.FINISHED

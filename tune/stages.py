@@ -104,7 +104,7 @@ def search(
     end = clock.at(clock.search)
     late = end + LATE_SHARE * (clock.at(clock.retrain) - end) if math.isfinite(end) else end
     grace = grace_period(int(space.fixed["epochs"]))
-    plan = make_plan(job, space, end)
+    plan = make_plan(job, space, time.time() if resumed else clock.begun, end)
     records = [r for r in study.records() if r.stage == "search"]
     again = [r for r in records if _to_run_again(r, plan)]
     known = [r for r in records if r not in again]
@@ -143,6 +143,7 @@ def search(
         limit=trials,
         fits=plan.fits,
         queue=queue,
+        optional={r.trial_id for r in again if stops.by_the_clock(r) and not r.note},
         known=known,
         earlier=list(earlier.values()),
         storage=optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}"),
