@@ -299,7 +299,8 @@ def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place
     assert all(r.trial_id in best["retrained"] for r in alike)
     trial = next(r for r in study.records() if r.trial_id == best["trial_id"])
     assert best["config"]["epochs"] == LONGER * trial.config.epochs  # no time limit
-    longer = f"{best['config']['epochs']} epochs each instead of {trial.config.epochs}"
+    assert best["config"]["continues"] == trial.trial_id
+    longer = f"{best['config']['epochs']} epochs more each, on from its weights"
     assert longer in " ".join(whole.split())
     for rerun in reruns:
         assert study.weights_file(rerun.trial_id).is_file()

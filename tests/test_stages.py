@@ -173,18 +173,20 @@ def test_for_want_of_time_training_goes_on_from_the_runs_that_left_weights_in_tu
     with pytest.raises(ValueError, match=f"--onward: .* has no weights of {LUCKY.trial_id}; leave it"):
         onward(study, goes_on=True)
     left_weights(study, LUCKY, again)
-    new = [(1, ""), (2, ""), (3, "")]
-    assert onward(study) == (new, 16)
-    assert onward(study, 200) == (new[:2], 16)  # 8 epochs took 80 s, and are given 92
-    assert onward(study, 180) == ([(seed, LUCKY.trial_id) for seed in (1, 2)], 8)
+    own = [(seed, LUCKY.trial_id) for seed in (1, 2, 3)]
+    assert onward(study) == (own, 16)
+    assert onward(study, 200) == (own[:2], 16)  # 8 epochs took 80 s, and are given 92
+    assert onward(study, 180) == (own[:2], 15)  # each epoch more helps
     study.append(again)
     both = [(1, LUCKY.trial_id), (2, again.trial_id), (3, LUCKY.trial_id)]
     assert onward(study, 100) == (both[:2], 8)
     assert onward(study, 70) == (both[:2], 6)
     assert onward(study, 20) == ([], 8)
-    assert onward(study, goes_on=True) == (both, 8)
+    assert onward(study, goes_on=True) == (both, 16)
     assert onward(study, goes_on=True, epochs=5) == (both, 5)
-    assert onward(study, epochs=5) == (new, 5)
+    assert onward(study, epochs=5) == ([(1, ""), (2, ""), (3, "")], 5)
+    deeper, like = _to_train(study, LUCKY, 3, Way(changes={"head_depth": 1}), Room(math.inf, 2))
+    assert ([c.continues for c in deeper], like.epochs) == ([""] * 3, 16)  # the weights have another head
     done = replace(LUCKY.config, seed=1, head_seed=0, continues=LUCKY.trial_id)
     study.append(replace(run(1e-3, 0.95, 1, "retrain"), trial_id=done.id, config=done))
     assert onward(study, 100) == (both[1:], 8)
@@ -210,7 +212,7 @@ def test_a_frozen_backbone_is_opened_at_what_that_costs_here(study: Study) -> No
     assert trained(190) == ([""] * 2, 16)
     assert trained(100) == ([""] * 2, 8)
     left_weights(study, record)
-    assert trained(190) == ([""] * 2, 16)
+    assert trained(190) == ([record.trial_id] * 2, 16)
     assert trained(100) == ([record.trial_id] * 2, 8)
     assert trained(60) == ([record.trial_id] * 2, 5)
     assert trained(40) == ([], 8)
@@ -229,9 +231,9 @@ def test_what_time_retraining_leaves_goes_to_the_next_best(study: Study) -> None
 
     third = (3e-3, 16, "")  # without weights
     assert beside(math.inf) == []  # all that was asked for is trained, and that is all
-    assert beside(1000) == [(2e-3, 16, ""), third]  # not the bad one
-    assert beside(370) == [(2e-3, 16, "")]  # three new models of 184 s on two workers are there before
-    assert beside(290) == [(2e-3, 8, STEADY.trial_id), (3e-3, 8, "")]
+    assert beside(1000) == [(2e-3, 16, STEADY.trial_id), third]  # not the bad one
+    assert beside(370) == [(2e-3, 16, STEADY.trial_id)]  # after three runs of 184 s on two workers
+    assert beside(290) == [(2e-3, 9, STEADY.trial_id), (3e-3, 8, "")]
     assert beside(280) == [(2e-3, 8, STEADY.trial_id), (3e-3, 8, "")]
     assert beside(270) == []
     assert beside(100, workers=4) == [(2e-3, 8, STEADY.trial_id)]
@@ -240,7 +242,7 @@ def test_what_time_retraining_leaves_goes_to_the_next_best(study: Study) -> None
 
 def test_going_on_all_of_the_backbone_is_open() -> None:
     config = replace(LUCKY.config, unfreeze="gradual")
-    like = Way(changes={"ema": 0.998}).onward(config, "parent")
+    *_, like = Way(changes={"ema": 0.998}).onward(config, "parent")
     assert like == replace(config, unfreeze="full", ema=0.998, continues="parent")
     words = _announced(replace(LUCKY, config=config), 2, 0, like)
     assert words.endswith(
@@ -478,8 +480,9 @@ def test_a_schedule_that_the_search_had_shortened_is_trained_at_the_length_of_th
 
     assert lengths(way.of(short.config)) == [(16, ""), (10, ""), (8, ""), (5, "")]
     assert lengths(way.of(LUCKY.config)) == [(16, ""), (8, "")]
-    assert lengths(way.all_of(short.config, ["it"])) == [(16, ""), (10, ""), (8, "it")]
-    assert lengths(way.all_of(LUCKY.config, ["it"])) == [(16, ""), (8, "it")]
+    every = [(epochs, "it") for epochs in range(16, 7, -1)]
+    assert lengths(way.all_of(short.config, ["it"])) == every
+    assert lengths(way.all_of(LUCKY.config, ["it"])) == every
     assert lengths(Way(epochs=3).inside(study).of(short.config)) == [(3, "")]
     for seconds, epochs in ((190, 16), (120, 10), (100, 8), (60, 5)):  # 10 s an epoch, given 11.5
         assert _to_train(study, short, 2, way, Room(seconds, 2))[1].epochs == epochs

@@ -31,10 +31,10 @@ def parser() -> argparse.ArgumentParser:
         "--epochs",
         type=int,
         metavar="N",
-        help="length of the schedule (twice a trial's for a new model, else as long)",
+        help="length of the schedule of new models (without: on from the trial's weights, twice as long)",
     )
     p.add_argument(
-        "--onward", action="store_true", help="train on from the weights of the trial, not a new model"
+        "--onward", action="store_true", help="train on from the trial's weights with --epochs, too, or not"
     )
     p.add_argument(
         "--set",
@@ -65,8 +65,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         raise ValueError("--onward: what folds hold out the trial has learnt from; leave one of them out")
     if "patience" in changes and (options.folds or options.fold_in):
         raise ValueError("--set patience: what is held out must not end training; leave it out")
-    for name in ("head", "head_depth"):
-        if name in changes and options.onward:
+    for name in changes:
+        if name in retraining.NEW_HEAD and options.onward:
             raise ValueError(f"--set {name}: the weights of the trial have another; leave out --onward")
     for name in ("backbone", "image_size", "epochs"):
         if name in way.changes:

@@ -100,6 +100,7 @@ VARIANTS = {
     "goes on as long again": Variant({}, order=1, onward="base"),
     "goes on as long again, another order": Variant({}, order=2, onward="base"),
     "goes on half as long": Variant({"epochs": 4}, order=3, onward="base"),
+    "goes on twice as long": Variant({"epochs": 16}, "goes on as long again", order=1, onward="base"),
     "a new model": Variant({"head_seed": 101}, order=1),
     "another new model": Variant({"head_seed": 102}, order=2),
     "2 times as long": Variant({"epochs": 16}, larger=tuple(LARGER)),
