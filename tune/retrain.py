@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         help="length of the schedule of new models (without: on from the trial's weights, twice as long)",
     )
     p.add_argument(
-        "--onward", action="store_true", help="train on from the trial's weights with --epochs, too, or not"
+        "--onward", action="store_true", help="go on from the trial's weights, with --epochs, too, or refuse"
     )
     p.add_argument(
         "--set",

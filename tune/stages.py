@@ -63,10 +63,12 @@ class Clock:
 
         `stops` is the share of the time that auditing them has.
         """
+        if math.isinf(self.seconds) or self.last < 1:
+            return self
         ends_retrain = max(self.retrain, 1 - ensemble / self.seconds)
         ends_confirm = max(self.confirm, ends_retrain - retrain / self.seconds)
         ends_search = ends_confirm - confirm / self.seconds - stops
-        if math.isinf(self.seconds) or self.last < 1 or ends_search < self.search + LEAST_MORE:
+        if ends_search < self.search + LEAST_MORE:
             return self
         return replace(self, search=ends_search, confirm=ends_confirm, retrain=ends_retrain)
 

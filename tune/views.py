@@ -109,7 +109,7 @@ class Members:
             r: [v for v in views if not study.has_predictions(r.trial_id, split, v)] for r in self.weights
         }
         damaged = [f for r, vs in missing.items() for v in vs if (f := path(r.trial_id, split, v)).is_file()]
-        # few tasks: each may start a process, and builds the model once
+        # few tasks: each may start a process
         parts = math.ceil(self.job.workers.count / max(1, sum(map(bool, missing.values()))))
         tasks = [(r, vs[k::parts]) for r, vs in missing.items() for k in range(parts) if vs[k::parts]]
         task = as_task(_shown, self.job.workers)
