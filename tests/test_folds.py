@@ -111,10 +111,10 @@ def test_the_models_of_all_folds_answer_what_they_have_not_seen(
     audit = blend([study.predictions(r.trial_id, "audit") for r in (first, second)])
     np.testing.assert_allclose(study.predictions(record.trial_id, "audit").probs, audit.probs)
     for split in ("val", "audit"):
-        again = folds.shown(job, record, split, "plain")
+        [again] = folds.shown(job, record, split, ("plain",))
         before = study.predictions(record.trial_id, split).aligned(again.ids)
         np.testing.assert_allclose(again.probs, before.probs, atol=1e-6)
-    flipped = folds.shown(job, record, "val", "flip")
+    [flipped] = folds.shown(job, record, "val", ("flip",))
     assert flipped.ids == splits.val.ids
     assert (flipped.probs != val.probs).any()
     assert [r.trial_id for r in folds.models_of(study, record)] == [first.trial_id, second.trial_id]

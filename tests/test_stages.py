@@ -88,6 +88,9 @@ def test_what_retraining_takes_at_most_goes_by_the_dearest_of_the_best(study: St
     assert retraining.most_seconds(job) == pytest.approx(3 * each)  # three seeds, three others, two workers
     assert retraining.most_seconds(job, seeds=5) == pytest.approx(4 * each)
     assert retraining.most_seconds(job, folds=4) == pytest.approx(6 * 850 / 700 * each)
+    half = expected_seconds(run(4e-3, 0.85)) / 2  # of the cheapest
+    assert retraining.most_seconds(job, within=1.01 * half) == pytest.approx(3 * each)
+    assert retraining.most_seconds(job, within=0.99 * half) == 0
     empty = Study(study.folder / "empty")
     empty.begin({"metric": "accuracy"}, [])
     assert math.isinf(retraining.most_seconds(replace(job, study=empty)))
@@ -337,6 +340,25 @@ def test_as_many_configurations_are_trained_over_folds_as_the_time_holds(study: 
     assert over_folds(study, 190, both) == [(1e-3, 8)]
     assert over_folds(study, 140, both) == [(1e-3, 6)]
     assert over_folds(study, 60, both) == []
+
+
+def test_new_seeds_take_the_place_of_folds_that_do_not_fit(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = SimpleNamespace(train=range(100), val=range(30))
+    job = Job(study, splits, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
+    trained: list[tuple[str, int, int]] = []
+
+    def collect(job: Job, configs: list[TrialConfig], *, stage: str, **_: object) -> bool:
+        trained.extend((stage, config.seed, config.epochs) for config in configs)
+        return True
+
+    monkeypatch.setattr(retraining, "_train", collect)
+    said: list[str] = []
+    clock = Clock(time.time(), 60, retrain=1.0)
+    assert retrain_folds(job, folds=4, clock=clock, watch=Watch(), say=said.append)
+    assert said[0].startswith("Folds are left out: the time that is left does not hold 4 runs of the best.")
+    assert trained == [("retrain", 1, 5), ("retrain", 2, 5)]
 
 
 @pytest.mark.usefixtures("longer")

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from carmodels.data import Split
-from carmodels.models import load_weights, weights_damage
+from carmodels.models import weights_damage
 from carmodels.predictions import METRICS, Predictions, blend
 from carmodels.space import TrialConfig
 from carmodels.study import FOLD, FOLDS, Status, Study, TrialRecord
-from carmodels.training import parted, predict
+from carmodels.training import parted
 from tune.trials import Job
 
 MOST_FOLDED = 3  # configurations
@@ -135,31 +134,20 @@ def models_of(study: Study, record: TrialRecord) -> list[TrialRecord]:
     return runs_of(study, record.config) if record.stage == FOLDS else [record]
 
 
-def shown(job: Job, record: TrialRecord, split: str, view: str) -> Predictions:
-    """What the models of all folds say of a split through a view: on val each of its own fold alone."""
-    torch.set_num_threads(job.workers.cpus)
+def shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
+    """What the models of all folds say of a split through each view: on val each of its own fold alone."""
     pictures: Split = getattr(job.splits, split)
-    found = [_shown_one(job, run, pictures, view) for run in runs_of(job.study, record.config)]
-    parts = [answers for answers in found if answers is not None]
-    return joined(parts).aligned(pictures.ids) if split == "val" else blend(parts)
+    said = []
+    for run in runs_of(job.study, record.config):
+        own = _held_out(job, run, pictures) if split == "val" else pictures
+        if len(own):
+            said.append(job.predict_again(run, own, views))
+    if split == "val":
+        return [joined(parts).aligned(pictures.ids) for parts in zip(*said, strict=True)]
+    return [blend(parts) for parts in zip(*said, strict=True)]
 
 
-def _shown_one(job: Job, run: TrialRecord, pictures: Split, view: str) -> Predictions | None:
-    """One fold's answers, on val to the pictures that it has not seen; None where there are none."""
-    if pictures.name == "val":
-        held_out = set(parted(run.config, job.splits).val.ids)
-        mine = np.array([name in held_out for name in pictures.ids], bool)
-        pictures = pictures.part(mine)
-    if not len(pictures):
-        return None
-    weights = job.study.weights_file(run.trial_id)
-    model = load_weights(run.config, weights, classes=len(job.splits.classes))
-    return predict(
-        model,
-        job.splits,
-        pictures,
-        config=run.config,
-        view=view,
-        device=job.workers.device,
-        processes=job.workers.processes,
-    )
+def _held_out(job: Job, run: TrialRecord, pictures: Split) -> Split:
+    """Those of the pictures that one fold's model has not learnt from."""
+    held_out = set(parted(run.config, job.splits).val.ids)
+    return pictures.part(np.array([name in held_out for name in pictures.ids], bool))

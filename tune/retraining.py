@@ -29,6 +29,7 @@ from tune.trials import Job, Watch, run_trials
 SEEDS = 3  # runs of the best
 FOLD_IN_SHARE = 0.06  # of the time, less for retraining where a last run on everything follows
 LONGER = 2.0  # times a trial's epochs, where there is time: +5.9 points in results/final/NOTES.md
+LEAST_OF_A_TRIAL = 0.5  # of its epochs: no shorter schedule is begun
 NEW_HEAD = {"head", "head_depth"}  # what the weights of another configuration do not fit
 # How a frozen backbone learns after all: at the rate of its head, groups below at half that of the one above.
 OPENED: Mapping[str, Any] = {"unfreeze": "full", "layer_decay": 0.5}
@@ -188,15 +189,19 @@ def retrain(
     return completed
 
 
-def most_seconds(job: Job, *, seeds: int = SEEDS, folds: int = 0) -> float:
+def most_seconds(job: Job, *, within: float = math.inf, seeds: int = SEEDS, folds: int = 0) -> float:
     """What retraining takes at most, where time is no matter, if the best stay those that they are now.
 
-    Without the runs on everything, which have `FOLD_IN_SHARE`. Infinite where there are none.
+    None at all where `within` seconds hold not even the shortest run of any of them. Without the runs on
+    everything, which have `FOLD_IN_SHARE`. Infinite where there are no trials.
     """
     study, splits = job.study, job.splits
     room = Room(math.inf, job.workers.count, job.costs, bool(job.workers.packed))
     way = AS_IN_THE_TRIAL.inside(study)
     best = [standing.record for standing in judged(study)[:CONTENDERS]]
+    shortest = min((LEAST_OF_A_TRIAL * room.seconds(r, way.of(r.config)[-1]) for r in best), default=0.0)
+    if shortest > within:
+        return 0.0
     each = max((room.seconds(r, way.of(r.config)[0]) for r in best), default=math.inf)
     runs = folds * MOST_FOLDED if folds else seeds + CONTENDERS - 1
     pictures = 1 + len(splits.val) / len(splits.train) if folds else 1.0  # for each that a trial learns from
@@ -377,8 +382,9 @@ def retrain_folds(
 ) -> bool:
     """Train the best few configurations (or the named one) once a fold; False if interrupted.
 
-    As many as the time holds, the best in any case where it holds one. Folds that are there are not trained
-    again, but for those that the clock cut short. Audit is not touched.
+    As many as the time holds, the best in any case where it holds one; where it holds none, new seeds take
+    their place. Folds that are there are not trained again, but for those that the clock cut short. Audit is
+    not touched.
     """
     study, splits = job.study, job.splits
     way = way.inside(study)
@@ -394,7 +400,11 @@ def retrain_folds(
             f"{_difference(record.config, like)}."
         )
     if not planned:
-        say(f"Folds are left out: the time that is left does not hold {folds} runs of the best.")
+        say(
+            f"Folds are left out: the time that is left does not hold {folds} runs of the best. New seeds "
+            "take their place."
+        )
+        return retrain(job, clock=clock, watch=watch, say=say, trial_id=trial_id, way=way, less=less)
     missing = {c: r for r, like in planned.items() for c in _missing_folds(study, like, folds)}
     notes = {c.id: f"fold {1 + (c.fold or 0)} of {folds} of {r.trial_id}" for c, r in missing.items()}
     completed = _train(
@@ -488,7 +498,7 @@ def _shorter_folds(
     shorter = int(room.left / (math.ceil(folds / room.workers) * per_epoch))
     begun = runs_of(study, whole(configs_of(like, folds)[0]))
     begun_longer = any(_all_there(study, longer, folds) for longer in way.of(best.config))
-    if begun or begun_longer or shorter < max(2, like.epochs // 2):
+    if begun or begun_longer or shorter < _fewest(like.epochs):
         return {}
     return {best: replace(like, epochs=shorter)}
 
@@ -588,4 +598,9 @@ def _fitting(seeds: int, epochs: int, per_epoch: float, seconds: float, workers:
     if rounds:
         return min(seeds, rounds * workers), epochs
     shorter = int(seconds / per_epoch)
-    return (min(seeds, workers), shorter) if shorter >= max(2, epochs // 2) else (0, 0)
+    return (min(seeds, workers), shorter) if shorter >= _fewest(epochs) else (0, 0)
+
+
+def _fewest(epochs: int) -> int:
+    """The shortest schedule that may take the place of a whole one, in epochs."""
+    return max(2, int(LEAST_OF_A_TRIAL * epochs))

@@ -249,10 +249,11 @@ def go(
 def with_spare_time(job: Job, options: argparse.Namespace, clock: stages.Clock) -> stages.Clock:
     """The clock with more time for the search where the later stages, as they are bounded, do not need it."""
     packed = job.costs if job.workers.packed else None
+    less = retraining.FOLD_IN_SHARE if options.fold_in else 0.0
+    within = clock.at(clock.retrain - less) - time.time()
     return clock.with_spare_time(
         confirm=confirm.most_seconds(job.study, job.workers.count, most=options.confirm, costs=packed),
-        retrain=retraining.most_seconds(job, folds=options.folds)
-        + (retraining.FOLD_IN_SHARE * clock.seconds if options.fold_in else 0.0),
+        retrain=retraining.most_seconds(job, within=within, folds=options.folds) + less * clock.seconds,
         ensemble=blend.most_seconds(job, folds=options.folds),
         stops=stages.STOPS_SHARE if options.audit_stops else 0.0,
     )

@@ -14,7 +14,6 @@ from carmodels.models import save_weights, weights_damage
 from carmodels.predictions import METRICS
 from carmodels.soup import Ingredient, greedy_soup, kind
 from carmodels.study import Status, TrialRecord
-from carmodels.training import predict
 from tune.trials import Job, as_task
 
 STAGE = "soup"
@@ -70,10 +69,7 @@ def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> Tr
     soup.val.save(study.predictions_file(name, "val"))
     for split in (splits.audit, splits.test):
         if len(split):
-            shown = predict(
-                soup.model, splits, split, config=config, device=workers.device, processes=workers.processes
-            )
-            shown.save(study.predictions_file(name, split.name))
+            job.predict(soup.model, config, split).save(study.predictions_file(name, split.name))
     save_weights(soup.model, study.weights_file(name))
     assert splits.val.labels is not None
     members = ", ".join(ingredient.trial_id for ingredient in soup.ingredients)

@@ -23,7 +23,7 @@ from carmodels.predictions import (
 )
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord, read_json, write_json
-from carmodels.training import Fitted, fit, predict
+from carmodels.training import Fitted, fit
 from tune.blend import interval
 from tune.dimensions import space_of
 from tune.retraining import epochs_of_space, opened
@@ -178,7 +178,7 @@ def _answers(job: Job, fitted: Fitted, record: TrialRecord) -> float:
     for split in (splits.val, splits.audit, splits.test):
         if not len(split):
             continue
-        shown = predict(fitted.model, splits, split, config=fitted.config, device=job.workers.device)
+        shown = job.predict(fitted.model, fitted.config, split)
         shown.save(study.predictions_file(record.trial_id, split.name))
         if split is splits.val:
             assert split.labels is not None

@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -62,9 +62,10 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 import carmodels
-from carmodels.data import Splits
+from carmodels.data import Split, Splits
 from carmodels.features import FeatureStore
-from carmodels.models import Weights, save_weights
+from carmodels.models import Classifier, Weights, load_weights, save_weights
+from carmodels.predictions import Predictions
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord
 from carmodels.training import Fitted, fit, parted, predict
@@ -116,6 +117,27 @@ class Job:
     costs: Costs | None = None  # what training costs here, where that was measured
     spent: Mapping[str, float] = field(default_factory=dict)  # seconds of earlier commands, by stage
     until: float = math.inf  # time.time() by which a trial ends of itself, with the best epoch it has
+
+    def predict(
+        self, model: Classifier, config: TrialConfig, pictures: Split, view: str = "plain"
+    ) -> Predictions:
+        """A trained model's probabilities for the pictures, seen through a view, in this process."""
+        return predict(
+            model,
+            self.splits,
+            pictures,
+            config=config,
+            view=view,
+            device=self.workers.device,
+            processes=self.workers.processes,
+        )
+
+    def predict_again(self, run: TrialRecord, pictures: Split, views: Sequence[str]) -> list[Predictions]:
+        """The same from the weights that a run has left, view by view, with a worker's share of the cores."""
+        torch.set_num_threads(self.workers.cpus)
+        weights = self.study.weights_file(run.trial_id)
+        model = load_weights(run.config, weights, classes=len(self.splits.classes))
+        return [self.predict(model, run.config, pictures, view) for view in views]
 
 
 def as_task(function: Callable[..., Any], workers: Workers) -> Any:
@@ -217,14 +239,7 @@ def _leave(fitted: Fitted, job: Job) -> None:
     splits = parted(fitted.config, job.splits)
     for split in (splits.val, splits.audit, splits.test):
         if len(split):
-            predictions = predict(
-                fitted.model,
-                splits,
-                split,
-                config=fitted.config,
-                device=job.workers.device,
-                processes=job.workers.processes,
-            )
+            predictions = job.predict(fitted.model, fitted.config, split)
             predictions.save(job.study.predictions_file(fitted.config.id, split.name))
     save_weights(fitted.model, job.study.weights_file(fitted.config.id))
 

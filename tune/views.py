@@ -15,7 +15,7 @@ import torch
 
 from carmodels.catalog import VIEWS
 from carmodels.data import Split
-from carmodels.models import Weights, build, load_weights
+from carmodels.models import Weights, build
 from carmodels.predictions import (
     METRICS,
     Nested,
@@ -147,23 +147,8 @@ class Members:
 def _shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
     """One trial's probabilities for one split through each of the views, from the weights it left."""
     if record.stage == FOLDS:
-        return [folds.shown(job, record, split, view) for view in views]
-    torch.set_num_threads(job.workers.cpus)
-    weights = job.study.weights_file(record.trial_id)
-    model = load_weights(record.config, weights, classes=len(job.splits.classes))
-    pictures: Split = getattr(job.splits, split)
-    return [
-        predict(
-            model,
-            job.splits,
-            pictures,
-            config=record.config,
-            view=view,
-            device=job.workers.device,
-            processes=job.workers.processes,
-        )
-        for view in views
-    ]
+        return folds.shown(job, record, split, views)
+    return job.predict_again(record, getattr(job.splits, split), views)
 
 
 @dataclass(frozen=True)
