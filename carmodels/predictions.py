@@ -547,7 +547,16 @@ def share_interval(hits: int, among: int, confidence: float = 0.95) -> Interval:
     return Interval(hits / among, float(ends.low), float(ends.high))
 
 
-def score_interval(
+def score_interval(metric: str, probs: np.ndarray, labels: np.ndarray) -> Interval:
+    """The metric with a 95 % interval: Wilson's for accuracy, else by bootstrap."""
+    return (
+        accuracy_interval(probs, labels)
+        if metric == "accuracy"
+        else bootstrap_interval(metric, probs, labels)
+    )
+
+
+def bootstrap_interval(
     metric: str, probs: np.ndarray, labels: np.ndarray, *, seed: int = 0, resamples: int = 2000
 ) -> Interval:
     """The metric with its 95 % percentile bootstrap interval over pictures (Efron, 1979)."""

@@ -293,6 +293,14 @@ class Study:
         """Raises ValueError where the file is damaged, OSError where it is missing."""
         return Predictions.load(self.predictions_file(trial_id, split, view))
 
+    def answers(self, trial_id: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities (N, C) and class indices (N,) of a labelled split, in the order of its labels.
+
+        Raises as `predictions` does.
+        """
+        labels = self.labels(split)
+        return self.predictions(trial_id, split).aligned(list(labels)).probs, np.array(list(labels.values()))
+
     def has_predictions(self, trial_id: str, split: str, view: str = "plain") -> bool:
         """Whether they are there and intact."""
         try:

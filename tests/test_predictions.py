@@ -19,6 +19,7 @@ from carmodels.predictions import (
     accuracy,
     accuracy_interval,
     blend,
+    bootstrap_interval,
     choose_views,
     fit_temperature,
     hidden_score,
@@ -655,7 +656,7 @@ def test_the_bootstrap_is_the_one_drawn_row_by_row(name: str, pictures: int, res
     probs = drawn(labels, seed=1).probs
     rows = np.random.default_rng(3).integers(pictures, size=(resamples, pictures), dtype=np.int32)
     by_hand = [METRICS[name].score(probs[picks], labels[picks]) for picks in rows]
-    found = score_interval(name, probs, labels, seed=3, resamples=resamples)
+    found = bootstrap_interval(name, probs, labels, seed=3, resamples=resamples)
     assert found.value == METRICS[name].score(probs, labels)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(by_hand, [0.025, 0.975])))
 
@@ -663,7 +664,11 @@ def test_the_bootstrap_is_the_one_drawn_row_by_row(name: str, pictures: int, res
 def test_the_bootstrap_of_accuracy_is_close_to_the_wilson_interval() -> None:
     labels = drawn_labels(400)
     probs = drawn(labels, seed=1).probs
-    wilson, bootstrap = accuracy_interval(probs, labels), score_interval("accuracy", probs, labels)
+    wilson, bootstrap = (
+        score_interval("accuracy", probs, labels),
+        bootstrap_interval("accuracy", probs, labels),
+    )
+    assert wilson == accuracy_interval(probs, labels)
     assert (bootstrap.low, bootstrap.high) == pytest.approx((wilson.low, wilson.high), abs=0.01)
 
 
@@ -698,7 +703,7 @@ def test_changed_minds_are_counted_each_way() -> None:
     assert right_and_wrong(after, before, labels) == (1, 2)
 
 
-def test_a_prediction_interval_of_ever_more_pictures_is_the_score_interval() -> None:
+def test_a_prediction_interval_of_ever_more_pictures_is_the_bootstrap_interval() -> None:
     for hits, among in ((0, 20), (13, 20), (270, 300), (300, 300)):
         wilson, predicted = share_interval(hits, among), hidden_share(hits, among, 10**9)
         np.testing.assert_allclose(

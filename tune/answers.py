@@ -80,7 +80,7 @@ def threshold(study: Study, wanted: float, answer: str = "ensemble") -> Threshol
     """The smallest confidence from which on so many of val's answers are right; ValueError for no share."""
     if not 0 <= wanted <= 1:
         raise ValueError(f"--not-sure {wanted:g} must be from 0 (always answer) to 1")
-    looked = {split: _looked(study, answer, split) for split in ("val", "audit")}
+    looked = {split: study.answers(answer, split) for split in ("val", "audit")}
     confidence = sure_from(*looked["val"], wanted)
     given = {
         split: Given(
@@ -91,13 +91,6 @@ def threshold(study: Study, wanted: float, answer: str = "ensemble") -> Threshol
         for split, (probs, labels) in looked.items()
     }
     return Threshold(wanted, confidence, **given)
-
-
-def _looked(study: Study, answer: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ensemble's or student's probabilities of a split, and its labels."""
-    labels = study.labels(split)
-    probs = study.predictions(answer, split).aligned(list(labels)).probs
-    return probs, np.array(list(labels.values()))
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,9 @@ from carmodels.catalog import VIEWS
 from carmodels.models import weights_damage
 from carmodels.predictions import (
     METRICS,
-    Interval,
     Nested,
     Predictions,
     Selection,
-    accuracy_interval,
     blend,
     fit_temperature,
     hidden_score,
@@ -352,8 +350,8 @@ def _audit(study: Study, metric: str, ensembled: Predictions, single: str) -> di
     recipe = next((name for name in recipes if study.has_predictions(name, "audit")), None)
     named = {"single": single} | ({"recipe": recipe} if recipe else {})
     for name, trial_id in named.items():
-        probs[name] = study.predictions(trial_id, "audit").aligned(list(labels)).probs
-    scores: dict[str, Any] = {name: asdict(interval(metric, p, truth)) for name, p in probs.items()}
+        probs[name], _ = study.answers(trial_id, "audit")
+    scores: dict[str, Any] = {name: asdict(score_interval(metric, p, truth)) for name, p in probs.items()}
     for name in named:
         scores[f"gain_over_{name}"] = asdict(paired_gain(metric, probs["ensemble"], probs[name], truth))
     looks = 1 + (read_json(study.ensemble_file)["audit"]["looks"] if study.ensemble_file.is_file() else 0)
@@ -366,8 +364,3 @@ def _expected(study: Study, metric: str, audit: Predictions, pictures: int) -> d
     truth = np.array(list(labels.values()))
     found = hidden_score(metric, audit.aligned(list(labels)).probs, truth, pictures)
     return {**asdict(found), "pictures": pictures}
-
-
-def interval(metric: str, probs: np.ndarray, labels: np.ndarray) -> Interval:
-    """95 %: Wilson's for accuracy, which holds near 1 as well; by bootstrap for the other metrics."""
-    return accuracy_interval(probs, labels) if metric == "accuracy" else score_interval(metric, probs, labels)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
 from carmodels.ensemble import EXPORTED, Recipe
 from carmodels.files import write_whole
@@ -52,9 +51,8 @@ def _cell(value: Any) -> str:
 
 def recalls(study: Study, answer: str, recipe: Recipe) -> list[tuple[str, str, int, float]]:
     """(class, name, pictures, share recognised) on audit, least recognised first."""
-    labels = study.labels("audit")
-    truth = np.array(list(labels.values()))
-    guessed = study.predictions(answer, "audit").aligned(list(labels)).probs.argmax(axis=1)
+    probs, truth = study.answers(answer, "audit")
+    guessed = probs.argmax(axis=1)
     rows = [
         (name, recipe.class_names[k], int((truth == k).sum()), float((guessed == k)[truth == k].mean()))
         for k, name in enumerate(recipe.classes)

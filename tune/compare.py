@@ -9,8 +9,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from carmodels.files import write_whole
 from carmodels.predictions import Interval, paired_gain
 from carmodels.study import Study, TrialRecord, read_json
@@ -182,9 +180,9 @@ def _gain(first: Study, other: Study, metric: str) -> Interval | None:
     """Of one ensemble over another on the audit they share; None where probabilities are missing."""
     if not all(study.predictions_file("ensemble", "audit").is_file() for study in (first, other)):
         return None
-    labels = first.labels("audit")
-    mine, theirs = (s.predictions("ensemble", "audit").aligned(list(labels)).probs for s in (first, other))
-    return paired_gain(metric, mine, theirs, np.array(list(labels.values())))
+    mine, truth = first.answers("ensemble", "audit")
+    theirs = other.predictions("ensemble", "audit").aligned(list(first.labels("audit"))).probs
+    return paired_gain(metric, mine, theirs, truth)
 
 
 def _outcomes(sides: Sequence[Side], metric: str) -> Rows:

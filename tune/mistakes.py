@@ -49,12 +49,11 @@ def found_mistakes(study: Study) -> Mistakes | None:
     """Those of the study's ensemble; None before there is one."""
     if not study.predictions_file("ensemble", "val").is_file():
         return None
-    labels, names = study.labels("val"), study.facts["class_names"]
-    probs = study.predictions("ensemble", "val").aligned(list(labels)).probs
-    truth, told = np.array(list(labels.values())), probs.argmax(axis=1)
+    ids, names = list(study.labels("val")), study.facts["class_names"]
+    probs, truth = study.answers("ensemble", "val")
+    told = probs.argmax(axis=1)
     wrong = np.flatnonzero(told != truth)
     order = wrong[np.argsort(-probs[wrong].max(axis=1), kind="stable")][:MOST].tolist()
-    ids = list(labels)
     worst = [
         Mistake(
             picture=ids[k],

@@ -8,23 +8,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
-
 from carmodels.catalog import AUGMENTS, BACKBONES
 from carmodels.distil import TAUGHT, soft_targets, taught
 from carmodels.ensemble import Ensemble, of_study
 from carmodels.models import save_weights
 from carmodels.predictions import (
     METRICS,
-    Predictions,
     fit_temperature,
     paired_gain,
+    score_interval,
     with_temperature,
 )
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from carmodels.training import Fitted, fit
-from tune.blend import interval
 from tune.dimensions import space_of
 from tune.retraining import epochs_of_space, opened
 from tune.stages import Say
@@ -189,25 +186,20 @@ def _answers(job: Job, fitted: Fitted, record: TrialRecord) -> float:
 
 def _scores(study: Study, split: str) -> dict[str, float]:
     """The metric of student and ensemble."""
-    probs, truth = _both(study, split)
-    return {name: METRICS[study.metric].score(p.probs, truth) for name, p in probs.items()}
+    metric = METRICS[study.metric]
+    return {name: metric.score(*study.answers(name, split)) for name in (STAGE, "ensemble")}
 
 
 def _audit(study: Study) -> dict[str, Any]:
     """What is kept, with 95 % intervals."""
-    probs, truth = _both(study, "audit")
-    student, ensemble = (probs[name].probs for name in (STAGE, "ensemble"))
+    student, truth = study.answers(STAGE, "audit")
+    ensemble, _ = study.answers("ensemble", "audit")
     return {
-        **{name: asdict(interval(study.metric, p.probs, truth)) for name, p in probs.items()},
+        STAGE: asdict(score_interval(study.metric, student, truth)),
+        "ensemble": asdict(score_interval(study.metric, ensemble, truth)),
         "gain_over_ensemble": asdict(paired_gain(study.metric, student, ensemble, truth)),
         "pictures": len(truth),
     }
-
-
-def _both(study: Study, split: str) -> tuple[dict[str, Predictions], np.ndarray]:
-    labels = study.labels(split)
-    found = {name: study.predictions(name, split).aligned(list(labels)) for name in (STAGE, "ensemble")}
-    return found, np.array(list(labels.values()))
 
 
 def _speeds(job: Job, teacher: Ensemble, student: Ensemble) -> dict[str, float]:

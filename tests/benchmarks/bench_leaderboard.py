@@ -24,7 +24,7 @@ from carmodels import demo
 from carmodels.batches import Loader
 from carmodels.data import Split, Splits, open_dataset
 from carmodels.models import Weights, build
-from carmodels.predictions import METRICS, Interval, accuracy_interval, hidden_score, score_interval
+from carmodels.predictions import METRICS, Interval, hidden_score, score_interval
 from carmodels.space import TrialConfig
 
 from table import Row, as_in_a_worker, asked, finish
@@ -111,7 +111,7 @@ def looks(splits: Splits, features: np.ndarray) -> Iterator[tuple[str, float, In
     head.fit(features[splits.train.rows], splits.train.labels)
     audit, test = (head.predict_proba(features[split.rows]) for split in (splits.audit, splits.test))
     for name, metric in METRICS.items():
-        alone = accuracy_interval(audit, known) if name == "accuracy" else score_interval(name, audit, known)
+        alone = score_interval(name, audit, known)
         yield name, metric.score(test, true), hidden_score(name, audit, known, len(true)), alone
 
 
