@@ -328,14 +328,21 @@ class Study:
     def keep_weights(self, count: int, *, also: Iterable[str] = ()) -> None:
         """Delete the search's weights, save those of its best `count` finished trials and of `also`.
 
-        A trial that runs may have written its own already, and is left alone.
+        A trial that runs may have written its own already, and is left alone, as are an ensemble's members.
         """
         best = [r.trial_id for r in self.leaderboard() if r.stage == "search"][:count]
-        kept = {*best, *also}
+        kept = {*best, *also, *self._members()}
         for record in self.records():
             ended = record.stage == "search" and record.status not in CUT_OFF
             if ended and record.trial_id not in kept:
                 self.weights_file(record.trial_id).unlink(missing_ok=True)
+
+    def _members(self) -> list[str]:
+        """Ids of the models of the ensemble that there is."""
+        try:
+            return [member["trial_id"] for member in read_json(self.ensemble_file)["members"]]
+        except (FileNotFoundError, ValueError):
+            return []
 
 
 @lru_cache(maxsize=8)  # it is asked for several times as each trial ends

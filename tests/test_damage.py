@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,25 @@ def test_damaged_weights_stay_out_of_the_ensemble_by_name(left: Job, config: Tri
     assert blend._with_weights(left.study, said.append) == []
     (words,) = said
     assert words.startswith(f"Left out: {path} is damaged (")
+
+
+def test_a_soup_that_the_clock_cut_short_is_tried_again_where_there_is_time(
+    left: Job, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = ended(replace(config, epochs=1))
+    other = replace(record, trial_id="other")
+    name = soups.soup_id([record, other])
+    old = replace(record, trial_id=name, stage=soups.STAGE, reason=f"of 2 of 9, {soups._CUT} after 2 of them")
+    left.study.append(old)
+    save_weights(build(config, classes=3, weights=Weights("none")), left.study.weights_file(name))
+    new = replace(old, reason="of 3 of 9", value=0.7)
+    monkeypatch.setattr(soups, "_cook", lambda job, name, *more: new)
+    monkeypatch.setattr(soups, "as_task", lambda function, workers: SimpleNamespace(remote=function))
+    monkeypatch.setattr(soups.ray, "get", lambda made: made)
+    assert soups.cook(left, [record, other], until=0.0) == [old]
+    assert soups.cook(left, [record, other], until=time.time() + 99) == [new]
+    monkeypatch.setattr(soups, "_cook", lambda job, name, *more: pytest.fail("it is whole"))
+    assert soups.cook(left, [record, other], until=time.time() + 99) == [new]
 
 
 def test_a_soup_that_was_damaged_is_tried_again_and_not_read(

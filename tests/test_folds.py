@@ -136,13 +136,17 @@ def test_a_model_that_learnt_from_everything_answers_the_test_pictures_alone(
 
 def answers(study: Study, config: TrialConfig, value: float) -> TrialRecord:
     """A configuration whose folds are there, with probabilities of its own."""
+    study.append(TrialRecord(config.id, config, Status.FINISHED, 2, value, 1.0, "ran"))
     for one in folds.configs_of(config, 2):
         study.append(TrialRecord(one.id, one, Status.FINISHED, 2, value, 1.0, "ran", FOLD))
         write_whole(study.weights_file(one.id), save({"x": torch.zeros(1)}))
     ids = tuple(study.labels("train") | study.labels("val"))
     oof = Predictions(ids, ("0", "1"), np.full((len(ids), 2), 0.5, np.float32))
     oof.save(study.predictions_file(folds.whole(one).id, "oof"))
-    record = TrialRecord(folds.whole(one).id, folds.whole(one), Status.FINISHED, 2, value, 0.0, "", FOLDS)
+    note = f"2 folds of {config.id}; out of fold"
+    record = TrialRecord(
+        folds.whole(one).id, folds.whole(one), Status.FINISHED, 2, value, 0.0, "", FOLDS, note
+    )
     study.append(record)
     return record
 
@@ -165,6 +169,41 @@ def test_an_ensemble_is_chosen_out_of_fold_where_all_candidates_have_folds(
     study.weights_file(folds.runs_of(study, better.config)[0].trial_id).write_bytes(b"cut")
     assert judged()[0] == [plain, one]
     assert set(labels) == {*job.splits.train.ids, *job.splits.val.ids}
+
+
+def test_folds_of_what_is_no_longer_the_best_do_not_shut_it_out(config: TrialConfig, job: Job) -> None:
+    study = job.study
+    both = [answers(study, replace(config, lr=1e-2), 0.6), answers(study, config, 0.4)]
+    found = replace(config, lr=2e-2)
+    better = TrialRecord(found.id, found, Status.FINISHED, 2, 0.9, 1.0, "ran")
+    study.append(better)
+    candidates, on, _ = folds.judged_on(study, [better], folds.ready(study))
+    assert (candidates, on) == ([better, *both], "val")
+
+
+def test_folds_of_one_configuration_in_two_lengths_are_not_several(config: TrialConfig, job: Job) -> None:
+    study = job.study
+    longer = answers(study, replace(config, epochs=4), 0.5)
+    one = answers(study, config, 0.6)
+    parent = one.note.split()[3]
+    longer = replace(longer, note=f"2 folds of {parent} out of fold")
+    study.append(longer)
+    assert folds.judged_on(study, [], folds.ready(study))[1] == "val"
+
+
+def test_probabilities_of_folds_that_were_lost_are_gathered_anew(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = job.study
+    for one in folds.configs_of(config, 2):
+        trained(one, job, FOLD, monkeypatch)
+    [record] = folds.gather(study)
+    file = study.predictions_file(record.trial_id, "oof")
+    before = file.read_bytes()
+    file.write_bytes(before[:100])
+    assert folds.ready(study) == []
+    assert folds.gather(study) == folds.ready(study) == [record]
+    assert study.has_predictions(record.trial_id, "oof")
 
 
 def test_folds_that_are_too_dear_leave_the_choice_to_single_models(

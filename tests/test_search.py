@@ -650,6 +650,18 @@ def test_the_search_goes_on_where_later_stages_leave_time() -> None:
     assert clock.with_spare_time(confirm=math.inf, retrain=math.inf, ensemble=math.inf) is clock
 
 
+def test_a_search_that_has_nothing_more_to_draw_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in (search.confirm, search.retraining, search.blend):
+        monkeypatch.setattr(stage, "most_seconds", lambda *given, **more: 0.0)
+    job = Job(Study(tmp_path), None, None, Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
+    options = search.parser().parse_args([])
+    for begun, longer in ((time.time() - 300, False), (time.time() - 600, True)):  # of 620 s for the search
+        clock = stages.Clock(begun, 1000)
+        assert (search.with_spare_time(job, options, clock) != clock) == longer
+
+
 @pytest.mark.parametrize(("trials", "spare", "searches"), [(None, True, 2), (None, False, 1), (9, True, 1)])
 def test_what_follows_has_the_clock_of_the_longer_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trials: int | None, spare: bool, searches: int

@@ -36,7 +36,7 @@ from tune.retraining import (
     retrain_folds,
     retrain_on_everything,
 )
-from tune.stages import RECIPE, Clock, _to_run_again
+from tune.stages import RECIPE, Clock, _to_run_again, _with_time_for_what_follows
 from tune.trials import Job, Watch, Workers
 
 
@@ -77,6 +77,17 @@ def test_a_resumed_search_runs_again_what_was_cut_off_and_what_there_is_time_for
     costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 80 s
     plan = Plan(costs, time.time() + seconds, 1)
     assert _to_run_again(replace(LUCKY, status=status, reason=reason, note=note), plan) == again
+
+
+def test_a_longer_search_draws_nothing_that_later_stages_have_no_time_for(study: Study) -> None:
+    costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 80 s, as the best ones
+    clock, plan = Clock(0.0, 1000, search=0.3, confirm=0.5, retrain=0.9), Plan(costs, math.inf, 1)
+    assert _with_time_for_what_follows(plan, study, clock).longest == pytest.approx(300)
+    assert _with_time_for_what_follows(replace(plan, longest=200), study, clock).longest == 200
+    little = replace(clock, search=0.8)
+    assert _with_time_for_what_follows(plan, study, little).longest == pytest.approx(80)
+    unbounded = Plan(None, math.inf, 1)
+    assert _with_time_for_what_follows(unbounded, study, clock) is unbounded
 
 
 def test_what_retraining_takes_at_most_goes_by_the_dearest_of_the_best(study: Study) -> None:
@@ -302,6 +313,14 @@ def test_a_soup_is_no_run_of_its_configuration(study: Study) -> None:
     assert to_train(study, epochs=8) == ([1, 3], 8)
 
 
+@pytest.mark.usefixtures("longer")
+def test_whole_longer_runs_get_no_shorter_ones_beside_them(study: Study) -> None:
+    assert to_train(study, 110) == ([1, 2], 8)
+    longer = replace(run(1e-3, 0.95, 1, "retrain", epochs=16), note="seed 1")
+    study.append(longer)
+    assert to_train(study, 110) == ([], 16)
+
+
 def test_a_shorter_schedule_is_only_for_want_of_a_whole_one(study: Study) -> None:
     assert to_train(study, seconds=70) == ([1, 2], 6)
     assert to_train(study, seconds=20) == ([], 8)
@@ -340,6 +359,10 @@ def test_as_many_configurations_are_trained_over_folds_as_the_time_holds(study: 
     assert over_folds(study, 190, both) == [(1e-3, 8)]
     assert over_folds(study, 140, both) == [(1e-3, 6)]
     assert over_folds(study, 60, both) == []
+    dear = replace(LUCKY, seconds=800.0)  # the others do not take its place, nor its time
+    assert over_folds(study, 900, (dear, STEADY)) == []
+    assert over_folds(study, 1900, (dear, STEADY)) == [(1e-3, 8)]
+    assert over_folds(study, 1000, (dear, STEADY)) == [(1e-3, 4)]
 
 
 def test_new_seeds_take_the_place_of_folds_that_do_not_fit(
@@ -388,6 +411,17 @@ def left_folds(study: Study, like: TrialConfig, *, cut_short: int) -> list[Trial
         found.append(cut(record) if fold < cut_short else record)
         study.append(found[-1])
     return found
+
+
+def test_folds_that_are_all_there_are_not_left_out_for_new_seeds(
+    study: Study, training: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retraining, "gather", lambda study: [])
+    left_folds(study, LUCKY.config, cut_short=1)
+    said: list[str] = []
+    over = Clock(time.time() - 10, 1.0)
+    assert retrain_folds(a_job(study), folds=4, clock=over, watch=Watch(), say=said.append)
+    assert (said, training.asked) == ([], [])
 
 
 @pytest.mark.usefixtures("longer")
@@ -451,7 +485,7 @@ def test_a_model_of_everything_that_the_clock_cut_short_is_trained_again(
     training.asked.clear()
     assert retrain_on_everything(a_job(study), clock=over, **common)
     assert training.asked == []
-    assert "the mean of 3 models that learnt from everything" in said[-1]  # there was no time, none is lost
+    assert "the mean of 2 models that learnt from everything" in said[-1]  # the whole ones
     training.ends = Status.INTERRUPTED
     assert not retrain_on_everything(a_job(study), clock=unbounded, **common)
     assert training.asked == [first]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from carmodels.space import EpochMetrics, TrialConfig
-from carmodels.study import Status, Study, TrialRecord
+from carmodels.study import Status, Study, TrialRecord, write_json
 
 CONFIG = TrialConfig(backbone="lcnet_035", image_size=64, epochs=4)
 
@@ -95,6 +95,21 @@ def test_only_the_best_trials_of_the_search_keep_their_weights(study: Study) -> 
     study.keep_weights(1, also=[record(1, None).trial_id])
     kept = [seed for seed in (1, 2, 3, 4, 5) if study.weights_file(record(seed, None).trial_id).is_file()]
     assert kept == [1, 3, 4, 5]
+
+
+def test_members_of_an_ensemble_keep_their_weights_until_there_is_another(study: Study) -> None:
+    for seed in (1, 2, 3):
+        study.append(record(seed, seed / 10))
+        study.weights_file(record(seed, None).trial_id).write_bytes(b"w")
+
+    def kept() -> list[int]:
+        study.keep_weights(1)
+        return [seed for seed in (1, 2, 3) if study.weights_file(record(seed, None).trial_id).is_file()]
+
+    write_json(study.ensemble_file, {"members": [{"trial_id": record(1, None).trial_id}]})
+    assert kept() == [1, 3]
+    study.ensemble_file.write_text("{")
+    assert kept() == [3]
 
 
 def test_labels_come_back_by_id(study: Study) -> None:

@@ -13,7 +13,7 @@ import pytest
 from carmodels.data import Splits
 from carmodels.models import Weights
 from carmodels.space import EpochMetrics, TrialConfig
-from carmodels.study import Status, Study
+from carmodels.study import Status, Study, TrialRecord
 from tune import trials
 from tune.trials import HOPELESS, Job, Recorder, Watch, Workers
 
@@ -74,6 +74,30 @@ def test_a_trial_ends_of_itself_before_the_time_is_up_and_leaves_its_best_epoch(
     [last] = reports(replace(config, epochs=9), replace(job, until=time.time()), monkeypatch)
     assert (last["status"], last["reason"]) == ("finished", "the time was up after epoch 1 of 9")
     assert job.study.weights_file(last["config_id"]).is_file()
+
+
+def test_a_run_that_falls_short_of_one_before_it_leaves_that_one_s_files(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer, late = replace(config, epochs=9), replace(job, until=time.time())
+    [last] = reports(longer, late, monkeypatch)
+    file = job.study.weights_file(longer.id)
+    ended = TrialRecord(longer.id, longer, Status.FINISHED, 2, 0.5, 1.0, last["reason"])
+    for record, stays in ((replace(ended, epochs_run=1), False), (ended, True)):
+        job.study.append(record)
+        file.write_bytes(b"before")
+        reports(longer, late, monkeypatch)
+        assert (file.read_bytes() == b"before") == stays
+
+
+def test_what_had_finished_before_is_not_said_to_run(study: Study, config: TrialConfig) -> None:
+    done = TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 1.0, "the time was up after epoch 2 of 4")
+    study.append(done)
+    recorder = Recorder(study, "fold", 0.0, {}, Watch())
+    told(recorder, "a", config, [0.1])
+    assert study.records() == [done]
+    told(recorder, "b", replace(config, seed=5), [0.1])
+    assert [r.status for r in study.records()] == [Status.FINISHED, Status.RUNNING]
 
 
 def test_a_trial_uses_the_share_that_ray_has_granted_it(monkeypatch: pytest.MonkeyPatch) -> None:

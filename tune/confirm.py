@@ -325,7 +325,7 @@ def most_seconds(study: Study, workers: int, *, most: int, costs: Costs | None =
     """
     best = [standing.record for standing in judged(study)[:CONTENDERS]]
     each = max((expected_seconds(record, costs) for record in best), default=math.inf)
-    return math.ceil(most / workers) * each if most else 0.0
+    return (math.ceil(most / workers) + 0.5) * each if most else 0.0  # the search may end late
 
 
 class Reruns(Searcher):

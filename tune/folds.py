@@ -18,6 +18,7 @@ from carmodels.predictions import METRICS, Predictions, blend
 from carmodels.space import TrialConfig
 from carmodels.study import FOLD, FOLDS, Status, Study, TrialRecord
 from carmodels.training import parted
+from tune.confirm import judged
 from tune.trials import Job
 
 MOST_FOLDED = 3  # configurations
@@ -43,19 +44,21 @@ def gather(study: Study) -> list[TrialRecord]:
     """Write down each configuration whose folds are all finished, with its probabilities; those that are new.
 
     Its value is that of val, as for other trials, from answers of models that have not seen a picture. It is
-    new as well where one of its folds, cut short before, has been trained again since.
+    new as well where one of its folds, cut short before, has been trained again since, or where its
+    probabilities are missing or damaged.
     """
     found: dict[TrialConfig, list[TrialRecord]] = defaultdict(list)
     for record in study.records():
         if record.stage == FOLD and record.status is Status.FINISHED:
             found[whole(record.config)].append(record)
     places = {r.trial_id: place for place, r in enumerate(study.records())}
-    complete = [
-        config
-        for config, runs in found.items()
-        if len(runs) == config.folds and places.get(config.id, -1) < max(places[r.trial_id] for r in runs)
-    ]
-    return [_gathered(study, config) for config in complete]
+
+    def new(config: TrialConfig, runs: Sequence[TrialRecord]) -> bool:
+        trained = places.get(config.id, -1) < max(places[r.trial_id] for r in runs)
+        return trained or not study.has_predictions(config.id, "oof")
+
+    complete = {config: runs for config, runs in found.items() if len(runs) == config.folds}
+    return [_gathered(study, config) for config, runs in complete.items() if new(config, runs)]
 
 
 def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
@@ -72,7 +75,6 @@ def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
     for split, predictions in answers.items():
         predictions.save(study.predictions_file(config.id, split))
     score = metric.score(oof.probs, np.array(list(labels.values())))
-    trial_id = runs[0].note.rpartition(" of ")[2]
     record = TrialRecord(
         trial_id=config.id,
         config=config,
@@ -82,7 +84,7 @@ def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
         seconds=0.0,  # those of its folds are theirs
         reason=f"all {config.folds} folds are there",
         stage=FOLDS,
-        note=f"{len(runs)} folds of {trial_id}; out of fold on train and val {score:.4f}",
+        note=f"{len(runs)} folds of {parent_of(runs[0])}; out of fold on train and val {score:.4f}",
         at=max(r.at for r in runs),
     )
     study.append(record)
@@ -121,12 +123,18 @@ def judged_on(
 ) -> tuple[list[TrialRecord], str, dict[str, int]]:
     """The candidates of an ensemble, the split that it is chosen on, and the labels there.
 
-    Of several configurations with folds these alone, on all of train and val; else on val, with what each
-    picture's own fold says of it. `folded`: those that are ready and not too dear.
+    Where several configurations have folds, the best one, too, these alone, on all of train and val; else on
+    val, with what each picture's own fold says of it. `folded`: those that are ready and not too dear.
     """
-    if len(folded) > 1:
+    parents, best = {parent_of(record) for record in folded}, judged(study)[:1]
+    if len(parents) > 1 and best and best[0].record.trial_id in parents:
         return [*folded], "oof", study.labels("train") | study.labels("val")
     return [*candidates, *folded], "val", study.labels("val")
+
+
+def parent_of(record: TrialRecord) -> str:
+    """The id of the trial whose configuration a fold, or all folds, have."""
+    return record.note.partition(";")[0].rpartition(" of ")[2]
 
 
 def models_of(study: Study, record: TrialRecord) -> list[TrialRecord]:

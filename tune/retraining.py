@@ -21,7 +21,7 @@ from carmodels.submission import write_submission
 from tune.confirm import CONTENDERS, SLOWER, described, expected_seconds, judged
 from tune.costs import Costs, times_as_long
 from tune.dimensions import space_of
-from tune.folds import MOST_FOLDED, configs_of, gather, ready, runs_of, whole
+from tune.folds import MOST_FOLDED, configs_of, gather, parent_of, ready, runs_of, whole
 from tune.searcher import Queue
 from tune.stages import Clock, Say
 from tune.trials import Job, Watch, run_trials
@@ -220,7 +220,7 @@ def _train(
 ) -> bool:
     """Train all of these side by side, each with a GPU of its own, until that share of the time is over.
 
-    One that had been cut short, and is not finished this time either, stays what it was.
+    One that had been cut short, and does not come as far this time, stays what it was.
     """
     study, end = job.study, clock.at(share)
     ids = {config.id for config in configs}
@@ -239,10 +239,15 @@ def _train(
         )
     finally:
         for record in study.records():
-            if record.trial_id in before and record.status is not Status.FINISHED:
-                study.append(before[record.trial_id])
+            if (old := before.get(record.trial_id)) and not _as_far(record, old):
+                study.append(old)
     study.write_table()
     return completed
+
+
+def _as_far(new: TrialRecord, old: TrialRecord) -> bool:
+    """Whether a run has come as far as the one before it, which the clock cut short."""
+    return new.status is Status.FINISHED and (new.whole or new.epochs_run >= old.epochs_run)
 
 
 def _write_best(study: Study, chosen: TrialRecord, like: TrialConfig, again: dict[str, Any]) -> None:
@@ -270,12 +275,11 @@ def _to_train(
             "with --trial"
         )
     there: TrialConfig | None = None  # the best of what there are runs of
-    some = False
     for longest in way.all_of(chosen.config, names):
         like = replace(longest, head_seed=chosen.config.start)  # so that they make a soup
         runs = _again(study, chosen, like)
         done = {r.config.seed for r in runs if r.whole}
-        there, some = there or (like if runs else None), some or bool(done)
+        there = there or (like if runs else None)
         cut = {r.config.seed for r in runs if not r.whole}  # they stay, and other seeds are whole
         free = (seed for seed in itertools.count(first) if seed not in cut)
         configs = [replace(like, seed=seed) for seed in itertools.islice(free, seeds)]
@@ -286,8 +290,10 @@ def _to_train(
         count, planned = _fitting(len(missing), like.epochs, per_epoch, room.left, room.workers)
         if not missing or (count and planned == like.epochs):
             return missing[:count], like
-    if some or not count:
-        return [], there or like  # a shorter schedule is only for want of a whole one
+        if done:
+            return [], there or like  # a shorter schedule is only for want of a whole one
+    if not count:
+        return [], there or like
     return [replace(c, epochs=planned) for c in missing[:count]], replace(like, epochs=planned)
 
 
@@ -399,7 +405,10 @@ def retrain_folds(
             f"Over {folds} folds of train and val: {record.config.title} ({record.trial_id}), "
             f"{_difference(record.config, like)}."
         )
-    if not planned:
+    there = [
+        r for r in chosen if any(_all_there(study, like, folds) for like in _fold_ways(study, r, folds, way))
+    ]
+    if not planned and not there:
         say(
             f"Folds are left out: the time that is left does not hold {folds} runs of the best. New seeds "
             "take their place."
@@ -413,7 +422,7 @@ def retrain_folds(
     for record in gather(study):
         say(f"{record.trial_id}: {record.note} ({len(splits.train) + len(splits.val)} pictures).")
     study.write_table()
-    own = [r for r in ready(study) if f" of {chosen[0].trial_id};" in r.note]
+    own = [r for r in ready(study) if parent_of(r) == chosen[0].trial_id]
     best = replace(own[0].config, folds=0) if own else chosen[0].config
     _write_best(study, chosen[0], best, {r.trial_id: {"val": r.value} for r in own})
     return completed
@@ -459,6 +468,12 @@ def _begun_folds(study: Study, record: TrialRecord, folds: int, way: Way) -> lis
     return [c for c in own if _missing_folds(study, c, folds)]
 
 
+def _fold_ways(study: Study, record: TrialRecord, folds: int, way: Way) -> list[TrialConfig]:
+    """What its folds may be, those first that were begun."""
+    ways = [*way.of(record.config), *_begun_folds(study, record, folds, way)]
+    return sorted(ways, key=lambda like: len(_missing_folds(study, like, folds)) == folds)
+
+
 def _folds_to_train(
     study: Study,
     chosen: Sequence[TrialRecord],
@@ -471,17 +486,18 @@ def _folds_to_train(
     found: dict[TrialRecord, TrialConfig] = {}
     busy = [0.0] * room.workers  # seconds that each has work for
     for record in chosen:
-        ways = [*way.of(record.config), *_begun_folds(study, record, folds, way)]
-        ways.sort(key=lambda like: len(_missing_folds(study, like, folds)) == folds)  # begun ones first
-        if complete := [like for like in ways if _all_there(study, like, folds)]:
-            ways = complete[:1]  # some of them cut short; a set of another length would be no better
-        for like in ways:
+        ways = _fold_ways(study, record, folds, way)
+        complete = [like for like in ways if _all_there(study, like, folds)]
+        for like in complete[:1] or ways:  # where some were cut short a set of another length is no better
             each = room.seconds(record, like, train)
             after = _loaded(busy, len(_missing_folds(study, like, folds)), each)
             if max(after) <= room.left:
                 found[record], busy = like, after
                 break
-    return found or _shorter_folds(study, chosen[0], folds, way, room, train)
+        else:
+            if record == chosen[0] and not complete:
+                return _shorter_folds(study, record, folds, way, room, train)
+    return found
 
 
 def _shorter_folds(
@@ -497,8 +513,7 @@ def _shorter_folds(
     per_epoch = room.seconds(best, like, train) / like.epochs
     shorter = int(room.left / (math.ceil(folds / room.workers) * per_epoch))
     begun = runs_of(study, whole(configs_of(like, folds)[0]))
-    begun_longer = any(_all_there(study, longer, folds) for longer in way.of(best.config))
-    if begun or begun_longer or shorter < _fewest(like.epochs):
+    if begun or shorter < _fewest(like.epochs):
         return {}
     return {best: replace(like, epochs=shorter)}
 
@@ -559,7 +574,10 @@ def retrain_on_everything(
     completed = _train(
         job, missing, stage=FOLD_IN, notes=notes, clock=clock, share=clock.retrain, watch=watch
     )
-    answers = [c.id for c in asked if study.predictions_file(c.id, "test").is_file()]
+    ids = {c.id for c in asked}
+    there = [r for r in study.records() if r.trial_id in ids and r.status is Status.FINISHED]
+    there = [r for r in there if r.whole] or there  # no val would keep out those that were cut short
+    answers = [r.trial_id for r in there if study.predictions_file(r.trial_id, "test").is_file()]
     if not answers and not missing:
         say(f"A last run of {name} on everything is left out: there is no time for it.")
     if answers:

@@ -43,7 +43,7 @@ from tune.console import Screen
 from tune.live import duration
 from tune.mistakes import SECONDS, write_thumbnails
 from tune.page import write_report
-from tune.plan import costs_of, processor
+from tune.plan import TRIAL_SHARE, costs_of, processor
 from tune.preflight import findings
 from tune.trials import Job, Watch
 
@@ -247,7 +247,13 @@ def go(
 
 
 def with_spare_time(job: Job, options: argparse.Namespace, clock: stages.Clock) -> stages.Clock:
-    """The clock with more time for the search where the later stages, as they are bounded, do not need it."""
+    """The clock with more time for the search where the later stages, as they are bounded, do not need it.
+
+    Not where the search has ended long before its time: it has nothing more to draw.
+    """
+    ends = clock.at(clock.search)
+    if time.time() < ends - TRIAL_SHARE * (ends - clock.begun):
+        return clock
     packed = job.costs if job.workers.packed else None
     less = retraining.FOLD_IN_SHARE if options.fold_in else 0.0
     within = clock.at(clock.retrain - less) - time.time()

@@ -18,10 +18,11 @@ from tune.trials import Job, as_task
 
 STAGE = "soup"
 MOST = 8  # models that a soup is tried from
+_CUT = "the time was up"
 
 
 def cook(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> list[TrialRecord]:
-    """The soups of these trained models, best first; those that are there already are not made again.
+    """The soups of these trained models, best first; those that are there, and whole, are not made again.
 
     Kinds side by side, until `until`, time.time(). A new soup is written down like a trial, under an id of
     its own: record, weights and probabilities.
@@ -29,7 +30,8 @@ def cook(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> list[T
     study = job.study
     there = {r.trial_id: r for r in study.records() if not weights_damage(study.weights_file(r.trial_id))}
     groups = {soup_id(group): group for group in _kinds(candidates)}
-    missing = {name: group for name, group in groups.items() if name not in there}
+    again = {n for n in groups if n in there and _CUT in there[n].reason and time.time() < until}
+    missing = {name: group for name, group in groups.items() if name not in there or name in again}
     task = as_task(_cook, job.workers)
     for record in ray.get([task.remote(job, *item, until) for item in missing.items()]):
         if record is not None:
@@ -73,7 +75,7 @@ def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> Tr
     save_weights(soup.model, study.weights_file(name))
     assert splits.val.labels is not None
     members = ", ".join(ingredient.trial_id for ingredient in soup.ingredients)
-    cut = f", the time was up after {soup.tried} of them" if soup.tried < len(group) else ""
+    cut = f", {_CUT} after {soup.tried} of them" if soup.tried < len(group) else ""
     return TrialRecord(
         trial_id=name,
         config=config,

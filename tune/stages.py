@@ -16,7 +16,7 @@ from carmodels.predictions import METRICS
 from carmodels.space import Space, baseline
 from carmodels.study import CUT_OFF, Status, Study, TrialRecord, write_json
 from tune import stops
-from tune.confirm import RERUNS, Reruns, expected_seconds
+from tune.confirm import CONTENDERS, RERUNS, Reruns, expected_seconds, judged
 from tune.plan import Packing, Plan, make_plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws, Queue, useful
@@ -107,6 +107,8 @@ def search(
     late = end + LATE_SHARE * (clock.at(clock.retrain) - end) if math.isfinite(end) else end
     grace = grace_period(int(space.fixed["epochs"]))
     plan = make_plan(job, space, time.time() if resumed else clock.begun, end)
+    if not resumed:
+        plan = _with_time_for_what_follows(plan, study, clock)
     records = [r for r in study.records() if r.stage == "search"]
     again = [r for r in records if _to_run_again(r, plan)]
     known = [r for r in records if r not in again]
@@ -165,6 +167,15 @@ def search(
     )
     study.write_table()
     return completed
+
+
+def _with_time_for_what_follows(plan: Plan, study: Study, clock: Clock) -> Plan:
+    """For a longer search: no trial that confirming and retraining would have no time left for."""
+    if plan.costs is None:
+        return plan
+    dearest = max(plan.seconds(standing.record.config) for standing in judged(study)[:CONTENDERS])
+    later = clock.at(clock.retrain) - clock.at(clock.search)
+    return replace(plan, longest=min(plan.longest, max(dearest, later / 2)))
 
 
 def _to_run_again(record: TrialRecord, plan: Plan) -> bool:

@@ -209,7 +209,7 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
         start=job.study.weights_file(config.continues) if config.continues else None,
     )
     status, reason = _verdict(fitted)
-    if status is Status.FINISHED:
+    if status is Status.FINISHED and not _falls_short(fitted, job.study):
         _leave(fitted, job)
     told = fitted.best if status is Status.FINISHED and fitted.best else fitted.history[-1]
     send(fitted.history[-1], status=str(status), reason=reason, best_value=told.value)
@@ -232,6 +232,17 @@ def _verdict(fitted: Fitted) -> tuple[Status, str]:
     if fitted.ending == "time":
         return Status.FINISHED, f"the time was up after epoch {last} of {fitted.config.epochs}"
     return Status.FINISHED, f"ran its {last} epochs"
+
+
+def finished_before(study: Study, trial_id: str) -> TrialRecord | None:
+    """The record of a finished run of just that configuration."""
+    return next((r for r in study.records() if r.trial_id == trial_id and r.status is Status.FINISHED), None)
+
+
+def _falls_short(fitted: Fitted, study: Study) -> bool:
+    """Whether the clock cut it short before it came as far as a run before it, whose files then stay."""
+    before = finished_before(study, fitted.config.id)
+    return fitted.ending == "time" and before is not None and len(fitted.history) < before.epochs_run
 
 
 def _leave(fitted: Fitted, job: Job) -> None:
@@ -384,7 +395,9 @@ class Recorder(_StaysHere, Callback):
         if trial.trial_id not in self.running and trial.trial_id not in self.recorded:
             self.running[trial.trial_id] = []
             self.configs[trial.trial_id] = TrialConfig.from_dict(trial.config)
-            self.study.append(self._record(trial, Status.RUNNING, ""))
+            config_id = self.configs[trial.trial_id].id
+            if not finished_before(self.study, config_id):  # one that had been cut short stays what it was
+                self.study.append(self._record(trial, Status.RUNNING, ""))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It begins anew, on any machine: its worker died, or it ended in an error for the first time."""
