@@ -34,7 +34,9 @@ def parser() -> argparse.ArgumentParser:
         help="length of the schedule of new models (without: on from the trial's weights, twice as long)",
     )
     p.add_argument(
-        "--onward", action="store_true", help="go on from the trial's weights, with --epochs, too, or refuse"
+        "--onward",
+        action="store_true",
+        help="go on from the trial's weights with --epochs, too; an error where there are none",
     )
     p.add_argument(
         "--set",
