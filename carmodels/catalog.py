@@ -175,9 +175,16 @@ class Schedule:
     """How the learning rate moves."""
 
     kind: str  # "cosine", "plateau" or "constant"
-    warmup: float = 0.0  # share of the schedule over which the rate rises from zero
+    warmup: float = 0.0  # share of the schedule over which the rate rises from zero, but for plateau
     factor: float = 1.0  # plateau: the rate is multiplied by this ...
-    patience: int = 0  # ... after so many epochs without a better val loss
+    patience: int = 0  # ... after more than so many epochs in a row without a better val loss
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a row that would not do what it says."""
+        if self.kind not in ("cosine", "plateau", "constant"):
+            raise ValueError(f"a schedule's kind {self.kind!r} must be cosine, plateau or constant")
+        if self.kind == "plateau" and self.warmup:
+            raise ValueError(f"a plateau schedule has no warmup={self.warmup:g}")
 
 
 SCHEDULES: dict[str, Schedule] = {

@@ -448,7 +448,7 @@ def _roots(path: Path, cache_dir: Path) -> tuple[Path, ...]:
 def _list(roots: Sequence[Path], path: Path) -> _Listing:
     """`roots` are looked through in order; `path` is what the user gave, for messages."""
     table, sample = _find(roots, "train.csv"), _find(roots, *_SAMPLE_FILES)
-    labelled = _from_folders(roots, path) if table is None else _from_table(table, roots)
+    labelled = _from_folders(roots) if table is None else _from_table(table, roots)
     if not labelled:
         raise ValueError(
             f"no pictures in {str(path)!r}: it needs train.csv, or a folder for each class in it or train/"
@@ -485,7 +485,7 @@ def _from_table(table: Path, roots: Sequence[Path]) -> list[_Picture]:
     return [_Picture(_inside(i, table), train / category / i, category) for i, category in rows]
 
 
-def _from_folders(roots: Sequence[Path], path: Path) -> list[_Picture]:
+def _from_folders(roots: Sequence[Path]) -> list[_Picture]:
     train = _find(roots, "train")
     apart = () if train else _TEST_FOLDERS
     base = train or roots[0]

@@ -54,7 +54,7 @@ class TrialConfig:
     head_seed: int | None = None  # of the head's initial weights; None: `seed`
     folds: int = 0  # into which train and val together are cut, by `seed`; 0: the study's own train and val
     fold_in: bool = False  # learns from all labelled pictures, audit too, so that none is left to score it
-    start_size: int = 0  # side in the first epoch, pixels, from where it grows; 0: image_size throughout
+    start_size: int = 0  # side in the first epoch, pixels, from where it grows; 0, or frozen: image_size
     test_size: int = 0  # side of the pictures it is tested on, pixels; 0: image_size
     continues: str = (
         ""  # trial_id of the run whose weights it starts from; empty: pretrained ones, a new head

@@ -36,6 +36,7 @@ class Status(StrEnum):
 
 FOLD, FOLDS, FOLD_IN = "fold", "folds", "fold-in"  # stages: one fold, all of a configuration, everything
 TRAINED = ("search", "confirm", "retrain")  # stages whose models were trained on train by a configuration
+RECIPE = "the competitor's recipe"  # how the note on that trial begins
 CUT_OFF = (Status.INTERRUPTED, Status.RUNNING)
 
 
@@ -47,9 +48,7 @@ class TrialRecord:
     config: TrialConfig
     status: Status
     epochs_run: int
-    value: (
-        float | None
-    )  # the metric on val at the best epoch; of a stopped trial, at its last; of a fold, on it
+    value: float | None  # metric on val at the best epoch; of a stopped trial, at its last; of a fold, on it
     seconds: float
     reason: str  # why it ended, a sentence
     stage: str = "search"  # or one of those above, "soup", "student"; in the study of stops "audit"
@@ -61,6 +60,11 @@ class TrialRecord:
     def whole(self) -> bool:
         """Whether it ended of itself, and not since its time was up."""
         return not self.curve or self.curve[-1].ending != "time"
+
+    @property
+    def is_recipe(self) -> bool:
+        """Whether it is the yardstick, which the search did not draw."""
+        return self.note.startswith(RECIPE)
 
     def to_json(self) -> str:
         """One line, without a line end."""

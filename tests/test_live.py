@@ -13,8 +13,8 @@ from rich.console import Console
 
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord
+from tune.clock import Clock
 from tune.live import View, duration, line, sparkline, standing
-from tune.stages import Clock
 from tune.trials import Recorder, Watch
 
 CONFIG = TrialConfig("mobilenetv2_100", image_size=160, epochs=8, unfreeze="gradual")

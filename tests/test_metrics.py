@@ -25,8 +25,8 @@ from ray.util.metrics import Counter, Gauge
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord
 from tune import metrics
+from tune.clock import Clock
 from tune.metrics import SERIES, exported, reason_tag
-from tune.stages import Clock
 from tune.trials import Recorder, Watch, trial_name
 
 ROOT = Path(__file__).parents[1]

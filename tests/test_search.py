@@ -33,8 +33,10 @@ from carmodels.ensemble import of_study
 from carmodels.models import Weights
 from carmodels.predictions import with_temperature
 from carmodels.space import SPACES
-from carmodels.study import TRAINED, Status, Study, read_json
+from carmodels.study import RECIPE, TRAINED, Status, Study, read_json
+from tune import clock as shares
 from tune import search, setup, stages
+from tune.clock import Clock
 from tune.confirm import judged, sentence
 from tune.mistakes import found_mistakes
 from tune.retraining import LONGER
@@ -419,7 +421,7 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
     ]
     assert (new.config.continues, new.config.unfreeze) == (worst.trial_id, "full")
     assert new.config.backbone == worst.config.backbone
-    recipe = next(r for r in searched if r.note.startswith(stages.RECIPE))
+    recipe = next(r for r in searched if r.note.startswith(RECIPE))
     place.study.predictions_file(recipe.trial_id, "audit").unlink()
     out = place.folder / "mine.csv"
     result = place.run(
@@ -603,11 +605,11 @@ def test_an_option_that_is_no_number_is_one_line_that_names_it(capsys: pytest.Ca
 
 
 def test_the_search_has_the_time_of_the_stages_nobody_asked_for() -> None:
-    share = stages.search_share
-    assert share(confirm=6, audit_stops=0) == stages.Clock(0.0).search
+    share = shares.search_share
+    assert share(confirm=6, audit_stops=0) == Clock(0.0).search
     assert share(confirm=6, audit_stops=5) < share(confirm=6, audit_stops=0) < share(confirm=0, audit_stops=0)
-    ends = (stages.SEARCH_SHARE, stages.CONFIRM_SHARE, stages.RETRAIN_SHARE)
-    assert share(confirm=0, audit_stops=0) < stages.CONFIRM_SHARE
+    ends = (shares.SEARCH_SHARE, shares.CONFIRM_SHARE, shares.RETRAIN_SHARE)
+    assert share(confirm=0, audit_stops=0) < shares.CONFIRM_SHARE
     assert ends == tuple(sorted(ends))
 
 
@@ -626,17 +628,17 @@ def test_the_last_stage_that_is_asked_for_has_nearly_all_of_the_time(options: st
     clock, trials = search.budget(typed, SPACES["cpu"], bare=False, begun=0.0)
     ends = {
         "search": clock.at(clock.search),
-        "audit": clock.at(clock.search + stages.STOPS_SHARE),
-        "confirm": clock.at(stages.CONFIRM_SHARE),
-        "retrain": clock.at(stages.RETRAIN_SHARE),
+        "audit": clock.at(clock.search + shares.STOPS_SHARE),
+        "confirm": clock.at(shares.CONFIRM_SHARE),
+        "retrain": clock.at(shares.RETRAIN_SHARE),
     }
     assert (ends[stage], clock.at(1.0), trials) == (pytest.approx(0.97 * 3600), 3600, None)
     whole, _ = search.budget(search.parser().parse_args(["--hours", "1"]), SPACES["cpu"], bare=False, begun=0)
-    assert (whole.at(stages.RETRAIN_SHARE), whole.last) == (0.88 * 3600, 1.0)
+    assert (whole.at(shares.RETRAIN_SHARE), whole.last) == (0.88 * 3600, 1.0)
 
 
 def test_the_search_goes_on_where_later_stages_leave_time() -> None:
-    clock = stages.Clock(0.0, 10_000)
+    clock = Clock(0.0, 10_000)
     longer = clock.with_spare_time(confirm=300, retrain=700, ensemble=500)
     assert (longer.search, longer.confirm, longer.retrain) == pytest.approx((0.85, 0.88, 0.95))
     audited = clock.with_spare_time(confirm=300, retrain=700, ensemble=500, stops=0.1)
@@ -645,7 +647,7 @@ def test_the_search_goes_on_where_later_stages_leave_time() -> None:
     assert much is clock
     bounded = clock.with_spare_time(confirm=0, retrain=5000, ensemble=5000)  # they never get less than usual
     assert (bounded.search, bounded.confirm, bounded.retrain) == pytest.approx((0.74, 0.74, 0.88))
-    for other in (stages.Clock(0.0), replace(clock, last=0.88)):
+    for other in (Clock(0.0), replace(clock, last=0.88)):
         assert other.with_spare_time(confirm=0, retrain=0, ensemble=0) is other
     assert clock.with_spare_time(confirm=math.inf, retrain=math.inf, ensemble=math.inf) is clock
 
@@ -658,7 +660,7 @@ def test_a_search_that_has_nothing_more_to_draw_does_not_go_on(
     job = Job(Study(tmp_path), None, None, Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
     options = search.parser().parse_args([])
     for begun, longer in ((time.time() - 300, False), (time.time() - 600, True)):  # of 620 s for the search
-        clock = stages.Clock(begun, 1000)
+        clock = Clock(begun, 1000)
         assert (search.with_spare_time(job, options, clock) != clock) == longer
 
 
@@ -666,16 +668,16 @@ def test_a_search_that_has_nothing_more_to_draw_does_not_go_on(
 def test_what_follows_has_the_clock_of_the_longer_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trials: int | None, spare: bool, searches: int
 ) -> None:
-    clock = stages.Clock(time.time(), 1000)
+    clock = Clock(time.time(), 1000)
     longer = replace(clock, search=0.8, confirm=0.85) if spare else clock
-    asked: list[tuple[stages.Clock, bool]] = []
-    further: list[stages.Clock] = []
+    asked: list[tuple[Clock, bool]] = []
+    further: list[Clock] = []
 
-    def searched(*given: Any, clock: stages.Clock, resumed: bool = True, **more: Any) -> bool:
+    def searched(*given: Any, clock: Clock, resumed: bool = True, **more: Any) -> bool:
         asked.append((clock, resumed))
         return True
 
-    def trained(job: Any, options: Any, clock: stages.Clock, *given: Any) -> bool:
+    def trained(job: Any, options: Any, clock: Clock, *given: Any) -> bool:
         further.append(clock)
         return False
 

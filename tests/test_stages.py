@@ -17,8 +17,9 @@ from safetensors.torch import save
 from carmodels.files import write_whole
 from carmodels.predictions import Predictions
 from carmodels.space import EpochMetrics, TrialConfig
-from carmodels.study import FOLD, FOLD_IN, Status, Study, TrialRecord, read_json, write_json
+from carmodels.study import FOLD, FOLD_IN, RECIPE, Status, Study, TrialRecord, read_json, write_json
 from tune import retraining
+from tune.clock import Clock
 from tune.confirm import SLOWER, expected_seconds
 from tune.costs import Costs
 from tune.plan import Plan
@@ -36,7 +37,7 @@ from tune.retraining import (
     retrain_folds,
     retrain_on_everything,
 )
-from tune.stages import RECIPE, Clock, _to_run_again, _with_time_for_what_follows
+from tune.stages import _to_run_again, _with_time_for_what_follows
 from tune.trials import Job, Watch, Workers
 
 

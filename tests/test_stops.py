@@ -122,7 +122,8 @@ def test_the_study_of_stops_has_its_own_trials_and_the_same_data(tmp_path: Path)
 SCRIPT = """
 import json, math, pickle, sys, time
 import ray
-from tune.stages import Clock, audit_stops
+from tune.clock import Clock
+from tune.stages import audit_stops
 from tune.trials import Watch, start_ray
 
 job, seconds = pickle.load(open(sys.argv[1], "rb"))

@@ -12,7 +12,7 @@ import torch
 
 from carmodels import training
 from carmodels.batches import Batch, Loader
-from carmodels.catalog import AUGMENTS, SCHEDULES, UNFREEZE, VIEWS
+from carmodels.catalog import AUGMENTS, SCHEDULES, UNFREEZE, VIEWS, Schedule
 from carmodels.data import Split, Splits
 from carmodels.models import Weights, save_weights
 from carmodels.predictions import METRICS, accuracy
@@ -114,6 +114,12 @@ def test_the_models_of_all_folds_are_not_trained_at_once(
 ) -> None:
     with pytest.raises(ValueError, match="folds=3: these are 3 models; name the fold of one"):
         fit(replace(config, folds=3), splits, weights=weights)
+
+
+@pytest.mark.parametrize(("kind", "warmup"), [("linear", 0.0), ("plateau", 0.1)])
+def test_a_schedule_that_would_not_do_what_it_says_is_refused(kind: str, warmup: float) -> None:
+    with pytest.raises(ValueError, match=kind):
+        Schedule(kind, warmup=warmup)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

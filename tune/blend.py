@@ -29,9 +29,9 @@ from carmodels.predictions import (
 from carmodels.study import FOLDS, TRAINED, Study, TrialRecord, read_json, write_json
 from carmodels.submission import write_submission
 from tune import folds, soups
+from tune.clock import Clock
 from tune.costs import FORWARD_SHARE
-from tune.stages import RECIPE, Clock, Say
-from tune.trials import WEIGHTS_KEPT, Job
+from tune.trials import WEIGHTS_KEPT, Job, Say
 from tune.views import MOST_VIEWS, Members, Paces, judge_views
 
 SOUP_SHARE = 0.3  # of the time that is left, after which no further soup is tried
@@ -56,7 +56,7 @@ def ensemble(
     study, labels = job.study, job.study.labels("val")
     ready = _with_weights(study, say)
     trained = _trained(study, ready, top)
-    _restore(job, list({*trained, *(r for r in ready if r.note.startswith(RECIPE))}), say)
+    _restore(job, list({*trained, *(r for r in ready if r.is_recipe)}), say)
     paces = Paces(job)
     folded = _affordable(folds.ready(study), paces, max_seconds)
     several = len(folded) > 1  # then these alone are chosen from
@@ -346,7 +346,7 @@ def _audit(study: Study, metric: str, ensembled: Predictions, single: str) -> di
     labels = study.labels("audit")
     truth = np.array(list(labels.values()))
     probs = {"ensemble": ensembled.aligned(list(labels)).probs}
-    recipes = (r.trial_id for r in study.leaderboard() if r.note.startswith(RECIPE))
+    recipes = (r.trial_id for r in study.leaderboard() if r.is_recipe)
     recipe = next((name for name in recipes if study.has_predictions(name, "audit")), None)
     named = {"single": single} | ({"recipe": recipe} if recipe else {})
     for name, trial_id in named.items():

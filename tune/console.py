@@ -14,8 +14,8 @@ from rich.table import Table
 
 from carmodels.study import CUT_OFF, Status, Study, TrialRecord, read_json
 from tune import dimensions, live, stops
+from tune.clock import Clock
 from tune.confirm import Standing, judged, leading, sentence
-from tune.stages import Clock
 from tune.trials import Recorder, Watch
 
 QUIET_SECONDS = 60.0  # between two lines on how things stand, where the output is no terminal
@@ -97,7 +97,7 @@ class Screen:
             right = names[i] in {"rank", study.metric, "px", "lr", "epochs", "s"}
             table.add_column(names[i], justify="right" if right else "left", overflow="fold")
         for rank, record in enumerate(study.leaderboard(), start=1):
-            if rank <= rows or record.note.startswith("the competitor"):
+            if rank <= rows or record.is_recipe:
                 cells = (str(rank), *_cells(record))
                 table.add_row(*(cells[i] for i in shown))
         if table.rows:

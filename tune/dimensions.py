@@ -150,7 +150,7 @@ def _ranked(records: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
         value = math.inf if record.value is None else sign * record.value
         return standing.index(record.status), -epochs, value
 
-    own = (r for r in records if r.stage == "search" and not r.note)
+    own = (r for r in records if r.stage == "search" and not r.is_recipe)
     return sorted((r for r in own if r.status in standing), key=key)
 
 

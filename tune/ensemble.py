@@ -15,9 +15,9 @@ from carmodels.files import user_path, write_whole
 from carmodels.study import Study
 from tune import setup
 from tune.blend import ensemble
+from tune.clock import Clock
 from tune.console import Screen
 from tune.page import write_report
-from tune.stages import Clock
 from tune.trials import WEIGHTS_KEPT
 from tune.views import MOST_VIEWS
 
@@ -52,12 +52,10 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         raise ValueError(f"--tta {options.tta} must be from 1 to {len(VIEWS)}, the number of views there are")
     max_seconds = setup.most_seconds(options)
     study = Study(user_path(options.study))
-    out = options.out
-    if out and not (out.absolute().parent.is_dir() and (out.is_file() or not out.exists())):
-        raise ValueError(f"--out {out} must name a file in a folder that exists")
+    out = setup.out_file(options)
     with setup.reopened(study, options, screen) as job:
         if out and not len(job.splits.test):
-            raise ValueError(f"--out {out}: there are no test pictures to answer; leave it out")
+            raise ValueError(f"--out {options.out}: there are no test pictures to answer; leave it out")
         results = ensemble(
             job,
             clock=Clock(time.time()),
@@ -68,8 +66,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         )
     screen.answer(results, study)
     screen.say(f"Report: {write_report(study)}")
-    if options.out:
-        write_whole(options.out, study.submission_file.read_bytes())
+    if out:
+        write_whole(out, study.submission_file.read_bytes())
         screen.say(f"Copied to {options.out}.")
     return 0
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from carmodels.predictions import METRICS
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import FOLD, Status, TrialRecord
-from tune.stages import Clock
+from tune.clock import Clock
 from tune.trials import Recorder
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -17,7 +17,7 @@ from ray.util.metrics import Counter, Gauge
 from carmodels.predictions import METRICS
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import FOLD, Status, TrialRecord
-from tune.stages import Clock
+from tune.clock import Clock
 from tune.trials import Recorder, Watch, trial_name
 
 REFRESH_SECONDS = 1.0  # between two times that all gauges are set

@@ -58,7 +58,7 @@ def render(study: Study, refresh: int = 0) -> str:
     space, metric = space_of(facts), facts["metric"]
     rows, columns = table(study)
     standings = judged(study)
-    finished = any(r.stage == "search" and r.status is Status.FINISHED and not r.note for r in records)
+    finished = any(r.stage == "search" and r.status is Status.FINISHED and not r.is_recipe for r in records)
     mattered = importances(records, space, metric) if space is not None else None
     pictures = sections(study, records, space, results)
     drawn = {section.name: section.chart for section in pictures}

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         _export(study, answer, ensemble, limit, user_path(options.export), screen)
     ensemble = ensemble.to("cuda" if torch.cuda.is_available() else "cpu")
     if paths:
-        _answer(ensemble, limit, paths, options.out, screen)
+        _answer(ensemble, limit, paths, setup.out_file(options), screen)
     if options.serve:
         return serve(study, ensemble, limit, PORT if options.port is None else options.port, screen)
     return 0
@@ -81,8 +81,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("there is nothing to do: give pictures or folders, --export DIR or --serve")
     if options.out and not options.pictures:
         raise ValueError(f"--out {options.out} is for answers; give pictures or folders, too")
-    if options.out and (user_path(options.out).is_dir() or not user_path(options.out).parent.is_dir()):
-        raise ValueError(f"--out {options.out} must name a file in a folder that exists")
+    setup.out_file(options)
     if options.port is not None and not options.serve:
         raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
     if options.export:

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     """Write the page and say where it is, or serve it."""
     check(options)
     studies = [Study(user_path(folder)) for folder in options.studies]
-    out = user_path(options.out) if options.out else None
+    out = setup.out_file(options)
     if options.pictures:
         ensemble = of_study(studies[0]).to("cuda" if torch.cuda.is_available() else "cpu")
         write_thumbnails(studies[0], ensemble, setup.data_of(studies[0], options, screen))
@@ -75,8 +75,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
     if options.out and options.serve:
         raise ValueError(f"--out {options.out} is for a page that is written; leave it or --serve out")
-    if options.out and (options.out.is_dir() or not user_path(options.out).parent.is_dir()):
-        raise ValueError(f"--out {options.out} must name a file in a folder that exists")
+    setup.out_file(options)
     if not options.pictures and (options.cache or options.cache_limit != setup.CACHE_LIMIT):
         raise ValueError("--cache and --cache-limit are for --pictures; add that or leave them out")
     if options.pictures and len(options.studies) > 1:

@@ -15,7 +15,8 @@ from carmodels.files import user_path
 from carmodels.models import Weights
 from carmodels.space import setting
 from carmodels.study import Study
-from tune import retraining, setup, stages
+from tune import retraining, setup
+from tune.clock import Clock
 from tune.console import Screen
 
 MOST_SEEDS = 1000
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         if name in way.changes:
             raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")
     study = Study(user_path(options.study))
-    clock = stages.Clock(time.time())
+    clock = Clock(time.time())
     with setup.reopened(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
         completed = retraining.retrain_all(

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ray.tune.schedulers import FIFOScheduler
-
 from carmodels.catalog import UNFREEZE
 from carmodels.data import Splits
 from carmodels.models import weights_damage
@@ -18,16 +16,17 @@ from carmodels.predictions import METRICS, blend
 from carmodels.space import TrialConfig
 from carmodels.study import FOLD, FOLD_IN, TRAINED, Status, Study, TrialRecord, write_json
 from carmodels.submission import write_submission
+from tune.clock import Clock
 from tune.confirm import CONTENDERS, SLOWER, described, expected_seconds, judged
 from tune.costs import Costs, times_as_long
 from tune.dimensions import space_of
 from tune.folds import MOST_FOLDED, configs_of, gather, parent_of, ready, runs_of, whole
 from tune.searcher import Queue
-from tune.stages import Clock, Say
-from tune.trials import Job, Watch, run_trials
+from tune.trials import Job, Say, Watch, run_trials
 
 SEEDS = 3  # runs of the best
 FOLD_IN_SHARE = 0.06  # of the time, less for retraining where a last run on everything follows
+LATE_SHARE = 0.3  # of the ensemble's time that runs may take which turn out slower than planned
 LONGER = 2.0  # times a trial's epochs, where there is time: +5.9 points in results/final/NOTES.md
 LEAST_OF_A_TRIAL = 0.5  # of its epochs: no shorter schedule is begun
 NEW_HEAD = {"head", "head_depth"}  # what the weights of another configuration do not fit
@@ -225,15 +224,13 @@ def _train(
     study, end = job.study, clock.at(share)
     ids = {config.id for config in configs}
     before = {r.trial_id: r for r in study.records() if r.trial_id in ids and r.status is Status.FINISHED}
-    late = end + 0.3 * (clock.at(1) - end) if clock.seconds < math.inf else math.inf
     try:
         completed = not configs or run_trials(
             replace(job, workers=replace(job.workers, packed=0), until=end),
             stage=stage,
             begun=clock.begun,
-            end=late,
+            end=clock.late(share, 1.0, LATE_SHARE),
             search_alg=Queue(configs, metric=study.metric, mode=METRICS[study.metric].mode),
-            scheduler=FIFOScheduler(),
             notes=notes,
             watch=watch,
         )

@@ -38,6 +38,7 @@ from carmodels.predictions import METRICS
 from carmodels.space import SPACES, Space
 from carmodels.study import Study
 from tune import blend, confirm, folds, retraining, setup, stages
+from tune.clock import STOPS_SHARE, Clock, last_share, search_share
 from tune.confirm import CONTENDERS, RERUNS
 from tune.console import Screen
 from tune.live import duration
@@ -188,7 +189,7 @@ def repeats_the_demo(study: Study, options: argparse.Namespace) -> bool:
     return command.startswith(COMMAND) and set(more) <= {"--plain", "--overwrite"}
 
 
-def described_budget(clock: stages.Clock, trials: int | None) -> str:
+def described_budget(clock: Clock, trials: int | None) -> str:
     """The limits of a search in words."""
     count = f"{trials} trials" if trials else "as many trials as fit"
     return count if math.isinf(clock.seconds) else f"{count}, {duration(clock.seconds)} in all"
@@ -198,7 +199,7 @@ def go(
     job: Job,
     space: Space,
     options: argparse.Namespace,
-    clock: stages.Clock,
+    clock: Clock,
     trials: int | None,
     screen: Screen,
 ) -> int:
@@ -246,7 +247,7 @@ def go(
     return 0
 
 
-def with_spare_time(job: Job, options: argparse.Namespace, clock: stages.Clock) -> stages.Clock:
+def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Clock:
     """The clock with more time for the search where the later stages, as they are bounded, do not need it.
 
     Not where the search has ended long before its time: it has nothing more to draw.
@@ -261,12 +262,12 @@ def with_spare_time(job: Job, options: argparse.Namespace, clock: stages.Clock) 
         confirm=confirm.most_seconds(job.study, job.workers.count, most=options.confirm, costs=packed),
         retrain=retraining.most_seconds(job, within=within, folds=options.folds) + less * clock.seconds,
         ensemble=blend.most_seconds(job, folds=options.folds),
-        stops=stages.STOPS_SHARE if options.audit_stops else 0.0,
+        stops=STOPS_SHARE if options.audit_stops else 0.0,
     )
 
 
 def trained_further(
-    job: Job, options: argparse.Namespace, clock: stages.Clock, watch: Watch, screen: Screen
+    job: Job, options: argparse.Namespace, clock: Clock, watch: Watch, screen: Screen
 ) -> bool:
     """What trains after the search, up to --until; False if interrupted."""
     last, say = STAGES.index(options.until), screen.say
@@ -443,9 +444,7 @@ def split_rows(splits: Splits) -> list[tuple[str, str, int]]:
     ]
 
 
-def budget(
-    options: argparse.Namespace, space: Space, bare: bool, begun: float
-) -> tuple[stages.Clock, int | None]:
+def budget(options: argparse.Namespace, space: Space, bare: bool, begun: float) -> tuple[Clock, int | None]:
     """The clock of the whole command, and the number of configurations where one is set."""
     asked = {"confirm": options.confirm, "audit_stops": options.audit_stops}
     hours, trials = options.hours, options.trials
@@ -453,11 +452,11 @@ def budget(
         on_gpus = torch.cuda.is_available() or (options.address and options.preset == "gpu")
         hours = DEMO_HOURS if bare else GPU_HOURS if on_gpus else CPU_HOURS
         trials = space.trials if bare else None
-    clock = stages.Clock(
+    clock = Clock(
         begun,
         math.inf if hours is None else 3600 * hours,
-        search=stages.search_share(**asked),
-        last=stages.last_share(options.until, **asked),
+        search=search_share(**asked),
+        last=last_share(options.until, **asked),
     )
     return clock, trials
 

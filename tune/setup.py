@@ -25,12 +25,12 @@ from carmodels.files import user_path, write_whole
 from carmodels.models import Weights
 from carmodels.study import Study
 from carmodels.training import parted
+from tune.clock import Clock
 from tune.console import Screen
 from tune.costs import GPU_SHARES
 from tune.curves import written
 from tune.metrics import exported
 from tune.preflight import Finding, cluster_findings
-from tune.stages import Clock
 from tune.trials import Job, Watch, Workers, start_ray, together
 
 CACHE_LIMIT, MOST_CACHE = 100.0, 1e6  # GB
@@ -142,6 +142,16 @@ def most_seconds(options: argparse.Namespace) -> float:
     if given is not None and not given > 0:
         raise ValueError(f"--max-seconds-per-1000 {given:g} must be above 0")
     return math.inf if given is None else float(given)
+
+
+def out_file(options: argparse.Namespace) -> Path | None:
+    """The absolute path that --out names, None without; ValueError where no file can be written."""
+    if options.out is None:
+        return None
+    path = user_path(options.out)
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise ValueError(f"--out {options.out} must name a file in a folder that exists")
+    return path
 
 
 def check_machine(options: argparse.Namespace) -> Workers | None:

@@ -5,84 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import optuna
-from ray.tune.schedulers import FIFOScheduler
 
 from carmodels.catalog import UNFREEZE
 from carmodels.predictions import METRICS
 from carmodels.space import Space, baseline
-from carmodels.study import CUT_OFF, Status, Study, TrialRecord, write_json
+from carmodels.study import CUT_OFF, RECIPE, Status, Study, TrialRecord, write_json
 from tune import stops
+from tune.clock import LATE_SHARE, STOPS_SHARE, Clock
 from tune.confirm import CONTENDERS, RERUNS, Reruns, expected_seconds, judged
 from tune.plan import Packing, Plan, make_plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws, Queue, useful
-from tune.trials import Job, Watch, run_trials
+from tune.trials import Job, Say, Watch, run_trials
 
-Say = Callable[[str], None]
-
-SEARCH_SHARE = 0.62  # of the whole time, by when the search has ended
-CONFIRM_SHARE = 0.74  # likewise for running the best few again
-RETRAIN_SHARE = 0.88  # likewise for retraining; the rest is the ensemble's
-LEAST_MORE = 0.05  # of the time, for which the search goes on where later stages leave it
-WHOLE_SHARE = 0.97  # by when a stage has ended that is the last; what it leaves takes time, too
-UNCONFIRMED_SHARE = 0.08  # of the time, more for the search where nothing is run again
-STOPS_SHARE = 0.10  # of the time, less for the search where its stops are audited
-LATE_SHARE = 0.2  # of the retraining's time that trials may take which turn out slower than planned
 BASELINE_SHARE = 0.2  # of the search's core-time that the competitor's recipe may take
-RECIPE = "the competitor's recipe"
-
-
-@dataclass(frozen=True)
-class Clock:
-    """When the command began and how long it may take."""
-
-    begun: float  # time.time()
-    seconds: float = math.inf
-    search: float = SEARCH_SHARE  # by what share of the time the search has ended
-    confirm: float = CONFIRM_SHARE
-    retrain: float = RETRAIN_SHARE
-    last: float = 1.0  # by what share of the time the last stage has ended that is asked for
-
-    def at(self, share: float) -> float:
-        """The moment, in time.time(), when a stage ends that has so much of the time where all follow."""
-        return self.begun + min(1.0, share / self.last) * self.seconds
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.begun + self.seconds - time.time()
-
-    def with_spare_time(
-        self, *, confirm: float, retrain: float, ensemble: float, stops: float = 0.0
-    ) -> Clock:
-        """With a longer search where the later stages take no more seconds than these; itself where not.
-
-        `stops` is the share of the time that auditing them has.
-        """
-        if math.isinf(self.seconds) or self.last < 1:
-            return self
-        ends_retrain = max(self.retrain, 1 - ensemble / self.seconds)
-        ends_confirm = max(self.confirm, ends_retrain - retrain / self.seconds)
-        ends_search = ends_confirm - confirm / self.seconds - stops
-        if ends_search < self.search + LEAST_MORE:
-            return self
-        return replace(self, search=ends_search, confirm=ends_confirm, retrain=ends_retrain)
-
-
-def search_share(*, confirm: int, audit_stops: int) -> float:
-    """By what share of the time the search has ended, with so many runs of the other stages asked for."""
-    return SEARCH_SHARE + (0 if confirm else UNCONFIRMED_SHARE) - (STOPS_SHARE if audit_stops else 0)
-
-
-def last_share(until: str, *, confirm: int, audit_stops: int) -> float:
-    """`Clock.last` where nothing follows the stage `until`: it then has the time of those left out."""
-    searched = search_share(confirm=confirm, audit_stops=audit_stops) + (STOPS_SHARE if audit_stops else 0)
-    ends = {"search": searched, "confirm": CONFIRM_SHARE if confirm else searched, "retrain": RETRAIN_SHARE}
-    return ends[until] / WHOLE_SHARE if until in ends else 1.0
 
 
 def search(
@@ -103,8 +43,7 @@ def search(
     """
     study, metric = job.study, stamp["metric"]
     mode = METRICS[metric].mode
-    end = clock.at(clock.search)
-    late = end + LATE_SHARE * (clock.at(clock.retrain) - end) if math.isfinite(end) else end
+    end, late = clock.at(clock.search), clock.late(clock.search, clock.retrain, LATE_SHARE)
     grace = grace_period(int(space.fixed["epochs"]))
     plan = make_plan(job, space, time.time() if resumed else clock.begun, end)
     if not resumed:
@@ -147,7 +86,7 @@ def search(
         limit=trials,
         fits=plan.fits,
         queue=queue,
-        optional={r.trial_id for r in again if stops.by_the_clock(r) and not r.note},
+        optional={r.trial_id for r in again if stops.by_the_clock(r) and not r.is_recipe},
         known=known,
         earlier=list(earlier.values()),
         storage=optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}"),
@@ -184,7 +123,7 @@ def _to_run_again(record: TrialRecord, plan: Plan) -> bool:
     It was cut off, or stopped for want of time that there is now, or is the recipe, unfinished.
     """
     cut_off = record.status in CUT_OFF or (stops.by_the_clock(record) and plan.fits(record.config))
-    return cut_off or (record.note != "" and record.status in (Status.STOPPED, Status.FAILED))
+    return cut_off or (record.is_recipe and record.status in (Status.STOPPED, Status.FAILED))
 
 
 def grace_period(epochs: int) -> int:
@@ -218,7 +157,6 @@ def audit_stops(
             mode=METRICS[study.metric].mode,
             fits=lambda config: time.time() + expected_seconds(todo[config.id], costs) <= end,
         ),
-        scheduler=FIFOScheduler(),
         notes={r.trial_id: f"stopped after epoch {r.epochs_run}" for r in chosen},
         watch=watching(inner),
     )
@@ -234,8 +172,7 @@ def audit_stops(
 def confirm(job: Job, *, clock: Clock, watch: Watch, say: Say, most: int = RERUNS) -> bool:
     """Run the best few again with new seeds until it is clear who is best; False if interrupted."""
     notes: dict[str, str] = {}
-    end = clock.at(clock.confirm)
-    late = end + LATE_SHARE * (clock.at(clock.retrain) - end) if math.isfinite(end) else end
+    end, late = clock.at(clock.confirm), clock.late(clock.confirm, clock.retrain, LATE_SHARE)
     costs = job.costs if job.workers.packed else None
     reruns = Reruns(job.study, most=most, end=end, notes=notes, costs=costs)
     if reruns.next() is None:
@@ -247,7 +184,6 @@ def confirm(job: Job, *, clock: Clock, watch: Watch, say: Say, most: int = RERUN
         begun=clock.begun,
         end=late,
         search_alg=reruns,
-        scheduler=FIFOScheduler(),
         notes=notes,
         watch=watch,
     )

@@ -24,8 +24,7 @@ from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from carmodels.training import Fitted, fit
 from tune.dimensions import space_of
 from tune.retraining import epochs_of_space, opened
-from tune.stages import Say
-from tune.trials import Job
+from tune.trials import Job, Say
 from tune.views import seconds_a_picture
 
 STAGE = "student"

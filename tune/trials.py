@@ -45,7 +45,6 @@ import torch
 from ray._raylet import setproctitle  # type: ignore[attr-defined]  # its stubs are not complete
 from ray.tune import (
     Callback,
-    CheckpointConfig,
     FailureConfig,
     PlacementGroupFactory,
     RunConfig,
@@ -79,6 +78,8 @@ SHORTEST_SILENCE, MUCH_SLOWER = 1800.0, 20.0  # likewise, where an epoch's cost 
 RETRIES = 1  # of a trial that died or failed: machines go, memory is short for a while
 MOST_LOADERS = 16  # loader processes of a trial on a GPU
 WEIGHTS_KEPT = 12  # best trials of the search whose weights stay on disk
+
+Say = Callable[[str], None]  # prints a line
 
 
 @dataclass(frozen=True)
@@ -507,7 +508,7 @@ def run_trials(
     begun: float,
     end: float,
     search_alg: Searcher,
-    scheduler: TrialScheduler | None,
+    scheduler: TrialScheduler | None = None,
     notes: dict[str, str],
     watch: Watch,
     packing: Callable[[dict[str, Any]], PlacementGroupFactory] | None = None,
@@ -548,7 +549,6 @@ def run_trials(
             storage_path=str(job.study.ray_folder),
             stop=_Ender(end, interrupts, recorder),
             callbacks=[recorder],
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=RETRIES),
             verbose=0,
         ),

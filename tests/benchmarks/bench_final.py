@@ -24,7 +24,6 @@ from rich.table import Table
 
 from carmodels.predictions import Interval
 from carmodels.study import Study, read_json
-from tune.stages import RECIPE
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "results" / "final"
@@ -92,7 +91,7 @@ def run(seed: int, options: argparse.Namespace, folder: Path) -> pd.DataFrame:
     study = Study(folder / "study")
     labels = study.labels("audit")
     ranked = study.leaderboard()
-    recipe = next((r.trial_id for r in ranked if r.note.startswith(RECIPE)), None)
+    recipe = next((r.trial_id for r in ranked if r.is_recipe), None)
     trial = next(r.trial_id for r in ranked if r.stage == "search")
     single = read_json(study.ensemble_file)["val"]["single"]["trial_id"]
     found = pd.DataFrame({"seed": seed, "hours": options.hours, "id": list(labels)})

@@ -22,6 +22,7 @@ from carmodels.models import Weights
 from carmodels.space import SPACES, Space
 from carmodels.study import Study
 from tune import search, stages
+from tune.clock import SEARCH_SHARE, Clock
 from tune.plan import costs_of
 from tune.trials import Job, Watch, Workers, start_ray
 
@@ -53,7 +54,7 @@ def on_pictures(data: Path, source: str, minutes: float) -> Row:
     weights = Weights.parse(source)
     space = SPACES["cpu"].with_override("image_size=64,96,128")
     space = space.with_backbones(tuple(b for b in space.backbones if weights.has(b)))
-    whole = 60 * minutes / stages.SEARCH_SHARE
+    whole = 60 * minutes / SEARCH_SHARE
     return measure(f"{data.name}, cpu preset", data, weights, space, trials=None, seconds=whole)
 
 
@@ -74,7 +75,7 @@ def measure(
             space,
             stamp=stamp,
             trials=trials,
-            clock=stages.Clock(started, seconds),
+            clock=Clock(started, seconds),
             seed=0,
             watch=Watch(),
             say=print,

@@ -159,7 +159,7 @@ def search_as_the_tutorial(arguments: list[str]) -> int:
     """`tune/search.py` with that search, and no stage but the ensemble after it."""
     stages.Draws = TutorialDraws  # type: ignore[misc]
     stages.Scheduler = TutorialScheduler  # type: ignore[misc]
-    stages.search_share = lambda **asked: SEARCH_SHARE
+    search.search_share = lambda **asked: SEARCH_SHARE
     stages.LATE_SHARE = 0.0  # no stage follows whose time a slow trial could have
     retraining.retrain_all = lambda *given, **named: True
     return search.main(arguments)
