@@ -29,6 +29,8 @@ def unpacked(archive: Path, cache_dir: Path) -> Path:
     [digest] = file_digests(
         [archive], cache_dir / "digests" / f"{hashlib.sha256(str(archive).encode()).hexdigest()[:12]}.json"
     )
+    if not digest:
+        raise ValueError(f"{str(archive)!r} cannot be read: look at its rights, or fetch it again")
     folder = cache_dir / "unpacked" / digest[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -75,6 +77,11 @@ def _check_members(packed: zipfile.ZipFile, archive: Path, folder: Path) -> None
             raise ValueError(f"{archive.name!r} holds the link {member.filename!r}: pack the file itself")
         if member.flag_bits & 1:
             raise ValueError(f"{archive.name!r} is encrypted: unpack it and give the folder")
+        if not member.is_dir() and (folder / member.filename).exists():
+            raise ValueError(
+                f"{archive.name!r} would overwrite {member.filename!r}, which lies beside it or came from "
+                "another zip: unpack them into folders of their own and give the folder"
+            )
     size = sum(member.file_size for member in packed.infolist())
     if size > max(_BOMB_FLOOR, _BOMB_RATIO * archive.stat().st_size):
         raise ValueError(

@@ -439,10 +439,19 @@ def _roots(path: Path, cache_dir: Path) -> tuple[Path, ...]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"the data {str(path)!r} is neither a folder nor an intact zip")
     folder = unpacked(path, cache_dir)
+    inside = [path for path in folder.iterdir() if path.name[0] != "."]
+    return (inside[0],) if len(inside) == 1 and _is_whole(inside[0]) else (folder,)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the only thing in a zip is a folder that holds the whole data set."""
+    if _find([folder], "train.csv", "train"):
+        return True
+    if not folder.is_dir() or folder.name in ("train", *_TEST_FOLDERS):
+        return False
     inside = list(folder.iterdir())
-    if len(inside) == 1 and _find(inside, "train.csv", "train"):
-        return (inside[0],)  # the zip of a folder
-    return (folder,)
+    pictures = (path.suffix.lower() in _PICTURE_SUFFIXES for path in inside if path.is_file())
+    return any(path.is_dir() for path in inside) and not any(pictures)
 
 
 def _list(roots: Sequence[Path], path: Path) -> _Listing:
@@ -470,7 +479,7 @@ def _from_table(table: Path, roots: Sequence[Path]) -> list[_Picture]:
     path, label = _first(frame, _PATH_COLUMNS), _first(frame, _LABEL_COLUMNS)
     if path and label:
         rows = list(zip(frame[path], frame[label], strict=True))
-        return [_Picture(_inside(i, table), table.parent / i, _inside(label, table)) for i, label in rows]
+        return [_Picture(_inside(i, table), table.parent / i, _label(label, table)) for i, label in rows]
     if not {"id", "category"} <= set(frame.columns):
         raise ValueError(
             f"{str(table)!r} has the columns {list(frame)}; needed are Id,Category or path,label"
@@ -535,9 +544,21 @@ def _tests(roots: Sequence[Path], sample: Path | None) -> list[_Picture]:
 
 
 def picture_names(folder: Path) -> list[str]:
-    """Paths of the pictures at any depth below `folder`, relative to it, sorted; without hidden ones."""
-    found = [Path(parent, name).relative_to(folder) for parent, _, files in os.walk(folder) for name in files]
-    return sorted(p.as_posix() for p in found if p.suffix.lower() in _PICTURE_SUFFIXES and p.name[0] != ".")
+    """Paths of the pictures at any depth below `folder`, relative to it, sorted.
+
+    Without hidden files and folders; links to folders are followed, but to none that leads back.
+    """
+    found: list[Path] = []
+    top, seen = folder.resolve(), set[Path]()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        here = Path(parent).resolve()
+        if here in seen or (here != top and top.is_relative_to(here)):
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [Path(parent, name).relative_to(folder) for name in files if name[0] != "."]
+    return sorted(p.as_posix() for p in found if p.suffix.lower() in _PICTURE_SUFFIXES)
 
 
 def _read_table(table: Path) -> pd.DataFrame:
@@ -566,6 +587,13 @@ def _inside(name: str, source: Path) -> str:
         raise ValueError(
             f"{str(source)!r} names {name!r}, which is not a path inside its folder: correct the row"
         )
+    return name
+
+
+def _label(name: str, source: Path) -> str:
+    """`name` if it can be that of a class; `source` says where it was found."""
+    if not name.strip() or "\0" in name:
+        raise ValueError(f"{str(source)!r} has the label {name!r}, which names no class: correct the row")
     return name
 
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -70,7 +71,8 @@ def read_picture(path: Path) -> Image.Image:
         if not path.is_file():  # a named pipe would be waited for, for ever
             raise BrokenPicture(_no_file(path))
         with Image.open(path, formats=FORMATS) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            _turn_upright(image)
             return _as_rgb(image)
     except BrokenPicture:
         raise
@@ -81,6 +83,14 @@ def read_picture(path: Path) -> Image.Image:
     except _PARSER_ERRORS as error:
         _raise_machine_trouble(error)
         raise BrokenPicture(f"it cannot be decoded: {error}") from None
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """As EXIF says; as it is stored where EXIF is damaged, as viewers show it."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except _PARSER_ERRORS as error:
+        _raise_machine_trouble(error)
 
 
 def _raise_machine_trouble(error: Exception) -> None:
@@ -267,15 +277,15 @@ def _header_size(path: Path) -> tuple[int, int] | None:
 
 def _make_room(folder: Path, max_size: int, estimate: int, limit: int) -> None:
     """Delete what was not used lately until the cache fits beside the others; ValueError where it cannot."""
-    others = sorted(folder.parent.glob("*/index.json"), key=lambda index: index.stat().st_mtime)
-    sizes = {index: sum(file.stat().st_size for file in index.parent.iterdir()) for index in others}
+    others = {index.parent: _used(index) for index in folder.parent.glob("*/index.json")}
+    sizes = {cache: size for cache, (_, size) in others.items()}
     free = shutil.disk_usage(folder.parent).free - SPARE_DISK
-    for index in others:
+    for cache, (used, _) in sorted(others.items(), key=lambda item: item[1]):
         if estimate <= min(limit - sum(sizes.values()), free):
             return
-        if time.time() - index.stat().st_mtime > _UNUSED_SECONDS:
-            shutil.rmtree(index.parent)
-            free += sizes.pop(index)
+        if time.time() - used > _UNUSED_SECONDS:
+            shutil.rmtree(cache, ignore_errors=True)
+            free += sizes.pop(cache)
     room = min(limit - sum(sizes.values()), free)
     if estimate > room:
         raise ValueError(
@@ -283,6 +293,14 @@ def _make_room(folder: Path, max_size: int, estimate: int, limit: int) -> None:
             f"{str(folder.parent)!r}, where there is room for {max(0, room) / 1e9:.1f} GB: give --cache DIR "
             f"on a larger disk, a larger --cache-limit, or smaller sizes with --set image_size=..."
         )
+
+
+def _used(index: Path) -> tuple[float, int]:
+    """When a cache was used last, and its bytes; one that another process moves just now is new and empty."""
+    try:
+        return index.stat().st_mtime, sum(file.stat().st_size for file in index.parent.iterdir())
+    except FileNotFoundError:
+        return math.inf, 0
 
 
 def _build(paths: Sequence[Path], folder: Path, max_size: int, on_progress: Progress) -> None:

@@ -120,12 +120,12 @@ def refresh_statistics(
         splits.images,
         splits.train,
         image_size=config.image_size,
-        batch_size=2 * config.batch_size,
+        batch_size=config.batch_size,
         augment=AUGMENTS[config.augment],
         seed=config.seed,
         processes=processes,
         shuffle=True,
-        drop_last=len(splits.train) > 2 * config.batch_size,
+        drop_last=len(splits.train) > config.batch_size,
     )
     where = torch.device(device)
     with autocast(where)():

@@ -369,7 +369,7 @@ def _dimension(values: Mapping[str, Any]) -> Dimension:
 
 
 def _try_value(space: Space, name: str, value: Any, source: str) -> None:
-    start = {"backbone": space.backbones[0], "image_size": 224, "epochs": 1}
+    start = {"backbone": space.backbones[0], "image_size": max(space.image_sizes), "epochs": 1}
     try:
         TrialConfig.from_dict({**start, **space.fixed, name: value})
     except ValueError as error:

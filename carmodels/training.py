@@ -315,7 +315,7 @@ class _Run:
         for batch in loader.epoch(number):
             with self.precision():
                 images = self.model.normalise(batch.images.to(self.device, non_blocking=True))
-                parts.append(self.model.backbone(images).float())
+                parts.append(in_parts(self.model.backbone, images).float())
         return torch.cat(parts).cpu().numpy()
 
     def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -363,10 +363,28 @@ class _Run:
         for some, their_targets in parts:
             with self.precision():
                 logits = network(some)
-            loss = self.loss(logits.float(), their_targets) * (len(some) / len(inputs))
+            loss = self.loss(logits.float(), their_targets) * self._share(their_targets, targets)
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
+
+    def _share(self, some: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | float:
+        """What a part's mean loss counts for in the batch's: by pictures, or by their classes' weights."""
+        if self.loss.weight is None or targets.ndim > 1:  # torch takes the mean of soft targets over pictures
+            return len(some) / len(targets)
+        return self.loss.weight[some].sum() / self.loss.weight[targets].sum()
+
+
+def in_parts(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """network(images) without gradients, in halves, and halves of those, where memory runs out."""
+    try:
+        return network(images)
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    if images.is_cuda:
+        torch.cuda.empty_cache()
+    return torch.cat([in_parts(network, half) for half in images.tensor_split(2)])
 
 
 def autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
@@ -452,9 +470,8 @@ def _probabilities(model: Classifier, loader: Loader, device: torch.device) -> n
     parts: list[torch.Tensor] = []
     for batch in loader.epoch(0):
         with precision():
-            logits = model(
-                batch.images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-            )
+            images = batch.images.to(device, non_blocking=True)
+            logits = in_parts(model, images.contiguous(memory_format=torch.channels_last))
         parts.append(logits.float().softmax(dim=1))
     return torch.cat(parts).cpu().numpy()
 

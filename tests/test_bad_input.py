@@ -598,6 +598,10 @@ TABLES = {
         swap("3_1.jpg,1", "3_1.jpg"),
         "'{data}/train.csv' names '', which is not a path inside its folder: correct the row",
     ),
+    "no label beside a path": Case(
+        put("train.csv", "path,label\ntrain/1/3_1.jpg,\n"),
+        "'{data}/train.csv' has the label '', which names no class: correct the row",
+    ),
     "id twice": Case(swap("3_1.jpg", "4_1.jpg"), "the id '4_1.jpg' is there 2 times: ids must be unique"),
     "id with ..": Case(
         swap("3_1.jpg", "../3_1.jpg"),

@@ -17,9 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from carmodels import archives
 from carmodels.batches import Batch, Loader, seen, squash
 from carmodels.catalog import AUGMENTS, VIEWS, Augment, Step, View
-from carmodels.data import Splits, assign_splits, open_dataset
+from carmodels.data import Splits, assign_splits, open_dataset, picture_names
 
 CLASSES, EACH, TESTS = ("2", "10", "1"), 8, 5
 
@@ -157,6 +158,52 @@ def test_a_zipped_data_set_is_the_same_data_set(
         assert (found.fingerprint, found.split_hash) == (splits.fingerprint, splits.split_hash)
         assert found.sample_file is not None
         assert found.sample_file.is_file()
+
+
+@pytest.mark.parametrize("under", ["", "cars", "my.cars/"])
+def test_the_zip_of_class_folders_is_enough(competition: Path, under: str) -> None:
+    expected = opened(shutil.copytree(competition / "train", competition.parent / "tree"))
+    found = opened(pack(competition / "train", competition.parent / "cars.zip", under))
+    assert (found.fingerprint, found.split_hash) == (expected.fingerprint, expected.split_hash)
+
+
+def test_hidden_folders_hold_no_pictures_and_linked_ones_do(competition: Path, tmp_path: Path) -> None:
+    audi, elsewhere = competition / "train" / "1", tmp_path / "elsewhere"
+    before = picture_names(audi)
+    (audi / ".thumbnails").mkdir()
+    shutil.copy(audi / before[0], audi / ".thumbnails" / "a.jpg")
+    elsewhere.mkdir()
+    shutil.copy(audi / before[0], elsewhere / "b.jpg")
+    (audi / "2020").symlink_to(elsewhere)
+    (elsewhere / "again").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(competition)
+    assert picture_names(audi) == sorted([*before, "2020/b.jpg"])
+
+
+def test_a_label_need_not_be_a_path(competition: Path) -> None:
+    paths = sorted(competition.glob("train/*/*.jpg"))
+    rows = [f"{path.relative_to(competition)},/m/{path.parent.name}" for path in paths]
+    (competition / "train.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    assert set(opened(competition).classes) == {"/m/1", "/m/2", "/m/10"}
+
+
+def test_zips_that_would_overwrite_each_other_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "cars.zip", "w") as outer:
+        for name in ("test.zip", "train.zip"):
+            with zipfile.ZipFile(tmp_path / name, "w") as inner:
+                inner.writestr("0.jpg", name)
+            outer.write(tmp_path / name, name)
+    with pytest.raises(ValueError, match=r"'train\.zip' would overwrite '0\.jpg'"):
+        opened(tmp_path / "cars.zip")
+
+
+def test_a_zip_that_may_not_be_read_is_named(
+    competition: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = pack(competition / "test_upload", competition / "test.zip", "test_upload")
+    monkeypatch.setattr(archives, "file_digests", lambda paths, manifest: [""])
+    with pytest.raises(ValueError, match=r"test\.zip' cannot be read: look at its rights"):
+        archives.unpacked(archive, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("below", ["train", "."])

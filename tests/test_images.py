@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -115,6 +116,14 @@ def test_a_broken_picture_is_told_from_an_empty_a_missing_and_another_kind(tmp_p
         read_picture(path)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_with_damaged_exif_is_read_as_it_is_stored(tmp_path: Path, kind: str) -> None:
+    draw(0).save(tmp_path / "plain", format=kind, dpi=(300, 300))
+    draw(0).save(tmp_path / "odd", format=kind, dpi=(300, 300), exif=b"Exif\0\0" + bytes(40))
+    plain, odd = (np.asarray(read_picture(tmp_path / name)) for name in ("plain", "odd"))
+    np.testing.assert_array_equal(plain, odd)
+
+
 @pytest.mark.filterwarnings("ignore")  # Pillow's, of odd metadata
 def test_damaged_bytes_raise_nothing_but_value_errors(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -174,6 +183,24 @@ def test_a_cache_beyond_the_limit_is_refused_before_it_is_built(tmp_path: Path) 
     with pytest.raises(ValueError, match=message):
         open_images(paths, tmp_path / "images" / "a", 32, None, limit=1000)
     assert not (tmp_path / "images" / "a").exists()
+
+
+def test_a_cache_that_another_process_is_building_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = save_many(tmp_path / "pictures", 3)
+    other = tmp_path / "images" / "other"
+    open_images(paths, other, 32, None)
+    glob = Path.glob
+
+    def moved(self: Path, pattern: str) -> Iterator[Path]:
+        found = list(glob(self, pattern))
+        if pattern == "*/index.json":
+            other.rename(other.with_name("moved"))
+        return iter(found)
+
+    monkeypatch.setattr(Path, "glob", moved)
+    assert len(open_images(paths, tmp_path / "images" / "new", 32, None)) == 3
 
 
 def test_caches_that_were_not_opened_for_a_week_make_room(tmp_path: Path) -> None:

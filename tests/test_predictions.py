@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -604,7 +605,8 @@ def test_no_temperature_is_better_than_the_one_found_or_changes_a_guess(
     one = drawn(labels, seed)
     other = with_temperature(one, temperature)
     found = with_temperature(one, fit_temperature(one.probs, labels))
-    assert log_loss(found.probs, labels) <= log_loss(other.probs, labels) + 1e-4
+    held_against = math.log(temperature) ** 2 / (2 * 0.5**2 * len(labels))
+    assert log_loss(found.probs, labels) <= log_loss(other.probs, labels) + held_against + 1e-4
     np.testing.assert_array_equal(found.probs.argmax(axis=1), one.probs.argmax(axis=1))
 
 
@@ -615,6 +617,13 @@ def test_a_temperature_of_two_takes_the_root_of_the_odds() -> None:
 
 def test_a_temperature_of_one_changes_nothing(one: Predictions) -> None:
     np.testing.assert_allclose(with_temperature(one, 1.0).probs, one.probs, rtol=1e-5)
+
+
+def test_a_few_right_answers_are_no_proof_of_certainty() -> None:
+    probs = np.array([[0.6, 0.4], [0.7, 0.3], [0.2, 0.8], [0.1, 0.9]])
+    assert 0.3 < fit_temperature(probs, np.array([0, 0, 1, 1])) < 1
+    many = np.tile(probs, (500, 1))
+    assert fit_temperature(many, np.tile([0, 0, 1, 1], 500)) < 0.2
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [1, 0]])

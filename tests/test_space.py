@@ -193,6 +193,13 @@ def test_a_wrong_override_is_refused_with_the_way_out(text: str, message: str) -
         SPACES["cpu"].with_override(text)
 
 
+def test_pictures_may_grow_from_any_size_that_the_space_has() -> None:
+    space = SPACES["gpu"]
+    for text in ("backbone=convnext_tiny", "image_size=352,416", "start_size=256"):
+        space = space.with_override(text)
+    assert space.fixed["start_size"] == 256
+
+
 @pytest.mark.parametrize("preset", SPACES)
 def test_a_space_comes_back_from_what_study_json_says_of_it(preset: str) -> None:
     space = SPACES[preset]

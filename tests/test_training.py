@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from carmodels.data import Split, Splits
 from carmodels.models import Weights, save_weights
 from carmodels.predictions import METRICS, accuracy
 from carmodels.space import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
-from carmodels.training import Fitted, _Run, fit, parted, predict, seconds_per_picture, view_size
+from carmodels.training import Fitted, _Run, fit, in_parts, parted, predict, seconds_per_picture, view_size
 
 
 def curve(history: tuple[EpochMetrics, ...]) -> list[tuple[float, ...]]:
@@ -373,10 +374,13 @@ class Small(torch.nn.Module):
         return self.network(images)
 
 
+@pytest.mark.parametrize("changes", [{}, {"class_weights": True, "label_smoothing": 0.1}])
 def test_where_memory_runs_out_a_batch_in_parts_has_the_gradients_of_the_whole(
-    config: TrialConfig, splits: Splits, weights: Weights
+    changes: dict[str, Any], config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
-    run = _Run(config, splits, weights=weights, device=torch.device("cpu"))
+    run = _Run(replace(config, **changes), splits, weights=weights, device=torch.device("cpu"))
+    if changes:
+        run.loss.weight = torch.linspace(0.1, 3.0, len(splits.classes))
     run.model.set_open(len(run.model.groups))
     batch = next(iter(run.train_loader.epoch(1)))
     whole = gradients(run, run.model, batch)
@@ -387,6 +391,13 @@ def test_where_memory_runs_out_a_batch_in_parts_has_the_gradients_of_the_whole(
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
     with pytest.raises(torch.OutOfMemoryError):
         gradients(run, Small(run.model, room=1), batch)
+
+
+def test_where_memory_runs_out_pictures_are_shown_in_halves() -> None:
+    images = torch.arange(12.0).reshape(6, 2)
+    torch.testing.assert_close(in_parts(Small(torch.nn.Identity(), room=2), images), images)
+    with pytest.raises(torch.OutOfMemoryError):
+        in_parts(Small(torch.nn.Identity(), room=0), images)
 
 
 def test_compiled_training_gives_the_same_curve(

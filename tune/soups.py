@@ -64,7 +64,12 @@ def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> Tr
         Ingredient(r.trial_id, r.config, study.weights_file(r.trial_id), study.predictions(r.trial_id, "val"))
         for r in group
     ]
-    soup = greedy_soup(ingredients, splits, device=workers.device, processes=workers.processes, until=until)
+    try:
+        soup = greedy_soup(
+            ingredients, splits, device=workers.device, processes=workers.processes, until=until
+        )
+    except torch.OutOfMemoryError:  # of BatchNorm's pass over whole batches
+        return None
     if soup is None:
         return None
     config = group[0].config
