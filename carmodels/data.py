@@ -303,7 +303,11 @@ def _display_names(classes: tuple[str, ...], names: dict[str, str]) -> tuple[str
     missing = [category for category in classes if names and category not in names]
     if missing:
         raise ValueError(f"classes.txt has no line for the class {missing[0]!r}: add one or remove the file")
-    return tuple(names.get(category, category) for category in classes)
+    found = [names.get(category, category) for category in classes]
+    return tuple(
+        f"{name} ({category})" if found.count(name) > 1 else name
+        for name, category in zip(found, classes, strict=True)
+    )
 
 
 def assign_splits(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:

@@ -214,6 +214,21 @@ def test_what_never_took_off_does_not_move_the_others() -> None:
     assert found[-1].estimate.value == found[-1].mean == 0.35
 
 
+def test_a_configuration_that_diverges_with_new_seeds_is_not_the_best() -> None:
+    worst = (EpochMetrics(2, math.nan, math.nan, 0.0, 0.0, 2.0, "diverged"),)
+    records = field(0.95, 0.93, 0.92)
+    failed = [run(0.001, 0.0, s, "confirm", status=Status.DIVERGED, curve=worst) for s in (1, 2)]
+    lucky = [*records, *(replace(record, value=None) for record in failed)]
+    found = standings(lucky, metric="accuracy", pictures=PICTURES)
+    assert found[0].record == records[1]
+    assert (found[-1].record, found[-1].runs) == (records[0], 3)
+    assert found[-1].mean == pytest.approx(0.95 / 3)
+    two = standings(records[1:], metric="accuracy", pictures=PICTURES)
+    assert [s.estimate for s in found[:2]] == [s.estimate for s in two]  # its noise is its own
+    alone = standings([*field(0.95), *lucky[3:]], metric="accuracy", pictures=PICTURES)
+    assert alone[0].runs == 3
+
+
 def test_whatever_ran_again_has_a_row() -> None:
     records = field(0.90, 0.89, 0.88, 0.89, 0.89, 0.70)
     assert len(leading(standings(records, metric="accuracy", pictures=PICTURES))) == CONTENDERS
@@ -258,6 +273,8 @@ def test_the_sentence_names_the_best_and_those_that_cannot_be_told_apart() -> No
     assert [row["trial_id"] for row in described(found)] == [s.record.trial_id for s in leading(found)]
     apart = standings(field(0.95, 0.6, 0.5, 0.61), metric="accuracy", pictures=PICTURES)
     assert sentence(apart).endswith("by 1 run. All others are worse, with 95 % confidence.")
+    alone = standings(field(0.95), metric="accuracy", pictures=PICTURES)
+    assert sentence(alone).endswith("by 1 run. No other one has finished.")
 
 
 # ---- which run is next

@@ -107,6 +107,8 @@ def test_the_competition_layout_gives_every_picture_once(splits: Splits, pristin
 def test_classes_txt_names_the_classes(competition: Path) -> None:
     (competition / "classes.txt").write_text("1 sedan\n2 pickup truck\n10 van\n\n")
     assert opened(competition).class_names == ("sedan", "pickup truck", "van")
+    (competition / "classes.txt").write_text("1 sedan\n2 van\n10 sedan\n")
+    assert opened(competition).class_names == ("sedan (1)", "van", "sedan (10)")
 
 
 def test_the_files_of_windows_and_the_other_sample_name_are_read(competition: Path, splits: Splits) -> None:

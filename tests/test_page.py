@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -435,6 +436,22 @@ def test_nothing_beats_what_is_on_the_pareto_front(study: Study) -> None:
     assert [f.value for f in front] == sorted(f.value for f in front)
 
 
+def test_long_studies_are_drawn() -> None:
+    done = next(r for r in records(40) if r.status is Status.FINISHED)
+    long = replace(done, curve=tuple(replace(done.curve[0], epoch=n) for n in range(1, 7001)))
+    assert charts.curves([long], "accuracy")["layer"]
+
+
+def test_dimensions_whose_parent_is_fixed_are_drawn() -> None:
+    space = SPACES["demo"].with_override("unfreeze=full").with_override("head_depth=1")
+    like = {"unfreeze": "full", "head_depth": 1}
+    shown = [replace(r, config=replace(r.config, **like)) for r in records(40) if r.value is not None]
+    rows = charts.parallel(shown, space, "accuracy")["datasets"].values()
+    assert {"dropout", "layer_decay"} <= {
+        row["dimension"] for table in rows for row in table if "trial" in row
+    }
+
+
 def test_of_many_trials_the_finished_ones_are_drawn_first() -> None:
     many = records(300)
     shown = charts.thinned(many, 100)
@@ -489,6 +506,9 @@ def test_a_page_that_loads_anew_keeps_what_was_sorted_and_filtered(
     ).start()
     wait = WebDriverWait(browser, 100)
     wait.until(lambda _: spoken)
+    rebound = urllib.request.Request(spoken[0].split()[-3], headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(rebound)
     browser.get(spoken[0].split()[-3])
     browser.find_element("css selector", "#filter").send_keys("stopped")
     browser.find_element("css selector", "#trials th:nth-child(5) button").click()

@@ -76,6 +76,16 @@ def test_a_trial_fits_where_its_whole_schedule_ends_in_time() -> None:
     assert not plan(cost - 5).fits(RECIPE)
 
 
+def test_what_memory_does_not_hold_fits_in_no_time() -> None:
+    beyond = replace(RECIPE, image_size=128)
+    for strategy in ("full", "frozen"):
+        config = replace(beyond, unfreeze=strategy)
+        assert COSTS.schedule(config) == math.inf
+        assert not Plan(COSTS, math.inf, 1).fits(config)
+    small, _ = Plan(COSTS, math.inf, 1).affordable(beyond, (32, 96, 128), 0.2)
+    assert small.image_size == 96
+
+
 def test_a_trial_that_would_take_the_time_of_many_does_not_fit() -> None:
     cost = COSTS.schedule(RECIPE)
     assert replace(plan(10 * cost), longest=cost + 1).fits(RECIPE)

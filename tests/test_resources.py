@@ -261,13 +261,15 @@ def test_a_loader_that_hangs_is_an_error_that_says_so(
 
 
 def test_silence_is_allowed_in_measure_of_what_an_epoch_costs(config: TrialConfig) -> None:
-    def costs(seconds: float) -> Any:
-        return SimpleNamespace(epoch=lambda config, number: seconds)
+    def costs(seconds: float, answers: float = 0.0) -> Any:
+        return SimpleNamespace(epoch=lambda config, number: seconds, answers=lambda config: answers)
 
     assert Silence(None).allowed(config) == LONGEST_SILENCE
     assert Silence(costs(1.0)).allowed(config) == trials.SHORTEST_SILENCE
     assert Silence(costs(300.0)).allowed(config) == trials.MUCH_SLOWER * 300
     assert Silence(costs(1e9)).allowed(config) == LONGEST_SILENCE
+    most = trials.SHORTEST_SILENCE + trials.ANSWERS_SLOWER * 2000
+    assert Silence(costs(1.0, answers=2000)).allowed(config) == most
 
 
 def test_a_worker_that_was_not_heard_of_is_killed_once_and_the_reason_kept(

@@ -15,7 +15,9 @@ import scipy.stats
 from optuna.trial import TrialState
 
 from carmodels.space import SPACES, Choice, Range, Space, TrialConfig, suggest
-from tune.sampler import CurveSampler, log_expected_improvement
+from tune.coordinates import Coordinates
+from tune.process import Points
+from tune.sampler import CurveSampler, _Run, log_expected_improvement
 
 SPACE = SPACES["demo"]
 Judge = Callable[[TrialConfig], float]
@@ -86,6 +88,23 @@ def test_a_region_where_trials_fail_is_left() -> None:
             trial.report(0.5 + config.lr, 8)
             study.tell(trial, 0.5 + config.lr)
     assert sum(size > 48 for size in sizes[10:]) <= 1
+
+
+def test_how_failures_spread_is_not_learnt_anew_at_each_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, coordinates = CurveSampler(SPACE, seed=0), Coordinates(SPACE)
+    configs = [TrialConfig(**suggest(trial, SPACE)) for trial in random_trials(300)]
+    runs = [_Run(c, coordinates.of(c), {}, True, n % 10 == 0, 0) for n, c in enumerate(configs)]
+    fitted: list[tuple[int, int]] = []
+
+    def fit(points: Points, values: np.ndarray) -> None:
+        fitted.append((len(values), int((values < 0).sum())))
+
+    monkeypatch.setattr(sampler._failures, "fit", fit)
+    x = np.array([run.x for run in runs[:5]])
+    for ended in range(160, 300, 5):
+        assert np.isfinite(sampler._chance(runs[:ended])(x)).all()
+    assert 1 <= len(fitted) <= 6
+    assert all(some <= 150 and failed >= 10 for some, failed in fitted)
 
 
 def test_only_what_is_accepted_is_drawn_while_there_is_any() -> None:

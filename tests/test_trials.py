@@ -100,6 +100,16 @@ def test_what_had_finished_before_is_not_said_to_run(study: Study, config: Trial
     assert [r.status for r in study.records()] == [Status.FINISHED, Status.RUNNING]
 
 
+@pytest.mark.parametrize(("gpus", "expected"), [(0.0, []), (0.25, [0.25]), (1.0, [])])
+def test_a_worker_keeps_to_its_share_of_a_gpu(
+    gpus: float, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[float] = []
+    monkeypatch.setattr(trials.torch.cuda, "set_per_process_memory_fraction", taken.append)
+    Workers(1, 1, gpus).take()
+    assert taken == expected
+
+
 def test_a_trial_uses_the_share_that_ray_has_granted_it(monkeypatch: pytest.MonkeyPatch) -> None:
     granted = SimpleNamespace(required_resources={"CPU": 4.0, "GPU": 0.25})
     context = SimpleNamespace(get_trial_resources=lambda: granted)

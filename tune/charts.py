@@ -28,7 +28,8 @@ COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#9
 
 
 def _spec(chart: alt.TopLevelMixin) -> Chart:
-    return chart.to_dict(validate=False)
+    with alt.data_transformers.disable_max_rows():  # it refuses more than 5,000
+        return chart.to_dict(validate=False)
 
 
 def _colour(field: str, title: str, order: Sequence[str] = ()) -> alt.Color:
@@ -171,7 +172,7 @@ def parallel(records: Sequence[TrialRecord], space: Space, metric: str) -> Chart
     rows = []
     for r in shown:
         values = {name: getattr(r.config, name) for name in names}
-        active = space.drawn(values)
+        active = space.drawn(vars(r.config))
         for name in names:
             if name in active:
                 rows.append(

@@ -75,12 +75,16 @@ class Posterior:
 def runs_of(records: Iterable[TrialRecord]) -> Runs:
     """Finished runs of search and reruns; what the clock cut short was not the same schedule and is no run.
 
-    Retraining is left out: it follows from who is best, and must not change the answer when it goes on.
+    A rerun that diverged has the worst value, as its last epoch. Retraining is left out: it follows from who
+    is best, and must not change the answer when it goes on.
     """
     found: Runs = {}
     for record in sorted(records, key=lambda r: r.stage != "search"):
-        told = record.stage in ("search", "confirm") and record.value is not None
-        if record.whole and told and record.status is Status.FINISHED:
+        if record.stage == "confirm" and record.status is Status.DIVERGED and record.curve:
+            record = replace(record, value=record.curve[-1].value)
+        elif not (record.whole and record.status is Status.FINISHED):
+            continue
+        if record.stage in ("search", "confirm") and record.value is not None:
             found.setdefault(_seedless(record.config), []).append(record)
     return {config: runs for config, runs in found.items() if runs[0].stage == "search"}
 
@@ -158,8 +162,8 @@ class _Field:
     def of(cls, found: Runs, metric: str, pictures: int) -> _Field | None:
         """None where there is nothing to compare.
 
-        What lies further below the median than the best one lies above it, and by more than the noise, is of
-        another kind (a schedule that never took off, a seed that failed) and stands for itself.
+        What lies further below the median than the best one lies above it, and by more than the noise, or
+        diverged with a seed, is of another kind (a schedule that never took off) and stands for itself.
         """
         if not found or not pictures:
             return None
@@ -167,6 +171,8 @@ class _Field:
         raw = np.array([v.mean() for v in values])
         means = raw if METRICS[metric].mode == "max" else -raw
         alike = means >= 2 * np.median(means) - means.max() - 2 * _of_pictures(raw, metric, pictures)
+        steady = np.array([all(r.status is Status.FINISHED for r in runs) for runs in found.values()])
+        alike &= steady | ~steady.any()
         sd = noise([v for v, is_alike in zip(values, alike, strict=True) if is_alike], metric, pictures)
         first = [runs[0] for runs in found.values()]
         return cls(first, means, np.array([len(v) for v in values]), alike, sd)
@@ -249,6 +255,8 @@ def sentence(found: Sequence[Standing]) -> str:
     equal = [s for s in others if not s.apart]
     named = [s for s in leading(found) if s in equal]
     text = f"The best is {_named(best)}, by {_times(best.runs)}. "
+    if not others:
+        return text + "No other one has finished."
     if not equal:
         return text + "All others are worse, with 95 % confidence."
     more = len(equal) - len(named)

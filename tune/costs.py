@@ -57,14 +57,19 @@ class Costs:
             if self.stored and not (config.mixup or config.cutmix):
                 train *= number <= VIEWS_KEPT
                 val *= number == 1
-        return self.picture(config.backbone, config.image_size) * (train + val)
+        pictures = train + val
+        return self.picture(config.backbone, config.image_size) * pictures if pictures else 0.0
+
+    def answers(self, config: TrialConfig) -> float:
+        """Seconds of what a finished trial is shown."""
+        area = (config.tested_size / config.image_size) ** 2
+        pictures = FORWARD_SHARE * (self.val + self.others) * area
+        return pictures * self.picture(config.backbone, config.image_size)
 
     def schedule(self, config: TrialConfig) -> float:
-        """Seconds of the whole schedule, and of what a finished trial leaves."""
-        area = (config.tested_size / config.image_size) ** 2
-        left = FORWARD_SHARE * (self.val + self.others) * area
+        """Seconds of the whole schedule, and of what a finished trial is shown."""
         epochs = sum(self.epoch(config, number) for number in range(1, config.epochs + 1))
-        return epochs + left * self.picture(config.backbone, config.image_size)
+        return epochs + self.answers(config)
 
     def gpu_share(self, config: TrialConfig, gpu_bytes: float) -> float:
         """The smallest of `GPU_SHARES` of a GPU with `gpu_bytes` whose memory holds the configuration."""

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from carmodels.ensemble import Ensemble, decoded, occlusion
 from carmodels.study import Study
+from tune import local
 from tune.answers import Threshold
 from tune.console import Screen
 
@@ -61,16 +61,8 @@ class Desk:
 
 def serve(study: Study, ensemble: Ensemble, limit: Threshold, port: int, screen: Screen) -> int:
     """Show the page on this machine alone, until Ctrl-C; pictures are kept nowhere."""
-    if not 0 <= port < 65536:
-        raise ValueError(f"--port {port} must be from 0 to 65535")
-    desk, page = Desk(ensemble, limit), render(study, limit)
-    with ThreadingHTTPServer(("127.0.0.1", port), partial(_Visitor, desk, page)) as server:
-        screen.say(f"Drop pictures on http://127.0.0.1:{server.server_port} (Ctrl-C ends).")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            screen.say("Ended.")
-    return 0
+    visitor = partial(_Visitor, Desk(ensemble, limit), render(study, limit))
+    return local.serve(visitor, port, "Drop pictures on", screen)
 
 
 def render(study: Study, limit: Threshold) -> str:
@@ -81,22 +73,20 @@ def render(study: Study, limit: Threshold) -> str:
     return environment.get_template("drop.html").render(name=study.folder.name, limit=limit, names=names)
 
 
-class _Visitor(BaseHTTPRequestHandler):
+class _Visitor(local.LocalPage):
     """One request."""
-
-    timeout = 60  # seconds that a picture may take to arrive
 
     def __init__(self, desk: Desk, page: str, *arguments: Any) -> None:
         self.desk, self.page = desk, page
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
-        if not self._from_here():
-            self._send(HTTPStatus.FORBIDDEN, "text/plain", "this page is for its own address")
+        if not self.from_here:
+            self.refuse_others()
         elif self.path == "/":
-            self._send(HTTPStatus.OK, "text/html", self.page)
+            self.send(HTTPStatus.OK, "text/html", self.page)
         else:
-            self._send(HTTPStatus.NOT_FOUND, "text/plain", "there is one page, /")
+            self.send(HTTPStatus.NOT_FOUND, "text/plain", "there is one page, /")
 
     def do_POST(self) -> None:
         jobs: dict[str, Callable[[bytes], dict[str, Any]]] = {
@@ -104,7 +94,7 @@ class _Visitor(BaseHTTPRequestHandler):
             "/parts": self.desk.parts,
         }
         length = self.headers.get("Content-Length", "")
-        if not self._from_here():
+        if not self.from_here:
             self._refuse(HTTPStatus.FORBIDDEN, "this page is for its own address")
         elif self.path not in jobs:
             self._refuse(HTTPStatus.NOT_FOUND, "pictures go to /answer or /parts")
@@ -118,23 +108,8 @@ class _Visitor(BaseHTTPRequestHandler):
             except ValueError as reason:
                 self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, f"This file is of no use: {reason}.")
             else:
-                self._send(HTTPStatus.OK, "application/json", json.dumps(found))
-
-    def _from_here(self) -> bool:
-        """Whether the page's own address was asked: other sites' names may be made to lead here, too."""
-        return self.headers.get("Host", "").rsplit(":", 1)[0] in ("127.0.0.1", "localhost")
+                self.send(HTTPStatus.OK, "application/json", json.dumps(found))
 
     def _refuse(self, status: HTTPStatus, words: str) -> None:
         self.close_connection = True
-        self._send(status, "application/json", json.dumps({"error": words}))
-
-    def _send(self, status: HTTPStatus, kind: str, text: str) -> None:
-        content = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *words: object) -> None:
-        """Nothing: the terminal is for what matters."""
+        self.send(status, "application/json", json.dumps({"error": words}))

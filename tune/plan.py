@@ -57,7 +57,8 @@ class Plan:
         if self.costs is None:
             return True
         seconds = self.seconds(config)
-        return seconds <= self.longest and time.time() + seconds <= self.end
+        in_time = seconds <= self.longest and time.time() + seconds <= self.end
+        return math.isfinite(seconds) and in_time  # it is not where memory does not hold it
 
     def seconds(self, config: TrialConfig) -> float:
         """What a trial takes, longer on the share of a GPU that it gets."""
@@ -76,7 +77,8 @@ class Plan:
         whole, costs = self.core_seconds, self.costs
 
         def affords(config: TrialConfig) -> bool:
-            in_time = self.seconds(config) <= 0.9 * whole / self.workers
+            seconds = self.seconds(config)
+            in_time = math.isfinite(seconds) and seconds <= 0.9 * whole / self.workers
             return in_time and costs.schedule(config) <= share * whole
 
         config = wanted
@@ -148,7 +150,7 @@ def processor() -> str:
 
 def _looked_at(job: Job, config: TrialConfig) -> tuple[str, float]:
     """What a worker trains on (where the search was started there may be another), and how fast it is now."""
-    torch.set_num_threads(job.workers.cpus)
+    job.workers.take()
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor()
     return device, _seconds(job, config)
 
@@ -244,7 +246,7 @@ def _may_pay_to_compile(seconds: float, job: Job, config: TrialConfig) -> bool:
 
 def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
     """A backbone at the largest size that memory holds and at the smallest; sizes fall."""
-    torch.set_num_threads(job.workers.cpus)
+    job.workers.take()
     on_gpu = job.workers.device == "cuda"
     found: dict[str, Any] = {part: {} for part in _PARTS}
 

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ import torch
 from carmodels.ensemble import of_study
 from carmodels.files import user_path
 from carmodels.study import Study
-from tune import compare, page, setup
+from tune import compare, local, page, setup
 from tune.console import Screen
 from tune.mistakes import write_thumbnails
 
@@ -84,33 +83,19 @@ def check(options: argparse.Namespace) -> None:
 
 def serve(studies: list[Study], make: Callable[[int], str], port: int, screen: Screen) -> int:
     """Show the page on this machine alone, made anew for every request, until Ctrl-C."""
-    if not 0 <= port < 65536:
-        raise ValueError(f"--port {port} must be from 0 to 65535")
     begun = ", ".join(study.facts["begun"] for study in studies)  # one clear line where one is no study
 
-    class Page(BaseHTTPRequestHandler):
+    class Page(local.LocalPage):
         def do_GET(self) -> None:
+            if not self.from_here:
+                return self.refuse_others()
             try:
                 status, text = HTTPStatus.OK, make(REFRESH_SECONDS)
             except ValueError as error:
                 status, text = HTTPStatus.SERVICE_UNAVAILABLE, waiting(str(error))
-            content = text.encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            return self.send(status, "text/html", text)
 
-        def log_message(self, format: str, *words: object) -> None:
-            """Nothing: the terminal is for what matters."""
-
-    with ThreadingHTTPServer(("127.0.0.1", port), Page) as server:
-        screen.say(f"Report of the search of {begun}: http://127.0.0.1:{server.server_port} (Ctrl-C ends).")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            screen.say("Ended.")
-    return 0
+    return local.serve(Page, port, f"Report of the search of {begun}:", screen)
 
 
 def waiting(words: str) -> str:

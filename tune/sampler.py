@@ -51,6 +51,8 @@ class CurveSampler(optuna.samplers.BaseSampler):
             self._coordinates.categorical, self._coordinates.longer, self._coordinates.trends
         )
         self._fitted_to = 0  # ended runs
+        self._failures = Process(self._coordinates.categorical, self._coordinates.longer)
+        self._failures_fitted_to = 0  # ended runs
         self._fallback = optuna.samplers.RandomSampler(seed=seed)
 
     def infer_relative_search_space(
@@ -149,11 +151,16 @@ class CurveSampler(optuna.samplers.BaseSampler):
         ended = [run for run in runs if run.ended and not run.task]
         if not any(run.failed for run in ended):
             return lambda x: np.zeros(len(x))
-        process = Process(self._coordinates.categorical, self._coordinates.longer)
-        points = Points.at_the_end(np.array([run.x for run in ended]))
-        values = np.array([-2.0 * run.failed for run in ended])
-        process.fit(points, values)
-        posterior = process.condition(points, values)
+
+        def points(some: Sequence[_Run]) -> tuple[Points, np.ndarray]:
+            return Points.at_the_end(np.array([r.x for r in some])), np.array([-2.0 * r.failed for r in some])
+
+        due = len(ended) if len(ended) <= _FIT_RUNS else _fit_at(len(ended))
+        if due != self._failures_fitted_to:
+            well, failed = ([r for r in ended[:due] if r.failed is which] for which in (False, True))
+            self._failures.fit(*points([*_thinned(well, _FIT_RUNS // 2), *_thinned(failed, _FIT_RUNS // 2)]))
+            self._failures_fitted_to = due
+        posterior = self._failures.condition(*points(ended))
 
         def chance(x: np.ndarray) -> np.ndarray:
             mean, deviation = posterior.predict(Points.at_the_end(x))
@@ -242,6 +249,11 @@ def log_expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: floa
     plain = np.exp(density) + z * scipy.stats.norm.cdf(z)
     far = density - 2 * np.log(np.maximum(np.abs(z), 1.0))
     return np.log(deviation) + np.where(z > -5, np.log(np.maximum(plain, 1e-300)), far)
+
+
+def _thinned(runs: Sequence[_Run], most: int) -> Sequence[_Run]:
+    """An even choice of at most so many."""
+    return runs[:: max(1, math.ceil(len(runs) / most))]
 
 
 @dataclass(frozen=True)

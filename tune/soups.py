@@ -57,7 +57,7 @@ def _kinds(candidates: Sequence[TrialRecord]) -> list[list[TrialRecord]]:
 
 def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> TrialRecord | None:
     """The soup of one kind, in a worker, with what it leaves in the study; None where none is better."""
-    torch.set_num_threads(job.workers.cpus)
+    job.workers.take()
     started = time.time()
     study, splits, workers = job.study, job.splits, job.workers
     ingredients = [

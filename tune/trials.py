@@ -75,6 +75,7 @@ logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial ended w
 HOPELESS = 10  # failed trials in a row, beyond those side by side, that end a run
 LONGEST_SILENCE = 6 * 3600.0  # seconds from one epoch's end to the next before a worker counts as hung
 SHORTEST_SILENCE, MUCH_SLOWER = 1800.0, 20.0  # likewise, where an epoch's cost is known: seconds, times that
+ANSWERS_SLOWER = 5.0  # likewise for what a finished trial is shown: times what that should take
 RETRIES = 1  # of a trial that died or failed: machines go, memory is short for a while
 MOST_LOADERS = 16  # loader processes of a trial on a GPU
 WEIGHTS_KEPT = 12  # best trials of the search whose weights stay on disk
@@ -95,6 +96,12 @@ class Workers:
     def at_once(self) -> int:
         """Most trials side by side."""
         return self.packed or self.count
+
+    def take(self) -> None:
+        """Keep this process to its share of the cores and of a GPU's memory: its neighbours keep theirs."""
+        torch.set_num_threads(self.cpus)
+        if 0 < self.gpus < 1:
+            torch.cuda.set_per_process_memory_fraction(self.gpus)
 
     @property
     def device(self) -> str:
@@ -135,7 +142,7 @@ class Job:
 
     def predict_again(self, run: TrialRecord, pictures: Split, views: Sequence[str]) -> list[Predictions]:
         """The same from the weights that a run has left, view by view, with a worker's share of the cores."""
-        torch.set_num_threads(self.workers.cpus)
+        self.workers.take()
         weights = self.study.weights_file(run.trial_id)
         model = load_weights(run.config, weights, classes=len(self.splits.classes))
         return [self.predict(model, run.config, pictures, view) for view in views]
@@ -168,9 +175,7 @@ def _give_memory_back() -> None:
 def _train_trial(values: dict[str, Any], job: Job) -> None:
     """Train and report every epoch; the last report carries `status`."""
     job = replace(job, workers=_own(job.workers))
-    torch.set_num_threads(job.workers.cpus)
-    if 0 < job.workers.gpus < 1:
-        torch.cuda.set_per_process_memory_fraction(job.workers.gpus)  # its neighbours keep theirs
+    job.workers.take()
     config = TrialConfig.from_dict(values)
     title = f"ray::{trial_name(config)}"  # by which the dashboard, ps and top tell workers apart
     setproctitle(title)
@@ -350,7 +355,8 @@ class Silence:
         if self.costs is None:
             return LONGEST_SILENCE
         epoch = max(self.costs.epoch(config, number) for number in range(1, config.epochs + 1))
-        return min(LONGEST_SILENCE, max(SHORTEST_SILENCE, MUCH_SLOWER * epoch))
+        last = ANSWERS_SLOWER * self.costs.answers(config)  # the last one is told of when these are written
+        return min(LONGEST_SILENCE, max(SHORTEST_SILENCE, MUCH_SLOWER * epoch) + last)
 
     def end(self) -> None:
         """Kill the workers whose time is over; Ray then tells of a worker that died."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 
 from carmodels.catalog import VIEWS
 from carmodels.data import Split
@@ -67,7 +66,7 @@ class Paces:
 
 def seconds_a_picture(job: Job, config: TrialConfig, size: int) -> float:
     """The better of two passes over some pictures of val, after the network has warmed up on them."""
-    torch.set_num_threads(job.workers.cpus)
+    job.workers.take()
     config = replace(config, image_size=size, start_size=0, test_size=0)
     model = build(config, classes=len(job.splits.classes), weights=Weights("none"))
     val = job.splits.val
