@@ -121,6 +121,19 @@ class Room:
             return train * SLOWER * self.costs.schedule(config)
         return expected_seconds(record) * times_as_long(config, record.config, train)
 
+    def holds(
+        self, record: TrialRecord, config: TrialConfig, runs: int, train: float = 1.0
+    ) -> tuple[int, int]:
+        """How many of the runs fit, and epochs of each: whole schedules if one fits, else shorter ones."""
+        per_epoch = self.seconds(record, config, train) / config.epochs
+        if math.isinf(self.left) or per_epoch <= 0:
+            return runs, config.epochs
+        rounds = int(self.left / (per_epoch * config.epochs))
+        if rounds:
+            return min(runs, rounds * self.workers), config.epochs
+        shorter = int(self.left / per_epoch)
+        return (min(runs, self.workers), shorter) if shorter >= _fewest(config.epochs) else (0, 0)
+
 
 def retrain_all(
     job: Job,
@@ -138,13 +151,19 @@ def retrain_all(
     if fold_in:
         check_test(job.splits)
     less = FOLD_IN_SHARE if fold_in else 0.0
-    common: dict[str, Any] = {"clock": clock, "watch": watch, "say": say, "trial_id": trial_id}
-    common["way"] = way
     if folds:
-        completed = retrain_folds(job, **common, folds=folds, less=less)
+        completed = retrain_folds(
+            job, folds=folds, clock=clock, watch=watch, say=say, trial_id=trial_id, way=way, less=less
+        )
     else:
-        completed = retrain(job, **common, seeds=seeds, less=less)
-    return completed and (not fold_in or retrain_on_everything(job, **common, seeds=seeds))
+        completed = retrain(
+            job, clock=clock, watch=watch, say=say, trial_id=trial_id, seeds=seeds, way=way, less=less
+        )
+    if not (completed and fold_in):
+        return completed
+    return retrain_on_everything(
+        job, clock=clock, watch=watch, say=say, trial_id=trial_id, seeds=seeds, way=way
+    )
 
 
 def retrain(
@@ -283,8 +302,7 @@ def _to_train(
         if like.continues:
             configs = [_onto(c, parents[i % len(parents)]) for i, c in enumerate(configs)]
         missing = [c for c in configs if c.seed not in done]
-        per_epoch = room.seconds(chosen, like) / like.epochs
-        count, planned = _fitting(len(missing), like.epochs, per_epoch, room.left, room.workers)
+        count, planned = room.holds(chosen, like, len(missing))
         if not missing or (count and planned == like.epochs):
             return missing[:count], like
         if done:
@@ -546,23 +564,10 @@ def retrain_on_everything(
     """
     study, splits = job.study, job.splits
     check_test(splits)
-    way = way.inside(study)
     chosen = _chosen(study, trial_id)
     train = sum(len(s) for s in (splits.train, splits.val, splits.audit)) / len(splits.train)
     room = Room.until(clock.at(clock.retrain), job)
-    done = _done(study)
-    asked: list[TrialConfig] = []  # of every length that was thought of: what there is of them is used
-    for longest in way.of(chosen.config):
-        like = replace(longest, fold_in=True, patience=0)
-        configs = [replace(like, seed=like.seed + 1 + i) for i in range(seeds)]
-        asked += configs
-        missing = [c for c in configs if c.id not in done]
-        per_epoch = room.seconds(chosen, like, train) / like.epochs
-        count, planned = _fitting(len(missing), like.epochs, per_epoch, room.left, room.workers)
-        if not missing or (count and planned == like.epochs):
-            break
-    missing = [c for m in missing[:count] if (c := replace(m, epochs=planned)).id not in done]
-    asked = list(dict.fromkeys([*asked, *missing]))
+    missing, alike = _everything_to_train(study, chosen, seeds, way.inside(study), room, train)
     name = f"{chosen.config.title} ({chosen.trial_id})"
     if missing:
         difference = _difference(chosen.config, missing[0])
@@ -571,8 +576,7 @@ def retrain_on_everything(
     completed = _train(
         job, missing, stage=FOLD_IN, notes=notes, clock=clock, share=clock.retrain, watch=watch
     )
-    ids = {c.id for c in asked}
-    there = [r for r in study.records() if r.trial_id in ids and r.status is Status.FINISHED]
+    there = [r for r in study.records() if r.trial_id in alike and r.status is Status.FINISHED]
     there = [r for r in there if r.whole] or there  # no val would keep out those that were cut short
     answers = [r.trial_id for r in there if study.predictions_file(r.trial_id, "test").is_file()]
     if not answers and not missing:
@@ -585,6 +589,23 @@ def retrain_on_everything(
             "goes with it: nothing is left that they have not seen."
         )
     return completed
+
+
+def _everything_to_train(
+    study: Study, chosen: TrialRecord, seeds: int, way: Way, room: Room, train: float
+) -> tuple[list[TrialConfig], set[str]]:
+    """Runs on everything that are lacking and fit into the time; ids of all that count, whatever length."""
+    done, alike = _done(study), set[str]()
+    for longest in way.of(chosen.config):
+        like = replace(longest, fold_in=True, patience=0)
+        configs = [replace(like, seed=like.seed + 1 + i) for i in range(seeds)]
+        alike |= {c.id for c in configs}
+        missing = [c for c in configs if c.id not in done]
+        count, planned = room.holds(chosen, like, len(missing), train)
+        if not missing or (count and planned == like.epochs):
+            break
+    missing = [c for m in missing[:count] if (c := replace(m, epochs=planned)).id not in done]
+    return missing, alike | {c.id for c in missing}
 
 
 def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
@@ -603,17 +624,6 @@ def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
         raise ValueError(f"{study.folder} has no finished trial{last}; --resume goes on, with more --hours")
     found = judged(study)
     return found[0].record if found else candidates[0]
-
-
-def _fitting(seeds: int, epochs: int, per_epoch: float, seconds: float, workers: int) -> tuple[int, int]:
-    """Seeds and epochs that fit into `seconds`: whole schedules if one fits, else a round of shorter ones."""
-    if math.isinf(seconds) or per_epoch <= 0:
-        return seeds, epochs
-    rounds = int(seconds / (per_epoch * epochs))
-    if rounds:
-        return min(seeds, rounds * workers), epochs
-    shorter = int(seconds / per_epoch)
-    return (min(seeds, workers), shorter) if shorter >= _fewest(epochs) else (0, 0)
 
 
 def _fewest(epochs: int) -> int:
