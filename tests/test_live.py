@@ -14,8 +14,9 @@ from rich.console import Console
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord
 from tune.clock import Clock
-from tune.live import View, duration, line, sparkline, standing
+from tune.live import View, line, sparkline, standing
 from tune.trials import Recorder, Watch
+from tune.words import duration
 
 CONFIG = TrialConfig("mobilenetv2_100", image_size=160, epochs=8, unfreeze="gradual")
 

@@ -26,11 +26,11 @@ from carmodels.study import Status, Study, TrialRecord, read_json, write_json
 from tune import charts, report
 from tune.console import Screen
 from tune.dimensions import CAVEAT, UNKNOWN, edges, importances
-from tune.live import duration
 from tune.mistakes import found_mistakes, overlay, thumbnail
 from tune.page import by_class, recall, reliability, render, write_report
 from tune.search import describe_space
 from tune.stops import audited
+from tune.words import duration
 
 ROOT = Path(__file__).parents[1]
 SPACE = SPACES["demo"]

@@ -11,7 +11,7 @@ from carmodels.ensemble import EXPORTED, Recipe
 from carmodels.files import write_whole
 from carmodels.study import Study, read_json
 from tune.answers import Threshold
-from tune.page import interval_text, score_text
+from tune.words import interval_text, score_text
 
 
 def write_card(

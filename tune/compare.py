@@ -14,16 +14,8 @@ from carmodels.predictions import Interval, paired_gain
 from carmodels.study import Study, TrialRecord, read_json
 from tune import charts
 from tune.confirm import judged
-from tune.live import duration
-from tune.page import (
-    counts,
-    gain_text,
-    interval_text,
-    range_text,
-    refuse_empty,
-    rendered,
-    score_text,
-)
+from tune.page import counts, refuse_empty, rendered
+from tune.words import duration, gain_text, interval_text, range_text, score_text
 
 PAGE = "compare.html"
 _SCORED = {"ensemble": "ensemble", "single": "best single trial", "recipe": "competitor's recipe"}

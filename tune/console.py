@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from tune import dimensions, live, stops
 from tune.clock import Clock
 from tune.confirm import Standing, judged, leading, sentence
 from tune.trials import Recorder, Watch
+from tune.words import interval_text
 
 QUIET_SECONDS = 60.0  # between two lines on how things stand, where the output is no terminal
 _AUDITED = {
@@ -159,7 +161,7 @@ class Screen:
 
     def answer(self, results: dict[str, Any], study: Study) -> None:
         """What the ensemble is made of and scores on audit, what searching gained, the submission's path."""
-        audit, shown = results["audit"], _plain if results["metric"] == "log_loss" else _percent
+        audit, shown = results["audit"], partial(interval_text, results["metric"])
         self._members(results)
         self.say(f"{results['metric']} on audit ({audit['pictures']} pictures kept aside, 95 % intervals):")
         for name, words in _AUDITED.items():
@@ -243,12 +245,3 @@ def _stop_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['seconds_saved']:.0f}",
         row["verdict"],
     )
-
-
-def _percent(interval: dict[str, float]) -> str:
-    value, low, high = (100 * interval[name] for name in ("value", "low", "high"))
-    return f"{value:.1f} % ({low:.1f} to {high:.1f})"
-
-
-def _plain(interval: dict[str, float]) -> str:
-    return f"{interval['value']:.4f} ({interval['low']:.4f} to {interval['high']:.4f})"

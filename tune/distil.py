@@ -21,7 +21,7 @@ from carmodels.space import BOUNDS, EpochMetrics
 from carmodels.study import Study
 from tune import setup, student
 from tune.console import Screen
-from tune.page import interval_text, score_text
+from tune.words import interval_text, score_text
 
 
 def parser() -> argparse.ArgumentParser:

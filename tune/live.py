@@ -18,6 +18,7 @@ from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import FOLD, Status, TrialRecord
 from tune.clock import Clock
 from tune.trials import Recorder
+from tune.words import duration
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDE = 120  # columns from which on a trial's line holds its learning rate and augmentation, too
@@ -214,11 +215,3 @@ def _further(trial: Running) -> tuple[str, str, str]:
 def _cut(text: str, style: str = "") -> Text:
     """A line that ends where the terminal does."""
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3.5 h."""
-    seconds = max(0.0, seconds)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

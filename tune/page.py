@@ -22,8 +22,8 @@ from tune import charts, stops
 from tune.charts import Chart
 from tune.confirm import described, judged, sentence
 from tune.dimensions import CAVEAT, UNKNOWN, edges, importances, space_of
-from tune.live import duration
 from tune.mistakes import found_mistakes
+from tune.words import duration, gain_text, interval_text, points_text, range_text, score_text
 
 MOST_ROWS = 1000  # of the table of trials; the CSV has them all
 MOST_CLASSES = 30  # in the pictures of confusion and recall: those least often recognised
@@ -139,33 +139,6 @@ def failures(records: Sequence[TrialRecord]) -> list[tuple[str, list[TrialRecord
         if record.status in (Status.FAILED, Status.DIVERGED):
             found.setdefault(record.reason, []).append(record)
     return sorted(found.items(), key=lambda pair: -len(pair[1]))
-
-
-def score_text(metric: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if metric == "log_loss" else f"{100 * value:.1f} %"
-
-
-def points_text(metric: str, value: float) -> str:
-    """A difference between two scores, with its sign."""
-    return f"{value:+.4f}" if metric == "log_loss" else f"{100 * value:+.1f}"
-
-
-def range_text(metric: str, found: Mapping[str, float]) -> str:
-    """The ends of an interval."""
-    low, high = (score_text(metric, found[end]).removesuffix(" %") for end in ("low", "high"))
-    return f"{low} to {high}"
-
-
-def interval_text(metric: str, found: Mapping[str, float]) -> str:
-    return f"{score_text(metric, found['value'])} ({range_text(metric, found)})"
-
-
-def gain_text(metric: str, found: Mapping[str, float]) -> tuple[str, str]:
-    """A difference between two scores and the ends of its interval."""
-    value, low, high = (points_text(metric, found[name]) for name in ("value", "low", "high"))
-    return value, f"{low} to {high}"
 
 
 def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> list[tuple[str, str, str]]:

@@ -41,12 +41,12 @@ from tune import blend, confirm, folds, retraining, setup, stages
 from tune.clock import STOPS_SHARE, Clock, last_share, search_share
 from tune.confirm import CONTENDERS, RERUNS
 from tune.console import Screen
-from tune.live import duration
 from tune.mistakes import SECONDS, write_thumbnails
 from tune.page import write_report
 from tune.plan import TRIAL_SHARE, costs_of, processor
 from tune.preflight import findings
 from tune.trials import Job, Watch
+from tune.words import duration
 
 MOST_SEED = 2_000_000_000  # leaves room for the seeds of retraining
 STAGES = ("search", "confirm", "retrain", "ensemble", "report")
