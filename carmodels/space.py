@@ -139,7 +139,7 @@ class TrialConfig:
         return FIRST_STRENGTH + self.grown(epoch) * (1 - FIRST_STRENGTH)
 
     @property
-    def start(self) -> int:
+    def init_seed(self) -> int:
         """The seed of the head's initial weights."""
         return self.seed if self.head_seed is None else self.head_seed
 

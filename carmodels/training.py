@@ -166,7 +166,7 @@ class _Run:
         targets: np.ndarray | None = None,
         start: Path | None = None,
     ) -> None:
-        torch.manual_seed(config.start)
+        torch.manual_seed(config.init_seed)
         self.config, self.device, self.splits, self.processes = config, device, splits, processes
         self.weights = weights
         if start is None:
@@ -512,7 +512,7 @@ def view_size(config: TrialConfig, view: str) -> int:
     return row.multiple * min(max(steps, least), most)
 
 
-def seconds_per_picture(
+def training_seconds(
     config: TrialConfig,
     splits: Splits,
     *,

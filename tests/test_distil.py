@@ -102,7 +102,7 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
     said: list[str] = []
     seconds = {"test_resnet": 2e-3, "test_efficientnet": 1e-3}
     with monkeypatch.context() as patch:
-        patch.setattr(student, "seconds_a_picture", lambda job, config, size: seconds[config.backbone])
+        patch.setattr(student, "prediction_seconds", lambda job, config, size: seconds[config.backbone])
         fastest = student._student(job, None, None, said.append)
         named = student._student(job, "test_resnet", 7, said.append)
     assert (fastest.backbone, fastest.image_size, fastest.epochs) == ("test_efficientnet", 32, 8)

@@ -18,7 +18,7 @@ from carmodels.data import Split, Splits
 from carmodels.models import Weights, save_weights
 from carmodels.predictions import METRICS, accuracy
 from carmodels.space import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
-from carmodels.training import Fitted, _Run, fit, in_parts, parted, predict, seconds_per_picture, view_size
+from carmodels.training import Fitted, _Run, fit, in_parts, parted, predict, training_seconds, view_size
 
 
 def curve(history: tuple[EpochMetrics, ...]) -> list[tuple[float, ...]]:
@@ -56,7 +56,7 @@ def test_the_seed_of_the_head_decides_its_initial_weights_and_nothing_else(
     ]
     assert orders[0] == orders[1] != orders[2]
     assert replace(config, head_seed=3).id != config.id
-    assert (replace(config, seed=5).start, replace(config, seed=5, head_seed=0).start) == (5, 0)
+    assert (replace(config, seed=5).init_seed, replace(config, seed=5, head_seed=0).init_seed) == (5, 0)
     with pytest.raises(ValueError, match="head_seed=-1 must be None or a whole number from 0"):
         replace(config, head_seed=-1)
 
@@ -349,7 +349,7 @@ def test_the_cost_of_a_picture_grows_with_its_size(
     config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
     small, large = (
-        seconds_per_picture(replace(config, image_size=size), splits, weights=weights) for size in (16, 128)
+        training_seconds(replace(config, image_size=size), splits, weights=weights) for size in (16, 128)
     )
     assert 0 < small < large
 

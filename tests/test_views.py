@@ -117,7 +117,7 @@ class MadeUp:
         workers = SimpleNamespace(count=2)
         return SimpleNamespace(splits=splits, workers=workers, study=SimpleNamespace(metric="accuracy"))
 
-    def identity(self) -> bool:
+    def repeats(self) -> bool:
         return self.same
 
     def costs(self, paces: Paces, views: Sequence[str], *, on_val: bool = False) -> dict[str, float]:

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         )
     if not 1 <= options.tta <= len(VIEWS):
         raise ValueError(f"--tta {options.tta} must be from 1 to {len(VIEWS)}, the number of views there are")
-    max_seconds = setup.most_seconds(options)
+    max_seconds = setup.cost_limit(options)
     study = Study(user_path(options.study))
     out = setup.out_file(options)
     with setup.reopened(study, options, screen) as job:

@@ -24,7 +24,7 @@ from ray.tune import PlacementGroupFactory
 
 from carmodels.space import Space, TrialConfig, suggest
 from carmodels.study import read_json, write_json
-from carmodels.training import seconds_per_picture
+from carmodels.training import training_seconds
 from tune.costs import Compiled, Costs
 from tune.scheduler import REDUCTION_FACTOR
 from tune.trials import Job, as_task
@@ -157,7 +157,7 @@ def _looked_at(job: Job, config: TrialConfig) -> tuple[str, float]:
 
 def _seconds(job: Job, config: TrialConfig, **more: Any) -> float:
     own = job.workers
-    return seconds_per_picture(
+    return training_seconds(
         config, job.splits, weights=job.weights, device=own.device, processes=own.processes, **more
     )
 

@@ -207,7 +207,7 @@ def retrain(
     return completed
 
 
-def most_seconds(job: Job, *, within: float = math.inf, seeds: int = SEEDS, folds: int = 0) -> float:
+def most_seconds(job: Job, *, within: float = math.inf, folds: int = 0) -> float:
     """What retraining takes at most, where time is no matter, if the best stay those that they are now.
 
     None at all where `within` seconds hold not even the shortest run of any of them. Without the runs on
@@ -221,7 +221,7 @@ def most_seconds(job: Job, *, within: float = math.inf, seeds: int = SEEDS, fold
     if shortest > within:
         return 0.0
     each = max((room.seconds(r, way.of(r.config)[0]) for r in best), default=math.inf)
-    runs = folds * MOST_FOLDED if folds else seeds + CONTENDERS - 1
+    runs = folds * MOST_FOLDED if folds else SEEDS + CONTENDERS - 1
     pictures = 1 + len(splits.val) / len(splits.train) if folds else 1.0  # for each that a trial learns from
     return each * pictures * math.ceil(runs / room.workers)
 
@@ -292,7 +292,7 @@ def _to_train(
         )
     there: TrialConfig | None = None  # the best of what there are runs of
     for longest in way.all_of(chosen.config, names):
-        like = replace(longest, head_seed=chosen.config.start)  # so that they make a soup
+        like = replace(longest, head_seed=chosen.config.init_seed)  # so that they make a soup
         runs = _again(study, chosen, like)
         done = {r.config.seed for r in runs if r.whole}
         there = there or (like if runs else None)
@@ -314,7 +314,7 @@ def _to_train(
 
 def _onto(config: TrialConfig, parent: TrialRecord) -> TrialConfig:
     """To go on from that run; the head's start is its own, by which soups know what mixes."""
-    return replace(config, continues=parent.trial_id, head_seed=parent.config.start)
+    return replace(config, continues=parent.trial_id, head_seed=parent.config.init_seed)
 
 
 def _beside(

@@ -233,7 +233,7 @@ def go(
     last = STAGES.index(options.until)
     results = None
     if last >= STAGES.index("ensemble"):
-        results = blend.ensemble(job, clock=clock, say=screen.say, max_seconds=setup.most_seconds(options))
+        results = blend.ensemble(job, clock=clock, say=screen.say, max_seconds=setup.cost_limit(options))
     screen.table(job.study)
     screen.dimensions(job.study)
     if results:
@@ -305,7 +305,7 @@ def check_numbers(options: argparse.Namespace) -> None:
     if options.pictures and options.until != "report":
         raise ValueError(f"--pictures is for the report, which --until {options.until} leaves out")
     setup.check_folds(options)
-    setup.most_seconds(options)
+    setup.cost_limit(options)
     until = STAGES.index(options.until)
     for name, stage in (("folds", "retrain"), ("fold_in", "retrain"), ("max_seconds_per_1000", "ensemble")):
         if getattr(options, name) and until < STAGES.index(stage):

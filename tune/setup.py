@@ -28,9 +28,9 @@ from carmodels.training import parted
 from tune.clock import Clock
 from tune.console import Screen
 from tune.costs import GPU_SHARES
-from tune.curves import written
-from tune.metrics import exported
 from tune.preflight import Finding, cluster_findings
+from tune.prometheus import exported
+from tune.tensorboard import written
 from tune.trials import Job, Watch, Workers, start_ray, together
 
 CACHE_LIMIT, MOST_CACHE = 100.0, 1e6  # GB
@@ -136,7 +136,7 @@ def add_cost_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def most_seconds(options: argparse.Namespace) -> float:
+def cost_limit(options: argparse.Namespace) -> float:
     """What 1,000 pictures may take; infinite where nothing was said. ValueError for a limit that is none."""
     given = options.max_seconds_per_1000
     if given is not None and not given > 0:

@@ -25,7 +25,7 @@ from carmodels.training import Fitted, fit
 from tune.dimensions import space_of
 from tune.retraining import epochs_of_space, opened
 from tune.trials import Job, Say
-from tune.views import seconds_a_picture
+from tune.views import prediction_seconds
 
 STAGE = "student"
 LONGER = 4  # times the epochs of the study's trials: distillation goes on gaining (Beyer et al., 2022)
@@ -109,7 +109,7 @@ def _student(job: Job, backbone: str | None, epochs: int | None, say: Say) -> Tr
         )
     names = candidates if backbone is None else [backbone]
     configs = {name: _configured(job.study, name, epochs) for name in names}
-    seconds = {n: seconds_a_picture(job, c, c.image_size) for n, c in configs.items()}
+    seconds = {n: prediction_seconds(job, c, c.image_size) for n, c in configs.items()}
     name = min(seconds, key=lambda n: seconds[n])
     paces = ", ".join(f"{n} {1000 * s:.1f}" for n, s in sorted(seconds.items(), key=lambda item: item[1]))
     say(f"Milliseconds a picture: {paces}.")

@@ -55,7 +55,7 @@ class Paces:
         """Time what was not timed yet, side by side as it will run."""
         wanted = {self._key(c, v): c for c in configs for v in views}
         missing = {key: config for key, config in wanted.items() if key not in self.seconds}
-        task = as_task(seconds_a_picture, self.job.workers)
+        task = as_task(prediction_seconds, self.job.workers)
         found = ray.get([task.remote(self.job, config, size) for (_, size), config in missing.items()])
         self.seconds.update(zip(missing, found, strict=True))
 
@@ -64,7 +64,7 @@ class Paces:
         return config.backbone, view_size(config, view)
 
 
-def seconds_a_picture(job: Job, config: TrialConfig, size: int) -> float:
+def prediction_seconds(job: Job, config: TrialConfig, size: int) -> float:
     """The better of two passes over some pictures of val, after the network has warmed up on them."""
     job.workers.take()
     config = replace(config, image_size=size, start_size=0, test_size=0)
@@ -118,7 +118,7 @@ class Members:
                 predictions.save(path(record.trial_id, split, view))
         return damaged
 
-    def identity(self) -> bool:
+    def repeats(self) -> bool:
         """Show val to the first member again: whether that gives what it left.
 
         Where it does not, pictures and ids have come apart, or this is another kind of machine.
@@ -193,7 +193,7 @@ def judge_views(
     if limit < 2:
         return Verdict(("plain",), "not asked for")
     ends = time.time() + seconds
-    if not members.identity():
+    if not members.repeats():
         return Verdict(("plain",), "left out, the plain view does not give again what the trial left")
     costs = members.costs(paces, VIEWS)
     on_val = members.costs(paces, VIEWS, on_val=True)

@@ -24,9 +24,8 @@ from ray.util.metrics import Counter, Gauge
 
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import Status, Study, TrialRecord
-from tune import metrics
 from tune.clock import Clock
-from tune.metrics import SERIES, exported, reason_tag
+from tune.prometheus import SERIES, exported, reason_tag
 from tune.trials import Recorder, Watch, trial_name
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +84,7 @@ def test_a_fold_learns_from_as_many_pictures_as_are_in_the_others(config: TrialC
 def test_a_trial_that_trains_slowly_is_set_again_at_every_step_and_one_that_ended_is_not(
     config: TrialConfig, seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr("tune.prometheus.REFRESH_SECONDS", 0.0)
     watch = exported("cars", "accuracy", pictures=pictures, clock=Clock(time.time()))
     slow, done = config, replace(config, seed=1)
     for each in (slow, done):
