@@ -33,6 +33,7 @@ from carmodels.study import CUT_OFF, Status, Study, TrialRecord
 ROOT = Path(__file__).parents[1]
 TRIALS = 4
 LONGEST = 8.0  # seconds from the first trial's start to the fault
+Fault = Callable[[subprocess.Popen[str], list[psutil.Process]], bool]  # whether there was something to hit
 PATIENCE = 120.0  # seconds after which a command that does not end counts as hanging
 
 
@@ -43,6 +44,7 @@ class Round:
     seed: int
     fault: str
     after: float  # seconds from the first trial's start
+    hit: bool  # whether there was something to hit
     kept: int
     again: int
     seconds: float
@@ -94,11 +96,19 @@ def make(seed: int, data: Path, cache: Path) -> Round:
     return made
 
 
-def run(seed: int, place: Path, data: Path, cache: Path, fault: str | None = None) -> Round:
+def run(
+    seed: int,
+    place: Path,
+    data: Path,
+    cache: Path,
+    fault: str | None = None,
+    after: float | None = None,
+) -> Round:
     """One round; AssertionError says what was lost."""
     rng = random.Random(seed)
     fault = fault or rng.choice(list(FAULTS))
-    after = rng.uniform(0, LONGEST)
+    moment = rng.uniform(0, LONGEST)
+    after = moment if after is None else after
     started = time.monotonic()
     command = search_command(data, cache, seed)
     limit = ("--hours", f"{(20 + after) / 3600:.5f}") if fault == "time" else ()
@@ -115,7 +125,7 @@ def run(seed: int, place: Path, data: Path, cache: Path, fault: str | None = Non
         wait_for(lambda: process.poll() is not None or bool(study.records()), "the first trial to start")
         time.sleep(after)
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        FAULTS[fault](process, family)
+        hit = FAULTS[fault](process, family)
         output = ended(process)
     finally:
         process.kill()
@@ -134,7 +144,8 @@ def run(seed: int, place: Path, data: Path, cache: Path, fault: str | None = Non
         timeout=PATIENCE,
     )
     check(study, before, resumed.stdout + resumed.stderr, resumed.returncode)
-    return Round(seed, fault, after, len(kept), len(before) - len(kept), time.monotonic() - started)
+    again = len(before) - len(kept)
+    return Round(seed, fault, after, hit, len(kept), again, time.monotonic() - started)
 
 
 def check(study: Study, before: dict[str, TrialRecord], output: str, code: int) -> None:
@@ -173,35 +184,40 @@ def to_repeat(record: TrialRecord) -> bool:
 # ---- the faults
 
 
-def kill_worker(process: subprocess.Popen[str], family: list[psutil.Process]) -> None:
+def kill_worker(process: subprocess.Popen[str], family: list[psutil.Process]) -> bool:
     workers = [p for p in family if p.is_running() and trains(name_of(p))]
     for worker in workers[:1]:
         worker.kill()
+    return bool(workers)
 
 
-def kill_ray(process: subprocess.Popen[str], family: list[psutil.Process]) -> None:
-    for part in family:
-        if name_of(part).split("/")[-1].split(" ")[0] in ("raylet", "gcs_server"):
-            part.kill()
+def kill_ray(process: subprocess.Popen[str], family: list[psutil.Process]) -> bool:
+    own = [p for p in family if name_of(p).split("/")[-1].split(" ")[0] in ("raylet", "gcs_server")]
+    for part in own:
+        part.kill()
+    return bool(own)
 
 
-def send(*signals: signal.Signals) -> Callable[[subprocess.Popen[str], list[psutil.Process]], None]:
+def send(*signals: signal.Signals) -> Fault:
     """A fault that sends these to the command, half a second apart."""
 
-    def fault(process: subprocess.Popen[str], family: list[psutil.Process]) -> None:
+    def fault(process: subprocess.Popen[str], family: list[psutil.Process]) -> bool:
+        hit = process.poll() is None
         for number in signals:
             if process.poll() is None:
                 process.send_signal(number)
                 time.sleep(0.5)
+        return hit
 
     return fault
 
 
-def nothing(process: subprocess.Popen[str], family: list[psutil.Process]) -> None:
+def nothing(process: subprocess.Popen[str], family: list[psutil.Process]) -> bool:
     """The search's own clock ends it."""
+    return process.poll() is None
 
 
-FAULTS: dict[str, Callable[[subprocess.Popen[str], list[psutil.Process]], None]] = {
+FAULTS: dict[str, Fault] = {
     "worker killed": kill_worker,
     "command killed": send(signal.SIGKILL),
     "command terminated": send(signal.SIGTERM),
@@ -230,12 +246,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "COLUMNS": "150", "NO_ALBUMENTATIONS_UPDATE": "1"}
 
 
-def ended(process: subprocess.Popen[str]) -> str:
+def ended(process: subprocess.Popen[str], patience: float = PATIENCE) -> str:
     """What the command printed until its end; AssertionError where it hangs."""
     try:
-        output, _ = process.communicate(timeout=PATIENCE)
+        output, _ = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
-        raise AssertionError(f"the command still runs {PATIENCE:.0f} s after the fault") from None
+        raise AssertionError(f"the command still runs after {patience:.0f} s") from None
     return output
 
 

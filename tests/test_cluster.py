@@ -146,6 +146,7 @@ def bare_python(tmp_path: Path) -> str:
     return str(tmp_path / "venv" / "bin" / "python")
 
 
+@pytest.mark.timeout(600)
 def test_a_machine_goes_down_midway_and_every_trial_has_its_end(
     cluster: Cluster, bare_python: str, drawn: Path
 ) -> None:

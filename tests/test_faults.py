@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from soak import TRIALS, ended, environment, name_of, run, search_command, wait_for
+from soak import PATIENCE, TRIALS, ended, environment, name_of, run, search_command, wait_for
 
 from carmodels.study import CUT_OFF, Study
 
@@ -28,7 +28,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("seed", "fault"), [(1, "command killed"), (2, "worker killed"), (3, "Ctrl-C twice"), (4, "Ray killed")]
 )
 def test_nothing_is_lost(seed: int, fault: str, tmp_path: Path, drawn: Path, cache: Path) -> None:
-    run(seed, tmp_path, drawn, cache, fault)
+    assert run(seed, tmp_path, drawn, cache, fault, after=1.0).hit
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def test_two_searches_at_once_share_the_cache_and_nothing_else(tmp_path: Path, d
             rays = ray_of(one), ray_of(two)
             assert all(rays)
             assert not rays[0] & rays[1]
-            printed = [" ".join(ended(process).split()) for process in (one, two)]
+            printed = [" ".join(ended(process, 2 * PATIENCE).split()) for process in (one, two)]
     assert (one.returncode, two.returncode) == (0, 0), printed
     assert f"process {two.pid}, study second" not in printed[0]
     assert "another search is running here" in printed[1]

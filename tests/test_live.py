@@ -82,6 +82,14 @@ def test_more_trials_than_lines_are_counted(recorder: Recorder) -> None:
     assert len(text.splitlines()) <= 17
 
 
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time stands still."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+
+
+@pytest.mark.usefixtures("still")
 def test_the_plain_line_says_the_same(recorder: Recorder) -> None:
     recorder.recorded = set("12345")
     now = standing(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)
@@ -91,6 +99,7 @@ def test_the_plain_line_says_the_same(recorder: Recorder) -> None:
     )
 
 
+@pytest.mark.usefixtures("still")
 def test_a_resumed_search_is_as_fast_as_the_trials_since_it_began(recorder: Recorder) -> None:
     assert line(standing(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)).endswith("30 s used")
     recorder.recorded = {"5"}

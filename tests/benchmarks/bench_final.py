@@ -4,7 +4,7 @@ Whole jobs of the same length from several splits: is the ensemble better than t
 than the best single model, which may be a retrained one, and by how much than the competitor's recipe? Each
 is chosen on val. Right and wrong answers on each split's audit pictures are kept in results/final/answers.csv
 as a run ends, and a run of this length is not made again; results/final/final.csv holds what all of them come
-to. Intervals are by bootstrap over pictures, since a picture can be in the audit of several splits.
+to. Intervals are by bootstrap over splits, and over pictures within each.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,17 +53,21 @@ def main() -> None:
     options = parser.parse_args()
     known = answers()
     known = known[known["hours"] == options.hours]
+    others = answers()
+    others = others[others["hours"] != options.hours]
     missing = [seed for seed in range(options.seeds) if seed not in set(known["seed"])]
     for seed in [] if options.only_report else missing[: options.most]:
         with tempfile.TemporaryDirectory() as folder:
             found = run(seed, options, Path(folder))
             known = pd.concat([known, found])
             FOLDER.mkdir(parents=True, exist_ok=True)
-            known.to_csv(FOLDER / "answers.csv", index=False, lineterminator="\n")
+            both = pd.concat([others, known])
+            both.to_csv(FOLDER / "answers.csv", index=False, lineterminator="\n")
             if options.keep:
                 shutil.copytree(Path(folder) / "study", options.keep / f"seed-{seed}", dirs_exist_ok=True)
     if len(known):
-        report(known)
+        usual = options.hours == parser.get_default("hours")
+        report(known, "final" if usual else f"final-{options.hours:g}-hours")
 
 
 def answers() -> pd.DataFrame:
@@ -104,41 +109,52 @@ def run(seed: int, options: argparse.Namespace, folder: Path) -> pd.DataFrame:
     return found
 
 
-def report(known: pd.DataFrame) -> None:
+def report(known: pd.DataFrame, name: str) -> None:
     """Print and write shares of right answers over all splits and their differences, in points."""
-    names = ["what", "splits", "answers", "points", "95 % interval", "target"]
+    names = ["what", "splits", "answers", "points", "95 % interval", "by split", "target"]
     rows = []
     for model in MODELS:
-        rows.append([model, *described(known, interval(known, known[model]), "")])
+        rows.append([model, *described(known, known[model], "")])
     for better, worse, target in COMPARED:
-        found = interval(known, known[better] - known[worse])
         aim = "" if target is None else f"low end above {target:g}" if target == 0 else f"at least {target:g}"
-        rows.append([f"{better} less {worse}", *described(known, found, aim)])
+        rows.append([f"{better} less {worse}", *described(known, known[better] - known[worse], aim)])
     table = Table(*names)
     for row in rows:
         table.add_row(*row)
-    Console(width=120).print(table)
-    with (FOLDER / "final.csv").open("w", newline="", encoding="utf-8") as file:
+    Console(width=150).print(table)
+    with (FOLDER / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
         writer.writerows(rows)
 
 
-def described(known: pd.DataFrame, found: Interval, target: str) -> list[str]:
+def described(known: pd.DataFrame, values: pd.Series, target: str) -> list[str]:
     """The cells of a row."""
-    value, low, high = (100 * part for part in (found.value, found.low, found.high))
-    counts = [str(known["seed"].nunique()), str(len(known))]
-    return [*counts, f"{value:.1f}", f"{low:.1f} to {high:.1f}", target]
+    by_split = [100 * part.to_numpy(float) for _, part in values.groupby(known["seed"])]
+    found = interval(by_split)
+    means = ", ".join(f"{part.mean():.1f}" for part in by_split)
+    counts = [str(len(by_split)), str(len(known))]
+    return [*counts, f"{found.value:.1f}", f"{found.low:.1f} to {found.high:.1f}", means, target]
 
 
-def interval(known: pd.DataFrame, values: pd.Series) -> Interval:
-    """Mean of the values over all answers, with a 95 % bootstrap interval over pictures (Efron, 1979)."""
-    by_picture = values.groupby(known["id"]).agg(["sum", "count"]).to_numpy(dtype=float)
+def interval(by_split: Sequence[np.ndarray]) -> Interval:
+    """Mean over all answers, with a 95 % bootstrap interval over splits, and pictures within each.
+
+    What another job would come to and what other pictures would are both in it (Davison and Hinkley, 1997,
+    section 3.8).
+    """
     rng = np.random.default_rng(0)
-    drawn = rng.multinomial(len(by_picture), np.full(len(by_picture), 1 / len(by_picture)), size=RESAMPLES)
-    totals = drawn @ by_picture
-    low, high = np.quantile(totals[:, 0] / totals[:, 1], (0.025, 0.975))
-    return Interval(float(values.mean()), float(low), float(high))
+    means = [
+        np.mean(
+            [
+                rng.choice(by_split[k], len(by_split[k])).mean()
+                for k in rng.integers(0, len(by_split), len(by_split))
+            ]
+        )
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(np.concatenate(by_split).mean()), float(low), float(high))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,14 +37,14 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 from rich.table import Table
-from simulation import Clock, Seen, simulate
+from simulation import Clock, Seen, simulate, simulated
 from surrogate import BACKBONES, Curves, Surrogate, errors, repeat_noise
 
-from carmodels.space import SPACES, Space, TrialConfig, suggest
+from carmodels.space import SPACES, Space, TrialConfig, baseline, suggest
 from tune.plan import TRIAL_SHARE, Plan
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws
-from tune.stages import grace_period
+from tune.stages import BASELINE_SHARE, grace_period
 
 FOLDER = Path(__file__).parents[2] / "results"
 WORKERS, BUDGET = 2, 3600.0  # seconds, of two cores
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--curves", type=Path, default=FOLDER / "curves" / "cars9-cpu.csv")
     parser.add_argument("--seeds", type=int, default=30, help="how many")
     parser.add_argument("--first-seed", type=int, default=0, help="other than 0: a replication, kept apart")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=[*METHODS], choices=[*METHODS])
     parser.add_argument(
         "--budget", type=float, default=BUDGET, help="seconds of searching, another is kept apart"
     )
@@ -75,11 +76,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if not INSTALLED and "HyperBand + BOHB" in options.methods:
-        options.methods.remove("HyperBand + BOHB")
+        options.methods = [name for name in options.methods if name != "HyperBand + BOHB"]
         print("HyperBand + BOHB is skipped; it needs: pip install hpbandster ConfigSpace")
     curves = Curves.read(options.curves)
-    found = errors(curves, trees=options.trees)
-    print("surrogate on unseen configurations: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
+    design, final = curves.halves()
+    known, unseen = (final, design) if options.half == "final" else (design, final)
+    found = errors(known, unseen, trees=options.trees)
+    print("surrogate on the other half: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
     first = options.first_seed
     jobs = [(name, seed) for name in options.methods for seed in range(first, first + options.seeds)]
     run = partial(
@@ -99,8 +102,10 @@ def main() -> None:
     parts = [options.half, *(["trees"] if options.trees else []), *([f"from-{first}"] if first else [])]
     if options.budget != BUDGET or options.trial_share != TRIAL_SHARE:
         parts.append(f"{options.budget:g}-seconds-share-{options.trial_share:g}")
-    if options.methods != parser.get_default("methods"):
+    if options.methods != [*METHODS]:
         parts += [name.replace(" ", "") for name in options.methods]
+    if options.curves != parser.get_default("curves"):
+        parts.append(options.curves.stem)
     if options.seeds != parser.get_default("seeds"):
         parts.append(f"{options.seeds}-seeds")
     report(by_method, "-".join(parts))
@@ -241,7 +246,10 @@ def ours(
     budget: float = BUDGET,
     share: float = TRIAL_SHARE,
 ) -> tuple[Searcher, TrialScheduler]:
-    """The searcher and the scheduler of a search, as `stages.search` makes them."""
+    """The searcher and the scheduler of a search, as `stages.search` makes them, the recipe first."""
+    plan = Plan(surrogate.curves.costs(), budget, WORKERS, longest=share * budget)
+    with simulated(clock):
+        recipe, _ = plan.affordable(replace(baseline(space), **STAMP), space.image_sizes, BASELINE_SHARE)
     searcher = Draws(
         space,
         stamp=STAMP,
@@ -249,7 +257,8 @@ def ours(
         mode="max",
         seed=seed,
         limit=None,
-        fits=Plan(surrogate.curves.costs(), budget, WORKERS, longest=share * budget).fits,
+        fits=plan.fits,
+        queue=[recipe],
     )
     scheduler = Scheduler(
         metric=METRIC,
@@ -257,6 +266,7 @@ def ours(
         epochs=EPOCHS,
         grace_period=grace_period(EPOCHS),
         deadline=Deadline(draw_until=budget, end=budget),
+        protect={recipe.id},
     )
     return searcher, scheduler
 
