@@ -157,7 +157,7 @@ class Study:
             inner.begin({**facts, **paths}, rows)
         return inner
 
-    def keep_earlier(self, studies: Sequence[Study]) -> None:
+    def _keep_earlier(self, studies: Sequence[Study]) -> None:
         """Copy the search trials of other studies, so that this one can go on without them."""
         lines = {str(s.folder): [r.to_json() for r in s.records() if r.stage == "search"] for s in studies}
         write_json(self.earlier_file, lines)
@@ -198,11 +198,26 @@ class Study:
         """Whether a study was begun here."""
         return (self.folder / "study.json").is_file()
 
-    def begin(self, facts: Mapping[str, Any], splits: Iterable[tuple[str, str, int]]) -> None:
-        """Write study.json and splits.csv, the latter from rows as in `write_splits`."""
+    def begin(
+        self,
+        facts: Mapping[str, Any],
+        splits: Iterable[tuple[str, str, int]],
+        earlier: Sequence[Study] = (),
+    ) -> None:
+        """Write splits.csv, from rows as in `write_splits`, earlier studies' trials, and last study.json."""
+        self.make_folders()
+        self.write_splits(splits)
+        if earlier:
+            self._keep_earlier(earlier)
+        self.write_facts(facts)
+
+    def make_folders(self) -> None:
+        """Make those for what is not committed, which a copy of a study may lack."""
         for name in ("predictions", "weights"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self.write_splits(splits)
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """Write study.json."""
         write_json(self.folder / "study.json", facts)
 
     def write_splits(self, splits: Iterable[tuple[str, str, int]]) -> None:
@@ -304,6 +319,12 @@ class Study:
         """
         labels = self.labels(split)
         return self.predictions(trial_id, split).aligned(list(labels)).probs, np.array(list(labels.values()))
+
+    def forget_predictions(self, trial_id: str) -> None:
+        """Delete all that a model of that name has said, through whatever view."""
+        pattern = self.predictions_file(trial_id, "*")
+        for file in pattern.parent.glob(pattern.name):
+            file.unlink()
 
     def has_predictions(self, trial_id: str, split: str, view: str = "plain") -> bool:
         """Whether they are there and intact."""

@@ -227,6 +227,9 @@ def test_a_configuration_that_diverges_with_new_seeds_is_not_the_best() -> None:
     assert [s.estimate for s in found[:2]] == [s.estimate for s in two]  # its noise is its own
     alone = standings([*field(0.95), *lucky[3:]], metric="accuracy", pictures=PICTURES)
     assert alone[0].runs == 3
+    poor = field(0.90, 0.85, 0.10)  # the only steady one is of another kind
+    poor += [replace(run(n / 1000, 0.0, 1, "confirm"), status=Status.DIVERGED, curve=worst) for n in (1, 2)]
+    assert len(standings(poor, metric="accuracy", pictures=PICTURES)) == 3
 
 
 def test_whatever_ran_again_has_a_row() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from carmodels.study import FOLD, FOLD_IN, FOLDS, Status, Study, TrialRecord
 from carmodels.training import parted, predict
 from tune import folds, trials
 from tune.blend import Library, _affordable, _answers
+from tune.retraining import check_folds
 from tune.trials import Job, Workers
 from tune.views import Members, Paces
 
@@ -234,10 +236,8 @@ def test_folds_that_were_trained_again_are_gathered_anew(
     first, second = (trained(one, job, FOLD, monkeypatch) for one in folds.configs_of(config, 2))
     [old] = folds.gather(study)
     assert folds.gather(study) == []
-    views = [study.predictions_file(old.trial_id, "val", "flip")]
-    views += [study.predictions_file(first.trial_id, "audit", "flip")]
-    for file in views:
-        write_whole(file, b"of the models before")
+    flipped = study.predictions_file(old.trial_id, "val", "flip")
+    write_whole(flipped, b"of the models before")
     study.append(replace(first, status=Status.RUNNING))
     assert folds.gather(study) == folds.ready(study) == []  # one of two models is no member
     unsure = study.predictions(first.trial_id, "oof")
@@ -246,13 +246,40 @@ def test_folds_that_were_trained_again_are_gathered_anew(
     [new] = folds.gather(study)
     assert (new.trial_id, new.at) == (old.trial_id, old.at)
     assert new.note != old.note
-    assert not any(file.exists() for file in views)
+    assert not flipped.exists()
     kept = study.predictions(second.trial_id, "oof")
     oof = study.predictions(new.trial_id, "oof").aligned([*unsure.ids, *kept.ids])
     np.testing.assert_allclose(oof.probs[: len(unsure.ids)], 0.1)
     np.testing.assert_array_equal(oof.probs[len(unsure.ids) :], kept.probs)
     assert folds.gather(study) == []
     assert folds.ready(study) == [new]
+
+
+def test_what_folds_have_said_and_lost_is_made_anew_from_their_weights(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = job.study
+    first, _ = (trained(one, job, FOLD, monkeypatch) for one in folds.configs_of(config, 2))
+    [record] = folds.gather(study)
+    files = [study.predictions_file(first.trial_id, name) for name in ("oof", "audit")]
+    files.append(study.predictions_file(record.trial_id, "oof"))
+    before = [Predictions.load(file).probs for file in files]
+    files[0].write_bytes(files[0].read_bytes()[:50])
+    for file in files[1:]:
+        file.unlink()
+    assert folds.gather(study) == []  # left out, and not the end of all
+    monkeypatch.setattr(folds, "as_task", lambda function, workers: SimpleNamespace(remote=function))
+    monkeypatch.setattr(folds.ray, "get", list)
+    folds.restore(job)
+    assert folds.gather(study) == folds.ready(study) == [record]
+    for file, probs in zip(files, before, strict=True):
+        np.testing.assert_allclose(Predictions.load(file).probs, probs, atol=1e-6)
+
+
+def test_more_folds_than_the_pictures_fill_are_refused_beforehand(splits: Splits) -> None:
+    check_folds(splits, 2, 0)
+    with pytest.raises(ValueError, match="folds=500: no picture is left for"):
+        check_folds(splits, 500, 0)
 
 
 def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_mean(

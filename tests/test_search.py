@@ -650,6 +650,62 @@ def test_the_search_goes_on_where_later_stages_leave_time() -> None:
     assert clock.with_spare_time(confirm=math.inf, retrain=math.inf, ensemble=math.inf) is clock
 
 
+def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
+    study, said = Study(tmp_path / "studies" / "cars"), []
+    rows = SimpleNamespace(ids=("a.jpg",), labels=[0], name="val")
+    none = SimpleNamespace(ids=(), labels=[], name="none")
+    splits = SimpleNamespace(train=none, val=rows, audit=none, test=none)
+    names = ("preset", "space", "seed", "metric", "fingerprint", "split_hash")
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "others").mkdir()
+    facts = {
+        **dict.fromkeys(names, 1),
+        "data": "../old",
+        "weights": "../../weights",
+        "warm_start": ["../a/b"],
+    }
+    study.begin(facts, [("val", "a.jpg", 0)])
+    screen = SimpleNamespace(say=lambda *words: said.append(words))
+    now = {**facts, "data": "../new", "warm_start": ["../../b"]}
+    for folder in ("predictions", "weights"):
+        (study.folder / folder).rmdir()
+    search.check_resumed(study, now, splits, screen)  # type: ignore[arg-type]
+    assert study.facts == {**facts, "data": "../new"}
+    assert {p.name for p in study.folder.iterdir()} >= {"predictions", "weights"}
+    with pytest.raises(ValueError, match="weights was"):
+        search.check_resumed(study, {**now, "weights": "../../others"}, splits, screen)  # type: ignore[arg-type]
+    (tmp_path / "weights").rmdir()
+    search.check_resumed(study, {**now, "weights": "../../others"}, splits, screen)  # type: ignore[arg-type]
+    assert study.facts["weights"] == "../../others"
+    with pytest.raises(ValueError, match="weights was"):
+        search.check_resumed(study, {**now, "weights": "none"}, splits, screen)  # type: ignore[arg-type]
+
+
+def test_what_is_killed_while_it_begins_leaves_no_half_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, other = Study(tmp_path / "cars"), Study(tmp_path / "other")
+    none = SimpleNamespace(ids=(), labels=[], name="none")
+    splits = SimpleNamespace(train=none, val=none, audit=none, test=none)
+    for one in (study, other):
+        one.begin({"metric": "accuracy"}, [])
+
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(search.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search.begin(study, {}, splits, [])  # type: ignore[arg-type]
+    search.check_folder(study, resume=False, overwrite=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(Study, "write_facts", lambda self, facts: killed(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        search.begin(study, {}, splits, [other])  # type: ignore[arg-type]
+    assert not study.exists
+    assert study.earlier_file.is_file()
+
+
 def test_a_search_that_has_nothing_more_to_draw_does_not_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,12 @@ def run(lr: float, value: float, seed: int = 0, stage: str = "search", epochs: i
 LUCKY, STEADY = run(1e-3, 0.93), run(2e-3, 0.92)
 
 
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has run has left its weights."""
+    monkeypatch.setattr(retraining, "_lost", lambda study, run: False)
+
+
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     study = Study(tmp_path / "study")
@@ -321,6 +327,27 @@ def test_whole_longer_runs_get_no_shorter_ones_beside_them(study: Study) -> None
     assert to_train(study, 110) == ([], 16)
 
 
+def test_shorter_runs_of_earlier_are_not_made_again(study: Study) -> None:
+    assert to_train(study, 70) == ([1, 2], 6)
+    study.append(run(1e-3, 0.91, 1, "retrain", epochs=6))
+    assert to_train(study, 70) == ([2], 6)
+    assert to_train(study, 60) == ([], 6)  # 5 epochs would be no better
+    study.append(run(1e-3, 0.91, 2, "retrain", epochs=6))
+    assert to_train(study, 70) == ([], 6)
+    assert to_train(study, 100) == ([1, 2], 8)
+
+
+def test_seeds_that_diverged_are_used_up_and_runs_without_weights_are_not_there(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study.append(replace(run(1e-3, 0.0, 1, "retrain"), status=Status.DIVERGED, value=None))
+    gone = run(1e-3, 0.9, 2, "retrain")
+    study.append(gone)
+    assert to_train(study, epochs=8) == ([3], 8)
+    monkeypatch.setattr(retraining, "_lost", lambda study, run: run.trial_id == gone.trial_id)
+    assert to_train(study, epochs=8) == ([2, 3], 8)
+
+
 def test_a_shorter_schedule_is_only_for_want_of_a_whole_one(study: Study) -> None:
     assert to_train(study, seconds=70) == ([1, 2], 6)
     assert to_train(study, seconds=20) == ([], 8)
@@ -495,6 +522,38 @@ def test_a_model_of_everything_that_the_clock_cut_short_is_trained_again(
     assert training.asked == [first, first]
     assert retrain_on_everything(a_job(study), clock=unbounded, **common)
     assert training.asked == [first, first]
+
+
+def test_shorter_models_of_everything_are_used_and_not_made_again(
+    study: Study, training: SimpleNamespace
+) -> None:
+    said: list[str] = []
+    common: dict[str, Any] = {"watch": Watch(), "say": said.append}
+    little = {"clock": Clock(time.time(), 120, retrain=1.0), **common}
+    assert retrain_on_everything(a_job(study), **little)
+    made = [(c.seed, c.epochs) for c in training.asked]
+    assert [seed for seed, _ in made] == [1, 2]
+    assert all(4 <= epochs < 8 for _, epochs in made)
+    study.fold_in_file.unlink()
+    training.asked.clear()
+    over = Clock(time.time() - 10, 1.0)
+    assert retrain_on_everything(a_job(study), clock=over, **common)
+    assert training.asked == []
+    assert "the mean of 2 models that learnt from everything" in said[-1]
+
+
+def test_new_seeds_take_the_place_of_folds_of_which_one_diverges(
+    study: Study, training: SimpleNamespace
+) -> None:
+    said: list[str] = []
+    training.ends = Status.DIVERGED
+    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": Watch(), "say": said.append}
+    assert retrain_folds(a_job(study), folds=4, trial_id=LUCKY.trial_id, **common)
+    assert said[1].startswith("A fold diverged")
+    assert [c.folds for c in training.asked] == [4] * 4 + [0] * 3
+    training.asked.clear()
+    assert retrain_folds(a_job(study), folds=4, trial_id=LUCKY.trial_id, way=Way(epochs=16), **common)
+    assert training.asked == []  # they would diverge again
 
 
 def test_where_nothing_learns_from_everything_that_is_said(study: Study, training: SimpleNamespace) -> None:

@@ -59,8 +59,8 @@ def ensemble(
     _restore(job, list({*trained, *(r for r in ready if r.is_recipe)}), say)
     paces = Paces(job)
     folded = _affordable(folds.ready(study), paces, max_seconds)
-    several = len(folded) > 1  # then these alone are chosen from
-    cooked = [] if several else soups.cook(job, trained, until=time.time() + SOUP_SHARE * clock.left)
+    _, on, _ = folds.judged_on(study, trained, folded)  # where it is out of fold, folds alone are chosen from
+    cooked = soups.cook(job, trained, until=time.time() + SOUP_SHARE * clock.left) if on == "val" else []
     for record in cooked:
         say(f"Soup {record.trial_id}: {record.reason}, {record.config.title}; val {record.value:.4f}.")
     candidates, on, asked = folds.judged_on(study, [*trained, *cooked], folded)

@@ -172,7 +172,7 @@ class _Field:
         means = raw if METRICS[metric].mode == "max" else -raw
         alike = means >= 2 * np.median(means) - means.max() - 2 * _of_pictures(raw, metric, pictures)
         steady = np.array([all(r.status is Status.FINISHED for r in runs) for runs in found.values()])
-        alike &= steady | ~steady.any()
+        alike = alike & steady if (alike & steady).any() else alike
         sd = noise([v for v, is_alike in zip(values, alike, strict=True) if is_alike], metric, pictures)
         first = [runs[0] for runs in found.values()]
         return cls(first, means, np.array([len(v) for v in values]), alike, sd)
@@ -366,7 +366,8 @@ class Reruns(Searcher):
     def next(self) -> TrialConfig | None:
         """The next rerun; None where there is none to make for the time being."""
         records, pending = self._study.records(), self._pending()
-        made = sum(r.stage == "confirm" and r.status in _ENDED for r in records)
+        ended = [r for r in records if r.stage == "confirm" and r.status in _ENDED]
+        made = sum(r.whole or r.status is not Status.FINISHED for r in ended)  # not what the clock cut short
         if made + len(pending) >= self._most:
             return None
         cut_off = (r for r in records if r.stage == "confirm" and r.status in CUT_OFF)

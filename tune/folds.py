@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import ray
 
 from carmodels.data import Split
 from carmodels.models import weights_damage
@@ -19,7 +20,7 @@ from carmodels.space import TrialConfig
 from carmodels.study import FOLD, FOLDS, Status, Study, TrialRecord
 from carmodels.training import parted
 from tune.confirm import judged
-from tune.trials import Job
+from tune.trials import Job, as_task
 
 MOST_FOLDED = 3  # configurations
 
@@ -57,20 +58,45 @@ def gather(study: Study) -> list[TrialRecord]:
         trained = places.get(config.id, -1) < max(places[r.trial_id] for r in runs)
         return trained or not study.has_predictions(config.id, "oof")
 
-    complete = {config: runs for config, runs in found.items() if len(runs) == config.folds}
-    return [_gathered(study, config) for config, runs in complete.items() if new(config, runs)]
+    def there(config: TrialConfig, runs: Sequence[TrialRecord]) -> bool:
+        return len(runs) == config.folds and all(study.has_predictions(r.trial_id, "oof") for r in runs)
+
+    return [
+        _gathered(study, config)
+        for config, runs in found.items()
+        if there(config, runs) and new(config, runs)
+    ]
+
+
+def restore(job: Job) -> None:
+    """Make anew what finished folds with intact weights have said, where it was lost or damaged."""
+    study, splits = job.study, job.splits
+    runs = [r for r in study.records() if r.stage == FOLD and r.status is Status.FINISHED]
+    names = ["oof", *(name for name in ("audit", "test") if len(getattr(splits, name)))]
+    wanted = ((r, name) for r in runs if not weights_damage(study.weights_file(r.trial_id)) for name in names)
+    lost = [(r, name) for r, name in wanted if not study.has_predictions(r.trial_id, name)]
+    if not lost:
+        return
+    task = as_task(_said, job.workers)
+    for (run, name), said in zip(lost, ray.get([task.remote(job, *one) for one in lost]), strict=True):
+        said.save(study.predictions_file(run.trial_id, name))
+
+
+def _said(job: Job, run: TrialRecord, name: str) -> Predictions:
+    pictures = parted(run.config, job.splits).val if name == "oof" else getattr(job.splits, name)
+    return job.predict_again(run, pictures, ("plain",))[0]
 
 
 def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
     runs, metric = runs_of(study, config), METRICS[study.metric]
-    _forget(study, config, runs)
+    study.forget_predictions(config.id)
     on_val = study.labels("val")
     labels = study.labels("train") | on_val
     oof = joined([study.predictions(r.trial_id, "oof") for r in runs]).aligned(list(labels))
     val = Predictions(tuple(on_val), oof.classes, oof.probs[[name in on_val for name in labels]])
     answers = {"oof": oof, "val": val}
     for split in ("audit", "test"):
-        if study.predictions_file(runs[0].trial_id, split).is_file():
+        if all(study.has_predictions(r.trial_id, split) for r in runs):
             answers[split] = blend([study.predictions(r.trial_id, split) for r in runs])
     for split, predictions in answers.items():
         predictions.save(study.predictions_file(config.id, split))
@@ -89,15 +115,6 @@ def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
     )
     study.append(record)
     return record
-
-
-def _forget(study: Study, config: TrialConfig, runs: Sequence[TrialRecord]) -> None:
-    """Delete what earlier models of these folds have said, which is made anew where it is asked for."""
-    stale = [study.predictions_file(config.id, "*")]
-    stale += [study.predictions_file(run.trial_id, "*", "*") for run in runs]  # through other views
-    for pattern in stale:
-        for file in pattern.parent.glob(pattern.name):
-            file.unlink()
 
 
 def joined(parts: Sequence[Predictions]) -> Predictions:

@@ -78,6 +78,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     clock = Clock(time.time())
     with setup.reopened(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
+        if options.folds:
+            retraining.check_folds(job.splits, options.folds, study.facts["seed"])
         completed = retraining.retrain_all(
             job,
             clock=clock,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from carmodels.catalog import UNFREEZE
-from carmodels.data import Splits
+from carmodels.data import Splits, with_fold
 from carmodels.models import weights_damage
 from carmodels.predictions import METRICS, blend
 from carmodels.space import TrialConfig
@@ -20,7 +20,7 @@ from tune.clock import Clock
 from tune.confirm import CONTENDERS, SLOWER, described, expected_seconds, judged
 from tune.costs import Costs, times_as_long
 from tune.dimensions import space_of
-from tune.folds import MOST_FOLDED, configs_of, gather, parent_of, ready, runs_of, whole
+from tune.folds import MOST_FOLDED, configs_of, gather, parent_of, ready, restore, runs_of, whole
 from tune.searcher import Queue
 from tune.trials import Job, Say, Watch, run_trials
 
@@ -294,22 +294,41 @@ def _to_train(
     for longest in way.all_of(chosen.config, names):
         like = replace(longest, head_seed=chosen.config.init_seed)  # so that they make a soup
         runs = _again(study, chosen, like)
-        done = {r.config.seed for r in runs if r.whole}
+        done = {r.config.seed for r in runs if r.whole and not _lost(study, r)}
         there = there or (like if runs else None)
         cut = {r.config.seed for r in runs if not r.whole}  # they stay, and other seeds are whole
         free = (seed for seed in itertools.count(first) if seed not in cut)
+        used_up = done | _diverged(study, like)
         configs = [replace(like, seed=seed) for seed in itertools.islice(free, seeds)]
         if like.continues:
             configs = [_onto(c, parents[i % len(parents)]) for i, c in enumerate(configs)]
-        missing = [c for c in configs if c.seed not in done]
+        missing = [c for c in configs if c.seed not in used_up]
         count, planned = room.holds(chosen, like, len(missing))
         if not missing or (count and planned == like.epochs):
             return missing[:count], like
         if done:
             return [], there or like  # a shorter schedule is only for want of a whole one
+    shorter = (replace(like, epochs=n) for n in range(like.epochs - 1, max(planned, 1) - 1, -1))
+    for made in shorter:  # for want of time, earlier
+        if seeds_made := {r.config.seed for r in _again(study, chosen, made) if r.whole}:
+            left = [replace(c, epochs=made.epochs) for c in missing[:count] if c.seed not in seeds_made]
+            return left if planned >= made.epochs else [], made
     if not count:
         return [], there or like
     return [replace(c, epochs=planned) for c in missing[:count]], replace(like, epochs=planned)
+
+
+def _lost(study: Study, run: TrialRecord) -> bool:
+    """Whether the weights of a finished run are gone or damaged, so that it is of no use."""
+    return bool(weights_damage(study.weights_file(run.trial_id)))
+
+
+def _diverged(study: Study, like: TrialConfig) -> set[int]:
+    """Seeds with which just that configuration diverged, as it would again."""
+    found = (r.config for r in study.records() if r.status is Status.DIVERGED and r.stage in TRAINED)
+    start, parent = like.head_seed, like.continues
+    alike = (c for c in found if replace(c, seed=like.seed, head_seed=start, continues=parent) == like)
+    return {c.seed for c in alike}
 
 
 def _onto(config: TrialConfig, parent: TrialRecord) -> TrialConfig:
@@ -434,10 +453,14 @@ def retrain_folds(
     completed = _train(
         job, list(missing), stage=FOLD, notes=notes, clock=clock, share=clock.retrain - less, watch=watch
     )
+    restore(job)
     for record in gather(study):
         say(f"{record.trial_id}: {record.note} ({len(splits.train) + len(splits.val)} pictures).")
     study.write_table()
     own = [r for r in ready(study) if parent_of(r) == chosen[0].trial_id]
+    if completed and not own and any(_fails(study, like, folds) for like in planned.values()):
+        say("A fold diverged, so that there is no whole set of the best: new seeds take their place.")
+        return retrain(job, clock=clock, watch=watch, say=say, trial_id=trial_id, way=way, less=less)
     best = replace(own[0].config, folds=0) if own else chosen[0].config
     _write_best(study, chosen[0], best, {r.trial_id: {"val": r.value} for r in own})
     return completed
@@ -464,9 +487,16 @@ def _done(study: Study) -> set[str]:
     return {r.trial_id for r in study.records() if r.status is Status.FINISHED and r.whole}
 
 
+def _fails(study: Study, like: TrialConfig, folds: int) -> bool:
+    """Whether one of its folds has diverged, as it would again."""
+    ids = {config.id for config in configs_of(like, folds)}
+    return any(r.trial_id in ids and r.status is Status.DIVERGED for r in study.records())
+
+
 def _missing_folds(study: Study, like: TrialConfig, folds: int) -> list[TrialConfig]:
-    done = _done(study)
-    return [config for config in configs_of(like, folds) if config.id not in done]
+    done, runs = _done(study), {r.trial_id: r for r in study.records()}
+    wanted = configs_of(like, folds)
+    return [c for c in wanted if c.id not in done or _lost(study, runs[c.id])]
 
 
 def _all_there(study: Study, like: TrialConfig, folds: int) -> bool:
@@ -486,6 +516,7 @@ def _begun_folds(study: Study, record: TrialRecord, folds: int, way: Way) -> lis
 def _fold_ways(study: Study, record: TrialRecord, folds: int, way: Way) -> list[TrialConfig]:
     """What its folds may be, those first that were begun."""
     ways = [*way.of(record.config), *_begun_folds(study, record, folds, way)]
+    ways = [like for like in ways if not _fails(study, like, folds)]
     return sorted(ways, key=lambda like: len(_missing_folds(study, like, folds)) == folds)
 
 
@@ -511,7 +542,7 @@ def _folds_to_train(
                 break
         else:
             if record == chosen[0] and not complete:
-                return _shorter_folds(study, record, folds, way, room, train)
+                return _shorter_folds(study, record, folds, way, room, train) if ways else {}
     return found
 
 
@@ -528,9 +559,10 @@ def _shorter_folds(
     per_epoch = room.seconds(best, like, train) / like.epochs
     shorter = int(room.left / (math.ceil(folds / room.workers) * per_epoch))
     begun = runs_of(study, whole(configs_of(like, folds)[0]))
-    if begun or shorter < _fewest(like.epochs):
+    fewer = replace(like, epochs=max(1, shorter))
+    if begun or shorter < _fewest(like.epochs) or _fails(study, fewer, folds):
         return {}
-    return {best: replace(like, epochs=shorter)}
+    return {best: fewer}
 
 
 def _loaded(busy: Sequence[float], runs: int, each: float) -> list[float]:
@@ -545,6 +577,11 @@ def check_test(splits: Splits) -> None:
     """Raises ValueError where there is nothing that models could answer which learnt from everything."""
     if not len(splits.test):
         raise ValueError("--fold-in: there are no test pictures to answer; leave it out")
+
+
+def check_folds(splits: Splits, folds: int, seed: int) -> None:
+    """Raises ValueError where the pictures do not fill so many folds."""
+    with_fold(splits, folds=folds, fold=0, seed=seed)
 
 
 def retrain_on_everything(
@@ -604,7 +641,14 @@ def _everything_to_train(
         count, planned = room.holds(chosen, like, len(missing), train)
         if not missing or (count and planned == like.epochs):
             break
-    missing = [c for m in missing[:count] if (c := replace(m, epochs=planned)).id not in done]
+    others = [r for r in study.records() if r.stage == FOLD_IN and r.status is Status.FINISHED]
+    shorter = {r.config for r in others if replace(r.config, seed=like.seed, epochs=like.epochs) == like}
+    alike |= {c.id for c in shorter}
+    if planned < like.epochs:  # what there is of as many epochs, or more, does not need to be made again
+        there = {c.seed for c in shorter if c.epochs >= planned and c.id in done}
+        missing = [c for c in missing if c.seed not in there]
+        count -= len(there)
+    missing = [replace(c, epochs=planned) for c in missing[: max(0, count)]]
     return missing, alike | {c.id for c in missing}
 
 

@@ -18,7 +18,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -149,6 +149,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     splits = setup.open_data(data, options, space.largest_size, options.seed, screen)
     if options.fold_in:
         retraining.check_test(splits)
+    if options.folds:
+        retraining.check_folds(splits, options.folds, options.seed)
     clock, trials = budget(options, space, bare, begun)
     facts = {
         "data": study.relative(data),
@@ -417,22 +419,44 @@ def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: S
             "yellow",
         )
     before = study.facts
+    same: dict[str, Callable[[Any], Any]] = {"warm_start": _names, "weights": partial(_place, study)}
     for name in ("preset", "space", "seed", "metric", "warm_start", "weights", "fingerprint", "split_hash"):
-        if before[name] != facts[name]:
+        told = same.get(name, _itself)
+        if told(before[name]) not in (told(facts[name]), None):
             raise ValueError(
                 f"--resume: {name} was {before[name]} in {study.folder} and is {facts[name]} now; "
                 "give the options of the first run, or another --study NAME"
             )
+    study.make_folders()
     study.write_splits(split_rows(splits))  # the same, were it not damaged
+    study.write_facts({**before, "data": facts["data"], "weights": facts["weights"]})  # they may have moved
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """Of earlier studies, whose trials the study has: they may lie elsewhere by now, seen from it."""
+    return [Path(folder).name for folder in folders]
+
+
+def _place(study: Study, weights: str) -> str | None:
+    """Where weights come from; None for a folder that is not there any more, as where a study was moved."""
+    if weights in ("hub", "none"):
+        return weights
+    place = study.resolved(weights)
+    return str(place) if place.is_dir() else None
 
 
 def begin(study: Study, facts: dict[str, Any], splits: Splits, earlier: Sequence[Study]) -> None:
     """Begin the study, in the place of one that is there."""
     if study.exists:
-        shutil.rmtree(study.folder)
-    study.begin(facts, split_rows(splits))
-    if earlier:
-        study.keep_earlier(earlier)
+        old = study.folder.with_name(f".{study.folder.name}.old")  # whole or not at all, if this is killed
+        shutil.rmtree(old, ignore_errors=True)
+        study.folder.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+    study.begin(facts, split_rows(splits), earlier)
 
 
 def split_rows(splits: Splits) -> list[tuple[str, str, int]]:

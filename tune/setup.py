@@ -304,6 +304,7 @@ def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Itera
         if options.address:
             data = study.resolved(study.facts["data"])
             look_at_machines(study, data, weights, options, screen)
+        study.make_folders()
         yield Job(study, splits, weights, workers, cache_folder(options), spent=study.spent())
 
 
@@ -313,6 +314,7 @@ def alone(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator
     splits, here = data_of(study, options, screen), _here()
     workers = Workers(1, here.cores, float(min(1, here.gpus)))
     with held(study):
+        study.make_folders()
         yield Job(study, splits, weights_of(study), workers, cache_folder(options))
 
 

@@ -254,6 +254,7 @@ def _falls_short(fitted: Fitted, study: Study) -> bool:
 def _leave(fitted: Fitted, job: Job) -> None:
     """Write a finished trial's probabilities of what it did not learn from, and its weights."""
     splits = parted(fitted.config, job.splits)
+    job.study.forget_predictions(fitted.config.id)  # those of an earlier run of it
     for split in (splits.val, splits.audit, splits.test):
         if len(split):
             predictions = job.predict(fitted.model, fitted.config, split)
