@@ -24,7 +24,13 @@ _AT_ONCE = 64  # pictures
 
 @torch.inference_mode()
 def taught(
-    teacher: Ensemble, splits: Splits, config: TrialConfig, *, views: int, device: str = "cpu"
+    teacher: Ensemble,
+    splits: Splits,
+    config: TrialConfig,
+    *,
+    views: int,
+    device: str = "cpu",
+    processes: int = 0,
 ) -> np.ndarray:
     """(V, N, C): what the teacher says of every train picture in each of `views` epochs of the student.
 
@@ -41,6 +47,7 @@ def taught(
             batch_size=_AT_ONCE,
             augment=AUGMENTS[config.augment],
             seed=config.seed,
+            processes=processes,
         )
         for shape in plain.recipe.inputs
     ]

@@ -17,7 +17,7 @@ from torch import nn
 from carmodels.batches import Loader
 from carmodels.catalog import VIEWS
 from carmodels.data import Split
-from carmodels.images import read_picture, shrink
+from carmodels.images import read_picture, room_for, shrink
 from carmodels.models import Classifier, Weights, build, load_weights
 from carmodels.space import TrialConfig
 from carmodels.study import Study, read_json
@@ -117,11 +117,19 @@ class Ensemble(nn.Module):
 
     @torch.inference_mode()
     def probabilities(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Pictures (H, W, 3) as `decoded` gives them -> (N, C) float32."""
+        """Pictures (H, W, 3) as `decoded` gives them -> (N, C) float32; in halves where memory runs out."""
         device = next(self.parameters()).device
-        images = [prepared(pictures, shape).to(device) for shape in self.recipe.inputs]
-        with autocast(device)():
-            return self(*images).cpu().numpy()
+        try:
+            images = [prepared(pictures, shape).to(device) for shape in self.recipe.inputs]
+            with autocast(device)():
+                return self(*images).cpu().numpy()
+        except torch.OutOfMemoryError:
+            if len(pictures) == 1:
+                raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(pictures) // 2
+        return np.concatenate([self.probabilities(some) for some in (pictures[:half], pictures[half:])])
 
 
 def _tempered(probs: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -131,7 +139,8 @@ def _tempered(probs: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def decoded(path: Path, max_size: int) -> np.ndarray:
     """A picture (H, W, 3) as a search's cache would hold it; ValueError, the reason alone, for a bad one."""
-    return shrink(read_picture(path), max_size)
+    with room_for(path):
+        return shrink(read_picture(path), max_size)
 
 
 def prepared(pictures: Sequence[np.ndarray], shape: Input) -> torch.Tensor:

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import struct
+import threading
 import time
 import warnings
 import zlib
@@ -33,13 +34,15 @@ from carmodels.files import write_whole
 
 cv2.setNumThreads(0)  # OpenCV takes every core of the machine otherwise, in each worker that imports this
 
-CACHE_VERSION = 2  # raise it whenever the bytes in the cache would come out differently
+CACHE_VERSION = 3  # raise it whenever the bytes in the cache would come out differently
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # by content, whatever the file is called
 # The cache's shorter side over the largest image size. On 150 photographs of cars9 every one came out within
 # 40 dB of decoding afresh, at 96 to 224 px as largest size; at 1.75 one did not, at 1.5 twelve, at 1.25 half
 # of them.
 SPARE = 2.0
 DUPLICATE_BITS = 6  # of 64; on cars9 all three pairs up to 6 are the same photograph, at 8 it is one in five
+MOST_ALIKE = 0.01  # of all pictures that near-duplicates of one may be
+LARGE = 30e6  # pixels from which on pictures are decoded one at a time: they take 4 bytes each
 # what Pillow lets out on damaged files, as found by trying some thousands
 _PARSER_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, struct.error)
 _CHUNK = 64  # pictures decoded before they are written out, which bounds memory
@@ -93,6 +96,17 @@ def _turn_upright(image: Image.Image) -> None:
         _raise_machine_trouble(error)
 
 
+_one_large = threading.Lock()
+
+
+@contextlib.contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """While a picture is decoded: of large ones, by their headers, one at a time in this process."""
+    size = _header_size(path)
+    with _one_large if size and size[0] * size[1] > LARGE else contextlib.nullcontext():
+        yield
+
+
 def _raise_machine_trouble(error: Exception) -> None:
     """Too few file handles or too little memory say nothing about the file that was being read."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -117,7 +131,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def shrink(image: Image.Image, max_size: int) -> np.ndarray:
@@ -141,20 +155,33 @@ def perceptual_hash(image: Image.Image) -> int:
 def near_duplicate_groups(hashes: np.ndarray) -> np.ndarray:
     """hashes (N,) uint64 -> (N,) int64: the first row of the group that each row belongs to.
 
-    Rows are linked where at most `DUPLICATE_BITS` bits differ; a group is what hangs together by links.
+    Rows are linked where at most `DUPLICATE_BITS` bits differ; a group is what hangs together by links. Many
+    pictures of little detail hang together though they are no copies: groups of more than `MOST_ALIKE` of
+    all, and of 20, are cut by ever stricter links.
     """
-    distinct, inverse = np.unique(hashes, return_inverse=True)
-    pairs = np.concatenate([np.empty((0, 2), np.int64), *_close_pairs(distinct)])
-    links = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(distinct),) * 2)
-    group = connected_components(links, directed=False)[1][inverse]
-    _, first, inverse = np.unique(group, return_index=True, return_inverse=True)
+    distinct, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    group, most = np.zeros(len(distinct), np.int64), max(20, MOST_ALIKE * len(hashes))
+    for bits in range(DUPLICATE_BITS, -1, -1):
+        rows = np.bincount(group, weights=counts)
+        for large in np.flatnonzero(rows > most) if bits < DUPLICATE_BITS else [0]:
+            members = np.flatnonzero(group == large)
+            group[members] = group.max(initial=0) + 1 + _linked(distinct[members], bits)
+    _, first, inverse = np.unique(group[inverse], return_index=True, return_inverse=True)
     return first[inverse]
 
 
-def _close_pairs(hashes: np.ndarray, block: int = 256) -> Iterator[np.ndarray]:
+def _linked(hashes: np.ndarray, bits: int) -> np.ndarray:
+    """hashes (N,) -> (N,) number of the group, by links where at most so many bits differ."""
+    pairs = np.concatenate([np.empty((0, 2), np.int64), *_close_pairs(hashes, bits)])
+    links = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(hashes),) * 2)
+    found: np.ndarray = connected_components(links, directed=False)[1]
+    return found
+
+
+def _close_pairs(hashes: np.ndarray, bits: int, block: int = 256) -> Iterator[np.ndarray]:
     for start in range(0, len(hashes), block):
         distance = np.bitwise_count(hashes[start : start + block, None] ^ hashes[None, start:])
-        yield np.argwhere(distance <= DUPLICATE_BITS) + start
+        yield np.argwhere(distance <= bits) + start
 
 
 class ImageCache:
@@ -335,10 +362,11 @@ def _build(paths: Sequence[Path], folder: Path, max_size: int, on_progress: Prog
 def _decode_all(paths: Sequence[Path], max_size: int) -> Iterator[tuple[np.ndarray, int] | BrokenPicture]:
     def decode(path: Path) -> tuple[np.ndarray, int] | BrokenPicture:
         try:
-            image = read_picture(path)
+            with room_for(path):
+                image = read_picture(path)
+                return shrink(image, max_size), perceptual_hash(image)
         except BrokenPicture as reason:
             return reason
-        return shrink(image, max_size), perceptual_hash(image)
 
     with (
         ThreadPoolExecutor() as pool,

@@ -86,6 +86,8 @@ class Weights:
         for name in backbones:
             try:
                 create_backbone(name, image_size=224, weights=self)
+                if self.is_folder:
+                    _check_loaded(name, self)
             except (OSError, RuntimeError, ValueError, SafetensorError, HTTPError) as error:
                 where = "from the hub" if self.source == "hub" else f"from {self.file(name)}"
                 first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -114,6 +116,18 @@ def create_backbone(name: str, *, image_size: int, weights: Weights) -> TimmNetw
     if path := weights.file(name):
         arguments["pretrained_cfg_overlay"] = {"file": str(path)}
     return timm.create_model(name, pretrained=weights.source != "none", num_classes=0, **arguments)
+
+
+def _check_loaded(name: str, weights: Weights) -> None:
+    """Raises ValueError for a file that leaves weights as they were made: timm takes what fits by name."""
+    networks = []
+    for source in (weights, Weights("none")):
+        torch.manual_seed(0)
+        networks.append(create_backbone(name, image_size=224, weights=source))
+    loaded, random = (dict(network.named_parameters()) for network in networks)
+    for key, value in loaded.items():
+        if value.ndim > 1 and value.std() > 0 and torch.equal(value, random[key]):
+            raise ValueError(f"it holds nothing for {key}, as timm's {name} calls it")
 
 
 def create_head(row: Head, *, depth: int, dropout: float, features: int, classes: int) -> nn.Sequential:

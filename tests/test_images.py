@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from carmodels import images as images_module
 from carmodels.batches import squash
 from carmodels.images import (
     DUPLICATE_BITS,
@@ -314,6 +315,30 @@ def test_groups_are_what_brute_force_finds() -> None:
     found = near_duplicate_groups(np.array(codes, dtype=np.uint64))
     assert found.tolist() == group
     assert group[300:] == [0, 1, 1, 303]
+
+
+def test_what_hangs_together_without_being_copies_is_cut() -> None:
+    rng = np.random.default_rng(0)
+    codes, steps = [int(rng.integers(0, 2**63))], 100
+    for _ in range(steps):  # each differs from the one before by four bits, and from others by more
+        bits = rng.choice(63, 4, replace=False)
+        codes.append(codes[-1] ^ sum(1 << int(bit) for bit in bits))
+    codes += codes[:5]
+    alone = [int(code) for code in rng.integers(0, 2**63, 200)]
+    found = near_duplicate_groups(np.array(codes + alone, dtype=np.uint64))
+    assert np.bincount(found).max() <= 20
+    assert found[-205:-200].tolist() == found[:5].tolist()  # copies stay together
+    few = near_duplicate_groups(np.array(codes[:15], dtype=np.uint64))
+    assert few.tolist() == [0] * 15
+
+
+def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(0, 200, 100).save(tmp_path / "a.png")
+    for least, alone in ((19_999, True), (20_000, False)):
+        monkeypatch.setattr(images_module, "LARGE", least)
+        with images_module.room_for(tmp_path / "a.png"):
+            assert images_module._one_large.locked() == alone
+        assert not images_module._one_large.locked()
 
 
 def test_a_copy_in_another_size_and_quality_is_a_near_duplicate_and_another_picture_is_not(

@@ -167,6 +167,14 @@ def test_a_damaged_weights_file_is_one_line_with_the_way_out(tmp_path: Path) -> 
         Weights.parse(str(tmp_path)).fetch(["lcnet_035"])
 
 
+def test_weights_of_other_names_are_refused_and_not_left_out(tmp_path: Path, weights: Weights) -> None:
+    weights.fetch(["test_resnet"])
+    stored = load_file(weights.file("test_resnet"))
+    save_file({f"model.{key}": value for key, value in stored.items()}, tmp_path / "test_resnet.safetensors")
+    with pytest.raises(ValueError, match=r"could not be loaded from .* \(it holds nothing for "):
+        Weights(str(tmp_path)).fetch(["test_resnet"])
+
+
 def test_what_a_source_holds_is_known_without_a_network(weights: Weights) -> None:
     assert weights.has("test_resnet")
     assert not weights.has("resnet50")

@@ -28,7 +28,7 @@ from carmodels.export import TOLERANCE
 from carmodels.models import Weights, save_weights
 from carmodels.predictions import Predictions, blend, sure_from, with_temperature
 from carmodels.space import TrialConfig
-from carmodels.study import Status, Study, TrialRecord, read_json, write_json
+from carmodels.study import FOLD, Status, Study, TrialRecord, read_json, write_json
 from carmodels.training import fit
 from carmodels.training import predict as probabilities_of
 from tune import setup
@@ -131,6 +131,21 @@ def test_pictures_are_answered_as_in_the_study(ensemble: Ensemble, audit: Predic
     assert np.abs(one - ensemble.probabilities(pictures)[:1]).max() < 1e-5
 
 
+def test_where_memory_runs_out_pictures_are_answered_in_halves(
+    ensemble: Ensemble, audit: Predictions, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = [decoded(picture(drawn, name), 96) for name in audit.ids[:5]]
+    expected, forward = ensemble.probabilities(pictures), Ensemble.forward
+
+    def small(self: Ensemble, *images: torch.Tensor) -> torch.Tensor:
+        if len(images[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *images)
+
+    monkeypatch.setattr(Ensemble, "forward", small)
+    np.testing.assert_allclose(ensemble.probabilities(pictures), expected, atol=1e-5)
+
+
 def test_answers_are_printed_and_written(
     study: Study, audit: Predictions, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +188,9 @@ def test_what_is_asked_for_in_vain_is_one_line(
     folder = str(study.folder)
     empty = tmp_path / "empty"
     empty.mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "README.md").write_text("mine")
     for arguments, words in (
         ([folder], "there is nothing to do: give pictures or folders, --export DIR or --serve"),
         ([folder, "/no/such.jpg"], "/no/such.jpg does not exist: give pictures or folders of pictures"),
@@ -181,6 +199,10 @@ def test_what_is_asked_for_in_vain_is_one_line(
         ([folder, str(empty), "--port", "1"], "--port 1 is for --serve; add that or leave it out"),
         ([folder, "~no-one/x"], "'~no-one/x': there is no such home folder; write the path in full"),
         ([folder, "x", "--out", folder], f"--out {folder} must name a file in a folder that exists"),
+        (
+            [folder, "--export", str(other)],
+            f"--export {other} holds a README.md that is no model's; give another folder",
+        ),
         ([str(tmp_path), "x", "--not-sure", "0"], "x does not exist: give pictures or folders of pictures"),
     ):
         assert answered(arguments) == 2
@@ -315,6 +337,13 @@ def test_the_worst_mistakes_get_a_small_picture_and_a_map_each(
             "picture": thumbnail(picture),
             "map": overlay(occlusion(ensemble, picture, mistake.column)),
         }
+    results = read_json(study.ensemble_file)
+    write_json(
+        study.ensemble_file, {**results, "members": [{**m, "stage": FOLD} for m in results["members"]]}
+    )
+    write_thumbnails(study, ensemble, splits, seconds=math.inf)
+    assert {entry["map"] for entry in read_json(study.thumbnails_file).values()} == {None}
+    write_json(study.ensemble_file, results)
 
 
 @pytest.fixture

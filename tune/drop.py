@@ -70,7 +70,9 @@ def render(study: Study, limit: Threshold) -> str:
     here = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=here, autoescape=True, undefined=jinja2.StrictUndefined)
     names = study.facts["class_names"]
-    return environment.get_template("drop.html").render(name=study.folder.name, limit=limit, names=names)
+    return environment.get_template("drop.html").render(
+        name=study.folder.name, limit=limit, names=names, most_bytes=MOST_BYTES
+    )
 
 
 class _Visitor(local.LocalPage):

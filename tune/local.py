@@ -40,7 +40,11 @@ def serve(page: Callable[..., LocalPage], port: int, words: str, screen: Screen)
     """Answer on this machine alone until Ctrl-C; `words` go before the address. ValueError for no port."""
     if not 0 <= port < 65536:
         raise ValueError(f"--port {port} must be from 0 to 65535")
-    with ThreadingHTTPServer(("127.0.0.1", port), page) as server:
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), page)
+    except OSError as error:
+        raise ValueError(f"--port {port} is taken ({error.strerror}); give another, or 0 for any") from None
+    with server:
         screen.say(f"{words} http://127.0.0.1:{server.server_port} (Ctrl-C ends).")
         try:
             server.serve_forever()

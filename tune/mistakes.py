@@ -13,7 +13,7 @@ from PIL import Image
 
 from carmodels.data import Splits
 from carmodels.ensemble import SQUARES, Ensemble, occlusion
-from carmodels.study import Study, write_json
+from carmodels.study import FOLD, Study, read_json, write_json
 
 MOST = 8  # mistakes that are shown
 SIDE = 240  # pixels, the longer side of a thumbnail: 5 to 15 KB each
@@ -71,8 +71,11 @@ def found_mistakes(study: Study) -> Mistakes | None:
 def write_thumbnails(study: Study, ensemble: Ensemble, splits: Splits, *, seconds: float = SECONDS) -> None:
     """Small pictures of the worst mistakes, each with a map of what spoke for the answer, for the report.
 
-    There are maps as far as `seconds` reach.
+    There are maps as far as `seconds` reach, but none of an ensemble of folds: all but one of its models have
+    learnt the picture, and would be asked, too.
     """
+    if any(member["stage"] == FOLD for member in read_json(study.ensemble_file)["members"]):
+        seconds = 0.0
     found = found_mistakes(study)
     worst = found.worst if found else ()
     row_of = dict(zip(splits.val.ids, splits.val.rows.tolist(), strict=True))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from carmodels.ensemble import Ensemble, of_study
+from carmodels.ensemble import EXPORTED, Ensemble, of_study
 from carmodels.export import TOLERANCE, check_packages, export
 from carmodels.files import user_path
 from carmodels.study import Study
@@ -85,6 +85,11 @@ def _check(options: argparse.Namespace) -> None:
     if options.port is not None and not options.serve:
         raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
     if options.export:
+        folder = user_path(options.export)
+        if (folder / EXPORTED[-1]).exists() and not (folder / EXPORTED[0]).exists():
+            raise ValueError(
+                f"--export {options.export} holds a {EXPORTED[-1]} that is no model's; give another folder"
+            )
         check_packages()
 
 

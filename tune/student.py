@@ -48,7 +48,8 @@ def distil(
     config = _student(job, backbone, epochs, say)
     views = min(VIEWS, config.epochs)
     say(f"The ensemble is shown train, {len(splits.train)} pictures in {views} crops each.")
-    answers = taught(teacher, splits, config, views=views, device=device)
+    processes = job.workers.processes
+    answers = taught(teacher, splits, config, views=views, device=device, processes=processes)
     val = study.predictions("ensemble", "val")
     assert splits.train.labels is not None
     confidence = float(val.probs.max(axis=1).mean())
@@ -58,7 +59,15 @@ def distil(
         f"its answers get a temperature of {softness:.2f}."
     )
     started = time.time()
-    fitted = fit(config, splits, weights=job.weights, device=device, targets=targets, on_epoch=on_epoch)
+    fitted = fit(
+        config,
+        splits,
+        weights=job.weights,
+        device=device,
+        processes=processes,
+        targets=targets,
+        on_epoch=on_epoch,
+    )
     if fitted.best is None:
         raise ValueError(
             f"the student's loss was not finite in epoch {len(fitted.history)}; a lower lr helps"

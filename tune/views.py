@@ -28,7 +28,7 @@ from carmodels.predictions import (
 )
 from carmodels.space import TrialConfig
 from carmodels.study import FOLDS, TrialRecord
-from carmodels.training import predict, view_size
+from carmodels.training import view_size
 from tune import folds
 from tune.trials import Job, as_task
 
@@ -71,11 +71,12 @@ def prediction_seconds(job: Job, config: TrialConfig, size: int) -> float:
     model = build(config, classes=len(job.splits.classes), weights=Weights("none"))
     val = job.splits.val
     assert val.labels is not None
-    some = Split(val.name, val.ids[:_TIMED], val.labels[:_TIMED], val.rows[:_TIMED])
+    many = _TIMED * (1 + job.workers.processes)  # loader processes take a while to begin
+    some = Split(val.name, val.ids[:many], val.labels[:many], val.rows[:many])
     taken = []
     for _ in range(3):
         started = time.monotonic()
-        predict(model, job.splits, some, config=config, device=job.workers.device)
+        job.predict(model, config, some)
         taken.append(time.monotonic() - started)
     return min(taken[1:]) / len(some)
 
