@@ -94,6 +94,7 @@ MEANS = {
         ("goes on as long again", "goes on as long again, another order"),
         "mean of three new models",
     ),
+    "goes on twice as long, beside a new model for as long": (("goes on twice as long",), "2 times as long"),
 }
 VARIANTS = {
     "base": Variant({}, larger=(*LARGER, TUNED)),
