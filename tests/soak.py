@@ -192,7 +192,7 @@ def kill_worker(process: subprocess.Popen[str], family: list[psutil.Process]) ->
 
 
 def kill_ray(process: subprocess.Popen[str], family: list[psutil.Process]) -> bool:
-    own = [p for p in family if name_of(p).split("/")[-1].split(" ")[0] in ("raylet", "gcs_server")]
+    own = [p for p in family if Path(name_of(p).split(" ")[0]).name in ("raylet", "gcs_server")]
     for part in own:
         part.kill()
     return bool(own)
