@@ -146,6 +146,17 @@ class TutorialDraws(Draws):
         super().__init__(*arguments, seed=seed, **{**named, "queue": (), "fits": lambda config: True})
         self._ot_study.sampler = optuna.samplers.TPESampler(seed=seed)
 
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """A stopped trial is told as complete with its last value, as Ray's OptunaSearch does."""
+        stopped = bool(result) and not error and not (result or {}).get("status")
+        if stopped and trial_id in self._ot_trials and result and self.metric in result:
+            self.on_trial_result(trial_id, result)
+            self._tell(trial_id, result[self.metric])
+        else:
+            super().on_trial_complete(trial_id, result, error)
+
 
 class TutorialScheduler(Scheduler):
     """ASHA with the tutorials' grace period, no clock, nobody protected."""

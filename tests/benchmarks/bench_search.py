@@ -73,6 +73,9 @@ def main() -> None:
     parser.add_argument(
         "--trial-share", type=float, default=TRIAL_SHARE, help="of the budget that a trial of ours may take"
     )
+    parser.add_argument(
+        "--no-recipe", action="store_true", help="ours without the competitor's recipe as the first trial"
+    )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if not INSTALLED and "HyperBand + BOHB" in options.methods:
@@ -92,6 +95,7 @@ def main() -> None:
         trees=options.trees,
         budget=options.budget,
         share=options.trial_share,
+        recipe_first=not options.no_recipe,
     )
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         outcomes = list(pool.map(run, jobs, chunksize=5))
@@ -100,6 +104,7 @@ def main() -> None:
         for name in options.methods
     }
     parts = [options.half, *(["trees"] if options.trees else []), *([f"from-{first}"] if first else [])]
+    parts += ["without-recipe"] if options.no_recipe else []
     if options.budget != BUDGET or options.trial_share != TRIAL_SHARE:
         parts.append(f"{options.budget:g}-seconds-share-{options.trial_share:g}")
     if options.methods != [*METHODS]:
@@ -155,7 +160,13 @@ def prepared(path: Path, half: str, trees: bool) -> tuple[Surrogate, Space, floa
 
 
 def one(
-    job: tuple[str, int], curves: Path, half: str, trees: bool, budget: float, share: float
+    job: tuple[str, int],
+    curves: Path,
+    half: str,
+    trees: bool,
+    budget: float,
+    share: float,
+    recipe_first: bool,
 ) -> list[float]:
     """Regret in points at each fraction, seconds to within a point of the best, and trials, of one search."""
     warnings.simplefilter("ignore")
@@ -164,7 +175,8 @@ def one(
     np.random.seed(seed)  # noqa: NPY002  Ray's schedulers draw from it
     surrogate, space, best = prepared(curves, half, trees)
     clock = Clock()
-    method = partial(ours, budget=budget, share=share) if name == "ours" else METHODS[name]
+    own = partial(ours, budget=budget, share=share, recipe_first=recipe_first)
+    method = own if name == "ours" else METHODS[name]
     searcher, scheduler = method(seed, surrogate, space, clock)
     seen = simulate(
         searcher,
@@ -245,6 +257,7 @@ def ours(
     *,
     budget: float = BUDGET,
     share: float = TRIAL_SHARE,
+    recipe_first: bool = True,
 ) -> tuple[Searcher, TrialScheduler]:
     """The searcher and the scheduler of a search, as `stages.search` makes them, the recipe first."""
     plan = Plan(surrogate.curves.costs(), budget, WORKERS, longest=share * budget)
@@ -258,7 +271,7 @@ def ours(
         seed=seed,
         limit=None,
         fits=plan.fits,
-        queue=[recipe],
+        queue=[recipe] if recipe_first else [],
     )
     scheduler = Scheduler(
         metric=METRIC,
