@@ -67,13 +67,24 @@ def test_the_grace_period_lets_every_strategy_open_its_backbone(epochs: int) -> 
     assert grace_period(epochs) == min(epochs, slowest + 2)
 
 
-def test_a_protected_trial_runs_its_whole_schedule_and_still_counts_as_a_peer() -> None:
+def test_a_protected_trial_runs_its_whole_schedule_and_is_no_peer_of_others() -> None:
     scheduler = made(protect=("recipe",))
     for name in "abc":
         tell(scheduler, name, 2, 0.9)
     assert [tell(scheduler, "recipe", e, 0.1) for e in range(2, 9)] == [TrialScheduler.CONTINUE] * 7
     tell(scheduler, "d", 2, 0.89)
-    assert scheduler.reasons["d"].endswith("rank 4 of 5")
+    assert scheduler.reasons["d"].endswith("rank 4 of 4")
+
+
+def test_nor_is_it_one_where_a_search_goes_on() -> None:
+    config = TrialConfig("test_resnet", image_size=32, epochs=EPOCHS)
+    curve = tuple(EpochMetrics(e, 1.0, 1.0, 0.9, 0.9, 1.0) for e in range(1, EPOCHS + 1))
+    record = TrialRecord("recipe", config, Status.FINISHED, EPOCHS, 0.9, 8.0, "ran", curve=curve)
+    scheduler = made(protect=("recipe",))
+    scheduler.replay([record])
+    assert tell(scheduler, "a", 2, 0.1) == TrialScheduler.CONTINUE
+    scheduler.replay([replace(record, trial_id="other")])
+    assert tell(scheduler, "b", 2, 0.1) == TrialScheduler.STOP
 
 
 def test_a_last_result_is_never_stopped() -> None:

@@ -27,6 +27,9 @@ class Deadline:
 class Scheduler(AsyncHyperBandScheduler):
     """ASHA (Li et al., 2020) with reasons for its stops, a clock, and trials that always run to their end.
 
+    Those that do are no peers of others at a rung: the competitor's recipe is ahead of better trials in its
+    fourth epoch, and would have the first ones stopped (results/search/NOTES.md).
+
     A result that carries `status` is a trial's last and is never stopped. Ray calls this object in the driver
     only.
     """
@@ -60,6 +63,8 @@ class Scheduler(AsyncHyperBandScheduler):
     def replay(self, records: Iterable[TrialRecord]) -> None:
         """Fill the rungs with what an earlier run of the same study has seen, in its order."""
         for record in records:
+            if record.trial_id in self._protect:
+                continue
             trial: Any = SimpleNamespace(trial_id=record.trial_id)  # all that a bracket asks of a trial
             for epoch in record.curve:
                 sign = self._metric_op if np.isfinite(epoch.value) else np.nan
@@ -71,10 +76,10 @@ class Scheduler(AsyncHyperBandScheduler):
             return TrialScheduler.CONTINUE
         epoch, epochs = result["epoch"], trial.config["epochs"]
         reason = self._too_late(result["seconds"], epoch, epochs)
-        if not reason and epoch < epochs:
+        if not reason and epoch < epochs and result["config_id"] not in self._protect:
             peers = self._peers(trial, epoch)
             action = super().on_trial_result(tune_controller, trial, result)
-            if action == TrialScheduler.STOP and result["config_id"] not in self._protect:
+            if action == TrialScheduler.STOP:
                 reason = self._reason(result[self._metric], peers, epoch)
         if reason:
             self.reasons[trial.trial_id] = reason
