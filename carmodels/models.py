@@ -85,9 +85,9 @@ class Weights:
             huggingface_hub.constants.HF_HUB_OFFLINE = True  # what is on this disk will do, without retries
         for name in backbones:
             try:
-                create_backbone(name, image_size=224, weights=self)
+                network = _seeded_backbone(name, self)
                 if self.is_folder:
-                    _check_loaded(name, self)
+                    _check_loaded(network, _seeded_backbone(name, Weights("none")))
             except (OSError, RuntimeError, ValueError, SafetensorError, HTTPError) as error:
                 where = "from the hub" if self.source == "hub" else f"from {self.file(name)}"
                 first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -118,16 +118,19 @@ def create_backbone(name: str, *, image_size: int, weights: Weights) -> TimmNetw
     return timm.create_model(name, pretrained=weights.source != "none", num_classes=0, **arguments)
 
 
-def _check_loaded(name: str, weights: Weights) -> None:
-    """Raises ValueError for a file that leaves weights as they were made: timm takes what fits by name."""
-    networks = []
-    for source in (weights, Weights("none")):
+def _seeded_backbone(name: str, weights: Weights) -> TimmNetwork:
+    """As `create_backbone`; what is not loaded is the same at each call."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        networks.append(create_backbone(name, image_size=224, weights=source))
-    loaded, random = (dict(network.named_parameters()) for network in networks)
-    for key, value in loaded.items():
-        if value.ndim > 1 and value.std() > 0 and torch.equal(value, random[key]):
-            raise ValueError(f"it holds nothing for {key}, as timm's {name} calls it")
+        return create_backbone(name, image_size=224, weights=weights)
+
+
+def _check_loaded(loaded: nn.Module, random: nn.Module) -> None:
+    """Raises ValueError where weights are as they were made: timm takes of a file what fits by name."""
+    made = dict(random.named_parameters())
+    for key, value in loaded.named_parameters():
+        if value.ndim > 1 and value.std() > 0 and torch.equal(value, made[key]):
+            raise ValueError(f"it holds nothing for {key}, as timm calls it")
 
 
 def create_head(row: Head, *, depth: int, dropout: float, features: int, classes: int) -> nn.Sequential:

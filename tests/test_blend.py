@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,24 @@ def test_the_check_looks_at_nothing_but_its_half_and_keeps_to_the_cost() -> None
     assert some.best_of(list(probs)) == best
     free = library(probs)
     assert free.check(until=0).before >= some.check(until=0).before - 0.1
+
+
+def test_what_is_chosen_on_one_half_does_not_know_the_labels_of_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half = EVERY[: ROWS // 2]
+    probs = {f"m{n}": answers(1.5, n) for n in range(4)}
+    spoilt = np.where(EVERY < ROWS // 2, TRUTH, (TRUTH + 1) % 4)
+    said: list[np.ndarray] = []
+
+    def caught(choose: Callable[..., tuple[np.ndarray, np.ndarray]], *given: object, **more: object) -> None:
+        said.extend(choose(half))
+
+    monkeypatch.setattr("tune.blend.nested_check", caught)
+    for truth in (TRUTH, spoilt):
+        replace(library(probs), truth=truth).check(until=0)
+    for one, other in zip(said[:2], said[2:], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("helps", [True, False])

@@ -166,37 +166,45 @@ def test_damaged_weights_stay_out_of_the_ensemble_by_name(left: Job, config: Tri
     assert words.startswith(f"Left out: {path} is damaged (")
 
 
-def test_a_soup_that_the_clock_cut_short_is_tried_again_where_there_is_time(
-    left: Job, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soups are made in this process."""
+    monkeypatch.setattr(soups, "as_task", lambda function, workers: SimpleNamespace(remote=function))
+    monkeypatch.setattr(soups.ray, "get", lambda made: made)
+
+
+def ingredients(left: Job, config: TrialConfig) -> tuple[TrialRecord, TrialRecord, str]:
+    """Two runs, and the name of their soup, whose weights are there."""
     record = ended(replace(config, epochs=1))
     other = replace(record, trial_id="other")
     name = soups.soup_id([record, other])
+    save_weights(build(config, classes=3, weights=Weights("none")), left.study.weights_file(name))
+    return record, other, name
+
+
+@pytest.mark.usefixtures("here")
+def test_a_soup_that_the_clock_cut_short_is_tried_again_where_there_is_time(
+    left: Job, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, other, name = ingredients(left, config)
     old = replace(record, trial_id=name, stage=soups.STAGE, reason=f"of 2 of 9, {soups._CUT} after 2 of them")
     left.study.append(old)
-    save_weights(build(config, classes=3, weights=Weights("none")), left.study.weights_file(name))
     new = replace(old, reason="of 3 of 9", value=0.7)
     monkeypatch.setattr(soups, "_cook", lambda job, name, *more: new)
-    monkeypatch.setattr(soups, "as_task", lambda function, workers: SimpleNamespace(remote=function))
-    monkeypatch.setattr(soups.ray, "get", lambda made: made)
     assert soups.cook(left, [record, other], until=0.0) == [old]
     assert soups.cook(left, [record, other], until=time.time() + 99) == [new]
     monkeypatch.setattr(soups, "_cook", lambda job, name, *more: pytest.fail("it is whole"))
     assert soups.cook(left, [record, other], until=time.time() + 99) == [new]
 
 
+@pytest.mark.usefixtures("here")
 def test_a_soup_that_was_damaged_is_tried_again_and_not_read(
     left: Job, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = ended(replace(config, epochs=1))
-    other = replace(record, trial_id="other")
-    name = soups.soup_id([record, other])
+    record, other, name = ingredients(left, config)
     left.study.append(replace(record, trial_id=name, stage=soups.STAGE))
-    save_weights(build(config, classes=3, weights=Weights("none")), left.study.weights_file(name))
     tried: list[str] = []
     monkeypatch.setattr(soups, "_cook", lambda job, name, *more: tried.append(name))
-    monkeypatch.setattr(soups, "as_task", lambda function, workers: SimpleNamespace(remote=function))
-    monkeypatch.setattr(soups.ray, "get", lambda made: made)
     assert [r.trial_id for r in soups.cook(left, [record, other], until=0.0)] == [name]
     assert tried == []
     cut(left.study.weights_file(name), 0.5)

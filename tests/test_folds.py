@@ -21,7 +21,6 @@ from carmodels.study import FOLD, FOLD_IN, FOLDS, Status, Study, TrialRecord
 from carmodels.training import parted, predict
 from tune import folds, trials
 from tune.blend import Library, _affordable, _answers
-from tune.retraining import check_folds
 from tune.trials import Job, Workers
 from tune.views import Members, Paces
 
@@ -277,9 +276,9 @@ def test_what_folds_have_said_and_lost_is_made_anew_from_their_weights(
 
 
 def test_more_folds_than_the_pictures_fill_are_refused_beforehand(splits: Splits) -> None:
-    check_folds(splits, 2, 0)
+    folds.check_filled(splits, 2, 0)
     with pytest.raises(ValueError, match="folds=500: no picture is left for"):
-        check_folds(splits, 500, 0)
+        folds.check_filled(splits, 500, 0)
 
 
 def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_mean(

@@ -33,7 +33,7 @@ from carmodels.training import fit
 from carmodels.training import predict as probabilities_of
 from tune import setup
 from tune.answers import found_pictures, threshold
-from tune.drop import Desk, _Visitor, render
+from tune.drop import MOST_BYTES, Desk, _Visitor, render
 from tune.mistakes import found_mistakes, overlay, thumbnail, write_thumbnails
 from tune.predict import parser, run
 
@@ -408,6 +408,11 @@ def test_a_picture_dropped_on_the_page_is_named_with_what_spoke_for_it(
     bad.write_bytes(b"no picture")
     shown("file").send_keys(str(bad))
     WebDriverWait(browser, 60).until(lambda b: "This file is of no use" in shown("answer").text)
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    shown("file").send_keys(str(large))
+    WebDriverWait(browser, 60).until(lambda b: "40 MB at most" in shown("answer").text)
     errors = [row for row in browser.get_log("browser") if "422" not in row["message"]]
     assert not errors
     browser.save_screenshot(str(tmp_path / "page.png"))

@@ -675,6 +675,8 @@ def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights was"):
         search.check_resumed(study, {**now, "weights": "../../others"}, splits, screen)  # type: ignore[arg-type]
     (tmp_path / "weights").rmdir()
+    with pytest.raises(ValueError, match="weights was"):
+        search.check_resumed(study, {**now, "weights": "none"}, splits, screen)  # type: ignore[arg-type]
     search.check_resumed(study, {**now, "weights": "../../others"}, splits, screen)  # type: ignore[arg-type]
     assert study.facts["weights"] == "../../others"
     with pytest.raises(ValueError, match="weights was"):

@@ -14,6 +14,7 @@ WHOLE_SHARE = 0.97  # by when a stage has ended that is the last; what it leaves
 UNCONFIRMED_SHARE = 0.08  # of the time, more for the search where nothing is run again
 STOPS_SHARE = 0.10  # of the time, less for the search where its stops are audited
 LATE_SHARE = 0.2  # of the retraining's time that trials may take which turn out slower than planned
+LATE_RETRAIN_SHARE = 0.3  # likewise of the ensemble's time, for retraining
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import ray
 
-from carmodels.data import Split
+from carmodels.data import Split, Splits, with_fold
 from carmodels.models import weights_damage
 from carmodels.predictions import METRICS, Predictions, blend
 from carmodels.space import TrialConfig
@@ -23,6 +23,11 @@ from tune.confirm import judged
 from tune.trials import Job, as_task
 
 MOST_FOLDED = 3  # configurations
+
+
+def check_filled(splits: Splits, folds: int, seed: int) -> None:
+    """Raises ValueError where the pictures do not fill so many folds."""
+    with_fold(splits, folds=folds, fold=0, seed=seed)
 
 
 def configs_of(config: TrialConfig, folds: int) -> list[TrialConfig]:

@@ -15,7 +15,7 @@ from carmodels.files import user_path
 from carmodels.models import Weights
 from carmodels.space import setting
 from carmodels.study import Study
-from tune import retraining, setup
+from tune import folds, retraining, setup
 from tune.clock import Clock
 from tune.console import Screen
 
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     with setup.reopened(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
         if options.folds:
-            retraining.check_folds(job.splits, options.folds, study.facts["seed"])
+            folds.check_filled(job.splits, options.folds, study.facts["seed"])
         completed = retraining.retrain_all(
             job,
             clock=clock,

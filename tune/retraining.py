@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from carmodels.catalog import UNFREEZE
-from carmodels.data import Splits, with_fold
+from carmodels.data import Splits
 from carmodels.models import weights_damage
 from carmodels.predictions import METRICS, blend
 from carmodels.space import TrialConfig
 from carmodels.study import FOLD, FOLD_IN, TRAINED, Status, Study, TrialRecord, write_json
 from carmodels.submission import write_submission
-from tune.clock import Clock
+from tune.clock import LATE_RETRAIN_SHARE, Clock
 from tune.confirm import CONTENDERS, SLOWER, described, expected_seconds, judged
 from tune.costs import Costs, times_as_long
 from tune.dimensions import space_of
@@ -26,7 +26,6 @@ from tune.trials import Job, Say, Watch, run_trials
 
 SEEDS = 3  # runs of the best
 FOLD_IN_SHARE = 0.06  # of the time, less for retraining where a last run on everything follows
-LATE_SHARE = 0.3  # of the ensemble's time that runs may take which turn out slower than planned
 LONGER = 2.0  # times a trial's epochs, where there is time: +5.9 points in results/final/NOTES.md
 LEAST_OF_A_TRIAL = 0.5  # of its epochs: no shorter schedule is begun
 NEW_HEAD = {"head", "head_depth"}  # what the weights of another configuration do not fit
@@ -248,7 +247,7 @@ def _train(
             replace(job, workers=replace(job.workers, packed=0), until=end),
             stage=stage,
             begun=clock.begun,
-            end=clock.late(share, 1.0, LATE_SHARE),
+            end=clock.late(share, 1.0, LATE_RETRAIN_SHARE),
             search_alg=Queue(configs, metric=study.metric, mode=METRICS[study.metric].mode),
             notes=notes,
             watch=watch,
@@ -577,11 +576,6 @@ def check_test(splits: Splits) -> None:
     """Raises ValueError where there is nothing that models could answer which learnt from everything."""
     if not len(splits.test):
         raise ValueError("--fold-in: there are no test pictures to answer; leave it out")
-
-
-def check_folds(splits: Splits, folds: int, seed: int) -> None:
-    """Raises ValueError where the pictures do not fill so many folds."""
-    with_fold(splits, folds=folds, fold=0, seed=seed)
 
 
 def retrain_on_everything(

@@ -18,7 +18,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -150,7 +150,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     if options.fold_in:
         retraining.check_test(splits)
     if options.folds:
-        retraining.check_folds(splits, options.folds, options.seed)
+        folds.check_filled(splits, options.folds, options.seed)
     clock, trials = budget(options, space, bare, begun)
     facts = {
         "data": study.relative(data),
@@ -419,10 +419,8 @@ def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: S
             "yellow",
         )
     before = study.facts
-    same: dict[str, Callable[[Any], Any]] = {"warm_start": _names, "weights": partial(_place, study)}
     for name in ("preset", "space", "seed", "metric", "warm_start", "weights", "fingerprint", "split_hash"):
-        told = same.get(name, _itself)
-        if told(before[name]) not in (told(facts[name]), None):
+        if not _alike(study, name, before[name], facts[name]):
             raise ValueError(
                 f"--resume: {name} was {before[name]} in {study.folder} and is {facts[name]} now; "
                 "give the options of the first run, or another --study NAME"
@@ -432,21 +430,12 @@ def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: S
     study.write_facts({**before, "data": facts["data"], "weights": facts["weights"]})  # they may have moved
 
 
-def _itself(value: Any) -> Any:
-    return value
-
-
-def _names(folders: Sequence[str]) -> list[str]:
-    """Of earlier studies, whose trials the study has: they may lie elsewhere by now, seen from it."""
-    return [Path(folder).name for folder in folders]
-
-
-def _place(study: Study, weights: str) -> str | None:
-    """Where weights come from; None for a folder that is not there any more, as where a study was moved."""
-    if weights in ("hub", "none"):
-        return weights
-    place = study.resolved(weights)
-    return str(place) if place.is_dir() else None
+def _alike(study: Study, name: str, before: Any, now: Any) -> bool:
+    """Whether two facts of a study are the same, seen from where the study lies now, which may have moved."""
+    if name == "warm_start":  # the study has their trials
+        return [Path(folder).name for folder in before] == [Path(folder).name for folder in now]
+    moved = name == "weights" and not {before, now} & {"hub", "none"} and not study.resolved(before).is_dir()
+    return moved or before == now
 
 
 def begin(study: Study, facts: dict[str, Any], splits: Splits, earlier: Sequence[Study]) -> None:

@@ -30,8 +30,8 @@ def cook(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> list[T
     study = job.study
     there = {r.trial_id: r for r in study.records() if not weights_damage(study.weights_file(r.trial_id))}
     groups = {soup_id(group): group for group in _kinds(candidates)}
-    again = {n for n in groups if n in there and _CUT in there[n].reason and time.time() < until}
-    missing = {name: group for name, group in groups.items() if name not in there or name in again}
+    whole = {name for name, record in there.items() if _CUT not in record.reason or time.time() > until}
+    missing = {name: group for name, group in groups.items() if name not in whole}
     task = as_task(_cook, job.workers)
     for record in ray.get([task.remote(job, *item, until) for item in missing.items()]):
         if record is not None:

@@ -247,8 +247,8 @@ def finished_before(study: Study, trial_id: str) -> TrialRecord | None:
 
 def _falls_short(fitted: Fitted, study: Study) -> bool:
     """Whether the clock cut it short before it came as far as a run before it, whose files then stay."""
-    before = finished_before(study, fitted.config.id)
-    return fitted.ending == "time" and before is not None and len(fitted.history) < before.epochs_run
+    before = finished_before(study, fitted.config.id) if fitted.ending == "time" else None
+    return before is not None and len(fitted.history) < before.epochs_run
 
 
 def _leave(fitted: Fitted, job: Job) -> None:

@@ -51,10 +51,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the studies there")
     parser.add_argument("--only-report", action="store_true", help="no runs, only the table")
     options = parser.parse_args()
-    known = answers()
-    known = known[known["hours"] == options.hours]
-    others = answers()
-    others = others[others["hours"] != options.hours]
+    kept = answers()
+    known, others = kept[kept["hours"] == options.hours], kept[kept["hours"] != options.hours]
     missing = [seed for seed in range(options.seeds) if seed not in set(known["seed"])]
     for seed in [] if options.only_report else missing[: options.most]:
         with tempfile.TemporaryDirectory() as folder:
