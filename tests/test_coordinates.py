@@ -17,7 +17,7 @@ GOOD = TrialConfig("efficientnet_b0", image_size=192, epochs=8, unfreeze="full",
 
 def expected(config: TrialConfig, space: Space = CPU) -> float:
     coordinates = Coordinates(space)
-    return float(coordinates.trends(coordinates.of(config)[None]).sum())
+    return float(coordinates.trends(coordinates.of(config)[None])[0] @ coordinates.coefficients)
 
 
 @pytest.mark.parametrize("preset", list(SPACES))
@@ -42,10 +42,21 @@ def test_every_draw_has_a_place(preset: str) -> None:
         {"unfreeze": "gradual"},
         {"lr": 2e-2, "layer_decay": 1.0},
         {"lr": 3e-4, "layer_decay": 0.35},
+        {"lr": 2e-2, "layer_decay": 0.35},  # the rate of the backbone would be in the middle
     ],
 )
 def test_what_is_expected_to_be_worse(worse: dict[str, object]) -> None:
     assert expected(replace(GOOD, **worse)) < expected(GOOD) - 0.1  # type: ignore[arg-type]
+
+
+def test_trends_have_no_level_and_leave_open_on_which_side_of_the_middle_rates_are_best() -> None:
+    coordinates = Coordinates(CPU)
+    x = np.random.default_rng(0).random((20_000, len(coordinates.categorical)))
+    trends = coordinates.trends(x)
+    assert abs(trends.mean(0)).max() < 0.02
+    tilts = trends[:, coordinates.coefficients == 0]
+    off = x[:, [*CPU.dimensions].index("lr")] - 0.5
+    assert abs(np.corrcoef(tilts.T, off)[-1, :-1]).max() == pytest.approx(1)
 
 
 def test_what_seldom_matters_is_expected_to_matter_little() -> None:

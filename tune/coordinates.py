@@ -18,6 +18,7 @@ MINOR = ("head_depth", "dropout", "augment", "label_smoothing", "mixup", "cutmix
 _LONGER = 1.0
 _GROUPS = 16  # about as many layer groups as a backbone has
 _MIDDLE = 0.5  # where a coordinate has no say
+_BEND, _TILT = 2.0, 1.5  # of what is expected along a rate: results/search/NOTES.md
 _DEFAULTS = {field.name: field.default for field in fields(TrialConfig)}
 
 
@@ -40,6 +41,9 @@ class Coordinates:
         self.categorical = np.array([not _ordered(d) for d in dimensions.values()] + [False] * len(extra))
         self.longer = np.array([_LONGER * (name in MINOR) for name in names + extra])
         self._rising = np.array([n in ("image_size", "size", "learning") for n in names + extra])
+        self._inside = np.array([n in ("lr", "layer_decay", "rate") for n in names + extra])
+        rising, inside = self._rising.sum(), self._inside.sum()
+        self.coefficients = np.repeat([1.0, 1.0, 0.0], [rising, inside, inside])  # (T,) expected of trends
 
     def of(self, config: TrialConfig) -> np.ndarray:
         """(D,) the place of a configuration of the space; in the middle where a dimension is not drawn."""
@@ -56,10 +60,12 @@ class Coordinates:
     def trends(self, x: np.ndarray) -> np.ndarray:
         """(N, D) places -> (N, T): what is expected of them beforehand, in standard deviations, by cause.
 
-        Larger networks and pictures are better, as is letting the backbone learn, and a rate inside its range
-        rather than at an end of it. Each has the mean 0 over its coordinate.
+        Larger networks and pictures are better, as is letting the backbone learn. Of learning rates and their
+        decay over the layers the best lies inside the range, where exactly being open: a bend down to the
+        ends, and a tilt, whose coefficient may as well be below 0. Each has the mean 0 over its coordinate.
         """
-        return np.column_stack([x[:, self._rising] - _MIDDLE, 1 / 3 - 4 * (x[:, -1] - _MIDDLE) ** 2])
+        off = x[:, self._inside] - _MIDDLE
+        return np.column_stack([x[:, self._rising] - _MIDDLE, _BEND * (1 / 12 - off**2), _TILT * off])
 
 
 class _Span:

@@ -24,7 +24,7 @@ _NOISE, _TIME, _LENGTHS = 3, 4, 5  # places in theta; what follows is a length f
 _LENGTH = (math.log(0.8), 0.8)  # of a coordinate, which lies in [0, 1]
 _CURVE_LENGTH, _OWN_LENGTH = 0.5, 1.0  # in time, of what is not the configuration's
 _ALIKE = 0.8  # correlation between a configuration's effects in two tasks
-_TREND = 1.0  # standard deviation of a trend's coefficient around the 1 that is expected
+_TREND = 1.0  # standard deviation of a trend's coefficient around what is expected
 _STEPS = 40  # of the optimiser at most
 _JITTER = 1e-8
 
@@ -62,7 +62,7 @@ class Process:
     Williams, Gaussian Processes for Machine Learning, 2006) times one over time, as in multi-fidelity
     optimisation (Klein et al., 2017; Wistuba et al., 2022); other tasks tell of it by a fixed correlation
     (Bonilla et al., 2008; Swersky et al., 2013). Trends are what is expected beforehand, each with a normal
-    coefficient around 1, which values correct (section 2.7 of the book). Hyperparameters are the most
+    coefficient, which values correct (section 2.7 of the book). Hyperparameters are the most
     probable ones under priors, so that few points do not overfit (Hvarfner et al., 2024).
     """
 
@@ -71,14 +71,16 @@ class Process:
         categorical: np.ndarray,
         longer: np.ndarray,
         trends: Callable[[np.ndarray], np.ndarray] = lambda x: np.zeros((len(x), 0)),
+        coefficients: np.ndarray | float = 1.0,
     ) -> None:
         """`categorical` (D,) marks coordinates whose options are equally far from each other.
 
         `longer` (D,) is added to the prior mean of each length's logarithm: at 1, a coordinate is expected
-        to matter less than the others. `trends` takes configurations (N, D) to (N, T).
+        to matter less than the others. `trends` takes configurations (N, D) to (N, T), `coefficients` (T,)
+        are what is expected of theirs.
         """
         self._categorical = categorical
-        self._trends = trends
+        self._trends, self._coefficients = trends, coefficients
         means, spreads = zip(*_PRIORS.values(), *[_LENGTH] * len(categorical), strict=True)
         self._prior = np.array(means) + np.concatenate([np.zeros(_LENGTHS), longer])
         self._spread = np.array(spreads)
@@ -106,7 +108,7 @@ class Process:
 
     def expected(self, points: Points) -> np.ndarray:
         """(N,) what is expected before anything was seen."""
-        level: np.ndarray = self._trends(points.x).sum(1)
+        level: np.ndarray = (self._trends(points.x) * self._coefficients).sum(1)
         return level
 
     def between(self, a: Points, b: Points) -> np.ndarray:

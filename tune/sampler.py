@@ -48,7 +48,10 @@ class CurveSampler(optuna.samplers.BaseSampler):
         self._accepts = accepts
         self._coordinates = Coordinates(space)
         self._process = Process(
-            self._coordinates.categorical, self._coordinates.longer, self._coordinates.trends
+            self._coordinates.categorical,
+            self._coordinates.longer,
+            self._coordinates.trends,
+            self._coordinates.coefficients,
         )
         self._fitted_to = 0  # ended runs
         self._failures = Process(self._coordinates.categorical, self._coordinates.longer)

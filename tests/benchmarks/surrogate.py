@@ -100,10 +100,11 @@ class Surrogate:
 
     The logits of each configuration's accuracies, a mean over its seeds, are a mean curve plus `SHAPES`
     principal components; the weight of each is a Gaussian process over the configuration (Matern kernel, a
-    length for each feature; Rasmussen and Williams, 2006). Noise is that of the repeated seeds: a part that
-    stays with a run, and one that is new in every epoch. Seconds are extremely randomised trees (Geurts et
-    al., 2006), one row an epoch. With `trees` the weights are such trees, too: a truth of another kind, which
-    no searcher that models with Gaussian processes has an advantage on.
+    length for each feature; Rasmussen and Williams, 2006). Noise is normal with the covariance of the
+    repeated seeds over epochs: new in each at first, a run's own at the end, where the rate is low. Seconds
+    are extremely randomised trees (Geurts et al., 2006), one row an epoch. With `trees` the weights are such
+    trees, too: a truth of another kind, which no searcher that models with Gaussian processes has an
+    advantage on.
     """
 
     def __init__(
@@ -112,9 +113,9 @@ class Surrogate:
         seed: int = 0,
         *,
         trees: bool = False,
-        noise: tuple[float, float] | None = None,
+        noise: np.ndarray | None = None,
     ) -> None:
-        """`noise` is that of a run and of an epoch, by default what the curves' own repeats show."""
+        """`noise` (epochs, epochs) is its covariance, by default what the curves' own repeats show."""
         self.curves = curves
         numbers = sorted(curves.configs)
         means = np.array(
@@ -137,7 +138,9 @@ class Surrogate:
         seconds = np.concatenate([curves.seconds[k] for k in keys])
         self._seconds = ExtraTreesRegressor(300, max_features=0.6, random_state=seed)
         self._seconds.fit(rows, np.log(np.maximum(seconds, 0.05)))
-        self.run_noise, self.epoch_noise = noise or repeat_noise(curves)
+        covariance = repeat_noise(curves) if noise is None else noise
+        values, vectors = np.linalg.eigh(covariance)
+        self._noise = vectors * np.sqrt(np.maximum(values, 0))  # (epochs, epochs), a root of the covariance
         self._known: dict[TrialConfig, tuple[np.ndarray, np.ndarray]] = {}
 
     def of(self, config: TrialConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -158,8 +161,8 @@ class Surrogate:
 
     def sample(self, mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(epochs,) a run's accuracies around the mean."""
-        noise = rng.normal(0, self.run_noise) + rng.normal(0, self.epoch_noise, len(mean))
-        return np.clip(mean + noise, 0, 1)
+        noise = self._noise @ rng.normal(size=len(self._noise))
+        return np.clip(mean + noise[: len(mean)], 0, 1)
 
 
 BACKBONES = ("mobilenetv2_035", "mobilenetv2_100", "mobilenetv1_100")
@@ -222,20 +225,17 @@ def errors(known: Curves, unseen: Curves, *, trees: bool = False) -> dict[str, f
     }
 
 
-def repeat_noise(curves: Curves) -> tuple[float, float]:
-    """Standard deviations over seeds: of a run as a whole, and of an epoch around its run."""
+def repeat_noise(curves: Curves) -> np.ndarray:
+    """(epochs, epochs) covariance of accuracies around their configuration's mean, over its seeds, pooled."""
     by_config = defaultdict(list)
     for number, seed in sorted(curves.accuracy):
         by_config[number].append(curves.accuracy[number, seed])
     groups = [np.array(runs) for runs in by_config.values() if len(runs) > 1]
     if not groups:
-        return 0.01, 0.01
-    runs = [group - group.mean(0) for group in groups]  # (seeds, epochs), around the configuration's mean
-    scale = [len(group) / (len(group) - 1) for group in groups]
-    whole = float(np.mean([k * (r.mean(1) ** 2).mean() for k, r in zip(scale, runs, strict=True)]))
-    rest = [r - r.mean(1, keepdims=True) for r in runs]
-    each = float(np.mean([k * (r**2).mean() for k, r in zip(scale, rest, strict=True)]))
-    return whole**0.5, each**0.5
+        return 1e-4 * np.eye(len(next(iter(curves.accuracy.values()))))
+    apart = np.concatenate([runs - runs.mean(0) for runs in groups])  # (runs, epochs)
+    covariance: np.ndarray = apart.T @ apart / (len(apart) - len(groups))
+    return covariance
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
