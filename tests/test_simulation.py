@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -287,3 +287,21 @@ def test_bohb_draws_what_the_space_could_have_drawn(simulation: Any) -> None:
         result = {"accuracy": config.lr, "hyperband_info": {"budget": 2}}
         searcher.on_trial_result(str(number), result)
     assert searcher.bohber.kde_models
+
+
+def test_noise_around_a_surrogate_is_that_of_the_repeated_seeds(simulation: Any) -> None:
+    """At the end of a schedule a run keeps the luck it has."""
+    from surrogate import Curves, Surrogate, repeat_noise
+
+    curves = Curves.read(ROOT / "results" / "curves" / "cars9-cpu.csv")
+    covariance = repeat_noise(curves)
+    spread = np.sqrt(np.diag(covariance))
+    correlation = covariance / np.outer(spread, spread)
+    assert 0.01 < spread.min() < spread.max() < 0.04
+    assert correlation[-1, -2] > 0.7 > 0.3 > correlation[0, 1]
+    surrogate = Surrogate(curves.only(range(12)), noise=covariance)
+    rng, mean = np.random.default_rng(0), np.full(8, 0.5)
+    drawn = np.array([surrogate.sample(mean, rng) for _ in range(4000)])
+    assert np.cov(drawn.T) == pytest.approx(covariance, abs=0.1 * spread.max() ** 2)
+    single = {key: value for key, value in curves.accuracy.items() if key[1] == 0}
+    assert repeat_noise(replace(curves, accuracy=single)) == pytest.approx(1e-4 * np.eye(8))
