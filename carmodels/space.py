@@ -333,8 +333,12 @@ class Space:
             if doubles := [v for n, v in enumerate(options) if v in options[:n]]:
                 raise ValueError(f"--set {text}: {doubles[0]!r} is there more than once")
             new = Choice(options, old.when if old else None)
-        dimensions = {n: new if n == name else d for n, d in self.dimensions.items()} | {name: new}
-        return replace(self, dimensions=dimensions, fixed=fixed)._checked(f"--set {text}")
+        dimensions: dict[str, Dimension] = {}
+        for n, d in self.dimensions.items():
+            if d.when and d.when[0] == name:  # what is drawn under a condition comes after it
+                dimensions.setdefault(name, new)
+            dimensions[n] = new if n == name else d
+        return replace(self, dimensions=dimensions | {name: new}, fixed=fixed)._checked(f"--set {text}")
 
     def _checked(self, source: str) -> Space:
         """Itself, once every value makes a configuration; ValueError naming its source otherwise."""

@@ -59,6 +59,17 @@ def test_trends_have_no_level_and_leave_open_on_which_side_of_the_middle_rates_a
     assert abs(np.corrcoef(tilts.T, off)[-1, :-1]).max() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("override", ["layer_decay=1.0", "layer_decay=0.6,0.8", "lr=1e-3", "lr=1e-3,1e-2"])
+def test_of_a_single_range_of_rates_the_effect_is_expected_once(override: str) -> None:
+    space = CPU.with_override(override)
+    coordinates = Coordinates(space)
+    assert (coordinates.coefficients == 0).sum() == 1
+    assert coordinates.trends(np.full((1, len(coordinates.categorical)), 0.5)).shape == (1, 5)
+    two = [replace(GOOD, layer_decay=decay, lr=1e-3) for decay in (0.6, 0.8)]
+    if override == "layer_decay=0.6,0.8":
+        assert abs(expected(two[0], space) - expected(two[1], space)) < 0.5
+
+
 def test_what_seldom_matters_is_expected_to_matter_little() -> None:
     coordinates = Coordinates(CPU)
     names = [*CPU.dimensions, "size", "learning", "rate"]

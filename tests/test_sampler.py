@@ -75,6 +75,37 @@ def test_values_that_are_not_finite_or_far_off_do_no_harm() -> None:
     assert max(unlikely(c) for c in configs) > 0.3
 
 
+def test_where_most_have_the_best_value_there_can_be_the_others_stay_apart() -> None:
+    sampler, coordinates = CurveSampler(SPACE, seed=0), Coordinates(SPACE)
+    configs = [TrialConfig(**suggest(trial, SPACE)) for trial in random_trials(6)]
+    values = (1.0, 1.0, 1.0, 1.0, 0.99, 0.5)
+    runs = [
+        _Run(c, coordinates.of(c), {1.0: v}, True, False, 0) for c, v in zip(configs, values, strict=True)
+    ]
+    _, scaled = sampler._points(runs)
+    assert scaled[3] - scaled[4] < 0.2 * (scaled[3] - scaled[5])
+
+
+def test_trials_of_this_study_take_part_in_a_fit_beside_many_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampler, coordinates = CurveSampler(SPACE, seed=0), Coordinates(SPACE)
+    configs = [TrialConfig(**suggest(trial, SPACE)) for trial in random_trials(310)]
+    runs = [
+        _Run(c, coordinates.of(c), {1.0: n / 310}, True, False, int(n < 300)) for n, c in enumerate(configs)
+    ]
+    fitted: list[tuple[int, int]] = []
+
+    def fit(points: Points, values: np.ndarray) -> None:
+        fitted.append((int((points.task == 1).sum()), int((points.task == 0).sum())))
+
+    monkeypatch.setattr(sampler._process, "fit", fit)
+    for count in (300, 302, 304, 304, 310):
+        sampler._model(runs[:count])
+    assert [own for _, own in fitted] == [0, 4, 9]
+    assert all(100 <= other <= 150 for other, _ in fitted)
+
+
 def test_a_region_where_trials_fail_is_left() -> None:
     study = optuna.create_study(direction="maximize", sampler=CurveSampler(SPACE, seed=0))
     sizes = []

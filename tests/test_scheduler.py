@@ -76,6 +76,18 @@ def test_a_protected_trial_runs_its_whole_schedule_and_is_no_peer_of_others() ->
     assert scheduler.reasons["d"].endswith("rank 4 of 4")
 
 
+def test_nor_is_it_one_when_it_ends() -> None:
+    """Ray enters the last value of a trial that ends at the last rung it has passed."""
+    scheduler = made(protect=("recipe",))
+    for name in ("recipe", "other"):
+        tell(scheduler, name, 1, 0.9)
+        trial = SimpleNamespace(trial_id=name)
+        scheduler.on_trial_complete(None, trial, {"epoch": 3, "score": 0.9, "config_id": name})
+        assert name not in scheduler._trial_info
+        stopped = tell(scheduler, f"after {name}", 2, 0.1)
+        assert stopped == (TrialScheduler.CONTINUE if name == "recipe" else TrialScheduler.STOP)
+
+
 def test_nor_is_it_one_where_a_search_goes_on() -> None:
     config = TrialConfig("test_resnet", image_size=32, epochs=EPOCHS)
     curve = tuple(EpochMetrics(e, 1.0, 1.0, 0.9, 0.9, 1.0) for e in range(1, EPOCHS + 1))

@@ -154,6 +154,17 @@ def test_the_competitors_recipe_is_in_reach_of_every_preset(preset: str) -> None
     assert recipe.backbone == ("legacy_xception" if preset == "gpu" else largest)
 
 
+def test_a_dimension_that_is_there_again_comes_before_those_that_hang_on_it() -> None:
+    """As when a command line is corrected at its end."""
+    space = SPACES["cpu"].with_override("head_depth=1").with_override("head_depth=0,1,2")
+    names = [*space.dimensions]
+    assert names.index("head_depth") < names.index("dropout")
+    assert dict(space.dimensions) == dict(SPACES["cpu"].dimensions)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [TrialConfig(**suggest(study.ask(), space)) for _ in range(20)]
+    assert len({config.dropout for config in drawn if config.head_depth}) > 5
+
+
 def test_an_override_replaces_a_range_a_choice_or_a_fixed_value() -> None:
     space = SPACES["cpu"]
     assert space.with_override("image_size=64,128").image_sizes == (64, 128)

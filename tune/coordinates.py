@@ -41,9 +41,11 @@ class Coordinates:
         self.categorical = np.array([not _ordered(d) for d in dimensions.values()] + [False] * len(extra))
         self.longer = np.array([_LONGER * (name in MINOR) for name in names + extra])
         self._rising = np.array([n in ("image_size", "size", "learning") for n in names + extra])
-        self._inside = np.array([n in ("lr", "layer_decay", "rate") for n in names + extra])
-        rising, inside = self._rising.sum(), self._inside.sum()
-        self.coefficients = np.repeat([1.0, 1.0, 0.0], [rising, inside, inside])  # (T,) expected of trends
+        ranges = {n for n in ("lr", "layer_decay") if isinstance(dimensions.get(n), Range)}
+        inside = {"rate"} | (ranges if len(ranges) == 2 else set())  # of one range, rate says it all
+        self._inside = np.array([n in inside for n in names + extra])
+        counts = [self._rising.sum(), len(inside), len(inside)]
+        self.coefficients = np.repeat([1.0, 1.0, 0.0], counts)  # (T,) expected of trends
 
     def of(self, config: TrialConfig) -> np.ndarray:
         """(D,) the place of a configuration of the space; in the middle where a dimension is not drawn."""

@@ -53,7 +53,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
             self._coordinates.trends,
             self._coordinates.coefficients,
         )
-        self._fitted_to = 0  # ended runs
+        self._fitted_to = -1  # ended runs of this study
         self._failures = Process(self._coordinates.categorical, self._coordinates.longer)
         self._failures_fitted_to = 0  # ended runs
         self._fallback = optuna.samplers.RandomSampler(seed=seed)
@@ -106,10 +106,13 @@ class CurveSampler(optuna.samplers.BaseSampler):
     def _model(self, runs: Sequence[_Run]) -> Posterior:
         """What the runs tell of all configurations. Hyperparameters are fitted anew from time to time."""
         told = [run for run in runs if run.curve]
-        ended = [run for run in told if run.ended]
+        before = [run for run in told if run.task]
+        ended = [run for run in told if run.ended and not run.task]
         due = _fit_at(len(ended))
-        if due and due != self._fitted_to:
-            self._process.fit(*self._points(ended[:due][:: math.ceil(due / _FIT_RUNS)]))
+        if due != self._fitted_to and (due or len(before) >= _FIRST_FIT):
+            own = _thinned(ended[:due], _FIT_RUNS)
+            others = _thinned(before, max(1, _FIT_RUNS - len(own)))
+            self._process.fit(*self._points([*others, *own]))
             self._fitted_to = due
         points, values = self._points(told)
         model = self._process.condition(points, values)
@@ -139,7 +142,8 @@ class CurveSampler(optuna.samplers.BaseSampler):
         for one in np.unique(task):
             found = values[task == one]
             middle = np.median(found)
-            cut = np.maximum(found, middle - _CUT * max(found.max() - middle, 1e-9))
+            above = found.max() - middle or found.std()  # 0 where most have the best value there can be
+            cut = np.maximum(found, middle - _CUT * above)
             level = expected[task == one].mean()
             scaled[task == one] = (cut - cut.mean()) / max(cut.std(), 1e-9) + level
         return points, scaled

@@ -85,6 +85,13 @@ class Scheduler(AsyncHyperBandScheduler):
             self.reasons[trial.trial_id] = reason
         return TrialScheduler.STOP if reason else TrialScheduler.CONTINUE
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Ray enters a trial's last value at the rung that it has passed: not that of a protected one."""
+        if result.get("config_id") in self._protect:
+            self._trial_info.pop(trial.trial_id, None)
+        else:
+            super().on_trial_complete(tune_controller, trial, result)
+
     def _too_late(self, seconds: float, epoch: int, epochs: int) -> str:
         """Why the clock stops this trial; empty while what is left of it fits in, by its pace so far."""
         now = time.time()

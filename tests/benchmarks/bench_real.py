@@ -95,7 +95,7 @@ def run(arm: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[
     subprocess.run(command, cwd=folder, check=True)
     study = Study(folder / "study")
     results = read_json(study.ensemble_file)
-    audit, records = results["audit"], study.records()
+    audit, records = results["audit"], [r for r in study.records() if r.stage == "search"]
     pictures = audit["pictures"]
     return {
         "trials": len(records),
