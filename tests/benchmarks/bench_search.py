@@ -2,9 +2,10 @@
 
 Searchers and schedulers against each other in simulated time, on surrogates of the learning curves in
 results/curves (`collect_curves.py` makes them). Regret is in points of noise-free val accuracy, of the
-model that a search has in hand at 1/8, 1/4, 1/2 and the whole of its budget. Two surrogates, of disjoint
-halves of the configurations: `--half design` to develop on, `--half final` for the table that is quoted;
-with `--trees` the truth is a forest instead of a Gaussian process.
+model that a search has in hand at 1/8, 1/4, 1/2 and the whole of its budget. A search of ours begins with
+the competitor's recipe, which costs it time and teaches it nothing; it is also run without. Two surrogates,
+of disjoint halves of the configurations: `--half design` to develop on, `--half final` for the table that is
+quoted; with `--trees` the truth is a forest instead of a Gaussian process.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -53,7 +55,8 @@ STAMP = {"seed": 0, "metric": "accuracy", "data": "", "split": ""}
 METRIC, EPOCHS = "accuracy", 8
 _MANY = 20_000  # random configurations, whose best stands for the best there is
 
-Method = Callable[[int, Surrogate, Space, Clock], tuple[Searcher, TrialScheduler]]
+OURS = ("ours", "ours, no recipe")
+Method = Callable[..., tuple[Searcher, TrialScheduler]]  # of seed, surrogate, space and clock
 
 
 def main() -> None:
@@ -72,9 +75,6 @@ def main() -> None:
     )
     parser.add_argument(
         "--trial-share", type=float, default=TRIAL_SHARE, help="of the budget that a trial of ours may take"
-    )
-    parser.add_argument(
-        "--no-recipe", action="store_true", help="ours without the competitor's recipe as the first trial"
     )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
@@ -95,7 +95,6 @@ def main() -> None:
         trees=options.trees,
         budget=options.budget,
         share=options.trial_share,
-        recipe_first=not options.no_recipe,
     )
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         outcomes = list(pool.map(run, jobs, chunksize=5))
@@ -104,29 +103,31 @@ def main() -> None:
         for name in options.methods
     }
     parts = [options.half, *(["trees"] if options.trees else []), *([f"from-{first}"] if first else [])]
-    parts += ["without-recipe"] if options.no_recipe else []
     if options.budget != BUDGET or options.trial_share != TRIAL_SHARE:
         parts.append(f"{options.budget:g}-seconds-share-{options.trial_share:g}")
     if options.methods != [*METHODS]:
-        parts += [name.replace(" ", "") for name in options.methods]
+        parts += [re.sub(r"\W+", "-", name).strip("-").lower() for name in options.methods]
     if options.curves != parser.get_default("curves"):
         parts.append(options.curves.stem)
     if options.seeds != parser.get_default("seeds"):
         parts.append(f"{options.seeds}-seeds")
-    report(by_method, "-".join(parts))
+    for reference in [one for one in OURS if one in by_method] or [None]:
+        report(
+            by_method, "-".join([*parts, *(["without-recipe"] if reference == OURS[1] else [])]), reference
+        )
 
 
-def report(by_method: dict[str, np.ndarray], name: str) -> None:
-    """Mean regrets with the paired difference to ours, and the time to come within a point."""
-    ours = by_method.get("ours")
+def report(by_method: dict[str, np.ndarray], name: str, reference: str | None) -> None:
+    """Mean regrets with the paired difference to a method of ours, and the time to come within a point."""
+    ours = None if reference is None else by_method[reference]
     names = ["method", *(f"regret at {f:g}" for f in FRACTIONS), "minutes to within 1 point", "trials"]
-    table = Table(*names, title=f"{name}, points of val accuracy; in brackets theirs - ours, 95 %")
+    table = Table(*names, title=f"{name}, points of val accuracy; in brackets theirs - {reference}, 95 %")
     rows = []
     for method, outcome in by_method.items():
         cells = [method]
         for column in range(len(FRACTIONS)):
             text = f"{outcome[:, column].mean():.2f}"
-            if ours is not None and method != "ours":
+            if ours is not None and method != reference:
                 low, high = paired(outcome[:, column] - ours[:, column])
                 text += f" ({low:+.2f} to {high:+.2f})"
             cells.append(text)
@@ -166,7 +167,6 @@ def one(
     trees: bool,
     budget: float,
     share: float,
-    recipe_first: bool,
 ) -> list[float]:
     """Regret in points at each fraction, seconds to within a point of the best, and trials, of one search."""
     warnings.simplefilter("ignore")
@@ -175,9 +175,8 @@ def one(
     np.random.seed(seed)  # noqa: NPY002  Ray's schedulers draw from it
     surrogate, space, best = prepared(curves, half, trees)
     clock = Clock()
-    own = partial(ours, budget=budget, share=share, recipe_first=recipe_first)
-    method = own if name == "ours" else METHODS[name]
-    searcher, scheduler = method(seed, surrogate, space, clock)
+    own = {"budget": budget, "share": share} if name in OURS else {}
+    searcher, scheduler = METHODS[name](seed, surrogate, space, clock, **own)
     seen = simulate(
         searcher,
         scheduler,
@@ -189,7 +188,7 @@ def one(
         seed=seed,
         clock=clock,
     )
-    in_hand = held(seen, finished_only=name.startswith("ours"))
+    in_hand = held(seen, finished_only=name in OURS)
     regrets = [100 * (best - worth(in_hand, fraction * budget)) for fraction in FRACTIONS]
     within = next((at for at, mean in in_hand if mean >= best - 0.01), budget)
     return [*regrets, within, float(len({result.trial for result in seen}))]
@@ -297,7 +296,8 @@ METHODS: dict[str, Method] = {
     "TPE + ASHA (tutorial)": partial(plain, tpe, asha),
     "TPE + MedianStopping": partial(plain, tpe, median),
     "HyperBand + BOHB": hyperband_bohb,
-    "ours": ours,
+    OURS[0]: ours,
+    OURS[1]: partial(ours, recipe_first=False),
 }
 
 
