@@ -170,7 +170,12 @@ def test_a_machine_goes_down_midway_and_every_trial_has_its_end(
     assert "10.77.0.2" not in output
     search = cluster.start(0, *command)
     study = Study(cluster.folder / "results" / "cars")
-    wait_for(lambda: search.poll() is not None or trains_on(cluster, 2), "a trial on the second machine")
+    decoded = cluster.own(2) / "images"  # a worker has its title before it has pictures
+
+    def busy() -> bool:
+        return trains_on(cluster, 2) and any(decoded.glob("*/index.json"))
+
+    wait_for(lambda: search.poll() is not None or busy(), "a trial on the second machine")
     if search.poll() is None:
         cluster.go_down(2)
     search.wait(timeout=200)

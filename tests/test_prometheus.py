@@ -275,7 +275,7 @@ def dashboard_of(said: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 def test_rays_dashboard_asks_for_the_token_and_shows_the_running_trials_by_name(
-    searching: subprocess.Popen[bytes], browser: Any, tmp_path: Path
+    browser: Any, searching: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
