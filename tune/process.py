@@ -62,8 +62,8 @@ class Process:
     Williams, Gaussian Processes for Machine Learning, 2006) times one over time, as in multi-fidelity
     optimisation (Klein et al., 2017; Wistuba et al., 2022); other tasks tell of it by a fixed correlation
     (Bonilla et al., 2008; Swersky et al., 2013). Trends are what is expected beforehand, each with a normal
-    coefficient, which values correct (section 2.7 of the book). Hyperparameters are the most
-    probable ones under priors, so that few points do not overfit (Hvarfner et al., 2024).
+    coefficient, which values correct (section 2.7 of the book). Hyperparameters are the most probable ones
+    under priors, so that few points do not overfit (Hvarfner et al., 2024).
     """
 
     def __init__(

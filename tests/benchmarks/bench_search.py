@@ -112,9 +112,8 @@ def main() -> None:
     if options.seeds != parser.get_default("seeds"):
         parts.append(f"{options.seeds}-seeds")
     for reference in [one for one in OURS if one in by_method] or [None]:
-        report(
-            by_method, "-".join([*parts, *(["without-recipe"] if reference == OURS[1] else [])]), reference
-        )
+        name = "-".join(parts + ["without-recipe"] * (reference == OURS[1]))
+        report(by_method, name, reference)
 
 
 def report(by_method: dict[str, np.ndarray], name: str, reference: str | None) -> None:

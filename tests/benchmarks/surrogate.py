@@ -161,8 +161,7 @@ class Surrogate:
 
     def sample(self, mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(epochs,) a run's accuracies around the mean."""
-        noise = self._noise @ rng.normal(size=len(self._noise))
-        return np.clip(mean + noise[: len(mean)], 0, 1)
+        return np.clip(mean + self._noise @ rng.normal(size=len(mean)), 0, 1)
 
 
 BACKBONES = ("mobilenetv2_035", "mobilenetv2_100", "mobilenetv1_100")
