@@ -29,12 +29,12 @@ def made(deadline: Deadline = ALWAYS, protect: tuple[str, ...] = (), mode: str =
     )
 
 
-def tell(scheduler: Any, name: str, epoch: int, value: float, seconds: float = 1.0, **more: Any) -> str:
+def tell(scheduler: Any, name: str, epoch: int, value: float, elapsed: float = 1.0, **more: Any) -> str:
     trial = SimpleNamespace(trial_id=name, config={"epochs": EPOCHS})
     if name not in scheduler._trial_info:
         scheduler.on_trial_add(None, trial)
     return scheduler.on_trial_result(
-        None, trial, {"epoch": epoch, "score": value, "seconds": seconds, "config_id": name, **more}
+        None, trial, {"epoch": epoch, "score": value, "elapsed": elapsed, "config_id": name, **more}
     )
 
 
@@ -111,11 +111,11 @@ def test_a_last_result_is_never_stopped() -> None:
 def test_the_clock_stops_what_cannot_end_in_time_and_lets_end_what_can() -> None:
     now = time.time()
     scheduler = made(Deadline(draw_until=now - 1, end=now + 100))
-    assert tell(scheduler, "slow", 4, 0.9, seconds=200.0) == TrialScheduler.STOP
+    assert tell(scheduler, "slow", 4, 0.9, elapsed=200.0) == TrialScheduler.STOP
     assert scheduler.reasons["slow"] == "the time for searching was up after epoch 4 of 8"
-    assert tell(scheduler, "quick", 4, 0.9, seconds=20.0) == TrialScheduler.CONTINUE
+    assert tell(scheduler, "quick", 4, 0.9, elapsed=20.0) == TrialScheduler.CONTINUE
     early = made(Deadline(draw_until=now + 50, end=now + 100))
-    assert tell(early, "slow", 4, 0.9, seconds=200.0) == TrialScheduler.CONTINUE
+    assert tell(early, "slow", 4, 0.9, elapsed=200.0) == TrialScheduler.CONTINUE
 
 
 def test_decisions_are_those_of_rays_asha() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from carmodels.data import Splits
@@ -45,6 +46,8 @@ def test_a_finished_trial_reports_every_epoch_and_leaves_predictions_and_weights
     assert [r["epoch"] for r in seen] == [1, 2, 3]
     assert [r.get("status") for r in seen] == [None, None, "finished"]
     assert seen[-1]["best_value"] == max(r["accuracy"] for r in seen)
+    epochs = np.cumsum([r["seconds"] for r in seen])  # each its own; `elapsed` is what the clock goes by
+    assert all(r["elapsed"] >= seconds for r, seconds in zip(seen, epochs, strict=True))
     trial = seen[-1]["config_id"]
     assert [job.study.predictions(trial, split).ids for split in ("val", "audit", "test")] == [
         job.splits.val.ids,

@@ -75,7 +75,7 @@ class Scheduler(AsyncHyperBandScheduler):
         if result.get("status"):
             return TrialScheduler.CONTINUE
         epoch, epochs = result["epoch"], trial.config["epochs"]
-        reason = self._too_late(result["seconds"], epoch, epochs)
+        reason = self._too_late(result["elapsed"], epoch, epochs)
         if not reason and epoch < epochs and result["config_id"] not in self._protect:
             peers = self._peers(trial, epoch)
             action = super().on_trial_result(tune_controller, trial, result)
@@ -92,10 +92,10 @@ class Scheduler(AsyncHyperBandScheduler):
         else:
             super().on_trial_complete(tune_controller, trial, result)
 
-    def _too_late(self, seconds: float, epoch: int, epochs: int) -> str:
+    def _too_late(self, elapsed: float, epoch: int, epochs: int) -> str:
         """Why the clock stops this trial; empty while what is left of it fits in, by its pace so far."""
         now = time.time()
-        left = seconds / epoch * (epochs - epoch)
+        left = elapsed / epoch * (epochs - epoch)
         if now < self._deadline.draw_until or now + left <= self._deadline.end:
             return ""
         return f"the time for searching was up after epoch {epoch} of {epochs}"

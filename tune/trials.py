@@ -156,14 +156,20 @@ def as_task(function: Callable[..., Any], workers: Workers) -> Any:
 
 def train_trial(values: dict[str, Any], job: Job) -> None:
     """Train one configuration in a Ray worker, and leave nothing of it behind in the worker."""
+    _clear(job)  # a trial that was stopped held its tensors until its thread had ended
     try:
         _train_trial(values, job)
     finally:
-        gc.collect()
-        _give_memory_back()  # once a trial, not in every step
-        if job.workers.gpus:
-            torch.cuda.empty_cache()
-            torch.compiler.reset()  # else after a few trials nothing would be compiled any more
+        _clear(job)
+
+
+def _clear(job: Job) -> None:
+    """Give back what a trial had, once a trial, not in every step."""
+    gc.collect()
+    _give_memory_back()
+    if job.workers.gpus:
+        torch.cuda.empty_cache()
+        torch.compiler.reset()  # else after a few trials nothing would be compiled any more
 
 
 def _give_memory_back() -> None:
@@ -184,13 +190,13 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
         torch.cuda.reset_peak_memory_stats()
 
     def send(metrics: EpochMetrics, **more: Any) -> None:
-        seconds = time.time() - started
+        elapsed = time.time() - started
         gpu_bytes = torch.cuda.max_memory_reserved() if job.workers.gpus else 0
         report(
             {
                 config.metric: metrics.value,
                 "config_id": config.id,
-                "seconds": seconds,
+                "elapsed": elapsed,  # seconds of the whole trial so far, where `seconds` are the epoch's
                 "gpu_bytes": gpu_bytes,
                 **asdict(metrics),
                 **more,

@@ -63,7 +63,7 @@ def sleeping(values: dict[str, Any], job: Job) -> None:
         value = 1 - math.exp(-number * config.lr**0.3)
         epoch = EpochMetrics(number, 1.0, 1.0, value, value, SECONDS)
         last = {"status": "finished", "reason": "slept", "best_value": value} if number == EPOCHS else {}
-        ids = {"config_id": config.id, "seconds": number * SECONDS}
+        ids = {"config_id": config.id, "elapsed": number * SECONDS}
         report({"accuracy": value, **ids, **asdict(epoch), **last})
 
 
@@ -180,7 +180,7 @@ def begin_trial(number: int, draws: Draws, recorder: Recorder, scheduler: Schedu
     recorder.on_trial_start(0, [], trial)
     scheduler.on_trial_add(None, trial)
     value = number / RUNNING
-    ids = {"config_id": TrialConfig.from_dict(config).id, "seconds": 1.0}
+    ids = {"config_id": TrialConfig.from_dict(config).id, "elapsed": 1.0}
     trial.last_result = {"accuracy": value, **ids, **asdict(EpochMetrics(1, 1.0, 1.0, value, value, 1.0))}
     return trial
 

@@ -162,7 +162,7 @@ def simulate(
                 "epoch": epoch,
                 "training_iteration": epoch,
                 "config_id": config.id,
-                "seconds": spent,
+                "elapsed": spent,
                 "done": last,
             }
             if last:
