@@ -180,8 +180,8 @@ def of_study(study: Study, name: str = "ensemble") -> Ensemble:
     missing = [path for path in files if not path.is_file()]
     if missing:
         raise ValueError(
-            f"{missing[0]} is missing: weights are not committed; copy the folder {missing[0].parent.name} "
-            f"from where the search ran, or search again"
+            f"{missing[0]} is missing: weights are not committed; copy the folders "
+            f"{missing[0].parent.name} and predictions from where the search ran, or search again"
         )
     classes = len(recipe.classes)
     models = [load_weights(m.config, path, classes=classes) for m, path in zip(members, files, strict=True)]

@@ -54,7 +54,9 @@ class TrialConfig:
     head_seed: int | None = None  # of the head's initial weights; None: `seed`
     folds: int = 0  # into which train and val together are cut, by `seed`; 0: the study's own train and val
     fold_in: bool = False  # learns from all labelled pictures, audit too, so that none is left to score it
-    start_size: int = 0  # side in the first epoch, pixels, from where it grows; 0, or frozen: image_size
+    start_size: int = (
+        0  # side in the first epoch, pixels, from where it grows; 0: image_size, as stored outputs
+    )
     test_size: int = 0  # side of the pictures it is tested on, pixels; 0: image_size
     continues: str = (
         ""  # trial_id of the run whose weights it starts from; empty: pretrained ones, a new head
@@ -316,6 +318,9 @@ class Space:
         if name == "epochs" and not written.isdecimal():
             raise ValueError(f"--set {text}: epochs must be one number, the same schedule for every trial")
         old = self.dimensions.get(name)
+        when = old.when if old else _WHEN.get(name)
+        if not old and when and when[0] not in self.dimensions:
+            when = None
         others = {n: d for n, d in self.dimensions.items() if n != name}
         fixed = {n: v for n, v in self.fixed.items() if n != name}
         if ":" in written:
@@ -323,7 +328,7 @@ class Space:
             if not (isinstance(low, float) and isinstance(high, float) and low < high):
                 raise ValueError(f"--set {text}: LOW:HIGH is for a real number, with LOW below HIGH")
             log = old.log if isinstance(old, Range) else low > 0 and high / low >= 10
-            new: Dimension = Range(low, high, log, old.when if old else None)
+            new: Dimension = Range(low, high, log, when)
         else:
             options = tuple(_parse(name, part) for part in written.split(","))
             if len(options) == 1:
@@ -332,7 +337,7 @@ class Space:
                 )
             if doubles := [v for n, v in enumerate(options) if v in options[:n]]:
                 raise ValueError(f"--set {text}: {doubles[0]!r} is there more than once")
-            new = Choice(options, old.when if old else None)
+            new = Choice(options, when)
         dimensions: dict[str, Dimension] = {}
         for n, d in self.dimensions.items():
             if d.when and d.when[0] == name:  # what is drawn under a condition comes after it
@@ -471,6 +476,12 @@ def baseline(space: Space) -> TrialConfig:
 
 _OPEN = ("full", "once", "gradual")
 _HEADED = (1, 2, 3)
+_WHEN = {  # where a dimension makes a difference, for one that its space does not have
+    "head": ("head_depth", _HEADED),
+    "dropout": ("head_depth", _HEADED),
+    "layer_decay": ("unfreeze", _OPEN),
+    "start_size": ("unfreeze", _OPEN),
+}
 
 SPACES: dict[str, Space] = {
     "demo": Space(

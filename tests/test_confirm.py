@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from tune.confirm import (
     CONTENDERS,
     SLOWER,
     Reruns,
+    Standing,
     described,
     knowledge_gradient,
     leading,
@@ -214,6 +216,12 @@ def test_what_never_took_off_does_not_move_the_others() -> None:
     assert found[-1].estimate.value == found[-1].mean == 0.35
 
 
+def _gap_sd(one: Standing, other: Standing) -> float:
+    """Of two that are judged apart from each other, from their intervals."""
+    widths = [s.estimate.high - s.estimate.low for s in (one, other)]
+    return math.hypot(*widths) / (2 * NormalDist().inv_cdf(0.975))
+
+
 def test_a_configuration_that_diverges_with_new_seeds_is_not_the_best() -> None:
     worst = (EpochMetrics(2, math.nan, math.nan, 0.0, 0.0, 2.0, "diverged"),)
     records = field(0.95, 0.93, 0.92)
@@ -227,6 +235,11 @@ def test_a_configuration_that_diverges_with_new_seeds_is_not_the_best() -> None:
     assert [s.estimate for s in found[:2]] == [s.estimate for s in two]  # its noise is its own
     alone = standings([*field(0.95), *lucky[3:]], metric="accuracy", pictures=PICTURES)
     assert alone[0].runs == 3
+    leading_still = [*field(0.95, 0.40, 0.38, 0.35), lucky[3]]
+    ahead, *others = standings(leading_still, metric="accuracy", pictures=PICTURES)
+    assert ahead.record == leading_still[0]
+    gaps = [(s.estimate.value - ahead.estimate.value) / _gap_sd(ahead, s) for s in others]
+    assert [s.chance for s in others] == pytest.approx([NormalDist().cdf(gap) for gap in gaps])
     poor = field(0.90, 0.85, 0.10)  # the only steady one is of another kind
     poor += [replace(run(n / 1000, 0.0, 1, "confirm"), status=Status.DIVERGED, curve=worst) for n in (1, 2)]
     assert len(standings(poor, metric="accuracy", pictures=PICTURES)) == 3

@@ -57,6 +57,12 @@ def test_growing_pictures_cost_their_area_and_larger_test_pictures_theirs() -> N
     areas = sum((config.shown_size(n) / 96) ** 2 for n in range(1, 9))
     shown = 9 * FORWARD_SHARE * 100  # once more by the finished trial
     assert areas < 8
+    frozen = replace(config, unfreeze="frozen")
+    assert replace(COSTS, stored=False).schedule(frozen) == pytest.approx(
+        0.009 * FORWARD_SHARE * (areas * 700 + 9 * 100)
+    )
+    beyond = replace(config, start_size=0, test_size=2 * 96)
+    assert COSTS.tested(beyond) == pytest.approx(4 * 0.009 * FORWARD_SHARE)
     assert COSTS.schedule(config) == pytest.approx(0.009 * (areas * 700 + shown))
     larger = replace(RECIPE, unfreeze="full", test_size=192)
     assert COSTS.schedule(larger) == pytest.approx(0.009 * (8 * 700 + 4 * shown))

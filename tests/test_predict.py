@@ -299,6 +299,14 @@ def test_missing_weights_are_named_with_the_way_out(study: Study, tmp_path: Path
     copy.weights_file(CONFIGS[1].id).unlink()
     with pytest.raises(ValueError, match=r"safetensors is missing: weights are not committed"):
         of_study(copy)
+    for split, broken in (("val", False), ("audit", True)):
+        said = copy.predictions_file("ensemble", split)
+        whole = said.read_bytes()
+        said.write_bytes(whole[:50]) if broken else said.unlink()
+        word = "damaged" if broken else "missing"
+        with pytest.raises(ValueError, match=rf"ensemble\.{split}\.npz is {word}: copy the folder pred"):
+            threshold(copy, 0.95)
+        said.write_bytes(whole)
     copy.ensemble_file.unlink()
     with pytest.raises(ValueError, match=r"python tune/ensemble\.py"):
         of_study(copy)

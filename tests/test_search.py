@@ -647,6 +647,9 @@ def test_the_search_goes_on_where_later_stages_leave_time() -> None:
     assert (bounded.search, bounded.confirm, bounded.retrain) == pytest.approx((0.74, 0.74, 0.88))
     for other in (Clock(0.0), replace(clock, last=0.88)):
         assert other.with_spare_time(confirm=0, retrain=0, ensemble=0) is other
+    reruns = clock.seconds * (clock.confirm - clock.search)  # with so much time for them, and no retraining
+    idle = clock.with_spare_time(confirm=reruns, retrain=0, ensemble=5000)
+    assert (idle.search, idle.confirm, idle.retrain) == pytest.approx((0.76, 0.88, 0.88))
     assert clock.with_spare_time(confirm=math.inf, retrain=math.inf, ensemble=math.inf) is clock
 
 
@@ -715,9 +718,11 @@ def test_a_search_that_has_nothing_more_to_draw_does_not_go_on(
         monkeypatch.setattr(stage, "most_seconds", lambda *given, **more: 0.0)
     job = Job(Study(tmp_path), None, None, Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
     options = search.parser().parse_args([])
-    for begun, longer in ((time.time() - 300, False), (time.time() - 600, True)):  # of 620 s for the search
+    for begun, longer in ((time.time() - 150, False), (time.time() - 600, True)):  # of 620 s for the search
         clock = Clock(begun, 1000)
         assert (search.with_spare_time(job, options, clock) != clock) == longer
+    monkeypatch.setattr(search.confirm, "most_seconds", lambda *given, **more: 1e6)
+    assert search.with_spare_time(job, options, clock).search == pytest.approx(0.88)  # they have 0.12 at most
 
 
 @pytest.mark.parametrize(("trials", "spare", "searches"), [(None, True, 2), (None, False, 1), (9, True, 1)])

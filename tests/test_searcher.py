@@ -73,12 +73,12 @@ def test_queued_configurations_go_first_and_count_towards_the_limit() -> None:
 def test_what_is_optional_in_the_queue_goes_where_it_fits() -> None:
     recipe, small, large = (replace(baseline(SPACE), image_size=s, **STAMP) for s in (96, 48, 64))
     draws = made(
-        limit=3, queue=[recipe, large, small], optional={large.id, small.id}, fits=lambda c: c.image_size < 64
+        limit=4, queue=[recipe, large, small], optional={large.id, small.id}, fits=lambda c: c.image_size < 64
     )
     handed = [draws.suggest(str(i)) for i in range(4)]
     assert [TrialConfig.from_dict(h) for h in handed[:2]] == [recipe, small]
-    assert handed[2]["image_size"] < 64  # drawn: what was passed over does not count
-    assert handed[3] == Searcher.FINISHED
+    assert handed[2]["image_size"] < 64  # drawn
+    assert handed[3] == Searcher.FINISHED  # what was passed over is a row of the table, too
 
 
 def test_what_cannot_end_in_time_is_not_drawn_and_the_search_ends_where_nothing_can() -> None:

@@ -165,6 +165,20 @@ def test_a_dimension_that_is_there_again_comes_before_those_that_hang_on_it() ->
     assert len({config.dropout for config in drawn if config.head_depth}) > 5
 
 
+def test_what_makes_no_difference_is_not_drawn_where_the_preset_does_not_have_it_either() -> None:
+    """Two trials would differ in name alone."""
+    space = SPACES["cpu"]
+    for text in ("head=relu256,gelu512", "start_size=0,32", "dropout=0.3", "dropout=0.1:0.5"):
+        space = space.with_override(text)
+    drawn = draw(space, 60)
+    assert {"head" in values for values in drawn} == {True, False}
+    for values in drawn:
+        assert ("head" in values) == ("dropout" in values) == (values["head_depth"] > 0)
+        assert ("start_size" in values) == (values["unfreeze"] != "frozen")
+    always = SPACES["cpu"].with_override("head_depth=2").with_override("head=relu256,gelu512")
+    assert {values["head"] for values in draw(always, 20)} == {"relu256", "gelu512"}
+
+
 def test_an_override_replaces_a_range_a_choice_or_a_fixed_value() -> None:
     space = SPACES["cpu"]
     assert space.with_override("image_size=64,128").image_sizes == (64, 128)

@@ -18,7 +18,7 @@ from carmodels.files import write_whole
 from carmodels.predictions import Predictions
 from carmodels.space import EpochMetrics, TrialConfig
 from carmodels.study import FOLD, FOLD_IN, RECIPE, Status, Study, TrialRecord, read_json, write_json
-from tune import retraining
+from tune import retraining, stages
 from tune.clock import Clock
 from tune.confirm import SLOWER, expected_seconds
 from tune.costs import Costs
@@ -111,6 +111,50 @@ def test_what_retraining_takes_at_most_goes_by_the_dearest_of_the_best(study: St
     empty = Study(study.folder / "empty")
     empty.begin({"metric": "accuracy"}, [])
     assert math.isinf(retraining.most_seconds(replace(job, study=empty)))
+
+
+def test_reruns_leave_retraining_the_time_for_its_shortest_run(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(stages, "run_trials", lambda job, **more: asked.update(more, until=job.until) or True)
+    job = Job(study, None, None, Workers(1, 1, 0.0), study.folder)  # type: ignore[arg-type]
+    shortest = expected_seconds(LUCKY) / 2
+    clock = Clock(time.time(), 1000, search=0.3, confirm=0.8, retrain=0.9)
+    for retrain_share, end, late in ((0.9, 800, 820), (0.82, 820 - shortest, 820 - shortest)):
+        one = replace(clock, retrain=retrain_share)
+        assert stages.confirm(job, clock=one, watch=Watch(), say=print)
+        assert asked["search_alg"]._end == pytest.approx(clock.begun + end)
+        assert asked["end"] == asked["until"] == pytest.approx(clock.begun + late)
+    late_already = replace(clock, begun=clock.begun - 870)  # for retraining, too
+    stages.confirm(job, clock=late_already, watch=Watch(), say=print)
+    assert asked["search_alg"]._end == pytest.approx(late_already.begun + 800)
+
+
+def test_where_the_best_takes_too_long_the_next_that_is_as_good_is_retrained(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[TrialConfig] = []
+    monkeypatch.setattr(retraining, "_train", lambda job, configs, **more: trained.extend(configs) or True)
+    slow = replace(run(4e-3, 0.935), seconds=800.0)
+    study.append(slow)
+    job = Job(study, None, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
+
+    def retrained(**more: Any) -> tuple[str, list[str], int]:
+        said: list[str] = []
+        trained.clear()
+        clock = Clock(time.time(), 110, retrain=0.9)
+        assert retrain(job, clock=clock, watch=Watch(), say=said.append, **more)
+        return read_json(study.best_file)["trial_id"], said, len(trained)
+
+    best, said, runs = retrained()
+    assert (best, runs) == (LUCKY.trial_id, 2)
+    assert said[0] == f"The time that is left does not hold one run of {slow.config.title} ({slow.trial_id})."
+    assert said[1].startswith(f"Retraining {LUCKY.config.title} ({LUCKY.trial_id}), new seeds: 2; 8 epochs")
+    left_out = ["Retraining is left out: the time that is left does not hold one run of it."]
+    assert retrained(trial_id=slow.trial_id) == (slow.trial_id, left_out, 0)
+    study.append(replace(slow, value=1.0))
+    assert retrained() == (slow.trial_id, left_out, 0)  # the others can be told apart from it
 
 
 def test_of_single_runs_the_best_is_retrained(study: Study) -> None:
@@ -540,6 +584,22 @@ def test_shorter_models_of_everything_are_used_and_not_made_again(
     assert retrain_on_everything(a_job(study), clock=over, **common)
     assert training.asked == []
     assert "the mean of 2 models that learnt from everything" in said[-1]
+
+
+def test_models_of_everything_whose_answers_are_lost_or_damaged_are_made_anew(
+    study: Study, training: SimpleNamespace
+) -> None:
+    said: list[str] = []
+    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": Watch(), "say": said.append}
+    assert retrain_on_everything(a_job(study), way=Way(epochs=8), **common)
+    first, second, _ = training.asked
+    files = [study.predictions_file(config.id, "test") for config in (first, second)]
+    files[0].unlink()
+    files[1].write_bytes(files[1].read_bytes()[:50])
+    training.asked.clear()
+    assert retrain_on_everything(a_job(study), way=Way(epochs=8), **common)
+    assert training.asked == [first, second]
+    assert "the mean of 3 models that learnt from everything" in said[-1]
 
 
 def test_new_seeds_take_the_place_of_folds_of_which_one_diverges(

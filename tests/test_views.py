@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from carmodels.batches import Loader
-from carmodels.catalog import AUGMENTS, BACKBONES, VIEWS
+from carmodels.catalog import AUGMENTS, BACKBONES, VIEWS, Backbone
 from carmodels.data import Split, Splits
 from carmodels.models import Weights
 from carmodels.predictions import Predictions, accuracy, blend
@@ -237,11 +237,13 @@ def test_a_view_is_of_a_size_that_a_configuration_may_have(view: str, size: int)
     assert shown == size or VIEWS[view].scale != 1
 
 
-def test_a_view_keeps_to_the_multiples_of_its_backbone() -> None:
-    names = [name for name, row in BACKBONES.items() if row.multiple > 1 and not row.sized]
-    for name in names:
-        multiple = BACKBONES[name].multiple
-        for size in (multiple * -(-16 // multiple), 2048 // multiple * multiple):
-            for view in VIEWS:
-                config = TrialConfig(name, image_size=size, epochs=1)
-                replace(config, image_size=view_size(config, view))
+@pytest.mark.parametrize("multiple", [1, 14, 32])
+def test_a_view_keeps_to_the_multiples_of_its_backbone(
+    multiple: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKBONES, "test_resnet", Backbone(0.5, multiple=multiple))
+    for size in (multiple * -(-16 // multiple), 2048 // multiple * multiple):
+        for view in VIEWS:
+            config = TrialConfig("test_resnet", image_size=size, epochs=1)
+            assert view_size(config, view) % multiple == 0
+            replace(config, image_size=view_size(config, view))

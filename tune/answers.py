@@ -80,7 +80,7 @@ def threshold(study: Study, wanted: float, answer: str = "ensemble") -> Threshol
     """The smallest confidence from which on so many of val's answers are right; ValueError for no share."""
     if not 0 <= wanted <= 1:
         raise ValueError(f"--not-sure {wanted:g} must be from 0 (always answer) to 1")
-    looked = {split: study.answers(answer, split) for split in ("val", "audit")}
+    looked = {split: _said(study, answer, split) for split in ("val", "audit")}
     confidence = sure_from(*looked["val"], wanted)
     given = {
         split: Given(
@@ -91,6 +91,17 @@ def threshold(study: Study, wanted: float, answer: str = "ensemble") -> Threshol
         for split, (probs, labels) in looked.items()
     }
     return Threshold(wanted, confidence, **given)
+
+
+def _said(study: Study, answer: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    file = study.predictions_file(answer, split)
+    if not study.has_predictions(answer, split):
+        script = "distil.py" if answer == "student" else "ensemble.py"
+        raise ValueError(
+            f"{file} is {'damaged' if file.is_file() else 'missing'}: copy the folder {file.parent.name} "
+            f"from where the search ran, or make it anew with tune/{script} {study.folder}"
+        )
+    return study.answers(answer, split)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from carmodels.study import FOLDS, TRAINED, Study, TrialRecord, read_json, write
 from carmodels.submission import write_submission
 from tune import folds, soups
 from tune.clock import Clock
-from tune.costs import FORWARD_SHARE
 from tune.trials import WEIGHTS_KEPT, Job, Say
 from tune.views import MOST_VIEWS, Members, Paces, judge_views
 
@@ -58,7 +57,14 @@ def ensemble(
     trained = _trained(study, ready, top)
     _restore(job, list({*trained, *(r for r in ready if r.is_recipe)}), say)
     paces = Paces(job)
-    folded = _affordable(folds.ready(study), paces, max_seconds)
+    folds.restore(job)
+    folds.gather(study)
+    whole = folds.ready(study)
+    for record in study.records():
+        if record.stage == FOLDS and record not in whole:
+            name = f"{record.trial_id}, {record.note.partition(';')[0]}"
+            say(f"Left out: {name}: the weights of some are lost.")
+    folded = _affordable(whole, paces, max_seconds)
     _, on, _ = folds.judged_on(study, trained, folded)  # where it is out of fold, folds alone are chosen from
     cooked = soups.cook(job, trained, until=time.time() + SOUP_SHARE * clock.left) if on == "val" else []
     for record in cooked:
@@ -119,7 +125,7 @@ def most_seconds(job: Job, folds: int = 0) -> float:
     best = [r.config for r in study.leaderboard() if r.stage == "search"][:MOST_MEMBERS]
     if not best or costs is None:
         return math.inf
-    picture = FORWARD_SHARE * max(costs.picture(config.backbone, config.tested_size) for config in best)
+    picture = max(costs.tested(config) for config in best)
     later = (len(splits.audit) + len(splits.test)) * MOST_VIEWS * (folds or 1)
     pictures = len(splits.val) * len(VIEWS) + later
     return MOST_MEMBERS * (picture * pictures + _STARTS * _START) / job.workers.count

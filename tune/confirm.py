@@ -185,7 +185,8 @@ class _Field:
         mean[self.alike], sd[self.alike] = found.mean, found.sd
         best = int(mean.argmax())
         gap_sd = np.hypot(sd, sd[best])
-        gap_sd[self.alike] = found.gap_sd
+        if self.alike[best]:  # by whom the model's gaps are counted
+            gap_sd[self.alike] = found.gap_sd
         return Posterior(mean, sd, mean - mean[best], gap_sd)
 
     def expecting(self, pending: Iterable[TrialConfig]) -> _Field:

@@ -50,21 +50,25 @@ class Costs:
         """
         area = (config.tested_size / config.image_size) ** 2  # of a val picture, in those that it learns from
         val = FORWARD_SHARE * self.val * area
+        shown = (config.shown_size(number) / config.image_size) ** 2  # likewise of a training picture
         if _opened(config, number):
-            train = self.train * (config.shown_size(number) / config.image_size) ** 2
+            train = self.train * shown
+        elif self.stored and not (config.mixup or config.cutmix or config.continues):
+            train = FORWARD_SHARE * self.train * (number <= VIEWS_KEPT)
+            val *= number == 1
         else:
-            train = FORWARD_SHARE * self.train
-            if self.stored and not (config.mixup or config.cutmix):
-                train *= number <= VIEWS_KEPT
-                val *= number == 1
+            train = FORWARD_SHARE * self.train * shown
         pictures = train + val
         return self.picture(config.backbone, config.image_size) * pictures if pictures else 0.0
 
+    def tested(self, config: TrialConfig) -> float:
+        """Seconds for a picture that a finished trial is shown."""
+        area = (config.tested_size / config.image_size) ** 2
+        return FORWARD_SHARE * area * self.picture(config.backbone, config.image_size)
+
     def answers(self, config: TrialConfig) -> float:
         """Seconds of what a finished trial is shown."""
-        area = (config.tested_size / config.image_size) ** 2
-        pictures = FORWARD_SHARE * (self.val + self.others) * area
-        return pictures * self.picture(config.backbone, config.image_size)
+        return (self.val + self.others) * self.tested(config)
 
     def schedule(self, config: TrialConfig) -> float:
         """Seconds of the whole schedule, and of what a finished trial is shown."""

@@ -31,7 +31,7 @@ from tune.trials import Job, as_task
 
 _VERSION = 4  # of what a file of costs holds
 _PARTS = ("seconds", "bytes", "compiled")
-TRIAL_SHARE = 0.4  # of the time for searching that one trial may take on its worker: results/search/NOTES.md
+TRIAL_SHARE = 0.7  # of the time for searching that one trial may take on its worker: results/search/NOTES.md
 _CHANGED = 1.6  # times as long or short, beyond which costs that were kept no longer hold
 _WORTH_COMPILING = 120.0  # seconds of a trial; to find out takes a minute, and less than a third is saved
 _SAMPLE = 300  # random configurations over which a plan averages

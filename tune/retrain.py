@@ -14,7 +14,7 @@ from pathlib import Path
 from carmodels.files import user_path
 from carmodels.models import Weights
 from carmodels.space import setting
-from carmodels.study import Study
+from carmodels.study import Status, Study
 from tune import folds, retraining, setup
 from tune.clock import Clock
 from tune.console import Screen
@@ -68,9 +68,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         raise ValueError("--onward: what folds hold out the trial has learnt from; leave one of them out")
     if "patience" in changes and (options.folds or options.fold_in):
         raise ValueError("--set patience: what is held out must not end training; leave it out")
-    for name in changes:
-        if name in retraining.NEW_HEAD and options.onward:
-            raise ValueError(f"--set {name}: the weights of the trial have another; leave out --onward")
+    new_head = sorted(retraining.NEW_HEAD & changes.keys())
+    if new_head and options.onward:
+        raise ValueError(f"--set {new_head[0]}: the weights of the trial have another; leave out --onward")
     for name in ("backbone", "image_size", "epochs"):
         if name in way.changes:
             raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")
@@ -80,6 +80,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         Weights.parse(job.weights.source)  # a folder may have gone since
         if options.folds:
             folds.check_filled(job.splits, options.folds, study.facts["seed"])
+        if options.folds or options.fold_in or (options.epochs and not options.onward) or new_head:
+            job.weights.fetch(retraining.backbones(study, options.trial))  # for new models
+        before = study.records()
         completed = retraining.retrain_all(
             job,
             clock=clock,
@@ -93,6 +96,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         )
     screen.rest()
     screen.table(study)
+    made = [r for r in study.records() if r not in before]
+    if made and all(r.status is Status.FAILED for r in made):
+        raise ValueError(f"none of {len(made)} runs has finished, the last one failed by: {made[-1].reason}")
     return 0 if completed else 130
 
 

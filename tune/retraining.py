@@ -186,9 +186,13 @@ def retrain(
     """
     study = job.study
     way = way.inside(study)
-    chosen = _chosen(study, trial_id)
     room = Room.until(clock.at(clock.retrain - less), job)
+    best = _chosen(study, trial_id)
+    alike = [best] if trial_id else [best, *_alike(study)]
+    chosen = next((r for r in alike if _has_time(study, r, seeds, way, room)), best)
     configs, like = _to_train(study, chosen, seeds, way, room)
+    if chosen != best:
+        say(f"The time that is left does not hold one run of {best.config.title} ({best.trial_id}).")
     say(_announced(chosen, len(configs), len(_again(study, chosen, like)), like))
     owners = dict.fromkeys(configs, chosen)
     if trial_id is None:
@@ -215,14 +219,38 @@ def most_seconds(job: Job, *, within: float = math.inf, folds: int = 0) -> float
     study, splits = job.study, job.splits
     room = Room(math.inf, job.workers.count, job.costs, bool(job.workers.packed))
     way = AS_IN_THE_TRIAL.inside(study)
-    best = [standing.record for standing in judged(study)[:CONTENDERS]]
-    shortest = min((LEAST_OF_A_TRIAL * room.seconds(r, way.of(r.config)[-1]) for r in best), default=0.0)
-    if shortest > within:
+    if least_seconds(job) > within:
         return 0.0
+    best = [standing.record for standing in judged(study)[:CONTENDERS]]
     each = max((room.seconds(r, way.of(r.config)[0]) for r in best), default=math.inf)
     runs = folds * MOST_FOLDED if folds else SEEDS + CONTENDERS - 1
     pictures = 1 + len(splits.val) / len(splits.train) if folds else 1.0  # for each that a trial learns from
     return each * pictures * math.ceil(runs / room.workers)
+
+
+def least_seconds(job: Job) -> float:
+    """What the shortest run takes of those that cannot be told apart from the best; 0 without trials."""
+    room = Room(math.inf, job.workers.count, job.costs, bool(job.workers.packed))
+    way = AS_IN_THE_TRIAL.inside(job.study)
+    lasts = ((record, way.of(record.config)[-1]) for record in _alike(job.study))
+    return min((room.seconds(r, c) * _fewest(c.epochs) / c.epochs for r, c in lasts), default=0.0)
+
+
+def backbones(study: Study, trial_id: str | None = None) -> set[str]:
+    """Those of the best few, or of the named trial."""
+    best = [] if trial_id else [standing.record for standing in judged(study)[:CONTENDERS]]
+    return {record.config.backbone for record in (_chosen(study, trial_id), *best)}
+
+
+def _alike(study: Study) -> list[TrialRecord]:
+    """The best few that cannot be told apart from the best, which is the first of them."""
+    return [standing.record for standing in judged(study)[:CONTENDERS] if not standing.apart]
+
+
+def _has_time(study: Study, record: TrialRecord, seeds: int, way: Way, room: Room) -> bool:
+    """Whether there are runs of it, or is time for one."""
+    configs, like = _to_train(study, record, seeds, way, room)
+    return bool(configs or _again(study, record, like))
 
 
 def _train(
@@ -609,7 +637,7 @@ def retrain_on_everything(
     )
     there = [r for r in study.records() if r.trial_id in alike and r.status is Status.FINISHED]
     there = [r for r in there if r.whole] or there  # no val would keep out those that were cut short
-    answers = [r.trial_id for r in there if study.predictions_file(r.trial_id, "test").is_file()]
+    answers = [r.trial_id for r in there if study.has_predictions(r.trial_id, "test")]
     if not answers and not missing:
         say(f"A last run of {name} on everything is left out: there is no time for it.")
     if answers:
@@ -626,7 +654,7 @@ def _everything_to_train(
     study: Study, chosen: TrialRecord, seeds: int, way: Way, room: Room, train: float
 ) -> tuple[list[TrialConfig], set[str]]:
     """Runs on everything that are lacking and fit into the time; ids of all that count, whatever length."""
-    done, alike = _done(study), set[str]()
+    done, alike = {i for i in _done(study) if study.has_predictions(i, "test")}, set[str]()
     for longest in way.of(chosen.config):
         like = replace(longest, fold_in=True, patience=0)
         configs = [replace(like, seed=like.seed + 1 + i) for i in range(seeds)]

@@ -260,8 +260,9 @@ def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Cloc
     packed = job.costs if job.workers.packed else None
     less = retraining.FOLD_IN_SHARE if options.fold_in else 0.0
     within = clock.at(clock.retrain - less) - time.time()
+    reruns = confirm.most_seconds(job.study, job.workers.count, most=options.confirm, costs=packed)
     return clock.with_spare_time(
-        confirm=confirm.most_seconds(job.study, job.workers.count, most=options.confirm, costs=packed),
+        confirm=min(reruns, clock.seconds * (clock.confirm - clock.search)),  # and no more, by their bounds
         retrain=retraining.most_seconds(job, within=within, folds=options.folds) + less * clock.seconds,
         ensemble=blend.most_seconds(job, folds=options.folds),
         stops=STOPS_SHARE if options.audit_stops else 0.0,

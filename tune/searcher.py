@@ -105,16 +105,20 @@ class Draws(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # omits FINISHED
         """The next TrialConfig's fields, or FINISHED at the limit, after the time, with nothing new left."""
+        while self._queue and self._queue[0].id in self._optional and not self._fits(self._queue[0]):
+            self._queue.pop(0)  # it stays the row that it was, one of `limit`
+            self._count()
         if self._left == 0:
             return Searcher.FINISHED
-        while self._queue and self._queue[0].id in self._optional and not self._fits(self._queue[0]):
-            self._queue.pop(0)
         config = self._queued(trial_id) if self._queue else self._drawn(trial_id)
         if config is None:
             return Searcher.FINISHED
-        if self._left is not None:
-            self._left -= 1
+        self._count()
         return asdict(config)
+
+    def _count(self) -> None:
+        if self._left:
+            self._left -= 1
 
     def _queued(self, trial_id: str) -> TrialConfig:
         """The next of the queue. It is a trial of Optuna's where the space could have drawn it."""

@@ -18,6 +18,7 @@ from tune import stops
 from tune.clock import LATE_SHARE, STOPS_SHARE, Clock
 from tune.confirm import CONTENDERS, RERUNS, Reruns, expected_seconds, judged
 from tune.plan import Packing, Plan, make_plan
+from tune.retraining import least_seconds
 from tune.scheduler import Deadline, Scheduler
 from tune.searcher import Draws, Queue, useful
 from tune.trials import Job, Say, Watch, run_trials
@@ -173,6 +174,9 @@ def confirm(job: Job, *, clock: Clock, watch: Watch, say: Say, most: int = RERUN
     """Run the best few again with new seeds until it is clear who is best; False if interrupted."""
     notes: dict[str, str] = {}
     end, late = clock.at(clock.confirm), clock.late(clock.confirm, clock.retrain, LATE_SHARE)
+    latest = clock.at(clock.retrain) - least_seconds(job)  # for retraining to begin
+    if latest > time.time():
+        end, late = min(end, latest), min(late, latest)
     costs = job.costs if job.workers.packed else None
     reruns = Reruns(job.study, most=most, end=end, notes=notes, costs=costs)
     if reruns.next() is None:
