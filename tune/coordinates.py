@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 from functools import cache
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from carmodels.catalog import BACKBONES, UNFREEZE
 from carmodels.models import open_groups
-from carmodels.space import Choice, Dimension, Range, Space, TrialConfig
+from carmodels.space import SPACES, Choice, Dimension, Range, Space, TrialConfig
 
 # Dimensions that seldom decide: their lengths are expected to be longer.
 MINOR = ("head_depth", "dropout", "augment", "label_smoothing", "mixup", "cutmix", "ema", "weight_decay")
@@ -44,6 +45,14 @@ class Coordinates:
         ranges = {n for n in ("lr", "layer_decay") if isinstance(dimensions.get(n), Range)}
         inside = {"rate"} | (ranges if len(ranges) == 2 else set())  # of one range, rate says it all
         self._inside = np.array([n in inside for n in names + extra])
+        low, high = _expected_rates(space, *rates)
+        of_rate = [math.log(r * _reach(d)) for r, d in zip((low, high), decays, strict=True)]
+        own = dimensions.get("lr")
+        centres = {
+            "rate": self._rates.place(sum(of_rate) / 2),
+            "lr": place(own, math.sqrt(low * high)) if isinstance(own, Range) else _MIDDLE,
+        }
+        self._centres = np.array([centres.get(n, _MIDDLE) for n in names + extra if n in inside])
         counts = [self._rising.sum(), len(inside), len(inside)]
         self.coefficients = np.repeat([1.0, 1.0, 0.0], counts)  # (T,) expected of trends
 
@@ -63,11 +72,13 @@ class Coordinates:
         """(N, D) places -> (N, T): what is expected of them beforehand, in standard deviations, by cause.
 
         Larger networks and pictures are better, as is letting the backbone learn. Of learning rates and their
-        decay over the layers the best lies inside the range, where exactly being open: a bend down to the
-        ends, and a tilt, whose coefficient may as well be below 0. Each has the mean 0 over its coordinate.
+        decay over the layers the best lies inside the range, or the part of it that a preset for networks of
+        such size has, where exactly being open: a bend down to the ends, and a tilt, whose coefficient may as
+        well be below 0. Each has the mean 0 over its coordinate.
         """
-        off = x[:, self._inside] - _MIDDLE
-        return np.column_stack([x[:, self._rising] - _MIDDLE, _BEND * (1 / 12 - off**2), _TILT * off])
+        inside = x[:, self._inside]
+        bend = 1 / 12 + (self._centres - _MIDDLE) ** 2 - (inside - self._centres) ** 2
+        return np.column_stack([x[:, self._rising] - _MIDDLE, _BEND * bend, _TILT * (inside - _MIDDLE)])
 
 
 class _Span:
@@ -108,6 +119,17 @@ def _ordered(dimension: Dimension) -> bool:
     return isinstance(dimension, Range) or all(
         isinstance(o, int | float) and not isinstance(o, bool) for o in dimension.options
     )
+
+
+def _expected_rates(space: Space, low: float, high: float) -> tuple[float, float]:
+    """The part from `low` to `high` that the preset with networks of most alike size has, too; else all."""
+
+    def size(of: Space) -> float:
+        return math.log(median(BACKBONES[name].millions for name in of.backbones))
+
+    usual = _bounds(min(SPACES.values(), key=lambda preset: abs(size(preset) - size(space))), "lr")
+    part = max(low, usual[0]), min(high, usual[1])
+    return part if part[0] < part[1] else (low, high)
 
 
 def _extremes(values: Any) -> tuple[float, float]:
