@@ -661,3 +661,16 @@ def test_a_schedule_that_the_search_had_shortened_is_trained_at_the_length_of_th
     assert lengths(Way(epochs=3).inside(study).of(short.config)) == [(3, "")]
     for seconds, epochs in ((190, 16), (120, 10), (100, 8), (60, 5)):  # 10 s an epoch, given 11.5
         assert _to_train(study, short, 2, way, Room(seconds, 2))[1].epochs == epochs
+
+
+def test_without_a_limit_of_time_nothing_takes_the_place_of_the_best(
+    study: Study, training: SimpleNamespace
+) -> None:
+    training.ends = Status.DIVERGED
+    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": Watch(), "way": Way(epochs=8)}
+    for diverged in (False, True):  # the second time all seeds of the best have
+        said: list[str] = []
+        training.asked.clear()
+        assert retrain(a_job(study), say=said.append, **common)
+        assert len(training.asked) == (0 if diverged else 3)
+        assert not any(line.startswith("The time that is left does not hold one run of") for line in said)

@@ -188,8 +188,8 @@ def retrain(
     way = way.inside(study)
     room = Room.until(clock.at(clock.retrain - less), job)
     best = _chosen(study, trial_id)
-    alike = [best] if trial_id else [best, *_alike(study)]
-    chosen = next((r for r in alike if _has_time(study, r, seeds, way, room)), best)
+    others = [] if trial_id or math.isinf(room.left) else _alike(study)
+    chosen = next((r for r in (best, *others) if _has_time(study, r, seeds, way, room)), best)
     configs, like = _to_train(study, chosen, seeds, way, room)
     if chosen != best:
         say(f"The time that is left does not hold one run of {best.config.title} ({best.trial_id}).")
