@@ -2,10 +2,64 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON, whole or not at all; NaN and infinity become null."""
+    write_whole(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError naming a file that is no JSON object; later, LackingKey for what it does not say."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda values: _Known(path, values))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); bring a copy back, or delete it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no object); bring a copy back, or delete it")
+    return found
+
+
+class LackingKey(ValueError, KeyError):
+    """A file of the study does not say what it should; a KeyError as well, which templates expect."""
+
+    __str__ = ValueError.__str__  # KeyError's puts it in quotes
+
+
+class _Known(dict[str, Any]):
+    """What a file says; asked for what it does not say, it names the file."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self._path = path  # templates ask for a key as for an attribute, and a file may have a key `path`
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise LackingKey(
+            f"{self._path} has no {key!r}: it is damaged, or of another version of this program; "
+            "use the version it was made with, or begin another study"
+        )
+
+
+def json_ready(value: Any) -> Any:
+    """The value in JSON's own types."""
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 def user_path(text: str | Path) -> Path:

@@ -4,88 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from carmodels.catalog import BACKBONES
-from carmodels.files import append_line, csv_text, write_whole
-from carmodels.predictions import METRICS, Predictions
-from carmodels.space import EpochMetrics, TrialConfig
-
-
-class Status(StrEnum):
-    """How a trial ended."""
-
-    FINISHED = "finished"  # by its own schedule or its own patience
-    STOPPED = "stopped"  # by the scheduler or the clock
-    DIVERGED = "diverged"  # its loss was no longer finite
-    FAILED = "failed"  # an error
-    INTERRUPTED = "interrupted"  # by the user; to be run again
-    RUNNING = "running"  # or cut off by a dying process; where nothing runs, to be run again
-
-
-FOLD, FOLDS, FOLD_IN = "fold", "folds", "fold-in"  # stages: one fold, all of a configuration, everything
-TRAINED = ("search", "confirm", "retrain")  # stages whose models were trained on train by a configuration
-RECIPE = "the competitor's recipe"  # how the note on that trial begins
-CUT_OFF = (Status.INTERRUPTED, Status.RUNNING)
-
-
-@dataclass(frozen=True)
-class TrialRecord:
-    """One line of trials.jsonl: a trial as it begins, or how it ended."""
-
-    trial_id: str  # of a soup or student, whose configuration alone does not make it, not the configuration's
-    config: TrialConfig
-    status: Status
-    epochs_run: int
-    value: float | None  # metric on val at the best epoch; of a stopped trial, at its last; of a fold, on it
-    seconds: float
-    reason: str  # why it ended, a sentence
-    stage: str = "search"  # or one of those above, "soup", "student"; in the study of stops "audit"
-    note: str = ""  # e.g. that this is the competitor's recipe
-    at: float = 0.0  # seconds of its stage, since its command began and in earlier commands, up to its end
-    curve: tuple[EpochMetrics, ...] = ()
-
-    @property
-    def whole(self) -> bool:
-        """Whether it ended of itself, and not since its time was up."""
-        return not self.curve or self.curve[-1].ending != "time"
-
-    @property
-    def is_recipe(self) -> bool:
-        """Whether it is the yardstick, which the search did not draw."""
-        return self.note.startswith(RECIPE)
-
-    def to_json(self) -> str:
-        """One line, without a line end."""
-        return json.dumps(_plain(asdict(self)), allow_nan=False)
-
-    @classmethod
-    def from_json(cls, line: str) -> TrialRecord:
-        """Raises ValueError for a line that is no record."""
-        try:
-            values = json.loads(line)
-            curve = tuple(_epoch(epoch) for epoch in values.pop("curve"))
-            config = TrialConfig.from_dict(values.pop("config"))
-            return cls(config=config, status=Status(values.pop("status")), curve=curve, **values)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"no trial record: {error}") from error
-
-
-def _epoch(values: Mapping[str, Any]) -> EpochMetrics:
-    """An epoch as it was written; JSON has no NaN, a number that was not finite is null there."""
-    finite: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
-    return EpochMetrics(**finite)
+from carmodels.evaluation.metrics import METRICS
+from carmodels.evaluation.predictions import Predictions
+from carmodels.files import append_line, csv_text, read_json, write_json, write_whole
+from carmodels.records import CUT_OFF, FOLD, Status, TrialRecord
 
 
 @dataclass(frozen=True)
@@ -419,52 +352,3 @@ def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
 
 def _write_csv(path: Path, names: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> None:
     write_whole(path, csv_text([names, *rows]))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON, whole or not at all; NaN and infinity become null."""
-    write_whole(path, json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError naming a file that is no JSON object; later, LackingKey for what it does not say."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda values: _Known(path, values))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); bring a copy back, or delete it") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged (it holds no object); bring a copy back, or delete it")
-    return found
-
-
-class LackingKey(ValueError, KeyError):
-    """A file of the study does not say what it should; a KeyError as well, which templates expect."""
-
-    __str__ = ValueError.__str__  # KeyError's puts it in quotes
-
-
-class _Known(dict[str, Any]):
-    """What a file says; asked for what it does not say, it names the file."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        super().__init__(values)
-        self._path = path  # templates ask for a key as for an attribute, and a file may have a key `path`
-
-    def __missing__(self, key: str) -> NoReturn:
-        raise LackingKey(
-            f"{self._path} has no {key!r}: it is damaged, or of another version of this program; "
-            "use the version it was made with, or begin another study"
-        )
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's own types."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from carmodels.evaluation.predictions import Predictions, refuse_doubles
 from carmodels.files import csv_text, write_whole
-from carmodels.predictions import Predictions, refuse_doubles
 
 _COLUMNS = ["Id", "Category"]  # where there is no sample file
 

@@ -9,24 +9,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
+
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import pytest
 import torch
 
-from carmodels import demo
-from carmodels.data import Splits, open_dataset
-from carmodels.models import Weights
-from carmodels.space import TrialConfig
-
-DEMO_WEIGHTS = Path(demo.__file__).with_name("weights")
+from carmodels.data.dataset import Splits, open_dataset
+from carmodels.models.weights import Weights
+from carmodels.training.config import TrialConfig
 
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a drawn data set: 200 labelled pictures, 20 to classify."""
     folder = tmp_path_factory.mktemp("drawn") / "cars"
-    demo.draw_demo(folder, seed=1, train=200, test=20)
+    draw_demo(folder, seed=1, train=200, test=20)
     return folder
 
 

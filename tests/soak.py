@@ -27,8 +27,9 @@ from pathlib import Path
 import optuna
 import psutil
 
-from carmodels import demo
-from carmodels.study import CUT_OFF, Status, Study, TrialRecord
+from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
+from carmodels.records import CUT_OFF, Status, TrialRecord
+from carmodels.study import Study
 
 ROOT = Path(__file__).parents[1]
 TRIALS = 4
@@ -63,7 +64,7 @@ def main() -> int:
     done = folder / "rounds.jsonl"
     made = [json.loads(line) for line in done.read_text().splitlines()] if done.is_file() else []
     data = folder / "cars"
-    demo.draw_demo(data, seed=1, train=200, test=20)
+    draw_demo(data, seed=1, train=200, test=20)
     missing = sorted(set(range(options.rounds)) - {row["seed"] for row in made})
     failures = 0
     with ThreadPoolExecutor(options.at_once) as pool:
@@ -236,7 +237,7 @@ def search_command(data: Path, cache: Path, seed: int) -> list[str]:
     return [
         sys.executable,
         str(ROOT / "tune" / "search.py"),
-        *("--data", str(data), "--weights", str(Path(demo.__file__).with_name("weights"))),
+        *("--data", str(data), "--weights", str(DEMO_WEIGHTS)),
         *("--preset", "demo", "--set", "epochs=6", "--set", "image_size=32,48", "--cache", str(cache)),
         *("--trials", str(TRIALS), "--until", "search", "--seed", str(seed), "--study", "cars"),
     ]

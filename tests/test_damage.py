@@ -11,18 +11,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_images import save_many
 
-from carmodels.data import Splits
-from carmodels.images import ImageCache, file_digests, open_images
-from carmodels.models import Weights, build, load_weights, save_weights, weights_damage
-from carmodels.predictions import Predictions
-from carmodels.space import EpochMetrics, TrialConfig
-from carmodels.study import Status, Study, TrialRecord, read_json, write_json
-from carmodels.training import fit
-from tune import blend, soups, views
-from tune.trials import Job, Workers, _leave
-from tune.views import Members
+from carmodels.data.cache import ImageCache, open_images
+from carmodels.data.dataset import Splits
+from carmodels.data.digests import file_digests
+from carmodels.evaluation.predictions import Predictions
+from carmodels.files import read_json, write_json
+from carmodels.models.classifier import build, load_weights, save_weights, weights_damage
+from carmodels.models.weights import Weights
+from carmodels.records import Status, TrialRecord
+from carmodels.study import Study
+from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.trainer import fit
+from tune.finalize import blending, soups, views
+from tune.finalize.views import Members
+from tune.runtime.job import Job, Workers
+from tune.runtime.worker import _leave
+
+from synthetic import save_many
 
 KEPT = (0.0, 0.02, 0.3, 0.7, 0.99)  # shares of a file
 
@@ -158,10 +164,10 @@ def test_damaged_probabilities_are_made_anew_from_the_weights(
 def test_damaged_weights_stay_out_of_the_ensemble_by_name(left: Job, config: TrialConfig) -> None:
     record, said = ended(replace(config, epochs=1)), list[str]()
     left.study.append(record)
-    assert blend._with_weights(left.study, said.append) == [record]
+    assert blending._with_weights(left.study, said.append) == [record]
     path = left.study.weights_file(record.trial_id)
     cut(path, 0.5)
-    assert blend._with_weights(left.study, said.append) == []
+    assert blending._with_weights(left.study, said.append) == []
     (words,) = said
     assert words.startswith(f"Left out: {path} is damaged (")
 

@@ -28,21 +28,26 @@ import optuna
 import pytest
 
 from carmodels.catalog import VIEWS
-from carmodels.data import open_dataset
-from carmodels.ensemble import of_study
-from carmodels.models import Weights
-from carmodels.predictions import with_temperature
-from carmodels.space import SPACES
-from carmodels.study import RECIPE, Status, Study, read_json
-from tune import clock as shares
-from tune import search, setup, stages
-from tune.clock import Clock
-from tune.confirm import judged, sentence
-from tune.mistakes import found_mistakes
-from tune.retraining import LONGER
-from tune.stops import at_rungs
-from tune.stops import sentence as stops_sentence
-from tune.trials import Job, Workers, trial_name
+from carmodels.data.dataset import open_dataset
+from carmodels.ensembling.network import of_study
+from carmodels.evaluation.calibration import with_temperature
+from carmodels.files import read_json
+from carmodels.models.weights import Weights
+from carmodels.presets import SPACES
+from carmodels.records import RECIPE, Status
+from carmodels.study import Study
+from tune import search
+from tune.budget import clock
+from tune.budget.clock import Clock
+from tune.cli import session, study_folder
+from tune.finalize.retraining import LONGER
+from tune.finalize.stop_check import at_rungs
+from tune.finalize.stop_check import sentence as stops_sentence
+from tune.optim.standings import judged, sentence
+from tune.reporting.mistakes import found_mistakes
+from tune.runtime import search_stage
+from tune.runtime.job import Job, Workers
+from tune.runtime.worker import trial_name
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--set", "epochs=3", "--set", "image_size=32,48", "--preset", "demo")
@@ -225,7 +230,7 @@ def test_tensorboard_shows_the_curve_of_every_trial(place: Place) -> None:
 @pytest.mark.usefixtures("whole")
 def test_a_study_that_another_process_works_on_is_refused(place: Place) -> None:
     before = place.study.trials_file.read_bytes()
-    with setup.held(place.study):
+    with session.held(place.study):
         for command in (
             place.search("--trials", "9", "--study", "cars", "--resume"),
             place.search("--trials", "9", "--study", "cars", "--overwrite"),
@@ -603,11 +608,11 @@ def test_an_option_that_is_no_number_is_one_line_that_names_it(capsys: pytest.Ca
 
 
 def test_the_search_has_the_time_of_the_stages_nobody_asked_for() -> None:
-    share = shares.search_share
+    share = clock.search_share
     assert share(confirm=6, audit_stops=0) == Clock(0.0).search
     assert share(confirm=6, audit_stops=5) < share(confirm=6, audit_stops=0) < share(confirm=0, audit_stops=0)
-    ends = (shares.SEARCH_SHARE, shares.CONFIRM_SHARE, shares.RETRAIN_SHARE)
-    assert share(confirm=0, audit_stops=0) < shares.CONFIRM_SHARE
+    ends = (clock.SEARCH_SHARE, clock.CONFIRM_SHARE, clock.RETRAIN_SHARE)
+    assert share(confirm=0, audit_stops=0) < clock.CONFIRM_SHARE
     assert ends == tuple(sorted(ends))
 
 
@@ -626,13 +631,13 @@ def test_the_last_stage_that_is_asked_for_has_nearly_all_of_the_time(options: st
     clock, trials = search.budget(typed, SPACES["cpu"], bare=False, begun=0.0)
     ends = {
         "search": clock.at(clock.search),
-        "audit": clock.at(clock.search + shares.STOPS_SHARE),
-        "confirm": clock.at(shares.CONFIRM_SHARE),
-        "retrain": clock.at(shares.RETRAIN_SHARE),
+        "audit": clock.at(clock.search + clock.STOPS_SHARE),
+        "confirm": clock.at(clock.CONFIRM_SHARE),
+        "retrain": clock.at(clock.RETRAIN_SHARE),
     }
     assert (ends[stage], clock.at(1.0), trials) == (pytest.approx(0.97 * 3600), 3600, None)
     whole, _ = search.budget(search.parser().parse_args(["--hours", "1"]), SPACES["cpu"], bare=False, begun=0)
-    assert (whole.at(shares.RETRAIN_SHARE), whole.last) == (0.88 * 3600, 1.0)
+    assert (whole.at(clock.RETRAIN_SHARE), whole.last) == (0.88 * 3600, 1.0)
 
 
 def test_the_search_goes_on_where_later_stages_leave_time() -> None:
@@ -672,18 +677,18 @@ def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
     now = {**facts, "data": "../new", "warm_start": ["../../b"]}
     for folder in ("predictions", "weights"):
         (study.folder / folder).rmdir()
-    search.check_resumed(study, now, splits, screen)  # type: ignore[arg-type]
+    study_folder.check_resumed(study, now, splits, screen)  # type: ignore[arg-type]
     assert study.facts == {**facts, "data": "../new"}
     assert {p.name for p in study.folder.iterdir()} >= {"predictions", "weights"}
     with pytest.raises(ValueError, match="weights was"):
-        search.check_resumed(study, {**now, "weights": "../../others"}, splits, screen)  # type: ignore[arg-type]
+        study_folder.check_resumed(study, {**now, "weights": "../../others"}, splits, screen)  # type: ignore[arg-type]
     (tmp_path / "weights").rmdir()
     with pytest.raises(ValueError, match="weights was"):
-        search.check_resumed(study, {**now, "weights": "none"}, splits, screen)  # type: ignore[arg-type]
-    search.check_resumed(study, {**now, "weights": "../../others"}, splits, screen)  # type: ignore[arg-type]
+        study_folder.check_resumed(study, {**now, "weights": "none"}, splits, screen)  # type: ignore[arg-type]
+    study_folder.check_resumed(study, {**now, "weights": "../../others"}, splits, screen)  # type: ignore[arg-type]
     assert study.facts["weights"] == "../../others"
     with pytest.raises(ValueError, match="weights was"):
-        search.check_resumed(study, {**now, "weights": "none"}, splits, screen)  # type: ignore[arg-type]
+        study_folder.check_resumed(study, {**now, "weights": "none"}, splits, screen)  # type: ignore[arg-type]
 
 
 def test_what_is_killed_while_it_begins_leaves_no_half_study(
@@ -699,14 +704,14 @@ def test_what_is_killed_while_it_begins_leaves_no_half_study(
         if folder.exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(search.shutil, "rmtree", killed)
+    monkeypatch.setattr(study_folder.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        search.begin(study, {}, splits, [])  # type: ignore[arg-type]
-    search.check_folder(study, resume=False, overwrite=False)
+        study_folder.begin(study, {}, splits, [])  # type: ignore[arg-type]
+    study_folder.check_folder(study, resume=False, overwrite=False)
     monkeypatch.undo()
     monkeypatch.setattr(Study, "write_facts", lambda self, facts: killed(tmp_path))
     with pytest.raises(KeyboardInterrupt):
-        search.begin(study, {}, splits, [other])  # type: ignore[arg-type]
+        study_folder.begin(study, {}, splits, [other])  # type: ignore[arg-type]
     assert not study.exists
     assert study.earlier_file.is_file()
 
@@ -714,14 +719,14 @@ def test_what_is_killed_while_it_begins_leaves_no_half_study(
 def test_a_search_that_has_nothing_more_to_draw_does_not_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stage in (search.confirm, search.retraining, search.blend):
+    for stage in (search.confirmation, search.retraining, search.blending):
         monkeypatch.setattr(stage, "most_seconds", lambda *given, **more: 0.0)
     job = Job(Study(tmp_path), None, None, Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
     options = search.parser().parse_args([])
     for begun, longer in ((time.time() - 150, False), (time.time() - 600, True)):  # of 620 s for the search
         clock = Clock(begun, 1000)
         assert (search.with_spare_time(job, options, clock) != clock) == longer
-    monkeypatch.setattr(search.confirm, "most_seconds", lambda *given, **more: 1e6)
+    monkeypatch.setattr(search.confirmation, "most_seconds", lambda *given, **more: 1e6)
     assert search.with_spare_time(job, options, clock).search == pytest.approx(0.88)  # they have 0.12 at most
 
 
@@ -746,8 +751,8 @@ def test_what_follows_has_the_clock_of_the_longer_search(
         (search, "costs_of", lambda job, space: None),
         (search, "with_spare_time", lambda job, options, clock: longer),
         (search, "trained_further", trained),
-        (stages, "search", searched),
-        (setup, "watched", lambda *given: None),
+        (search_stage, "search", searched),
+        (session, "watched", lambda *given: None),
     ):
         monkeypatch.setattr(place, name, value)
     splits = SimpleNamespace(fingerprint="f", split_hash="s")

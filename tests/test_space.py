@@ -9,8 +9,10 @@ import optuna
 import pytest
 
 from carmodels.catalog import BACKBONES
-from carmodels.space import SPACES, Choice, Range, Space, TrialConfig, baseline, suggest
-from tune.search import describe_space
+from carmodels.presets import SPACES, baseline
+from carmodels.space import Choice, Range, Space, suggest
+from carmodels.training.config import TrialConfig
+from tune.cli.study_folder import describe_space
 
 CONFIG = TrialConfig(backbone="lcnet_035", image_size=64, epochs=4)
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from carmodels.space import EpochMetrics, TrialConfig
-from carmodels.study import Status, Study, TrialRecord, write_json
+from carmodels.files import write_json
+from carmodels.records import Status, TrialRecord
+from carmodels.study import Study
+from carmodels.training.config import EpochMetrics, TrialConfig
 
 CONFIG = TrialConfig(backbone="lcnet_035", image_size=64, epochs=4)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from carmodels.predictions import Predictions
+from carmodels.evaluation.predictions import Predictions
 from carmodels.submission import read_sample, write_submission
 
 CLASSES = ("0", "7", "10")

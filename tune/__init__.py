@@ -1,1 +1,3 @@
-"""Scripts a person runs (search.py, retrain.py, ensemble.py) and the Ray pieces they share."""
+"""Scripts that a person runs, and the packages they share."""
+
+import tune.runtime.environment  # noqa: F401  # Ray and albumentations read it as they are imported

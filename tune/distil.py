@@ -16,26 +16,28 @@ import joblib
 import torch
 
 from carmodels.files import user_path
-from carmodels.models import Weights
-from carmodels.space import BOUNDS, EpochMetrics
+from carmodels.formatting import interval_text, score_text
+from carmodels.models.weights import Weights
 from carmodels.study import Study
-from tune import setup, student
-from tune.console import Screen
-from tune.words import interval_text, score_text
+from carmodels.training.config import BOUNDS, EpochMetrics
+from tune.cli import session
+from tune.cli.options import Parser, add_cache_options, guarded
+from tune.finalize import distillation
+from tune.monitor.terminal import Screen
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     p.add_argument("--backbone", metavar="NAME", help="timm name of the student's backbone (the fastest)")
     p.add_argument(
         "--epochs",
         type=int,
         metavar="N",
-        help=f"length of the schedule ({student.LONGER} times that of the study's trials)",
+        help=f"length of the schedule ({distillation.LONGER} times that of the study's trials)",
     )
-    setup.add_cache_options(p)
+    add_cache_options(p)
     return p
 
 
@@ -49,10 +51,10 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     def on_epoch(epoch: EpochMetrics) -> None:
         screen.say(f"  epoch {epoch.epoch}: {study.metric} on val {epoch.value:.4f}, {epoch.seconds:.0f} s")
 
-    with setup.alone(study, options, screen) as job:
+    with session.alone(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
         torch.set_num_threads(joblib.cpu_count())
-        results = student.distil(
+        results = distillation.distil(
             job, backbone=options.backbone, epochs=options.epochs, say=screen.say, on_epoch=on_epoch
         )
     _tell(results, study, screen)
@@ -81,4 +83,4 @@ def _tell(results: dict[str, Any], study: Study, screen: Screen) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(setup.guarded(run, parser().parse_args()))
+    sys.exit(guarded(run, parser().parse_args()))

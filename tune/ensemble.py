@@ -13,18 +13,19 @@ from pathlib import Path
 from carmodels.catalog import VIEWS
 from carmodels.files import user_path, write_whole
 from carmodels.study import Study
-from tune import setup
-from tune.blend import ensemble
-from tune.clock import Clock
-from tune.console import Screen
-from tune.page import write_report
-from tune.trials import WEIGHTS_KEPT
-from tune.views import MOST_VIEWS
+from tune.budget.clock import Clock
+from tune.cli import session
+from tune.cli.options import Parser, add_cost_option, add_machine_options, cost_limit, guarded, out_file
+from tune.finalize.blending import ensemble
+from tune.finalize.views import MOST_VIEWS
+from tune.monitor.terminal import Screen
+from tune.reporting.page import write_report
+from tune.runtime.recorder import WEIGHTS_KEPT
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     p.add_argument(
         "--top", type=int, default=12, metavar="K", help="best trials of the search to choose from (12)"
@@ -36,9 +37,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"most views a picture ({MOST_VIEWS}; 1: off)",
     )
-    setup.add_cost_option(p)
+    add_cost_option(p)
     p.add_argument("--out", type=Path, metavar="CSV", help="a further place to write the submission to")
-    setup.add_machine_options(p)
+    add_machine_options(p)
     return p
 
 
@@ -50,10 +51,10 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         )
     if not 1 <= options.tta <= len(VIEWS):
         raise ValueError(f"--tta {options.tta} must be from 1 to {len(VIEWS)}, the number of views there are")
-    max_seconds = setup.cost_limit(options)
+    max_seconds = cost_limit(options)
     study = Study(user_path(options.study))
-    out = setup.out_file(options)
-    with setup.reopened(study, options, screen) as job:
+    out = out_file(options)
+    with session.reopened(study, options, screen) as job:
         if out and not len(job.splits.test):
             raise ValueError(f"--out {options.out}: there are no test pictures to answer; leave it out")
         results = ensemble(
@@ -73,4 +74,4 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(setup.guarded(run, parser().parse_args()))
+    sys.exit(guarded(run, parser().parse_args()))

@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from carmodels.ensemble import EXPORTED, Ensemble, of_study
-from carmodels.export import TOLERANCE, check_packages, export
+from carmodels.ensembling.export import TOLERANCE, check_packages, export
+from carmodels.ensembling.network import EXPORTED, Ensemble, of_study
 from carmodels.files import user_path
 from carmodels.study import Study
-from tune import setup
-from tune.answers import (
+from tune.cli.options import Parser, guarded, out_file
+from tune.monitor.terminal import Screen
+from tune.serving.drop_page import PORT, serve
+from tune.serving.inference import (
     ACCURACY,
     NOT_SURE,
     Answer,
@@ -30,16 +32,14 @@ from tune.answers import (
     threshold,
     write_answers,
 )
-from tune.card import write_card
-from tune.console import Screen
-from tune.drop import PORT, serve
+from tune.serving.model_card import write_card
 
 MOST_LINES = 100  # of answers on the screen, where a CSV has them all
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     add("pictures", metavar="PICTURES", type=Path, nargs="*", help="pictures and folders of pictures")
@@ -70,9 +70,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         _export(study, answer, ensemble, limit, user_path(options.export), screen)
     ensemble = ensemble.to("cuda" if torch.cuda.is_available() else "cpu")
     if paths:
-        _answer(ensemble, limit, paths, setup.out_file(options), screen)
+        _answer(ensemble, limit, paths, out_file(options), screen)
     if options.serve:
-        return serve(study, ensemble, limit, PORT if options.port is None else options.port, screen)
+        return serve(study, ensemble, limit, PORT if options.port is None else options.port, screen.say)
     return 0
 
 
@@ -81,7 +81,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("there is nothing to do: give pictures or folders, --export DIR or --serve")
     if options.out and not options.pictures:
         raise ValueError(f"--out {options.out} is for answers; give pictures or folders, too")
-    setup.out_file(options)
+    out_file(options)
     if options.port is not None and not options.serve:
         raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
     if options.export:
@@ -135,4 +135,4 @@ def _answer(
 
 
 if __name__ == "__main__":
-    sys.exit(setup.guarded(run, parser().parse_args()))
+    sys.exit(guarded(run, parser().parse_args()))

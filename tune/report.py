@@ -17,12 +17,15 @@ from pathlib import Path
 
 import torch
 
-from carmodels.ensemble import of_study
+from carmodels.ensembling.network import of_study
 from carmodels.files import user_path
 from carmodels.study import Study
-from tune import compare, local, page, setup
-from tune.console import Screen
-from tune.mistakes import write_thumbnails
+from tune.cli import session
+from tune.cli.options import CACHE_LIMIT, Parser, add_cache_options, guarded, out_file
+from tune.monitor.terminal import Screen
+from tune.reporting import comparison, page
+from tune.reporting.mistakes import write_thumbnails
+from tune.serving import local_page
 
 REFRESH_SECONDS = 20
 PORT = 8770
@@ -30,7 +33,7 @@ PORT = 8770
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add(
         "studies",
@@ -45,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="show pictures of the most confident mistakes, with what spoke for each answer",
     )
-    setup.add_cache_options(p)
+    add_cache_options(p)
     add("--serve", action="store_true", help="show the page at a local address until Ctrl-C")
     add("--port", type=int, metavar="N", help=f"of that address ({PORT}; 0: any)")
     return p
@@ -55,15 +58,15 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     """Write the page and say where it is, or serve it."""
     check(options)
     studies = [Study(user_path(folder)) for folder in options.studies]
-    out = setup.out_file(options)
+    out = out_file(options)
     if options.pictures:
         ensemble = of_study(studies[0]).to("cuda" if torch.cuda.is_available() else "cpu")
-        write_thumbnails(studies[0], ensemble, setup.data_of(studies[0], options, screen))
+        write_thumbnails(studies[0], ensemble, session.data_of(studies[0], options, screen))
     several = len(studies) > 1
     if options.serve:
-        make = partial(compare.render, studies) if several else partial(page.render, studies[0])
+        make = partial(comparison.render, studies) if several else partial(page.render, studies[0])
         return serve(studies, make, PORT if options.port is None else options.port, screen)
-    path = compare.write_comparison(studies, out) if several else page.write_report(studies[0], out)
+    path = comparison.write_comparison(studies, out) if several else page.write_report(studies[0], out)
     screen.say(f"{'Comparison' if several else 'Report'}: {path}")
     return 0
 
@@ -74,8 +77,8 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
     if options.out and options.serve:
         raise ValueError(f"--out {options.out} is for a page that is written; leave it or --serve out")
-    setup.out_file(options)
-    if not options.pictures and (options.cache or options.cache_limit != setup.CACHE_LIMIT):
+    out_file(options)
+    if not options.pictures and (options.cache or options.cache_limit != CACHE_LIMIT):
         raise ValueError("--cache and --cache-limit are for --pictures; add that or leave them out")
     if options.pictures and len(options.studies) > 1:
         raise ValueError("--pictures is for the report of one study; leave it or the other studies out")
@@ -85,7 +88,7 @@ def serve(studies: list[Study], make: Callable[[int], str], port: int, screen: S
     """Show the page on this machine alone, made anew for every request, until Ctrl-C."""
     begun = ", ".join(study.facts["begun"] for study in studies)  # one clear line where one is no study
 
-    class Page(local.LocalPage):
+    class Page(local_page.LocalPage):
         def do_GET(self) -> None:
             if not self.from_here:
                 return self.refuse_others()
@@ -95,7 +98,7 @@ def serve(studies: list[Study], make: Callable[[int], str], port: int, screen: S
                 status, text = HTTPStatus.SERVICE_UNAVAILABLE, waiting(str(error))
             return self.send(status, "text/html", text)
 
-    return local.serve(Page, port, f"Report of the search of {begun}:", screen)
+    return local_page.serve(Page, port, f"Report of the search of {begun}:", screen.say)
 
 
 def waiting(words: str) -> str:
@@ -105,4 +108,4 @@ def waiting(words: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(setup.guarded(run, parser().parse_args()))
+    sys.exit(guarded(run, parser().parse_args()))

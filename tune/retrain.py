@@ -12,19 +12,23 @@ import time
 from pathlib import Path
 
 from carmodels.files import user_path
-from carmodels.models import Weights
-from carmodels.space import setting
-from carmodels.study import Status, Study
-from tune import folds, retraining, setup
-from tune.clock import Clock
-from tune.console import Screen
+from carmodels.models.backbones import fetch_weights
+from carmodels.models.weights import Weights
+from carmodels.records import Status
+from carmodels.study import Study
+from carmodels.training.config import setting
+from tune.budget.clock import Clock
+from tune.cli import session
+from tune.cli.options import Parser, add_fold_options, add_machine_options, check_folds, guarded
+from tune.finalize import folds, retraining
+from tune.monitor.terminal import Screen
 
 MOST_SEEDS = 1000
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     p.add_argument("--trial", metavar="ID", help="the trial whose configuration is retrained (the best)")
     p.add_argument("--seeds", type=int, metavar="N", help="how many new seeds (3)")
@@ -46,8 +50,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=V",
         help="what to do in another way than the trial, such as ema=0.998, start_size=96 or test_size=224",
     )
-    setup.add_fold_options(p)
-    setup.add_machine_options(p)
+    add_fold_options(p)
+    add_machine_options(p)
     return p
 
 
@@ -57,7 +61,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
-    setup.check_folds(options)
+    check_folds(options)
     if options.folds and options.seeds:
         raise ValueError(f"--seeds {options.seeds} does not go with --folds: each fold is a run of its own")
     if options.seeds is not None and options.seeds > MOST_SEEDS:
@@ -76,17 +80,17 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
             raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")
     study = Study(user_path(options.study))
     clock = Clock(time.time())
-    with setup.reopened(study, options, screen) as job:
+    with session.reopened(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
         if options.folds:
             folds.check_filled(job.splits, options.folds, study.facts["seed"])
         if options.folds or options.fold_in or (options.epochs and not options.onward) or new_head:
-            job.weights.fetch(retraining.backbones(study, options.trial))  # for new models
+            fetch_weights(job.weights, retraining.backbones(study, options.trial))  # for new models
         before = study.records()
         completed = retraining.retrain_all(
             job,
             clock=clock,
-            watch=setup.watched(job, clock, None, screen),
+            watch=session.watched(job, clock, None, screen),
             say=screen.say,
             trial_id=options.trial,
             seeds=options.seeds or retraining.SEEDS,
@@ -103,4 +107,4 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(setup.guarded(run, parser().parse_args()))
+    sys.exit(guarded(run, parser().parse_args()))

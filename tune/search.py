@@ -15,51 +15,73 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-
 import joblib
 import torch
 
-from carmodels import demo
-from carmodels.data import Splits
-from carmodels.ensemble import of_study
+from carmodels.data.dataset import Splits
+from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
+from carmodels.ensembling.network import of_study
+from carmodels.evaluation.metrics import METRICS
 from carmodels.files import user_path
-from carmodels.models import Weights
-from carmodels.predictions import METRICS
-from carmodels.space import SPACES, Space
+from carmodels.formatting import duration
+from carmodels.models.backbones import fetch_weights
+from carmodels.models.weights import Weights
+from carmodels.presets import SPACES
+from carmodels.space import Space
 from carmodels.study import Study
-from tune import blend, confirm, folds, retraining, setup, stages
-from tune.clock import STOPS_SHARE, Clock, last_share, search_share
-from tune.confirm import CONTENDERS, RERUNS
-from tune.console import Screen
-from tune.mistakes import SECONDS, write_thumbnails
-from tune.page import write_report
-from tune.plan import TRIAL_SHARE, costs_of, processor
-from tune.preflight import findings
-from tune.trials import Job, Watch
-from tune.words import duration
+from tune.budget.clock import STOPS_SHARE, Clock, last_share, search_share
+from tune.budget.plan import TRIAL_SHARE
+from tune.cli import resources, session
+from tune.cli.options import (
+    Parser,
+    add_cost_option,
+    add_fold_options,
+    add_machine_options,
+    cache_folder,
+    check_folds,
+    cost_limit,
+    guarded,
+)
+from tune.cli.preflight import findings
+from tune.cli.study_folder import (
+    begin,
+    check_folder,
+    check_resumed,
+    describe_space,
+    earlier_studies,
+    refuse_within,
+)
+from tune.finalize import blending, confirmation, folds, retraining, stop_check
+from tune.finalize.confirmation import RERUNS
+from tune.monitor.terminal import Screen
+from tune.optim.standings import CONTENDERS
+from tune.reporting.mistakes import SECONDS, write_thumbnails
+from tune.reporting.page import write_report
+from tune.runtime import search_stage
+from tune.runtime.callbacks import Watch
+from tune.runtime.job import Job
+from tune.runtime.profiling import costs_of, processor
 
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 MOST_SEED = 2_000_000_000  # leaves room for the seeds of retraining
 STAGES = ("search", "confirm", "retrain", "ensemble", "report")
 LONGEST_NAME = 100  # characters of a study's name; file systems end at 255 bytes
 CPU_HOURS, GPU_HOURS = 0.25, 4.0  # where neither --hours nor --trials says more
 COMMAND = "python tune/search.py"
 DEMO_HOURS = 0.15  # the demo ends by its number of trials; this is for slow machines
-DEMO_WEIGHTS = Path(demo.__file__).with_name("weights")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = setup.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--data", metavar="DIR|ZIP", help="pictures by class, or the competition's files; left out: a demo"
     )
@@ -102,9 +124,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="STUDY_DIR",
         help="earlier studies, of any data, whose trials tell where to begin",
     )
-    setup.add_fold_options(p)
-    setup.add_cost_option(p)
-    setup.add_machine_options(p)
+    add_fold_options(p)
+    add_cost_option(p)
+    add_machine_options(p)
     p.add_argument("--seed", type=int, default=0, help="of the split, the draws and the training (0)")
     p.add_argument(
         "--pictures",
@@ -121,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job; returns the exit code."""
-    return setup.guarded(run, parser().parse_args(arguments))
+    return guarded(run, parser().parse_args(arguments))
 
 
 def run(options: argparse.Namespace, screen: Screen) -> int:
@@ -129,7 +151,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     begun = time.time()
     check_numbers(options)
     bare = options.data is None
-    granted = setup.check_machine(options)
+    granted = resources.check_machine(options)
     preset = options.preset or ("demo" if bare else "gpu" if torch.cuda.is_available() else "cpu")
     weights = Weights.parse(options.weights or (str(DEMO_WEIGHTS) if bare else "hub"))
     space, left_out = chosen_space(preset, options.set, weights)
@@ -140,13 +162,13 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     overwrite = options.overwrite or repeats_the_demo(study, options)
     check_folder(study, resume=options.resume, overwrite=overwrite)
     later = models_later(options)
-    setup.report(findings(study, space, granted, setup.cache_folder(options), later=later), screen)
+    session.report(findings(study, space, granted, cache_folder(options), later=later), screen)
     earlier = [] if options.resume else earlier_studies(options.warm_start, study, options.metric)
     data = user_path(options.data) if options.data else demo_data(options, screen)
-    weights.fetch(space.backbones)
+    fetch_weights(weights, space.backbones)
     if weights.source == "hub" and not options.address:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: what they need is on this disk now
-    splits = setup.open_data(data, options, space.largest_size, options.seed, screen)
+    splits = session.open_data(data, options, space.largest_size, options.seed, screen)
     if options.fold_in:
         retraining.check_test(splits)
     if options.folds:
@@ -161,23 +183,23 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     describe_data(splits, screen)
     if options.check:
         if options.address:
-            with setup.ray_running(options, screen):
-                setup.look_at_machines(study, data, weights, options, screen)
+            with session.ray_running(options, screen):
+                session.look_at_machines(study, data, weights, options, screen)
         screen.say("Checked: data, weights, space, folders, disk, memory. Nothing stands in the way.")
         return 0
-    with setup.held(study):
+    with session.held(study):
         if options.resume:
             check_resumed(study, facts, splits, screen)
-        with setup.ray_running(options, screen) as workers:
+        with session.ray_running(options, screen) as workers:
             if options.address:
-                setup.look_at_machines(study, data, weights, options, screen)
+                session.look_at_machines(study, data, weights, options, screen)
             if not options.resume:
                 begin(study, facts, splits, earlier)
             screen.say(
                 f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
                 f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
             )
-            job = Job(study, splits, weights, workers, setup.cache_folder(options), spent=study.spent())
+            job = Job(study, splits, weights, workers, cache_folder(options), spent=study.spent())
             return go(job, space, options, clock, trials, screen)
 
 
@@ -214,9 +236,16 @@ def go(
     }
     if math.isfinite(clock.seconds) or job.workers.packed:
         job = replace(job, costs=costs_of(job, space))
-    watch = setup.watched(job, clock, trials, screen)
+    watch = session.watched(job, clock, trials, screen)
     search = partial(
-        stages.search, job, space, stamp=stamp, trials=trials, seed=options.seed, watch=watch, say=screen.say
+        search_stage.search,
+        job,
+        space,
+        stamp=stamp,
+        trials=trials,
+        seed=options.seed,
+        watch=watch,
+        say=screen.say,
     )
     completed = search(clock=clock)
     longer = with_spare_time(job, options, clock) if completed and trials is None else clock
@@ -235,7 +264,7 @@ def go(
     last = STAGES.index(options.until)
     results = None
     if last >= STAGES.index("ensemble"):
-        results = blend.ensemble(job, clock=clock, say=screen.say, max_seconds=setup.cost_limit(options))
+        results = blending.ensemble(job, clock=clock, say=screen.say, max_seconds=cost_limit(options))
     screen.table(job.study)
     screen.dimensions(job.study)
     if results:
@@ -260,11 +289,11 @@ def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Cloc
     packed = job.costs if job.workers.packed else None
     less = retraining.FOLD_IN_SHARE if options.fold_in else 0.0
     within = clock.at(clock.retrain - less) - time.time()
-    reruns = confirm.most_seconds(job.study, job.workers.count, most=options.confirm, costs=packed)
+    reruns = confirmation.most_seconds(job.study, job.workers.count, most=options.confirm, costs=packed)
     return clock.with_spare_time(
         confirm=min(reruns, clock.seconds * (clock.confirm - clock.search)),  # and no more, by their bounds
         retrain=retraining.most_seconds(job, within=within, folds=options.folds) + less * clock.seconds,
-        ensemble=blend.most_seconds(job, folds=options.folds),
+        ensemble=blending.most_seconds(job, folds=options.folds),
         stops=STOPS_SHARE if options.audit_stops else 0.0,
     )
 
@@ -275,12 +304,12 @@ def trained_further(
     """What trains after the search, up to --until; False if interrupted."""
     last, say = STAGES.index(options.until), screen.say
     if options.audit_stops:
-        if not stages.audit_stops(
+        if not stop_check.audit_stops(
             job,
             count=options.audit_stops,
             seed=options.seed,
             clock=clock,
-            watching=lambda study: setup.watched(
+            watching=lambda study: session.watched(
                 replace(job, study=study), clock, None, screen, inner="stops"
             ),
             say=say,
@@ -288,7 +317,7 @@ def trained_further(
             return False
         screen.stops(job.study)
     if last >= STAGES.index("confirm"):
-        if not stages.confirm(job, clock=clock, watch=watch, say=say, most=options.confirm):
+        if not confirmation.confirm(job, clock=clock, watch=watch, say=say, most=options.confirm):
             return False
         screen.standings(job.study)
     return last < STAGES.index("retrain") or retraining.retrain_all(
@@ -307,8 +336,8 @@ def check_numbers(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 0, which leaves it out")
     if options.pictures and options.until != "report":
         raise ValueError(f"--pictures is for the report, which --until {options.until} leaves out")
-    setup.check_folds(options)
-    setup.cost_limit(options)
+    check_folds(options)
+    cost_limit(options)
     until = STAGES.index(options.until)
     for name, stage in (("folds", "retrain"), ("fold_in", "retrain"), ("max_seconds_per_1000", "ensemble")):
         if getattr(options, name) and until < STAGES.index(stage):
@@ -337,9 +366,9 @@ def models_later(options: argparse.Namespace) -> int:
 
 def demo_data(options: argparse.Namespace, screen: Screen) -> Path:
     """Draw the built-in data set, unless it is drawn already."""
-    folder = setup.cache_folder(options) / "demo"
+    folder = cache_folder(options) / "demo"
     screen.say("No --data given: this is the demo, ten classes of drawn cars in the competition's layout.")
-    demo.draw_demo(folder)
+    draw_demo(folder)
     return folder
 
 
@@ -362,100 +391,6 @@ def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[S
             "or --weights none"
         )
     return space.with_backbones(tuple(b for b in space.backbones if b not in left_out)), left_out
-
-
-def earlier_studies(folders: Sequence[str], own: Study, metric: str) -> list[Study]:
-    """The studies in these folders; ValueError for one that cannot tell this one anything."""
-    studies = [Study(user_path(folder)) for folder in folders]
-    for study in studies:
-        if study.folder == own.folder:
-            raise ValueError(f"--warm-start {study.folder} is this study itself; --resume goes on with it")
-        if study.metric != metric:
-            raise ValueError(f"--warm-start {study.folder}: its metric is {study.metric}, not {metric}")
-        if not study.records():
-            raise ValueError(f"--warm-start {study.folder}: it has no trials; leave it out")
-    return studies
-
-
-def check_folder(study: Study, *, resume: bool, overwrite: bool) -> None:
-    """Raises ValueError where the study's folder and --resume or --overwrite do not go together.
-
-    What is no study is left alone: it may be someone's pictures, which --overwrite would later delete.
-    """
-    if not study.exists and (study.folder.is_file() or any(study.folder.glob("*"))):
-        raise ValueError(
-            f"{study.folder} is there already, but is no study: it holds no study.json; bring that back, "
-            "move the folder away, or give another --study NAME"
-        )
-    if resume and not study.exists:
-        raise ValueError(f"--resume: there is no study at {study.folder}; leave --resume out to begin one")
-    if study.exists and not (resume or overwrite):
-        raise ValueError(
-            f"{study.folder} holds a study already; give --resume to go on with it, "
-            "--overwrite to delete it, or another --study NAME"
-        )
-
-
-def refuse_within(study: Study, options: argparse.Namespace) -> None:
-    """Raises ValueError for data, weights or a cache in the study's own folder, which --overwrite deletes."""
-    for name in ("data", "weights", "cache"):
-        value = getattr(options, name)
-        if value in (None, "hub", "none"):
-            continue
-        if user_path(value).resolve().is_relative_to(study.folder.resolve()):
-            raise ValueError(
-                f"--{name} {value} lies in the folder of the study, {study.folder}; "
-                "give another --study NAME or --results DIR"
-            )
-
-
-def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: Screen) -> None:
-    """Says what is damaged; ValueError where what is resumed is not the same search of the same data."""
-    if damaged := study.damaged_lines():
-        screen.say(f"{study.trials_file}: lines {damaged} are damaged, their trials run again.", "yellow")
-    if lost := study.lost():
-        screen.say(
-            f"{study.trials_file} was cut short: it lacks {len(lost)} trials of "
-            f"{study.table_file.name}, which may run again.",
-            "yellow",
-        )
-    before = study.facts
-    for name in ("preset", "space", "seed", "metric", "warm_start", "weights", "fingerprint", "split_hash"):
-        if not _alike(study, name, before[name], facts[name]):
-            raise ValueError(
-                f"--resume: {name} was {before[name]} in {study.folder} and is {facts[name]} now; "
-                "give the options of the first run, or another --study NAME"
-            )
-    study.make_folders()
-    study.write_splits(split_rows(splits))  # the same, were it not damaged
-    study.write_facts({**before, "data": facts["data"], "weights": facts["weights"]})  # they may have moved
-
-
-def _alike(study: Study, name: str, before: Any, now: Any) -> bool:
-    """Whether two facts of a study are the same, seen from where the study lies now, which may have moved."""
-    if name == "warm_start":  # the study has their trials
-        return [Path(folder).name for folder in before] == [Path(folder).name for folder in now]
-    moved = name == "weights" and not {before, now} & {"hub", "none"} and not study.resolved(before).is_dir()
-    return moved or before == now
-
-
-def begin(study: Study, facts: dict[str, Any], splits: Splits, earlier: Sequence[Study]) -> None:
-    """Begin the study, in the place of one that is there."""
-    if study.exists:
-        old = study.folder.with_name(f".{study.folder.name}.old")  # whole or not at all, if this is killed
-        shutil.rmtree(old, ignore_errors=True)
-        study.folder.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
-    study.begin(facts, split_rows(splits), earlier)
-
-
-def split_rows(splits: Splits) -> list[tuple[str, str, int]]:
-    """(split, id, class index or -1) of every picture."""
-    return [
-        (split.name, picture, -1 if split.labels is None else int(split.labels[i]))
-        for split in (splits.train, splits.val, splits.audit, splits.test)
-        for i, picture in enumerate(split.ids)
-    ]
 
 
 def budget(options: argparse.Namespace, space: Space, bare: bool, begun: float) -> tuple[Clock, int | None]:
@@ -509,21 +444,6 @@ def describe(options: argparse.Namespace, preset: str, space: Space, splits: Spl
         "max_size": space.largest_size,
         "hardware": {"device": gpus[0] if gpus else processor(), "gpus": gpus, "cores": joblib.cpu_count()},
     }
-
-
-def describe_space(space: Space) -> dict[str, Any]:
-    """A space in JSON's types."""
-    dimensions = {n: {"kind": type(d).__name__, **_listed(asdict(d))} for n, d in space.dimensions.items()}
-    return {"dimensions": dimensions, "fixed": dict(space.fixed)}
-
-
-def _listed(value: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, all the way down, so that what is read back from JSON compares equal."""
-    return {k: _as_list(v) for k, v in value.items()}
-
-
-def _as_list(value: Any) -> Any:
-    return [_as_list(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _written(options: argparse.Namespace) -> Iterator[str]:

@@ -23,8 +23,9 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from carmodels.predictions import Interval
-from carmodels.study import Study, read_json
+from carmodels.evaluation.intervals import Interval
+from carmodels.files import read_json
+from carmodels.study import Study
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "results" / "final"

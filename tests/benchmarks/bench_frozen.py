@@ -17,12 +17,12 @@ import scipy.stats
 import torch
 from platformdirs import user_cache_path
 
-from carmodels import demo
-from carmodels.data import Splits, open_dataset
-from carmodels.features import FeatureStore
-from carmodels.models import Weights
-from carmodels.space import TrialConfig
-from carmodels.training import Fitted, fit
+from carmodels.data.dataset import Splits, open_dataset
+from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
+from carmodels.models.weights import Weights
+from carmodels.training.config import TrialConfig
+from carmodels.training.features import FeatureStore
+from carmodels.training.trainer import Fitted, fit
 
 from table import Row, as_in_a_worker, finish
 
@@ -44,9 +44,9 @@ def main() -> None:
     )
     seeds = range(parser.parse_args().seeds)
     torch.set_num_threads(1)
-    weights = Weights.parse(str(Path(demo.__file__).with_name("weights")))
+    weights = Weights.parse(str(DEMO_WEIGHTS))
     data = user_cache_path("carmodels") / "demo"
-    demo.draw_demo(data)
+    draw_demo(data)
     splits = open_dataset(data, cache_dir=user_cache_path("carmodels"), max_size=96)
     rows: list[Row] = []
     for name, config in CASES.items():

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from platformdirs import user_cache_path
 
-from carmodels.batches import Loader
 from carmodels.catalog import AUGMENTS
-from carmodels.data import Splits, open_dataset
-from carmodels.models import Weights
-from carmodels.space import TrialConfig
-from carmodels.training import _Run
+from carmodels.data.dataset import Splits, open_dataset
+from carmodels.data.loader import Loader
+from carmodels.models.weights import Weights
+from carmodels.training.config import TrialConfig
+from carmodels.training.trainer import Trainer
 
 from table import Row, as_in_a_worker, finish
 
@@ -113,7 +113,7 @@ def steps(folder: Path, splits: Splits) -> list[Row]:
     rows = []
     for name in BACKBONES:
         config = TrialConfig(name, image_size=SIZE, epochs=4, batch_size=BATCH, augment="color", lr=1e-4)
-        run = _Run(
+        run = Trainer(
             config,
             splits,
             weights=Weights("none"),
@@ -131,7 +131,7 @@ def steps(folder: Path, splits: Splits) -> list[Row]:
     return rows
 
 
-def rate(run: _Run, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def rate(run: Trainer, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Steps a second after a few to warm up."""
     started, counted = 0.0, 0
     for number, (images, labels) in enumerate(batches):

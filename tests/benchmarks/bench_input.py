@@ -23,11 +23,12 @@ import torch
 from albumentations.pytorch import ToTensorV2
 from torch.utils.data import DataLoader, Dataset
 
-from carmodels.batches import Loader
 from carmodels.catalog import AUGMENTS, Augment
-from carmodels.data import Splits, open_dataset
-from carmodels.models import Weights, build
-from carmodels.space import TrialConfig
+from carmodels.data.dataset import Splits, open_dataset
+from carmodels.data.loader import Loader
+from carmodels.models.classifier import build
+from carmodels.models.weights import Weights
+from carmodels.training.config import TrialConfig
 
 from table import Row, as_in_a_worker, finish
 

@@ -13,19 +13,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from platformdirs import user_cache_path
 from sklearn.linear_model import LogisticRegression
 
-from carmodels import demo
-from carmodels.batches import Loader
-from carmodels.data import Split, Splits, open_dataset
-from carmodels.models import Weights, build
-from carmodels.predictions import METRICS, Interval, hidden_score, score_interval
-from carmodels.space import TrialConfig
+from carmodels.data.dataset import Splits, open_dataset
+from carmodels.data.loader import Loader
+from carmodels.data.splits import Split
+from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
+from carmodels.evaluation.intervals import Interval, hidden_score, score_interval
+from carmodels.evaluation.metrics import METRICS
+from carmodels.models.classifier import build
+from carmodels.models.weights import Weights
+from carmodels.training.config import TrialConfig
 
 from table import Row, as_in_a_worker, asked, finish
 
@@ -46,8 +48,8 @@ def main() -> None:
     config = CONFIG if options.data else DEMO_CONFIG
     data = options.data or cache / "demo"
     if not options.data:
-        demo.draw_demo(data)
-    weights = Weights.parse(options.weights or str(Path(demo.__file__).with_name("weights")))
+        draw_demo(data)
+    weights = Weights.parse(options.weights or str(DEMO_WEIGHTS))
     seen = [open_dataset(data, cache_dir=cache, max_size=128, seed=s) for s in range(options.splits)]
     features = outputs(config, seen[0], weights)
     found: dict[str, list[tuple[float, Interval, Interval]]] = {name: [] for name in METRICS}

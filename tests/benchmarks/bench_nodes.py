@@ -23,13 +23,20 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.tune import report
 
-from carmodels.models import Weights
-from carmodels.space import SPACES, EpochMetrics, TrialConfig, suggest
-from carmodels.study import Status, Study, TrialRecord
-from tune import trials
-from tune.scheduler import Deadline, Scheduler
-from tune.searcher import Draws
-from tune.trials import WEIGHTS_KEPT, Job, Recorder, Watch, Workers, run_trials, start_ray
+from carmodels.models.weights import Weights
+from carmodels.presets import SPACES
+from carmodels.records import Status, TrialRecord
+from carmodels.space import suggest
+from carmodels.study import Study
+from carmodels.training.config import EpochMetrics, TrialConfig
+from tune.optim.scheduler import Deadline, Scheduler
+from tune.optim.searcher import Draws
+from tune.runtime import worker
+from tune.runtime.callbacks import Watch
+from tune.runtime.cluster import start_ray
+from tune.runtime.job import Job, Workers
+from tune.runtime.recorder import WEIGHTS_KEPT, Recorder
+from tune.runtime.runner import run_trials
 
 from table import Row, finish
 
@@ -69,7 +76,7 @@ def sleeping(values: dict[str, Any], job: Job) -> None:
 
 def scaling(nodes: int) -> list[Row]:
     """A search of sleeping trials over so many nodes, once all their workers are there."""
-    trials.train_trial = sleeping  # type: ignore[assignment]  # what `run_trials` sends to the workers
+    worker.train_trial = sleeping  # type: ignore[assignment]  # what `run_trials` sends to the workers
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(nodes):
         cluster.add_node(num_cpus=SLOTS)

@@ -16,15 +16,19 @@ from pathlib import Path
 import ray
 from platformdirs import user_cache_path
 
-from carmodels import demo
-from carmodels.data import open_dataset
-from carmodels.models import Weights
-from carmodels.space import SPACES, Space
+from carmodels.data.dataset import open_dataset
+from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
+from carmodels.models.weights import Weights
+from carmodels.presets import SPACES
+from carmodels.space import Space
 from carmodels.study import Study
-from tune import search, stages
-from tune.clock import SEARCH_SHARE, Clock
-from tune.plan import costs_of
-from tune.trials import Job, Watch, Workers, start_ray
+from tune import search
+from tune.budget.clock import SEARCH_SHARE, Clock
+from tune.runtime import search_stage
+from tune.runtime.callbacks import Watch
+from tune.runtime.cluster import start_ray
+from tune.runtime.job import Job, Workers
+from tune.runtime.profiling import costs_of
 
 from table import Row, asked, finish
 
@@ -40,9 +44,9 @@ def main() -> None:
     if options.data:
         finish("bench_overhead", [on_pictures(options.data.absolute(), options.weights, options.minutes)])
     else:
-        own = Weights.parse(str(Path(demo.__file__).with_name("weights")))
+        own = Weights.parse(str(DEMO_WEIGHTS))
         drawn = user_cache_path("carmodels") / "demo"
-        demo.draw_demo(drawn)
+        draw_demo(drawn)
         space = SPACES["demo"]
         seconds = 3600 * search.DEMO_HOURS
         row = measure("demo preset", drawn, own, space, trials=space.trials, seconds=seconds)
@@ -70,7 +74,7 @@ def measure(
         job = Job(study, splits, weights, Workers(WORKERS, 1, 0.0), Path(folder) / "cache")
         stamp = {"seed": 0, "metric": "accuracy", "data": splits.fingerprint, "split": splits.split_hash}
         started = time.time()
-        stages.search(
+        search_stage.search(
             replace(job, costs=costs_of(job, space)),
             space,
             stamp=stamp,

@@ -29,12 +29,16 @@ import optuna
 from rich.console import Console
 from rich.table import Table
 
-from carmodels.data import open_dataset
-from carmodels.predictions import Interval, share_interval
-from carmodels.study import Status, Study, read_json
-from tune import retraining, search, stages
-from tune.scheduler import Deadline, Scheduler
-from tune.searcher import Draws
+from carmodels.data.dataset import open_dataset
+from carmodels.evaluation.intervals import Interval, share_interval
+from carmodels.files import read_json
+from carmodels.records import Status
+from carmodels.study import Study
+from tune import search
+from tune.finalize import confirmation, retraining
+from tune.optim.scheduler import Deadline, Scheduler
+from tune.optim.searcher import Draws
+from tune.runtime import search_stage
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "results" / "search"
@@ -168,10 +172,10 @@ class TutorialScheduler(Scheduler):
 
 def search_as_the_tutorial(arguments: list[str]) -> int:
     """`tune/search.py` with that search, and no stage but the ensemble after it."""
-    stages.Draws = TutorialDraws  # type: ignore[misc]
-    stages.Scheduler = TutorialScheduler  # type: ignore[misc]
+    search_stage.Draws = TutorialDraws  # type: ignore[misc]
+    search_stage.Scheduler = TutorialScheduler  # type: ignore[misc]
     search.search_share = lambda **asked: SEARCH_SHARE
-    stages.LATE_SHARE = 0.0  # no stage follows whose time a slow trial could have
+    confirmation.LATE_SHARE = 0.0  # no stage follows whose time a slow trial could have
     retraining.retrain_all = lambda *given, **named: True
     return search.main(arguments)
 

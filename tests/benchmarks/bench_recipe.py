@@ -27,15 +27,20 @@ from rich.console import Console
 from rich.table import Table as Shown
 from torch import nn
 
-from carmodels import demo
-from carmodels.batches import Loader
 from carmodels.catalog import Augment, Step
-from carmodels.data import Splits, open_dataset, with_everything
+from carmodels.data.dataset import Splits, open_dataset
+from carmodels.data.loader import Loader
+from carmodels.data.resplit import with_everything
+from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
+from carmodels.evaluation.metrics import log_loss
+from carmodels.evaluation.predictions import Predictions
 from carmodels.files import csv_text, write_whole
-from carmodels.models import Classifier, Weights, save_weights
-from carmodels.predictions import Predictions, log_loss
-from carmodels.space import TrialConfig
-from carmodels.training import _Run, parted, predict
+from carmodels.models.classifier import Classifier, save_weights
+from carmodels.models.weights import Weights
+from carmodels.training.config import TrialConfig
+from carmodels.training.forward import predict
+from carmodels.training.held_out import parted
+from carmodels.training.trainer import Trainer
 
 from table import as_in_a_worker, asked, measured_on
 
@@ -171,8 +176,8 @@ def main() -> None:
     cache = user_cache_path("carmodels")
     data = options.data or cache / "demo"
     if not options.data:
-        demo.draw_demo(data)
-    weights = Weights.parse(options.weights or str(Path(demo.__file__).with_name("weights")))
+        draw_demo(data)
+    weights = Weights.parse(options.weights or str(DEMO_WEIGHTS))
     place = Place(data.absolute(), weights, cache)
     splits = place.splits()
     base = replace(BASE if options.data else DEMO, data=splits.fingerprint, split=splits.split_hash)
@@ -234,10 +239,12 @@ def run(base: TrialConfig, config: TrialConfig, variant: Variant, place: Place) 
     return f"seed {config.seed}, fold {config.fold}, {config.epochs} epochs: {seconds:.0f} s"
 
 
-def through(config: TrialConfig, variant: Variant, place: Place, parts: Splits, start: Path | None) -> _Run:
+def through(
+    config: TrialConfig, variant: Variant, place: Place, parts: Splits, start: Path | None
+) -> Trainer:
     """The whole schedule; orders of pictures follow from the numbers of the epochs."""
     unseen = replace(parts, val=parts.val.part(np.arange(len(parts.val)) == 0))
-    training = _Run(config, unseen, weights=place.weights, device=torch.device("cpu"), start=start)
+    training = Trainer(config, unseen, weights=place.weights, device=torch.device("cpu"), start=start)
     for epoch in range(1, config.epochs + 1):
         training.epoch(epoch + 100 * variant.order)
     return training

@@ -20,12 +20,15 @@ import cv2
 import numpy as np
 import optuna
 
-from carmodels.batches import Loader
 from carmodels.catalog import AUGMENTS
-from carmodels.data import Splits, open_dataset
-from carmodels.space import SPACES, EpochMetrics, TrialConfig, suggest
-from carmodels.study import Status, Study, TrialRecord
-from tune.searcher import Draws
+from carmodels.data.dataset import Splits, open_dataset
+from carmodels.data.loader import Loader
+from carmodels.presets import SPACES
+from carmodels.records import Status, TrialRecord
+from carmodels.space import suggest
+from carmodels.study import Study
+from carmodels.training.config import EpochMetrics, TrialConfig
+from tune.optim.searcher import Draws
 
 from table import Row, finish
 

@@ -42,11 +42,13 @@ from rich.table import Table
 from simulation import Clock, Seen, simulate, simulated
 from surrogate import BACKBONES, Curves, Surrogate, errors, repeat_noise
 
-from carmodels.space import SPACES, Space, TrialConfig, baseline, suggest
-from tune.plan import TRIAL_SHARE, Plan
-from tune.scheduler import Deadline, Scheduler
-from tune.searcher import Draws
-from tune.stages import BASELINE_SHARE, grace_period
+from carmodels.presets import SPACES, baseline
+from carmodels.space import Space, suggest
+from carmodels.training.config import TrialConfig
+from tune.budget.plan import TRIAL_SHARE, Plan
+from tune.optim.scheduler import Deadline, Scheduler, grace_period
+from tune.optim.searcher import Draws
+from tune.runtime.search_stage import BASELINE_SHARE
 
 FOLDER = Path(__file__).parents[2] / "results"
 WORKERS, BUDGET = 2, 3600.0  # seconds, of two cores

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
+
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import cv2
@@ -31,14 +33,19 @@ from ray.tune import CheckpointConfig, RunConfig, TuneConfig, Tuner, with_parame
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from carmodels import demo
-from carmodels.data import Splits, open_dataset
-from carmodels.models import Classifier, Weights
-from carmodels.space import SPACES, TrialConfig
+from carmodels.data.dataset import Splits, open_dataset
+from carmodels.models.classifier import Classifier
+from carmodels.models.weights import Weights
+from carmodels.presets import SPACES
 from carmodels.study import Study
-from tune import trials
-from tune.searcher import Queue
-from tune.trials import MALLOC, Job, Watch, Workers, run_trials, start_ray
+from carmodels.training.config import TrialConfig
+from tune.optim.searcher import Queue
+from tune.runtime import runner, worker
+from tune.runtime.callbacks import Watch
+from tune.runtime.cluster import start_ray
+from tune.runtime.environment import MALLOC
+from tune.runtime.job import Job, Workers
+from tune.runtime.runner import run_trials
 
 from table import Row, asked, finish
 
@@ -68,9 +75,9 @@ def main() -> None:
     options = asked(
         __doc__, lambda p: p.add_argument("--runs", type=int, default=2, help="of both sides, in turn (2)")
     )
-    own = str(Path(demo.__file__).with_name("weights"))
+    own = str(DEMO_WEIGHTS)
     drawn = user_cache_path("carmodels") / "demo"
-    demo.draw_demo(drawn)
+    draw_demo(drawn)
     if options.data:
         data, sizes = options.data.absolute(), (64, 96, 128)
         case = Case(f"{data.name}, cpu preset", "cpu", data, options.weights, sizes, 8, options.runs, 1.5)
@@ -255,13 +262,13 @@ def run_ours(
     weights: Weights,
     workers: Workers,
     environment: dict[str, str] = MALLOC,
-    trainable: Callable[[dict[str, Any], Job], None] = trials.train_trial,
+    trainable: Callable[[dict[str, Any], Job], None] = worker.train_trial,
     reuse_actors: bool = True,
 ) -> float:
     """Seconds for all configurations, from an empty store of frozen outputs."""
-    own = trials.train_trial, trials.TuneConfig
-    trials.train_trial = trainable
-    trials.TuneConfig = lambda **options: own[1](**{**options, "reuse_actors": reuse_actors})
+    own = worker.train_trial, runner.TuneConfig
+    worker.train_trial = trainable
+    runner.TuneConfig = lambda **options: own[1](**{**options, "reuse_actors": reuse_actors})
     with tempfile.TemporaryDirectory() as folder, ray_here(environment, workers):
         study = Study(Path(folder) / "study")
         study.begin({"metric": "accuracy"}, [])
@@ -279,7 +286,7 @@ def run_ours(
         )
         seconds = time.monotonic() - started
         ran = {r.trial_id: r.epochs_run for r in study.records()}
-    trials.train_trial, trials.TuneConfig = own
+    worker.train_trial, runner.TuneConfig = own
     assert ran == stops, f"our trials did not stop where they should: {ran} instead of {stops}"
     return seconds
 
@@ -309,12 +316,12 @@ def by_row(data: Path, splits: Splits) -> dict[int, str]:
 
 def without_store(values: dict[str, Any], job: Job) -> None:
     """Runs in a worker: frozen epochs run the backbone, as all others."""
-    own = trials.fit
-    trials.fit = lambda *given, **options: own(*given, **{**options, "features": None})
+    own = worker.fit
+    worker.fit = lambda *given, **options: own(*given, **{**options, "features": None})
     try:
-        trials.train_trial(values, job)
+        worker.train_trial(values, job)
     finally:
-        trials.fit = own
+        worker.fit = own
 
 
 def without_channels_last(values: dict[str, Any], job: Job) -> None:
@@ -323,7 +330,7 @@ def without_channels_last(values: dict[str, Any], job: Job) -> None:
     torch.channels_last = torch.contiguous_format
     Classifier.normalise = lambda self, images: normalise(self, images).contiguous()
     try:
-        trials.train_trial(values, job)
+        worker.train_trial(values, job)
     finally:
         torch.channels_last, Classifier.normalise = own, normalise
 

@@ -25,14 +25,20 @@ import torch
 from platformdirs import user_cache_path
 from sklearn.model_selection import StratifiedGroupKFold
 
-from carmodels import demo
-from carmodels.batches import Loader
 from carmodels.catalog import AUGMENTS, VIEWS
-from carmodels.data import Split, Splits, open_dataset
-from carmodels.models import Classifier, Weights
-from carmodels.predictions import Predictions, choose_views, log_loss, nested_check
-from carmodels.space import TrialConfig
-from carmodels.training import fit, predict
+from carmodels.data.dataset import Splits, open_dataset
+from carmodels.data.loader import Loader
+from carmodels.data.splits import Split
+from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
+from carmodels.ensembling.selection import choose_views
+from carmodels.evaluation.metrics import log_loss
+from carmodels.evaluation.nested import nested_check
+from carmodels.evaluation.predictions import Predictions
+from carmodels.models.classifier import Classifier
+from carmodels.models.weights import Weights
+from carmodels.training.config import TrialConfig
+from carmodels.training.forward import predict
+from carmodels.training.trainer import fit
 
 from table import FOLDER, as_in_a_worker, asked, processor
 
@@ -84,8 +90,8 @@ def main() -> None:
     cache = user_cache_path("carmodels")
     config, data = (CONFIG, options.data) if options.data else (DEMO_CONFIG, cache / "demo")
     if not options.data:
-        demo.draw_demo(data)
-    weights = Weights.parse(options.weights or str(Path(demo.__file__).with_name("weights")))
+        draw_demo(data)
+    weights = Weights.parse(options.weights or str(DEMO_WEIGHTS))
     splits = open_dataset(data, cache_dir=cache, max_size=128)
     everything = joined(splits)
     torch.set_num_threads(1)

@@ -27,12 +27,14 @@ import torch
 from platformdirs import user_cache_path
 from scipy.stats import qmc
 
-from carmodels.data import Splits, open_dataset
-from carmodels.features import FeatureStore
+from carmodels.data.dataset import Splits, open_dataset
 from carmodels.files import append_line
-from carmodels.models import Weights
-from carmodels.space import SPACES, EpochMetrics, Space, TrialConfig, suggest
-from carmodels.training import fit
+from carmodels.models.weights import Weights
+from carmodels.presets import SPACES
+from carmodels.space import Space, suggest
+from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.features import FeatureStore
+from carmodels.training.trainer import fit
 
 from table import as_in_a_worker
 

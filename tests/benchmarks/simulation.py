@@ -21,10 +21,11 @@ from ray.tune.search import Searcher
 from surrogate import Surrogate
 
 from carmodels.catalog import UNFREEZE
-from carmodels.features import VIEWS_KEPT
-from carmodels.models import open_groups
-from carmodels.space import TrialConfig
-from tune import plan, scheduler
+from carmodels.models.parameter_groups import open_groups
+from carmodels.training.config import TrialConfig
+from carmodels.training.features import VIEWS_KEPT
+from tune.budget import plan
+from tune.optim import scheduler
 
 START = 2.0  # seconds to make a model and to write predictions, as in `bench_overhead`
 

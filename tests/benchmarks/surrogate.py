@@ -17,9 +17,9 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from carmodels.catalog import UNFREEZE
-from carmodels.models import open_groups
-from carmodels.space import TrialConfig
-from tune.costs import FORWARD_SHARE, Costs
+from carmodels.models.parameter_groups import open_groups
+from carmodels.training.config import TrialConfig
+from tune.budget.costs import FORWARD_SHARE, Costs
 
 TRAIN, VAL = 1383, 297  # pictures that the curves were trained and validated on
 GROUPS = 16  # about as many layer groups as a backbone has

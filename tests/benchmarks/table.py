@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tune.trials import MALLOC
+from tune.runtime.environment import MALLOC
 
 FOLDER = Path(__file__).parents[2] / "results" / "benchmarks"
 

@@ -1,0 +1,60 @@
+"""Where pretrained weights come from: the hub, a folder of files, or none."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+
+from carmodels.files import user_path
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a backbone's weights come from: `hub` (timm's download), `none` (random) or a folder of files."""
+
+    source: str  # "hub", "none", or the absolute path of a folder holding <timm name>.safetensors
+
+    @classmethod
+    def parse(cls, text: str) -> Weights:
+        """Raises ValueError when text is neither hub nor none nor a folder with weights in it."""
+        if text in ("hub", "none"):
+            return cls(text)
+        folder = user_path(text).resolve()
+        if not folder.is_dir():
+            raise ValueError(
+                f"--weights {text} is no folder; give a folder of <timm name>.safetensors, hub or none"
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"--weights {text} holds no .safetensors file; name the files <timm name>.safetensors"
+            )
+        return cls(str(folder))
+
+    @property
+    def is_folder(self) -> bool:
+        return self.source not in ("hub", "none")
+
+    def file(self, backbone: str) -> Path | None:
+        """The backbone's file in the folder; None for hub and none."""
+        return Path(self.source) / f"{backbone}.safetensors" if self.is_folder else None
+
+    def identity(self, backbone: str) -> str:
+        """What tells these weights of a backbone from others: the file's content, or timm's name for them."""
+        path = self.file(backbone)
+        if path is not None:
+            return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        published = timm.models.get_pretrained_cfg(backbone)
+        return f"{self.source}:{published.hf_hub_id or published.url}" if published else self.source
+
+    def has(self, backbone: str) -> bool:
+        """Whether this source can give the backbone its weights, as far as can be told without a network."""
+        if self.source == "none":
+            return True
+        if self.source == "hub":
+            published = timm.models.get_pretrained_cfg(backbone)
+            return bool(published and published.has_weights)
+        path = self.file(backbone)
+        return path is not None and path.is_file()

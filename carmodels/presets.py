@@ -1,0 +1,122 @@
+"""The search spaces that come with the project, and the competitor's own recipe.
+
+This is the one place to edit a space; `--set NAME=...` overrides a range or a fixed value for one search.
+"""
+
+from __future__ import annotations
+
+from carmodels.catalog import BACKBONES
+from carmodels.space import HEADED, OPEN, Choice, Range, Space
+from carmodels.training.config import TrialConfig
+
+
+def baseline(space: Space) -> TrialConfig:
+    """The competitor's own recipe, as near as the space can come to it.
+
+    Xception (else the largest backbone of the space) at 224 px (else the nearest size), pooled features into
+    one hidden layer with BatchNorm and dropout, Adam at 1e-3, head first and then everything at once, the
+    rate reduced on a plateau, flips and small shifts.
+    """
+    backbones = space.backbones
+    xception = [b for b in ("legacy_xception", "xception41") if b in backbones]
+    backbone = xception[0] if xception else max(backbones, key=lambda b: BACKBONES[b].millions)
+    return TrialConfig.from_dict(
+        {
+            **space.fixed,
+            "backbone": backbone,
+            "image_size": min(space.image_sizes, key=lambda size: (abs(size - 224), size)),
+            "head": "relu256",
+            "head_depth": 1,
+            "dropout": 0.25,
+            "optimizer": "adam",
+            "lr": 1e-3,
+            "weight_decay": 0.0,
+            "layer_decay": 1.0,
+            "unfreeze": "once",
+            "schedule": "plateau",
+            "augment": "shift",
+            "label_smoothing": 0.0,
+            "mixup": 0.0,
+            "cutmix": 0.0,
+            "ema": 0.0,
+            "clip_norm": 0.0,
+            "patience": 0,
+            "start_size": 0,
+            "test_size": 0,
+        }
+    )
+
+
+SPACES: dict[str, Space] = {
+    "demo": Space(
+        dimensions={
+            "backbone": Choice(("test_efficientnet", "test_resnet")),
+            "image_size": Choice((32, 48, 64, 96)),
+            "unfreeze": Choice(("frozen", "full", "once", "gradual")),
+            "lr": Range(2e-4, 2e-2, log=True),
+            "head_depth": Choice((0, 1, 2)),
+            "dropout": Range(0.0, 0.5, when=("head_depth", HEADED)),
+            "layer_decay": Range(0.6, 1.0, when=("unfreeze", OPEN)),
+            "augment": Choice(("shift", "crop", "color")),
+        },
+        fixed={"epochs": 8, "batch_size": 32},
+        trials=24,
+    ),
+    "cpu": Space(
+        dimensions={
+            "backbone": Choice(
+                (
+                    "mobilenetv2_035",
+                    "mobilenetv2_100",
+                    "mobilenetv1_100",
+                    "mobilenetv3_small_100",
+                    "mobilenetv3_large_100",
+                    "lcnet_050",
+                    "lcnet_100",
+                    "efficientnet_b0",
+                )
+            ),
+            "image_size": Choice((64, 96, 128, 160, 192)),
+            "unfreeze": Choice(("frozen", "full", "once", "gradual")),
+            "lr": Range(3e-4, 2e-2, log=True),
+            "head_depth": Choice((0, 1, 2)),
+            "dropout": Range(0.0, 0.5, when=("head_depth", HEADED)),
+            "layer_decay": Range(0.35, 1.0, when=("unfreeze", OPEN)),
+            "augment": Choice(("shift", "crop", "color")),
+            "label_smoothing": Choice((0.0, 0.1)),
+        },
+        fixed={"epochs": 8, "batch_size": 32},
+    ),
+    "gpu": Space(
+        dimensions={
+            "backbone": Choice(
+                (
+                    "legacy_xception",
+                    "efficientnet_b0",
+                    "efficientnet_b2",
+                    "efficientnet_b3",
+                    "efficientnet_b4",
+                    "tf_efficientnetv2_s",
+                    "convnext_nano",
+                    "convnext_tiny",
+                    "convnext_small",
+                    "swin_tiny_patch4_window7_224",
+                    "swin_base_patch4_window7_224",
+                    "vit_small_patch16_224",
+                    "resnet50",
+                )
+            ),
+            "image_size": Choice((224, 288, 352, 416)),
+            "unfreeze": Choice(("frozen", "full", "once", "gradual")),
+            "lr": Range(3e-5, 3e-3, log=True),
+            "head_depth": Choice((0, 1, 2)),
+            "dropout": Range(0.0, 0.5, when=("head_depth", HEADED)),
+            "layer_decay": Range(0.5, 1.0, when=("unfreeze", OPEN)),
+            "augment": Choice(("crop", "color", "strong")),
+            "label_smoothing": Choice((0.0, 0.1)),
+            "mixup": Choice((0.0, 0.2)),
+            "ema": Choice((0.0, 0.998), when=("unfreeze", OPEN)),
+        },
+        fixed={"epochs": 12, "batch_size": 32},
+    ),
+}

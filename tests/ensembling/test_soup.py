@@ -1,0 +1,187 @@
+"""A soup is the mean of weights that fit together, with statistics of its own, and stays where it helps."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from carmodels.data.dataset import Splits
+from carmodels.ensembling.network import of_study
+from carmodels.ensembling.soup import Ingredient, greedy_soup, kind, mean_state, refresh_statistics
+from carmodels.evaluation.metrics import accuracy, log_loss
+from carmodels.files import write_json
+from carmodels.models.classifier import build, load_weights, save_weights
+from carmodels.models.weights import Weights
+from carmodels.records import Status, TrialRecord
+from carmodels.study import Study
+from carmodels.training.config import TrialConfig
+from carmodels.training.forward import predict
+from carmodels.training.trainer import fit
+from tune.finalize import soups
+from tune.runtime.job import Job, Workers
+
+CONFIG = TrialConfig("test_resnet", image_size=48, epochs=4, lr=3e-3)
+
+
+@pytest.fixture(scope="module")
+def ingredients(
+    splits: Splits, weights: Weights, tmp_path_factory: pytest.TempPathFactory
+) -> list[Ingredient]:
+    """Three seeds of a configuration from the same head, the best on val first."""
+    folder = tmp_path_factory.mktemp("weights")
+    found = []
+    for seed in range(3):
+        config = replace(CONFIG, seed=seed, head_seed=0)
+        model = fit(config, splits, weights=weights).model
+        save_weights(model, folder / f"{seed}.safetensors")
+        val = predict(model, splits, splits.val, config=config)
+        found.append(Ingredient(str(seed), config, folder / f"{seed}.safetensors", val))
+    return sorted(found, key=lambda i: -accuracy(i.val.probs, splits.val.labels))
+
+
+def test_what_can_be_averaged_has_backbone_head_size_and_start_in_common() -> None:
+    same = kind(CONFIG)
+    assert same is not None
+    for alike in ({"lr": 1e-3}, {"augment": "color"}, {"seed": 4, "head_seed": 0}, {"unfreeze": "once"}):
+        assert kind(replace(CONFIG, **alike)) == same
+    for other in ({"seed": 1}, {"image_size": 32}, {"head_depth": 1}, {"backbone": "test_efficientnet"}):
+        assert kind(replace(CONFIG, **other)) not in (None, same)
+    assert kind(replace(CONFIG, unfreeze="frozen")) is None
+    assert kind(replace(CONFIG, folds=3, fold=0)) is None
+
+
+def test_the_mean_of_the_weights_is_taken_number_by_number(ingredients: list[Ingredient]) -> None:
+    states = [load_file(i.weights) for i in ingredients]
+    mean = mean_state([i.weights for i in ingredients])
+    assert mean.keys() == states[0].keys()
+    for name, value in mean.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, torch.stack([s[name] for s in states]).mean(0))
+        else:
+            assert value.dtype == states[0][name].dtype
+
+
+def test_statistics_are_those_of_train_under_the_weights_in_hand(
+    splits: Splits, ingredients: list[Ingredient]
+) -> None:
+    """A model whose weights are one model's finds that model's answers again, whatever statistics it had."""
+    one = ingredients[0]
+    model = load_weights(one.config, one.weights, classes=10)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    for norm in norms:
+        norm.running_mean.fill_(3.0)
+        norm.running_var.fill_(9.0)
+    spoilt = predict(model, splits, splits.val, config=one.config)
+    refresh_statistics(model, one.config, splits, device="cpu")
+    again = predict(model, splits, splits.val, config=one.config)
+    labels = splits.val.labels
+    assert log_loss(spoilt.probs, labels) > log_loss(one.val.probs, labels) + 0.5
+    assert np.abs(again.probs - one.val.probs).mean() < 0.1
+    assert not model.training
+
+
+def test_a_soup_is_no_worse_on_val_than_its_best_ingredient(
+    splits: Splits, ingredients: list[Ingredient]
+) -> None:
+    soup = greedy_soup(ingredients, splits)
+    labels = splits.val.labels
+    best = ingredients[0].val.probs
+    if soup is not None:
+        assert soup.ingredients[0] is ingredients[0]
+        assert len(soup.ingredients) > 1
+        assert accuracy(soup.val.probs, labels) >= accuracy(best, labels)
+        shown = predict(soup.model, splits, splits.val, config=CONFIG)
+        np.testing.assert_array_equal(shown.probs, soup.val.probs)
+    assert greedy_soup(ingredients, splits, until=0) is None
+    assert greedy_soup(ingredients[:1], splits) is None
+
+
+def test_copies_of_a_poor_model_make_a_soup_and_strangers_do_not(
+    splits: Splits, ingredients: list[Ingredient], tmp_path: Path
+) -> None:
+    """The same weights twice are the same model; those from another start spoil it."""
+    one = ingredients[0]
+    copy = replace(one, trial_id="copy")
+    model = build(one.config, classes=10, weights=Weights("none"))
+    save_weights(model, tmp_path / "stranger.safetensors")
+    stranger = replace(one, trial_id="stranger", weights=tmp_path / "stranger.safetensors")
+    unsure = replace(one.val, probs=np.full_like(one.val.probs, 0.1))
+    poor = replace(one, val=unsure)  # said to be poor, so that the mean of copies is better
+    soup = greedy_soup([poor, copy], splits)
+    assert soup is not None
+    assert [i.trial_id for i in soup.ingredients] == [one.trial_id, "copy"]
+    assert soup.tried == 2
+    tried = greedy_soup([poor, copy, stranger], splits)
+    assert tried is not None
+    assert (len(tried.ingredients), tried.tried) == (2, 3)
+    assert greedy_soup([one, stranger], splits) is None
+
+
+def test_a_soup_says_of_how_many_models_the_time_held_a_try(
+    splits: Splits,
+    weights: Weights,
+    ingredients: list[Ingredient],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = Study(tmp_path / "cars")
+    study.begin({"metric": "accuracy"}, [])
+    group = []
+    for seed in range(3):  # one and the same model, said to be poor
+        config = replace(CONFIG, seed=seed, head_seed=0)
+        group.append(TrialRecord(config.id, config, Status.FINISHED, 4, 0.5, 1.0, "ran", stage="retrain"))
+        shutil.copy(ingredients[0].weights, study.weights_file(config.id))
+        unsure = replace(ingredients[0].val, probs=np.full_like(ingredients[0].val.probs, 0.1))
+        unsure.save(study.predictions_file(config.id, "val"))
+    job = Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
+    whole = soups._cook(job, "whole", group, math.inf)
+    assert whole is not None
+    assert whole.reason.endswith(" models of 3")
+    moments = iter([0.0, 2.0])  # the time is up before the third is tried
+    monkeypatch.setattr("carmodels.ensembling.soup.time", SimpleNamespace(time=lambda: next(moments)))
+    cut = soups._cook(job, "cut", group, 1.0)
+    assert cut is not None
+    assert cut.reason == "the mean of the weights of 2 models of 3, the time was up after 2 of them"
+
+
+def test_a_soup_is_a_record_with_weights_and_answers_of_its_own(
+    splits: Splits, weights: Weights, ingredients: list[Ingredient], tmp_path: Path
+) -> None:
+    study = Study(tmp_path / "cars")
+    facts = {"metric": "accuracy", "classes": splits.classes, "class_names": splits.class_names}
+    study.begin({**facts, "max_size": 48}, [])
+    group = []
+    for ingredient in ingredients:
+        record = TrialRecord(
+            ingredient.config.id, ingredient.config, Status.FINISHED, 4, 0.5, 1.0, "ran", stage="retrain"
+        )
+        group.append(record)
+        shutil.copy(ingredient.weights, study.weights_file(record.trial_id))
+        unsure = replace(ingredient.val, probs=np.full_like(ingredient.val.probs, 0.1))
+        unsure.save(study.predictions_file(record.trial_id, "val"))
+    assert soups._kinds([*group, replace(group[0], config=replace(CONFIG, seed=9))]) == [group]
+    assert soups._kinds(group[:1]) == []
+    name = soups.soup_id(group)
+    assert name != soups.soup_id(group[::-1])
+    job = Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
+    record = soups._cook(job, name, group, math.inf)
+    assert record is not None
+    assert (record.trial_id, record.stage, record.status) == (name, "soup", Status.FINISHED)
+    study.append(record)
+    assert study.leaderboard()[0].trial_id in {name, *(r.trial_id for r in group)}
+    write_json(
+        study.ensemble_file,
+        {"members": [{"trial_id": name, "weight": 1}], "temperature": 1, "tta": {"views": ["plain"]}},
+    )
+    pictures = [splits.images[row] for row in splits.audit.rows]
+    said = study.predictions(name, "audit").aligned(splits.audit.ids).probs
+    assert np.abs(of_study(study).probabilities(pictures) - said).max() < 1e-3

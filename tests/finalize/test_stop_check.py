@@ -1,0 +1,199 @@
+"""Stopped trials are drawn at random, finished apart from the rest, and judged by what came of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from carmodels.data.dataset import Splits
+from carmodels.files import read_json
+from carmodels.models.weights import Weights
+from carmodels.records import Status, TrialRecord
+from carmodels.study import Study
+from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.trainer import fit
+from tune.finalize.stop_check import at_rungs, audited, drawn, judge, sentence
+from tune.runtime.job import Job, Workers
+
+ROOT = Path(__file__).parents[2]
+RUNG = "rung at epoch 2: 0.5000 against a cut-off of 0.6000, rank 3 of 4"
+
+
+def record(number: int, value: float, status: Status = Status.STOPPED, reason: str = RUNG) -> TrialRecord:
+    config = TrialConfig("test_resnet", image_size=32, epochs=8, lr=number / 1000)
+    epochs = 8 if status is Status.FINISHED else 2
+    return TrialRecord(config.id, config, status, epochs, value, 3.0 * epochs, reason)
+
+
+STOPPED = [record(n, 0.5) for n in range(1, 13)]
+VALUES = (0.9, 0.89, 0.8, 0.79, 0.7)  # their mean is 0.816
+BOARD = [record(n, value, Status.FINISHED) for n, value in enumerate(VALUES, start=21)]
+
+
+def finished(value: float, number: int = 1) -> TrialRecord:
+    curve = tuple(EpochMetrics(n, 1.0, 1.0, value, value, float(n)) for n in range(1, 9))  # n seconds
+    return replace(record(number, value, Status.FINISHED, "ran its 8 epochs"), stage="audit", curve=curve)
+
+
+def test_only_what_the_scheduler_stopped_in_the_search_is_drawn_from() -> None:
+    others = [
+        record(31, 0.5, reason="the time for searching was up after epoch 2 of 8"),
+        record(32, 0.5, reason="the time was up"),
+        record(33, 0.5, Status.INTERRUPTED),
+        replace(record(34, 0.5), stage="retrain"),
+        *BOARD,
+    ]
+    assert at_rungs([*STOPPED, *others]) == STOPPED
+
+
+def test_a_draw_is_random_by_its_seed_and_leads_a_larger_one() -> None:
+    assert drawn(STOPPED, 4, 0) == drawn(list(reversed(STOPPED)), 4, 0)
+    assert drawn(STOPPED, 6, 0)[:4] == drawn(STOPPED, 4, 0)
+    assert drawn(STOPPED, 4, 0) != drawn(STOPPED, 4, 1)
+    assert len(drawn(STOPPED, 50, 0)) == len(STOPPED)
+    counts = Counter(r.trial_id for seed in range(600) for r in drawn(STOPPED, 4, seed))
+    assert all(150 < counts[r.trial_id] < 250 for r in STOPPED)  # 200 expected, standard deviation 12
+
+
+@pytest.mark.parametrize(
+    ("value", "over_best", "verdict"),
+    [(0.91, 0.01, "wrong"), (0.9, 0.0, "debatable"), (0.81, -0.09, "debatable"), (0.8, -0.1, "right")],
+)
+def test_a_stop_is_wrong_where_the_trial_would_have_been_the_best(
+    value: float, over_best: float, verdict: str
+) -> None:
+    found = judge(STOPPED[0], finished(value), BOARD, "accuracy")
+    assert found is not None
+    assert (found.verdict, found.over_best) == (verdict, pytest.approx(over_best))
+    assert found.seconds_saved == 3 + 4 + 5 + 6 + 7 + 8
+    assert (found.epochs_run, found.epochs, found.stopped_at, found.value) == (2, 8, 0.5, value)
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(0.69, "wrong"), (0.75, "debatable"), (0.81, "right")])
+def test_where_less_is_better_the_verdicts_turn_round(value: float, verdict: str) -> None:
+    found = judge(STOPPED[0], finished(value), BOARD, "log_loss")
+    assert found is not None
+    assert found.verdict == verdict
+    assert found.over_best == pytest.approx(0.7 - value)
+
+
+def test_an_audit_counts_its_verdicts_and_says_how_sure_they_are() -> None:
+    chosen = STOPPED[:4]
+    done = {f.trial_id: f for f in (finished(0.95, 1), finished(0.85, 2), finished(0.6, 3))}
+    results = audited(chosen, done, BOARD, metric="accuracy", stopped=12)
+    assert [row["verdict"] for row in results["trials"]] == ["wrong", "debatable", "right"]
+    assert (results["drawn"], results["finished"], results["seconds_saved"]) == (4, 3, 99.0)
+    assert results["wrong_share"]["value"] == pytest.approx(1 / 3)
+    assert sentence(results) == (
+        "Of 12 trials stopped at a rung 4 were drawn at random and 3 of them finished: 1 better than the "
+        "best of the search (wrong stops; 95 % interval 6 to 79 %), 1 more above the median of the "
+        "finished ones (debatable). Stopping them saved 99 s of training."
+    )
+
+
+def test_an_audit_without_stops_or_time_says_so() -> None:
+    assert "there is no stop to audit" in sentence(audited([], {}, BOARD, metric="accuracy", stopped=0))
+    late = audited(STOPPED[:2], {}, BOARD, metric="accuracy", stopped=12)
+    assert sentence(late).endswith("none was finished: there was no time for it.")
+
+
+def test_the_study_of_stops_has_its_own_trials_and_the_same_data(tmp_path: Path) -> None:
+    study = Study(tmp_path / "results" / "cars")
+    data = tmp_path / "pictures"
+    facts = {"metric": "accuracy", "data": study.relative(data), "weights": "hub"}
+    study.begin(facts, [("val", "a.jpg", 1), ("test", "b.jpg", -1)])
+    study.append(STOPPED[0])
+    inner = study.begin_stops()
+    inner.append(finished(0.95))
+    assert [r.status for r in study.records()] == [Status.STOPPED]
+    assert study.leaderboard() == []
+    assert inner.resolved(inner.facts["data"]) == data
+    assert inner.facts["weights"] == "hub"
+    assert inner.labels("val") == {"a.jpg": 1}
+    assert study.begin_stops().records() == inner.records()
+
+
+SCRIPT = """
+import json, math, pickle, sys, time
+import ray
+from tune.budget.clock import Clock
+from tune.finalize.stop_check import audit_stops
+from tune.runtime.callbacks import Watch
+from tune.runtime.cluster import start_ray
+
+job, seconds = pickle.load(open(sys.argv[1], "rb"))
+start_ray(address=None, cores=1, gpus=0)
+watched = []
+completed = audit_stops(
+    job,
+    count=2,
+    seed=0,
+    clock=Clock(time.time(), seconds),
+    watching=lambda study: watched.append(str(study.folder)) or Watch(),
+    say=print,
+)
+ray.shutdown()
+print(json.dumps([completed, watched]))
+"""
+
+
+def audit(job: Job, seconds: float) -> list[str]:
+    """What the script above prints, which finishes two stopped trials in so many seconds of a job."""
+    asked = job.study.folder / "asked.pickle"
+    asked.write_bytes(pickle.dumps((job, seconds)))
+    command = [sys.executable, "-c", SCRIPT, str(asked)]
+    found = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, timeout=280)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.splitlines()
+
+
+@pytest.fixture
+def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
+    study = Study(tmp_path / "study")
+    study.begin({"metric": "accuracy", "data": "x", "weights": "none"}, [])
+    for number in (1, 2):
+        study.append(record(number, 0.5))
+    study.append(BOARD[0])
+    return Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
+
+
+def test_stopped_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of_it(job: Job) -> None:
+    study = job.study
+    first, second = drawn(at_rungs(study.records()), 2, 0)
+    study.begin_stops().append(
+        replace(first, status=Status.FINISHED, epochs_run=8, value=0.95, stage="audit")
+    )
+    before = study.trials_file.read_bytes()
+    printed = audit(job, math.inf)
+    assert printed[0].endswith("2 of 2 trials stopped at a rung are finished after all.")
+    assert json.loads(printed[-1]) == [True, [str(study.stops.folder)]]
+    assert study.trials_file.read_bytes() == before
+    assert not list((study.folder / "predictions").iterdir())
+    done, now = study.stops.records()
+    assert (done.trial_id, done.value) == (first.trial_id, 0.95)  # of an audit that was interrupted
+    assert (now.trial_id, now.status, now.stage, now.epochs_run) == (
+        second.trial_id,
+        Status.FINISHED,
+        "audit",
+        8,
+    )
+    alone = fit(second.config, job.splits, weights=job.weights)
+    assert [e.value for e in now.curve] == [e.value for e in alone.history]
+    assert not list((study.stops.folder / "weights").iterdir())
+    results = read_json(study.stops_file)
+    assert [row["trial_id"] for row in results["trials"]] == [first.trial_id, second.trial_id]
+    assert (results["stopped"], results["wrong"]) == (2, 1)
+
+
+def test_an_audit_does_not_begin_what_it_has_no_time_for(job: Job) -> None:
+    audit(job, 30.0)  # 0.72 of them are the search's and its own; 8 epochs take 28 s, by the first two
+    assert job.study.stops.records() == []
+    assert read_json(job.study.stops_file)["finished"] == 0

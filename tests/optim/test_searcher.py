@@ -1,0 +1,226 @@
+"""Draws are valid, never the same twice and within the limit; Optuna hears how each trial ended."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from carmodels.presets import SPACES, baseline
+from carmodels.records import Status, TrialRecord
+from carmodels.space import Choice, Space
+from carmodels.training.config import EpochMetrics, TrialConfig
+from tune.optim.optuna_records import useful
+from tune.optim.searcher import Draws, Queue
+
+STAMP = {"seed": 3, "metric": "accuracy", "data": "d", "split": "s"}
+SPACE = SPACES["demo"]
+
+
+def made(space: Space = SPACE, **changes: Any) -> Draws:
+    options: dict[str, Any] = {
+        "stamp": STAMP,
+        "metric": "accuracy",
+        "mode": "max",
+        "seed": 0,
+        "limit": None,
+        "fits": lambda config: True,
+    }
+    return Draws(space, **{**options, **changes})
+
+
+def result(value: float, epoch: int, **more: Any) -> dict[str, Any]:
+    return {"accuracy": value, "epoch": epoch, "training_iteration": epoch, **more}
+
+
+def record(config: TrialConfig, status: Status, value: float | None, note: str = "") -> TrialRecord:
+    curve = tuple(EpochMetrics(e, 1.0, 1.0, e / 10, e / 10, 1.0) for e in (1, 2, 3))
+    return TrialRecord(config.id, config, status, 3, value, 3.0, "", note=note, curve=curve)
+
+
+def states(draws: Draws) -> list[TrialState]:
+    return [t.state for t in draws._ot_study.trials]
+
+
+def test_draws_are_configurations_with_the_stamp_and_never_the_same_twice() -> None:
+    draws = made()
+    configs = [TrialConfig.from_dict(draws.suggest(str(i))) for i in range(30)]
+    assert len({c.id for c in configs}) == 30
+    assert {(c.seed, c.data, c.split) for c in configs} == {(3, "d", "s")}
+
+
+def test_a_space_that_is_used_up_ends_the_search() -> None:
+    tiny = Space({"backbone": Choice(("lcnet_035",)), "image_size": Choice((32, 48))}, {"epochs": 2})
+    draws = made(tiny)
+    drawn = [draws.suggest(str(i)) for i in range(3)]
+    assert {d["image_size"] for d in drawn[:2]} == {32, 48}
+    assert drawn[2] == Searcher.FINISHED
+
+
+def test_queued_configurations_go_first_and_count_towards_the_limit() -> None:
+    first = replace(baseline(SPACE), **STAMP)
+    draws = made(limit=3, queue=[first])
+    handed = [draws.suggest(str(i)) for i in range(4)]
+    assert TrialConfig.from_dict(handed[0]) == first
+    assert handed[3] == Searcher.FINISHED
+    draws.on_trial_result("0", result(0.5, 1))  # not one of Optuna's: nothing to tell it
+    draws.on_trial_complete("0", result(0.5, 1))
+    assert len(states(draws)) == 2
+
+
+def test_what_is_optional_in_the_queue_goes_where_it_fits() -> None:
+    recipe, small, large = (replace(baseline(SPACE), image_size=s, **STAMP) for s in (96, 48, 64))
+    draws = made(
+        limit=4, queue=[recipe, large, small], optional={large.id, small.id}, fits=lambda c: c.image_size < 64
+    )
+    handed = [draws.suggest(str(i)) for i in range(4)]
+    assert [TrialConfig.from_dict(h) for h in handed[:2]] == [recipe, small]
+    assert handed[2]["image_size"] < 64  # drawn
+    assert handed[3] == Searcher.FINISHED  # what was passed over is a row of the table, too
+
+
+def test_what_cannot_end_in_time_is_not_drawn_and_the_search_ends_where_nothing_can() -> None:
+    draws = made(fits=lambda config: config.image_size <= 48)
+    assert {draws.suggest(str(i))["image_size"] for i in range(8)} <= {32, 48}
+    assert made(fits=lambda config: False).suggest("0") == Searcher.FINISHED
+
+
+def test_optuna_is_told_how_each_trial_ended() -> None:
+    draws = made()
+    for i in range(4):
+        draws.suggest(str(i))
+        draws.on_trial_result(str(i), result(0.1, 1))
+    draws.on_trial_complete("0", result(0.6, 8, status="finished", best_value=0.7))
+    draws.on_trial_result("1", result(0.2, 2))  # Ray repeats the last one
+    draws.on_trial_complete("1", result(0.2, 2))
+    draws.on_trial_complete("2", None, error=True)
+    draws.on_trial_complete("3", result(0.0, 2, status="diverged", best_value=0.0))
+    trials = draws._ot_study.trials
+    assert states(draws) == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE]
+    assert [t.value for t in trials] == [0.7, 0.2, None, 0.0]
+    assert trials[1].intermediate_values == {1: 0.1, 2: 0.2}
+
+
+def test_a_restart_leaves_optuna_with_the_recorded_trials_and_none_running(tmp_path: Path) -> None:
+    before = made()
+    configs = [TrialConfig.from_dict(before.suggest(str(i))) for i in range(5)]
+    ends = (Status.FINISHED, Status.STOPPED, Status.FAILED, Status.DIVERGED)
+    known = [record(c, s, 0.3 if s is Status.FINISHED else None) for c, s in zip(configs, ends, strict=False)]
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/optuna.db")
+    draws = made(known=known, limit=7, storage=storage)
+    assert states(draws) == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE]
+    assert [t.params["lr"] for t in draws._ot_study.trials] == [c.lr for c in configs[:4]]
+    new = []
+    while (drawn := draws.suggest(str(len(new)))) != Searcher.FINISHED:
+        new.append(TrialConfig.from_dict(drawn))
+    assert len(new) == 3
+    assert not {c.id for c in new} & {c.id for c in configs[:4]}
+    draws.on_trial_complete("1", result(0.5, 1))
+    kept = optuna.load_study(study_name=None, storage=storage).trials
+    assert [t.state for t in kept] == [*states(draws)[:4], TrialState.PRUNED]
+    assert kept[4].intermediate_values == {1: 0.5}
+    assert kept[4].params["lr"] == new[1].lr
+
+
+def test_a_queued_configuration_of_the_space_is_a_trial_of_optunas() -> None:
+    config = TrialConfig.from_dict(made().suggest("0"))
+    draws = made(queue=[config])
+    assert TrialConfig.from_dict(draws.suggest("0")) == config
+    draws.on_trial_complete("0", result(0.4, 1))
+    (trial,) = draws._ot_study.trials
+    assert (trial.state, trial.params["lr"]) == (TrialState.PRUNED, config.lr)
+    assert trial.intermediate_values == {1: 0.4}
+
+
+def ended(number: int, config: TrialConfig) -> TrialRecord:
+    """How trial `number` ends: some are stopped, diverge or fail, the others finish; by rate and size."""
+    status = {3: Status.STOPPED, 5: Status.DIVERGED, 6: Status.FAILED}.get(number % 8, Status.FINISHED)
+    level = config.image_size / 200 + config.lr
+    values = [level * e / 8 for e in range(1, 4 if status is not Status.FINISHED else 9)]
+    if status is Status.DIVERGED:
+        values[-1] = 0.0
+    curve = tuple(EpochMetrics(e, 1.0, 1.0, v, v, 1.0) for e, v in enumerate(values, 1))
+    value = max(values) if status is Status.FINISHED else None
+    return TrialRecord(config.id, config, status, len(curve), value, 3.0, "", curve=curve)
+
+
+def end(draws: Draws, trial_id: str, record: TrialRecord) -> None:
+    """Tell a searcher what Ray would."""
+    *before, last = record.curve
+    for epoch in before:
+        draws.on_trial_result(trial_id, result(epoch.value, epoch.epoch))
+    final = result(last.value, last.epoch)
+    if record.status in (Status.FINISHED, Status.DIVERGED):
+        final |= {"status": str(record.status), "best_value": record.value or last.value}
+    failed = record.status is Status.FAILED
+    draws.on_trial_complete(trial_id, None if failed else final, error=failed)
+
+
+def test_trials_of_another_study_tell_where_to_begin() -> None:
+    """There 32 px and a low rate were best, against what is expected, and half the epochs were enough."""
+    other = TrialConfig("test_resnet", image_size=32, epochs=4, unfreeze="full", lr=3e-4, layer_decay=0.8)
+    stamped = {"seed": 9, "data": "other", "split": "other"}
+
+    def at(size: int, lr: float) -> TrialRecord:
+        config = replace(other, image_size=size, lr=lr, **stamped)
+        value = 1 - size / 200 - 20 * lr
+        curve = tuple(EpochMetrics(e, 1.0, 1.0, value, value * e / 4, 1.0) for e in range(1, 5))
+        return TrialRecord(config.id, config, Status.FINISHED, 4, value, 4.0, "", curve=curve)
+
+    records = [at(size, lr) for size in (32, 48, 64, 96) for lr in (3e-4, 1e-3, 3e-3, 1e-2)]
+    draws = made(earlier=[records])
+    first = [TrialConfig.from_dict(draws.suggest(str(i))) for i in range(3)]
+    assert {c.image_size for c in first} <= {32, 48}
+    assert not states(draws)[3:]
+    assert useful([replace(records[0], config=baseline(SPACE))], SPACE) == []
+    (trial,) = useful(records[:1], SPACE)
+    assert list(trial.intermediate_values) == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_an_interrupted_search_draws_what_it_would_have_drawn(after: int) -> None:
+    """Two trials run at a time; those that run when it is interrupted are run again from their start."""
+    whole, known = made(), []
+    running = {i: TrialConfig.from_dict(whole.suggest(str(i))) for i in range(2)}
+    for number in range(after):
+        done = number if number % 2 else max(running)  # they do not end in the order they began in
+        done = done if done in running else min(running)
+        known.append(ended(done, running.pop(done)))
+        end(whole, str(done), known[-1])
+        running[number + 2] = TrialConfig.from_dict(whole.suggest(str(number + 2)))
+    resumed = made(known=known, queue=list(running.values()))
+    again = [TrialConfig.from_dict(resumed.suggest(f"r{i}")) for i in range(4)]
+    assert again[:2] == list(running.values())
+    assert again[2:] == [TrialConfig.from_dict(whole.suggest(str(after + 2 + i))) for i in range(2)]
+
+
+def test_equal_records_give_equal_draws() -> None:
+    config = TrialConfig.from_dict(made().suggest("0"))
+    known = [record(config, Status.FINISHED, 0.3)]
+    one, other = (TrialConfig.from_dict(made(known=known).suggest("x")) for _ in range(2))
+    assert one == other != config
+
+
+def test_a_recipe_from_outside_the_space_is_not_taught_to_the_sampler() -> None:
+    recipe = replace(baseline(SPACE), **STAMP)
+    assert not states(made(known=[record(recipe, Status.FINISHED, 0.9, note="the competitor's recipe")]))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_queue_hands_out_what_it_holds_and_ends(count: int) -> None:
+    configs = [TrialConfig(backbone="lcnet_035", image_size=32, epochs=2, seed=i) for i in range(count)]
+    queue = Queue(configs, metric="accuracy", mode="max")
+    assert [TrialConfig.from_dict(queue.suggest(str(i))) for i in range(count)] == configs
+    assert queue.suggest("x") == Searcher.FINISHED
+
+
+def test_the_queue_ends_at_what_no_longer_fits_into_the_time() -> None:
+    configs = [baseline(SPACE), replace(baseline(SPACE), seed=1), replace(baseline(SPACE), seed=2)]
+    queue = Queue(configs, metric="accuracy", mode="max", fits=lambda config: config.seed != 1)
+    assert queue.suggest("a") == asdict(configs[0])
+    assert queue.suggest("b") == Searcher.FINISHED

@@ -1,0 +1,71 @@
+"""What a search opens to the network: pages on loopback alone, Ray's own ports to those with its token."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import ray
+
+from tune.runtime.cluster import start_ray
+
+# Ray's gRPC ports listen everywhere, whatever its options say; none of them is ours.
+RAYS_OWN = (
+    "raylet",
+    "gcs_server",
+    "ray::",
+    "runtime_env",
+    "dashboard",
+    "log_monitor",
+    "monitor.py",
+    "pytest",
+)
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> Iterator[str]:
+    """The address of a Ray that was started as for a search."""
+    yield start_ray(address=None, cores=1, gpus=0)
+    ray.shutdown()
+
+
+def listening() -> list[tuple[str, int, str]]:
+    """(address, port, process) of what this process and its children listen on."""
+    here = psutil.Process()
+    names = {p.pid: " ".join(p.cmdline()) for p in [here, *here.children(recursive=True)]}
+    found = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in names]
+    return [(c.laddr.ip, c.laddr.port, names[c.pid]) for c in found]
+
+
+def test_the_dashboard_listens_on_loopback_alone(dashboard: str) -> None:
+    port = int(dashboard.rsplit(":", 1)[1])
+    assert [ip for ip, at, _ in listening() if at == port] == ["127.0.0.1"]
+
+
+@pytest.mark.usefixtures("dashboard")
+def test_what_listens_elsewhere_is_rays_own() -> None:
+    elsewhere = [name for ip, _, name in listening() if ip != "127.0.0.1"]
+    assert not [name for name in elsewhere if not any(part in name for part in RAYS_OWN)]
+
+
+@pytest.mark.usefixtures("dashboard")
+@pytest.mark.parametrize(("environment", "enters"), [({}, True), ({"RAY_AUTH_MODE": "disabled"}, False)])
+def test_nobody_enters_without_the_token(environment: dict[str, str], enters: bool) -> None:
+    address = ray.get_runtime_context().gcs_address
+    code = (
+        f"import ray; ray.init({address!r}, log_to_driver=False); print('entered', ray.cluster_resources())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ("entered" in done.stdout) is enters, done.stderr
+    assert ("AuthenticationError" in done.stderr) is not enters, done.stderr

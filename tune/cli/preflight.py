@@ -1,0 +1,135 @@
+"""What could stop a search halfway, looked for before it starts: each finding is one line with its remedy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import psutil
+
+from carmodels.catalog import BACKBONES
+from carmodels.space import Space
+from carmodels.study import Study
+from carmodels.training.config import TrialConfig
+from tune.runtime.findings import (
+    GB,
+    Finding,
+    file_handle_findings,
+    folder_findings,
+    nearest_existing,
+    shared_memory_findings,
+)
+from tune.runtime.job import Workers
+from tune.runtime.recorder import WEIGHTS_KEPT
+
+WORKER_BYTES = 1.5 * GB  # a worker that trains a small network on a CPU; larger ones and sizes take more
+RAY_DISK = 0.5 * GB  # logs and spilled objects of a run
+BYTES_PER_PARAMETER = 4
+
+
+def findings(
+    study: Study, space: Space, workers: Workers | None, cache: Path, *, later: int
+) -> list[Finding]:
+    """Everything that was found, the fatal first. Without `workers` they are other machines' matter.
+
+    `later`: models that further stages may leave beside those of the search.
+    """
+    found = [
+        *folder_findings({"--results": study.folder.parent, "--cache": cache}),
+        *_disk(study, space, later),
+        *([*_memory(workers), *_other_rays()] if workers else ()),
+        *shared_memory_findings(_loaded(space, workers) if workers else 0.0),
+        *file_handle_findings(),
+    ]
+    return sorted(found, key=lambda finding: not finding.fatal)
+
+
+def _disk(study: Study, space: Space, later: int) -> list[Finding]:
+    """Weights of the best trials, of reruns, of retrained ones and of their soups; Ray's own files."""
+    largest = max(BACKBONES[name].millions for name in space.backbones) * 1e6 * BYTES_PER_PARAMETER
+    there = sum(file.stat().st_size for file in study.weights_file("x").parent.glob("*"))
+    needed = RAY_DISK + max(0.0, (WEIGHTS_KEPT + later) * largest - there)
+    free = shutil.disk_usage(nearest_existing(study.folder)).free
+    if free >= needed:
+        return []
+    return [
+        Finding(
+            f"--results {study.folder.parent}: {free / GB:.1f} GB are free, about {needed / GB:.1f} GB are "
+            "needed; make room or give another folder",
+            fatal=True,
+        )
+    ]
+
+
+def _memory(workers: Workers) -> list[Finding]:
+    """Of the machine, or of the container where that has less."""
+    available = min(psutil.virtual_memory().available, _container_memory())
+    needed = workers.at_once * WORKER_BYTES
+    if available >= needed:
+        return []
+    fewer = max(1, int(available / WORKER_BYTES))
+    return [
+        Finding(
+            f"{available / GB:.1f} GB of memory are free for {workers.at_once} workers, which take about "
+            f"{needed / GB:.1f} GB; --workers {fewer} is safer"
+        )
+    ]
+
+
+def _container_memory() -> float:
+    """Bytes that this control group may still take; infinite where nothing limits it."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = float((folder / "memory.max").read_text())
+        return limit - float((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or "max"
+        return float("inf")
+
+
+def _loaded(space: Space, workers: Workers) -> float:
+    """Bytes that loader processes hand over in shared memory: of each a batch of val, the larger ones."""
+    pictures = 2 * space.fixed.get("batch_size", TrialConfig.batch_size)
+    return float(workers.count * workers.processes * pictures * 3 * space.largest_size**2)
+
+
+def _other_rays() -> list[Finding]:
+    """Ray instances of the same user, which take cores and GPUs that are not theirs alone.
+
+    Each search is the parent of one.
+    """
+    rays: list[int] = []
+    searches: list[str] = []
+    for process in psutil.process_iter(["pid", "ppid", "name", "uids"]):
+        uids = process.info["uids"]
+        if process.info["name"] == "raylet" and uids is not None and uids.real == os.getuid():
+            if study := _searched(process.info["ppid"]):
+                searches.append(study)
+            else:
+                rays.append(process.info["pid"])
+    found = []
+    if searches:
+        found.append(
+            f"another search is running here ({'; '.join(searches)}) and takes the same cores and GPUs; "
+            "wait for its end, or give each its own with --workers and CUDA_VISIBLE_DEVICES"
+        )
+    if rays:
+        numbers = ", ".join(map(str, rays))
+        found.append(
+            f"another Ray is running here (process {numbers}) and will share the machine with this search; "
+            "`ray stop` ends it if it was left behind"
+        )
+    return [Finding(words) for words in found]
+
+
+def _searched(pid: int) -> str:
+    """What the process searches, in words; empty where it is no search of ours."""
+    try:
+        command = psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return ""
+    if not any(Path(word).parts[-2:] == ("tune", "search.py") for word in command):
+        return ""
+    pairs = zip(command, [*command[1:], ""], strict=True)
+    names = [word[8:] or after for word, after in pairs if word == "--study" or word.startswith("--study=")]
+    return f"process {pid}, study {names[-1] if names else 'its own'}"

@@ -1,0 +1,94 @@
+"""How the GPUs or cores there are become workers."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import joblib
+import ray
+import torch
+
+from tune.budget.costs import GPU_SHARES
+from tune.runtime.job import Workers
+
+
+class Machine(NamedTuple):
+    """What one machine has; a trial runs on one."""
+
+    cores: int
+    gpus: int
+
+
+def check_machine(options: argparse.Namespace) -> Workers | None:
+    """What each trial may use; ValueError for what this machine cannot do.
+
+    None for a cluster, which is asked when it is joined.
+    """
+    return None if options.address else share_out(options, [this_machine()])
+
+
+def this_machine() -> Machine:
+    return Machine(joblib.cpu_count(), torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def share_out(options: argparse.Namespace, machines: Sequence[Machine]) -> Workers:
+    """As many trials side by side as the GPUs, or else the cores, hold; ValueError for more.
+
+    Machines without a GPU are left alone where another has one. Each trial gets as many cores as leave room
+    for all of them, on whichever machines.
+    """
+    gpus, cores = sum(m.gpus for m in machines), sum(m.cores for m in machines)
+    packed = options.gpus_per_trial == "auto"
+    share = min(GPU_SHARES) if packed else _share(options.gpus_per_trial)
+    fits = sum(_places(m, share) for m in machines) if gpus else cores
+    count = fits if options.workers is None else options.workers
+    if count < 1:
+        raise ValueError(f"--workers {count} must be at least 1")
+    if count > fits:
+        there = f"{gpus} GPUs at --gpus-per-trial {options.gpus_per_trial}" if gpus else f"{cores} cores"
+        raise ValueError(f"--workers {count} is more than {there} hold; at most {fits}")
+    if packed and gpus:
+        whole = min(gpus, count)
+        return Workers(whole, _cores_each(machines, whole, 1.0), 1.0, packed=count)
+    return Workers(count, _cores_each(machines, count, share), share if gpus else 0.0)
+
+
+def _places(machine: Machine, share: float) -> int:
+    """How many trials its GPUs hold."""
+    return machine.gpus * int(1 / share + 1e-9)
+
+
+def _cores_each(machines: Sequence[Machine], count: int, share: float) -> int:
+    """The most cores a trial can have with `count` of them side by side, each on one machine; at least 1."""
+    on_gpus = any(m.gpus for m in machines)
+
+    def held(cores: int) -> int:
+        return sum(
+            min(m.cores // cores, _places(m, share)) if on_gpus else m.cores // cores for m in machines
+        )
+
+    return next((c for c in range(max(m.cores for m in machines), 1, -1) if held(c) >= count), 1)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"--gpus-per-trial {text} must be above 0 and at most 1, or auto: a trial trains on one GPU"
+        )
+    return share
+
+
+def cluster_machines(address: str) -> list[Machine]:
+    """The machines of the cluster that are there; ValueError where none can train."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    machines = [Machine(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in resources]
+    if not any(m.cores for m in machines):
+        raise ValueError(f"--address {address}: the cluster has no cores; start machines that have some")
+    return machines

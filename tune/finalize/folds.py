@@ -1,0 +1,187 @@
+"""Folds: a configuration trained once for each part of train and val, which that run is then scored on.
+
+The models of all folds are one member of an ensemble: on train and val each picture has the answer of the
+model that has not seen it, on audit and test the mean of all. They are a record of their own in the study.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import ray
+
+from carmodels.data.dataset import Splits
+from carmodels.data.resplit import with_fold
+from carmodels.data.splits import Split
+from carmodels.evaluation.metrics import METRICS
+from carmodels.evaluation.predictions import Predictions, blend
+from carmodels.models.classifier import weights_damage
+from carmodels.records import FOLD, FOLDS, Status, TrialRecord
+from carmodels.study import Study
+from carmodels.training.config import TrialConfig
+from carmodels.training.held_out import parted
+from tune.optim.standings import judged
+from tune.runtime.job import Job, as_task
+
+MOST_FOLDED = 3  # configurations
+
+
+def check_filled(splits: Splits, folds: int, seed: int) -> None:
+    """Raises ValueError where the pictures do not fill so many folds."""
+    with_fold(splits, folds=folds, fold=0, seed=seed)
+
+
+def configs_of(config: TrialConfig, folds: int) -> list[TrialConfig]:
+    """A configuration for each fold; what is held out has no say, so there is no patience."""
+    return [replace(config, folds=folds, fold=fold, patience=0) for fold in range(folds)]
+
+
+def whole(config: TrialConfig) -> TrialConfig:
+    """What the models of all folds are called by."""
+    return replace(config, fold=None)
+
+
+def runs_of(study: Study, config: TrialConfig) -> list[TrialRecord]:
+    """The finished runs of single folds, fold by fold, of what all of them are called by."""
+    found = [r for r in study.records() if r.stage == FOLD and r.status is Status.FINISHED]
+    return sorted((r for r in found if whole(r.config) == config), key=lambda r: r.config.fold or 0)
+
+
+def gather(study: Study) -> list[TrialRecord]:
+    """Write down each configuration whose folds are all finished, with its probabilities; those that are new.
+
+    Its value is that of val, as for other trials, from answers of models that have not seen a picture. It is
+    new as well where one of its folds, cut short before, has been trained again since, or where its
+    probabilities are missing or damaged.
+    """
+    found: dict[TrialConfig, list[TrialRecord]] = defaultdict(list)
+    for record in study.records():
+        if record.stage == FOLD and record.status is Status.FINISHED:
+            found[whole(record.config)].append(record)
+    places = {r.trial_id: place for place, r in enumerate(study.records())}
+
+    def new(config: TrialConfig, runs: Sequence[TrialRecord]) -> bool:
+        trained = places.get(config.id, -1) < max(places[r.trial_id] for r in runs)
+        return trained or not study.has_predictions(config.id, "oof")
+
+    def there(config: TrialConfig, runs: Sequence[TrialRecord]) -> bool:
+        return len(runs) == config.folds and all(study.has_predictions(r.trial_id, "oof") for r in runs)
+
+    return [
+        _gathered(study, config)
+        for config, runs in found.items()
+        if there(config, runs) and new(config, runs)
+    ]
+
+
+def restore(job: Job) -> None:
+    """Make anew what finished folds with intact weights have said, where it was lost or damaged."""
+    study, splits = job.study, job.splits
+    runs = [r for r in study.records() if r.stage == FOLD and r.status is Status.FINISHED]
+    names = ["oof", *(name for name in ("audit", "test") if len(getattr(splits, name)))]
+    wanted = ((r, name) for r in runs if not weights_damage(study.weights_file(r.trial_id)) for name in names)
+    lost = [(r, name) for r, name in wanted if not study.has_predictions(r.trial_id, name)]
+    if not lost:
+        return
+    task = as_task(_said, job.workers)
+    for (run, name), said in zip(lost, ray.get([task.remote(job, *one) for one in lost]), strict=True):
+        said.save(study.predictions_file(run.trial_id, name))
+
+
+def _said(job: Job, run: TrialRecord, name: str) -> Predictions:
+    pictures = parted(run.config, job.splits).val if name == "oof" else getattr(job.splits, name)
+    return job.predict_again(run, pictures, ("plain",))[0]
+
+
+def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
+    runs, metric = runs_of(study, config), METRICS[study.metric]
+    study.forget_predictions(config.id)
+    on_val = study.labels("val")
+    labels = study.labels("train") | on_val
+    oof = joined([study.predictions(r.trial_id, "oof") for r in runs]).aligned(list(labels))
+    val = Predictions(tuple(on_val), oof.classes, oof.probs[[name in on_val for name in labels]])
+    answers = {"oof": oof, "val": val}
+    for split in ("audit", "test"):
+        if all(study.has_predictions(r.trial_id, split) for r in runs):
+            answers[split] = blend([study.predictions(r.trial_id, split) for r in runs])
+    for split, predictions in answers.items():
+        predictions.save(study.predictions_file(config.id, split))
+    score = metric.score(oof.probs, np.array(list(labels.values())))
+    record = TrialRecord(
+        trial_id=config.id,
+        config=config,
+        status=Status.FINISHED,
+        epochs_run=runs[0].epochs_run,
+        value=metric.score(val.probs, np.array([on_val[name] for name in val.ids])),
+        seconds=0.0,  # those of its folds are theirs
+        reason=f"all {config.folds} folds are there",
+        stage=FOLDS,
+        note=f"{len(runs)} folds of {parent_of(runs[0])}; out of fold on train and val {score:.4f}",
+        at=max(r.at for r in runs),
+    )
+    study.append(record)
+    return record
+
+
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """Predictions of different pictures as one."""
+    ids = tuple(i for part in parts for i in part.ids)
+    return Predictions(ids, parts[0].classes, np.concatenate([part.probs for part in parts]))
+
+
+def ready(study: Study) -> list[TrialRecord]:
+    """Configurations whose folds have all left their weights, and intact, best first."""
+    found = [r for r in study.leaderboard() if r.stage == FOLDS]
+    return [
+        r
+        for r in found
+        if study.has_predictions(r.trial_id, "oof")
+        and len(runs := runs_of(study, r.config)) == r.config.folds  # one may be in training once more
+        and not any(weights_damage(study.weights_file(f.trial_id)) for f in runs)
+    ]
+
+
+def judged_on(
+    study: Study, candidates: Sequence[TrialRecord], folded: Sequence[TrialRecord]
+) -> tuple[list[TrialRecord], str, dict[str, int]]:
+    """The candidates of an ensemble, the split that it is chosen on, and the labels there.
+
+    Where several configurations have folds, the best one, too, these alone, on all of train and val; else on
+    val, with what each picture's own fold says of it. `folded`: those that are ready and not too dear.
+    """
+    parents, best = {parent_of(record) for record in folded}, judged(study)[:1]
+    if len(parents) > 1 and best and best[0].record.trial_id in parents:
+        return [*folded], "oof", study.labels("train") | study.labels("val")
+    return [*candidates, *folded], "val", study.labels("val")
+
+
+def parent_of(record: TrialRecord) -> str:
+    """The id of the trial whose configuration a fold, or all folds, have."""
+    return record.note.partition(";")[0].rpartition(" of ")[2]
+
+
+def models_of(study: Study, record: TrialRecord) -> list[TrialRecord]:
+    """The records whose weights a member of an ensemble has: its folds, or itself."""
+    return runs_of(study, record.config) if record.stage == FOLDS else [record]
+
+
+def shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
+    """What the models of all folds say of a split through each view: on val each of its own fold alone."""
+    pictures: Split = getattr(job.splits, split)
+    said = []
+    for run in runs_of(job.study, record.config):
+        own = _held_out(job, run, pictures) if split == "val" else pictures
+        if len(own):
+            said.append(job.predict_again(run, own, views))
+    if split == "val":
+        return [joined(parts).aligned(pictures.ids) for parts in zip(*said, strict=True)]
+    return [blend(parts) for parts in zip(*said, strict=True)]
+
+
+def _held_out(job: Job, run: TrialRecord, pictures: Split) -> Split:
+    """Those of the pictures that one fold's model has not learnt from."""
+    held_out = set(parted(run.config, job.splits).val.ids)
+    return pictures.part(np.array([name in held_out for name in pictures.ids], bool))

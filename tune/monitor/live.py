@@ -1,0 +1,217 @@
+"""How a run stands while it goes on: a view that a terminal redraws, and the same in one plain line."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.progress_bar import ProgressBar
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from carmodels.evaluation.metrics import METRICS
+from carmodels.formatting import duration
+from carmodels.records import FOLD, Status, TrialRecord
+from carmodels.training.config import EpochMetrics, TrialConfig
+from tune.budget.clock import Clock
+from tune.runtime.callbacks import RunState
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDE = 120  # columns from which on a trial's line holds its learning rate and augmentation, too
+CURVE, WIDE_CURVE = 8, 24  # most columns of a sparkline
+_OTHER_LINES = 7  # of the view, beside those of trials
+_MARGIN = 3  # columns at the right: the ^C that a terminal echoes would begin a line of its own there
+
+
+@dataclass(frozen=True)
+class Running:
+    """A trial that trains, and its epochs so far."""
+
+    config: TrialConfig
+    curve: Sequence[EpochMetrics]
+
+    @property
+    def best(self) -> float | None:
+        """The best value so far; None before the first epoch, or where none is finite."""
+        values = [e.value for e in self.curve if math.isfinite(e.value)]
+        better = max if METRICS[self.config.metric].mode == "max" else min
+        return better(values) if values else None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A run at one moment."""
+
+    stage: str
+    metric: str
+    running: tuple[Running, ...]
+    ended: tuple[TrialRecord, ...]  # of this stage
+    best: TrialRecord | None  # finished, of any stage
+    trials: int | None  # the stage's goal, where it has one
+    used: float  # seconds since the command began
+    left: float  # seconds, an estimate where only the number of trials bounds the run; inf: not known
+
+    @property
+    def stopped(self) -> int:
+        return sum(r.status is Status.STOPPED for r in self.ended)
+
+    @property
+    def failed(self) -> int:
+        return sum(r.status in (Status.FAILED, Status.DIVERGED) for r in self.ended)
+
+    @property
+    def counts(self) -> str:
+        """How many trials ended, run, were stopped and failed, in words."""
+        goal = f" of {self.trials}" if self.trials else ""
+        return (
+            f"{len(self.ended)}{goal} trials ended, {len(self.running)} running, "
+            f"{self.stopped} stopped, {self.failed} failed"
+        )
+
+    @property
+    def time(self) -> str:
+        """What is used and what is left, in words."""
+        left = "" if math.isinf(self.left) else f", {duration(self.left)} left"
+        return f"{duration(self.used)} used{left}"
+
+    @property
+    def share_used(self) -> float | None:
+        """Of the time; None where nothing bounds it."""
+        left = max(0.0, self.left)
+        return None if math.isinf(left) else self.used / (self.used + left) if self.used + left else 1.0
+
+
+def standing(
+    ended: Iterable[TrialRecord], recorder: RunState, metric: str, clock: Clock, trials: int | None
+) -> Standing:
+    """The run at this moment; `trials` is what the search goes for."""
+    ended = list(ended)
+    here = tuple(r for r in ended if r.stage == recorder.stage)
+    goal = trials if recorder.stage == "search" else None
+    used, left = time.time() - clock.begun, clock.left
+    if math.isinf(left) and goal and recorder.recorded:
+        left = used / len(recorder.recorded) * max(0, goal - len(here))
+    return Standing(
+        stage=recorder.stage,
+        metric=metric,
+        running=tuple(Running(recorder.configs[i], tuple(c)) for i, c in recorder.running.items()),
+        ended=here,
+        best=_best(ended, metric),
+        trials=goal,
+        used=used,
+        left=left,
+    )
+
+
+def _best(ended: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
+    sign = 1 if METRICS[metric].mode == "max" else -1
+    on_val = (r for r in ended if r.status is Status.FINISHED and r.stage != FOLD)
+    finished = [(sign * r.value, r) for r in on_val if r.value is not None]
+    return max(finished, key=lambda pair: pair[0])[1] if finished else None
+
+
+def line(now: Standing) -> str:
+    """How things stand, in a line."""
+    parts = [f"{now.stage}: {now.counts}"]
+    if now.best:
+        parts.append(f"best {now.best.value:.4f} ({now.best.config.title})")
+    if now.running:
+        parts.append("epochs " + " ".join(_epochs(trial) for trial in now.running))
+    return ", ".join([*parts, now.time])
+
+
+@dataclass(frozen=True)
+class View:
+    """The run as a terminal shows it: counts, best, time, a line for each trial that trains."""
+
+    now: Standing
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(1, options.max_width - _MARGIN)
+        yield from console.render(Group(*self._parts(width, console.height)), options.update_width(width))
+
+    def _parts(self, width: int, height: int) -> Iterator[RenderableType]:
+        now = self.now
+        yield Rule(Text(now.stage), align="left", style="dim", characters="─")
+        yield _cut(now.counts)
+        best = (
+            f"{now.metric} {now.best.value:.4f}  {now.best.config.title}" if now.best else "none finished yet"
+        )
+        yield _cut(f"best {best}", "bold green" if now.best else "dim")
+        yield self._budget()
+        if now.running:
+            yield self._trials(wide=width >= WIDE, rows=max(1, height - _OTHER_LINES))
+
+    def _budget(self) -> Table:
+        grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        grid.add_column(no_wrap=True)
+        share = self.now.share_used
+        if share is None:
+            grid.add_row(_cut(self.now.time))
+        else:
+            grid.add_column(ratio=1)
+            grid.add_row(_cut(self.now.time), ProgressBar(total=1.0, completed=share))
+        return grid
+
+    def _trials(self, *, wide: bool, rows: int) -> Table:
+        shown = self.now.running[:rows]
+        values = [e.value for trial in shown for e in trial.curve if math.isfinite(e.value)]
+        low, high = min(values, default=0.0), max(values, default=0.0)
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=True)
+        for name in ("epoch", self.now.metric, "best"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("curve", no_wrap=True, min_width=CURVE)
+        table.add_column("configuration", no_wrap=True, overflow="ellipsis", ratio=1)
+        if wide:
+            for name in ("lr", "augment", "s/epoch"):
+                table.add_column(name, justify="left" if name == "augment" else "right", no_wrap=True)
+        for trial in shown:
+            curve = [e.value for e in trial.curve]
+            cells = (
+                _epochs(trial),
+                _number(curve[-1] if curve else None),
+                _number(trial.best),
+                sparkline(curve, low, high, WIDE_CURVE if wide else CURVE),
+                Text(trial.config.title),
+            )
+            table.add_row(*cells, *(_further(trial) if wide else ()))
+        if len(self.now.running) > rows:
+            table.add_row(*[""] * 4, f"and {len(self.now.running) - rows} more")
+        return table
+
+
+def sparkline(values: Sequence[float], low: float, high: float, width: int) -> str:
+    """A bar for each value between `low` and `high`, a blank for one that is not finite.
+
+    Of more values than `width` evenly spaced ones are shown, the last among them.
+    """
+    if len(values) > width:
+        values = [values[(i + 1) * len(values) // width - 1] for i in range(width)]
+    span = high - low
+    return "".join(_bar((v - low) / span if span else 0.5) if math.isfinite(v) else " " for v in values)
+
+
+def _bar(share: float) -> str:
+    return BARS[min(len(BARS) - 1, max(0, int(share * len(BARS))))]
+
+
+def _epochs(trial: Running) -> str:
+    return f"{len(trial.curve)}/{trial.config.epochs}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _further(trial: Running) -> tuple[str, str, str]:
+    pace = f"{trial.curve[-1].seconds:.1f}" if trial.curve else "-"
+    return f"{trial.config.lr:.1e}", trial.config.augment, pace
+
+
+def _cut(text: str, style: str = "") -> Text:
+    """A line that ends where the terminal does."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")

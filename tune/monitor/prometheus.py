@@ -1,0 +1,150 @@
+"""What a run tells Prometheus: series of Ray's own metrics, which the agent of the node exports.
+
+`tune/monitor/` holds a scrape configuration and a Grafana dashboard for them; Ray puts `ray_` before the
+names, and Prometheus' convention `_total` after those of counters.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+
+from ray.util.metrics import Counter, Gauge
+
+from carmodels.evaluation.metrics import METRICS
+from carmodels.records import FOLD, Status, TrialRecord
+from carmodels.training.config import EpochMetrics, TrialConfig
+from tune.budget.clock import Clock
+from tune.runtime.callbacks import RunState, Watch
+from tune.runtime.worker import trial_name
+
+REFRESH_SECONDS = 1.0  # between two times that all gauges are set
+_RUN = ("study", "stage")
+_TRIAL = (*_RUN, "trial", "backbone", "image_size", "strategy")
+
+SERIES: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
+    "carmodels_best": (Gauge, "best value of a finished trial on val", ("study", "metric")),
+    "carmodels_running": (Gauge, "trials that train", ("study",)),
+    "carmodels_seconds_left": (Gauge, "seconds that the command has left", ("study",)),
+    "carmodels_ended": (Counter, "trials that ended, by status and reason", (*_RUN, "status", "reason")),
+    "carmodels_value": (Gauge, "the metric on val after the trial's last epoch", (*_TRIAL, "metric")),
+    "carmodels_epoch": (Gauge, "epochs that the trial has run", _TRIAL),
+    "carmodels_epochs_per_second": (Gauge, "of the trial's last epoch; 0: it has ended", _TRIAL),
+    "carmodels_pictures_per_second": (Gauge, "likewise, pictures trained on", _TRIAL),
+    "carmodels_gpu_bytes": (Gauge, "most GPU memory the trial has taken; 0: it has ended", _TRIAL),
+}
+
+_WHILE_TRAINING = ("carmodels_epochs_per_second", "carmodels_pictures_per_second", "carmodels_gpu_bytes")
+
+REASONS = {  # how a record's reason begins -> the tag, of which there are few
+    "the time": "time",
+    "no better": "patience",
+    "ran its": "schedule",
+    "the loss": "loss not finite",
+    "interrupted": "user",
+}
+
+
+def reason_tag(record: TrialRecord) -> str:
+    """Why the trial ended, in a word or two: a rung by its epoch, an error by its kind."""
+    known = next((tag for start, tag in REASONS.items() if record.reason.startswith(start)), None)
+    return known or record.reason.split(":")[0][:40]
+
+
+@cache
+def _series(name: str) -> Counter | Gauge:
+    kind, description, tags = SERIES[name]
+    return kind(name, description, tags)
+
+
+def exported(
+    study: str,
+    metric: str,
+    *,
+    pictures: Callable[[TrialConfig], int],
+    clock: Clock,
+    records: Iterable[TrialRecord] = (),
+) -> Watch:
+    """A watch that exports what it is told; `pictures` says how many a configuration's epoch learns from.
+
+    `records` are there already.
+    """
+    exporter = _Exporter(study, metric, pictures, clock)
+    for record in records:
+        exporter.on_finished(record)
+    return Watch(exporter.on_record, exporter.on_step, exporter.on_epoch)
+
+
+@dataclass
+class _Exporter:
+    study: str
+    metric: str
+    pictures: Callable[[TrialConfig], int]
+    clock: Clock
+    _levels: dict[tuple[str, ...], tuple[dict[str, str], float]] = field(default_factory=dict)
+    _refreshed: float = -math.inf  # time.monotonic()
+
+    def on_epoch(self, stage: str, config: TrialConfig, epoch: EpochMetrics, gpu_bytes: int) -> None:
+        tags = self._trial_tags(stage, config)
+        self._set("carmodels_value", epoch.value, {**tags, "metric": self.metric})
+        self._set("carmodels_epoch", epoch.epoch, tags)
+        if epoch.seconds > 0:
+            self._set("carmodels_epochs_per_second", 1 / epoch.seconds, tags)
+            self._set("carmodels_pictures_per_second", self.pictures(config) / epoch.seconds, tags)
+        self._set("carmodels_gpu_bytes", gpu_bytes, tags)
+
+    def on_record(self, record: TrialRecord) -> None:
+        run = {"study": self.study, "stage": record.stage}
+        ended = _series("carmodels_ended")
+        assert isinstance(ended, Counter)
+        ended.inc(1, {**run, "status": str(record.status), "reason": reason_tag(record)})
+        tags = self._trial_tags(record.stage, record.config)
+        for name in _WHILE_TRAINING:
+            self._set(name, 0.0, tags)
+        self._levels = {
+            k: level for k, level in self._levels.items() if level[0].get("trial") != tags["trial"]
+        }
+        self.on_finished(record)
+
+    def on_finished(self, record: TrialRecord) -> None:
+        """Raise the best, where this trial is better."""
+        if record.status is not Status.FINISHED or record.value is None or record.stage == FOLD:
+            return
+        tags = {"study": self.study, "metric": self.metric}
+        _, best = self._levels.get(_key("carmodels_best", tags), (tags, record.value))
+        better = max if METRICS[self.metric].mode == "max" else min
+        self._set("carmodels_best", better(record.value, best), tags)
+
+    def on_step(self, recorder: RunState) -> None:
+        """Set every gauge again: Ray forgets one that was not set for two of its reports, 20 s."""
+        if time.monotonic() - self._refreshed < REFRESH_SECONDS:
+            return
+        self._refreshed = time.monotonic()
+        self._set("carmodels_running", len(recorder.running), {"study": self.study})
+        self._set("carmodels_seconds_left", self.clock.left, {"study": self.study})
+        for (name, *_), (tags, value) in list(self._levels.items()):
+            self._set(name, value, tags)
+
+    def _set(self, name: str, value: float, tags: dict[str, str]) -> None:
+        gauge = _series(name)
+        assert isinstance(gauge, Gauge)
+        if math.isfinite(value):
+            gauge.set(value, tags)
+            self._levels[_key(name, tags)] = tags, value
+
+    def _trial_tags(self, stage: str, config: TrialConfig) -> dict[str, str]:
+        return {
+            "study": self.study,
+            "stage": stage,
+            "trial": trial_name(config),
+            "backbone": config.backbone,
+            "image_size": str(config.image_size),
+            "strategy": config.unfreeze,
+        }
+
+
+def _key(name: str, tags: dict[str, str]) -> tuple[str, ...]:
+    return (name, *tags.values())

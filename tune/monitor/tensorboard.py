@@ -1,0 +1,42 @@
+"""Learning curves as TensorBoard reads them, a folder for each trial: tensorboard --logdir results/STUDY"""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+from tensorboardX import SummaryWriter
+
+from carmodels.records import TrialRecord
+from carmodels.study import Study
+from carmodels.training.config import EpochMetrics, TrialConfig
+from tune.runtime.callbacks import Watch
+from tune.runtime.worker import trial_name
+
+
+def written(study: Study) -> Watch:
+    """A watch that writes each epoch as it is reported; a trial that runs again starts its curves anew."""
+    writers: dict[str, SummaryWriter] = {}
+
+    def on_epoch(stage: str, config: TrialConfig, epoch: EpochMetrics, gpu_bytes: int) -> None:
+        name = f"{stage}-{trial_name(config)}"
+        if epoch.epoch == 1:
+            folder = study.tensorboard_folder / name
+            shutil.rmtree(folder, ignore_errors=True)
+            writers[name] = SummaryWriter(str(folder))
+        for tag, value in (
+            (f"val/{config.metric}", epoch.value),
+            ("val/loss", epoch.val_loss),
+            ("train/loss", epoch.train_loss),
+            ("seconds", epoch.seconds),
+        ):
+            if math.isfinite(value):  # there is no val where everything is learnt from
+                writers[name].add_scalar(tag, value, epoch.epoch)
+        writers[name].flush()
+
+    def on_record(record: TrialRecord) -> None:
+        writer = writers.pop(f"{record.stage}-{trial_name(record.config)}", None)
+        if writer is not None:
+            writer.close()
+
+    return Watch(on_record, on_epoch=on_epoch)

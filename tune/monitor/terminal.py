@@ -1,0 +1,254 @@
+"""What the scripts print: a line for each trial that ends, how things stand meanwhile, a table at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+from carmodels.files import read_json
+from carmodels.formatting import interval_text
+from carmodels.records import CUT_OFF, Status, TrialRecord
+from carmodels.space import space_of
+from carmodels.study import Study
+from tune.budget.clock import Clock
+from tune.finalize import stop_check
+from tune.monitor import live
+from tune.optim import importance
+from tune.optim.standings import Standing, judged, leading, sentence
+from tune.runtime.callbacks import RunState, Watch
+
+QUIET_SECONDS = 60.0  # between two lines on how things stand, where the output is no terminal
+
+_AUDITED = {
+    "ensemble": "ensemble",
+    "single": "best single trial",
+    "recipe": "competitor's recipe",
+    "gain_over_recipe": "gain over the recipe",
+}
+
+_COLOURS = {Status.FINISHED: "green", Status.STOPPED: "yellow", Status.FAILED: "red", Status.DIVERGED: "red"}
+_CONFIGURATION = ("backbone", "px", "head", "strategy", "lr", "augment")
+_DETAILS = ("trial", "augment", "epochs", "s")  # which a narrow terminal has no room for
+
+
+class Screen:
+    """Prints for people: a live view on a terminal; plain lines elsewhere, and where they are asked for."""
+
+    def __init__(self, *, plain: bool = False) -> None:
+        plain = plain or not sys.stdout.isatty()  # FORCE_COLOR or not: a program reads it
+        self._terminal = False if plain else None  # None: rich finds out what the terminal can do
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False, force_terminal=self._terminal)
+        self._alive = self.console.is_interactive and not self.console.options.ascii_only
+        self._live: Live | None = None
+        self._last_word = time.monotonic()
+
+    def say(self, text: str, style: str = "") -> None:
+        """One line, whatever it holds; long ones are not cut."""
+        self.console.print(text, style=style, markup=False)
+
+    def watch(self, study: Study, clock: Clock, trials: int | None) -> Watch:
+        """What a run calls as trials end and time goes by."""
+        metric = study.metric
+        ended = {r.trial_id: r for r in study.records() if r.status not in CUT_OFF}
+
+        def on_record(record: TrialRecord) -> None:
+            ended[record.trial_id] = record
+            value = "-" if record.value is None else f"{record.value:.4f}"
+            self.say(
+                f"{len(ended):>4}  {value:>7}  {record.status:<11} {record.config.title:<52}"
+                f" {record.seconds:6.0f} s  {record.reason}",
+                _COLOURS.get(record.status, ""),
+            )
+
+        def on_step(recorder: RunState) -> None:
+            self._show(live.standing(ended.values(), recorder, metric, clock, trials))
+
+        return Watch(on_record, on_step)
+
+    def _show(self, now: live.Standing) -> None:
+        if self._alive:
+            if self._live is None:
+                self._live = Live(console=self.console, transient=True)
+                self._live.start()
+            self._live.update(live.View(now))
+        elif time.monotonic() - self._last_word >= QUIET_SECONDS:
+            self._last_word = time.monotonic()
+            self.say(f"      {live.line(now)}")
+
+    def rest(self) -> None:
+        """Take the live view away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def decoding(self) -> tuple[Progress, Any]:
+        """A progress bar for the data cache, and the function that moves it."""
+        columns = (TextColumn("Decoding pictures, once for all trials"), BarColumn(), TaskProgressColumn())
+        progress = Progress(*columns, console=self.console, transient=True, disable=not self._alive)
+        task = progress.add_task("decode", total=None)
+        return progress, lambda done, total: progress.update(task, completed=done, total=total)
+
+    def table(self, study: Study, rows: int = 10) -> None:
+        """The best finished trials, with their names and scores."""
+        table = Table(title=f"{study.metric} on val, best first", title_justify="left")
+        names = ("rank", "trial", study.metric, *_CONFIGURATION, "epochs", "s", "note")
+        narrow = self._alive and self.console.width < live.WIDE
+        shown = [i for i, name in enumerate(names) if not (narrow and name in _DETAILS)]
+        for i in shown:
+            right = names[i] in {"rank", study.metric, "px", "lr", "epochs", "s"}
+            table.add_column(names[i], justify="right" if right else "left", overflow="fold")
+        for rank, record in enumerate(study.leaderboard(), start=1):
+            if rank <= rows or record.is_recipe:
+                cells = (str(rank), *_cells(record))
+                table.add_row(*(cells[i] for i in shown))
+        if table.rows:
+            self._wide(table)
+
+    def standings(self, study: Study) -> None:
+        """The best few by all their runs, and which of them cannot be told apart."""
+        found = judged(study)
+        if not found:
+            return
+        table = Table(title=f"{study.metric} on val over all runs, best first", title_justify="left")
+        for name in ("configuration", "trial"):
+            table.add_column(name)
+        for name in ("runs", "mean", "estimate", "95 % interval"):
+            table.add_column(name, justify="right")
+        table.add_column("cannot be told apart from the best")
+        for standing in leading(found):
+            table.add_row(*_standing_cells(standing, found[0]))
+        self._wide(table)
+        self.say(sentence(found))
+
+    def stops(self, study: Study) -> None:
+        """What became of the stopped trials that were finished after all."""
+        results = read_json(study.stops_file)
+        table = Table(
+            title=f"Stopped trials, finished after all: {study.metric} on val", title_justify="left"
+        )
+        for name in ("configuration", "trial"):
+            table.add_column(name)
+        for name in ("stopped at epoch", "value then", "finished", "over the best", "seconds saved"):
+            table.add_column(name, justify="right")
+        table.add_column("stop")
+        for row in results["trials"]:
+            table.add_row(*_stop_cells(row))
+        if results["trials"]:
+            self._wide(table)
+        self.say(stop_check.sentence(results))
+
+    def dimensions(self, study: Study) -> None:
+        """Which dimensions mattered, and which option goes beyond an end that the best trials lie at."""
+        space = space_of(study.facts)
+        if space is None:
+            self.say(importance.UNKNOWN)
+            return
+        records = study.records()
+        found = importance.importances(records, space, study.metric)
+        self.say(found.sentence)
+        if found.dimensions:
+            self.say(f"  {importance.CAVEAT}")
+        for edge in importance.edges(records, space, study.metric):
+            self.say(f"At the edge: {edge}; another study looks further with {edge.option}", "yellow")
+
+    def _wide(self, table: Table) -> None:
+        self.rest()
+        width = self.console.width if self._alive else max(self.console.width, 150)
+        Console(width=width, highlight=False, markup=False, emoji=False, force_terminal=self._terminal).print(
+            table
+        )
+
+    def answer(self, results: dict[str, Any], study: Study) -> None:
+        """What the ensemble is made of and scores on audit, what searching gained, the submission's path."""
+        audit, shown = results["audit"], partial(interval_text, results["metric"])
+        self._members(results)
+        self.say(f"{results['metric']} on audit ({audit['pictures']} pictures kept aside, 95 % intervals):")
+        for name, words in _AUDITED.items():
+            if name in audit:
+                self.say(f"  {words:<24}{shown(audit[name])}", "bold" if name == "ensemble" else "")
+        if "recipe" not in audit:
+            self.say("  The competitor's recipe did not finish: there is nothing to compare with.", "yellow")
+        if audit["looks"] > 1:
+            self.say(
+                f"  (audit was looked at {audit['looks']} times in this study: quote the first)", "yellow"
+            )
+        if "hidden" in results:
+            hidden = results["hidden"]
+            self.say(f"Expected on the {hidden['pictures']} hidden pictures, in 95 of 100: {shown(hidden)}.")
+        if "submission" in results:
+            given = ", ".join(f"{row['name']} {row['rows']}" for row in results["submission"]["classes"])
+            self.say(f"Submission: {study.submission_file}, {results['submission']['rows']} rows: {given}.")
+
+    def _members(self, results: Mapping[str, Any]) -> None:
+        """Who is in, with what each adds on val and takes."""
+        cost = results["cost"]
+        worker = cost["device"].upper() if cost["device"] != "cpu" else f"{cost['cores']} CPU cores"
+        title = f"Ensemble: {cost['seconds_per_1000']:.1f} s for 1,000 pictures on {worker}, views included"
+        table = Table(title=title.replace("1 CPU cores", "1 CPU core"), title_justify="left")
+        for name in ("weight", "trial", "model", "stage"):
+            table.add_column(name, justify="right" if name == "weight" else "left")
+        for name in ("val", "adds on val", "temperature", "s for 1,000"):
+            table.add_column(name, justify="right")
+        for member in results["members"]:
+            table.add_row(
+                f"{member['weight']:.2f}",
+                member["trial_id"],
+                member["title"],
+                member["stage"],
+                f"{member['val']:.4f}",
+                f"{member['gain']:+.4f}",
+                f"{member['temperature']:.2f}",
+                f"{member['seconds_per_1000']:.2f}",
+            )
+        self._wide(table)
+
+
+def _cells(record: TrialRecord) -> tuple[str, ...]:
+    config = record.config
+    return (
+        record.trial_id,
+        f"{record.value:.4f}",
+        config.backbone,
+        str(config.image_size),
+        str(config.head_depth),
+        config.unfreeze,
+        f"{config.lr:.1e}",
+        config.augment,
+        str(record.epochs_run),
+        f"{record.seconds:.0f}",
+        record.note,
+    )
+
+
+def _standing_cells(standing: Standing, best: Standing) -> tuple[str, ...]:
+    estimate, record = standing.estimate, standing.record
+    return (
+        record.config.title,
+        record.trial_id,
+        str(standing.runs),
+        f"{standing.mean:.4f}",
+        f"{estimate.value:.4f}",
+        f"{estimate.low:.4f} to {estimate.high:.4f}",
+        "the best" if standing is best else "no" if standing.apart else "yes",
+    )
+
+
+def _stop_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        row["title"],
+        row["trial_id"],
+        f"{row['epochs_run']} of {row['epochs']}",
+        f"{row['stopped_at']:.4f}",
+        f"{row['value']:.4f}",
+        f"{row['over_best']:+.4f}",
+        f"{row['seconds_saved']:.0f}",
+        row["verdict"],
+    )

@@ -1,0 +1,408 @@
+"""The report's pictures of a study, as Vega-Lite specifications; none of them reads a file."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from carmodels.evaluation.metrics import METRICS
+from carmodels.records import Status, TrialRecord
+from carmodels.space import Choice, Space
+from carmodels.training.config import EpochMetrics
+from tune.optim.importance import Importance
+
+Chart = dict[str, Any]  # a Vega-Lite specification
+MOST_CURVES = 150  # in one picture; of more, the finished ones and an even choice of the others
+HEIGHT = 300  # pixels
+_AS_SEARCHED, _BY_CHANCE = "as searched", "in random order, mean"
+_BEYOND = 0.05  # of an axis, past its ends
+_ORDERS = 200  # random orders behind the picture of what chance would have found
+
+# Okabe and Ito (2008): told apart with any kind of colour vision, on light and on dark
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933"]
+
+
+def _spec(chart: alt.TopLevelMixin) -> Chart:
+    with alt.data_transformers.disable_max_rows():  # it refuses more than 5,000
+        return chart.to_dict(validate=False)
+
+
+def _colour(field: str, title: str, order: Sequence[str] = ()) -> alt.Color:
+    scale = alt.Scale(domain=list(order), range=COLOURS) if order else alt.Scale(range=COLOURS)
+    return alt.Color(field, title=title, scale=scale, legend=alt.Legend(orient="top"))
+
+
+def curves(records: Sequence[TrialRecord], metric: str) -> Chart:
+    """Learning curves by strategy; a cross where the scheduler or the clock cut one off."""
+    shown = thinned(records, MOST_CURVES)
+    rows = [_point(r, e) for r in shown for e in r.curve]
+    ends = [_point(r, r.curve[-1]) for r in shown if r.status is Status.STOPPED and r.curve]
+    hover = ["title:N", "strategy:N", "epoch:Q", alt.Tooltip("value:Q", format=".4f"), "reason:N"]
+    base = alt.Chart(pd.DataFrame(rows)).encode(
+        x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)),
+        y=alt.Y("value:Q", title=f"{metric} on val", scale=alt.Scale(zero=False)),
+        color=_colour("strategy:N", "strategy"),
+    )
+    lines = base.mark_line(opacity=0.6, strokeWidth=1.5).encode(detail="trial:N")
+    dots = base.mark_circle(size=22, opacity=0.6).encode(tooltip=hover)
+    layers = [lines, dots]
+    if ends:
+        layers.append(
+            alt.Chart(pd.DataFrame(ends))
+            .mark_point(shape="cross", size=70, angle=45, filled=True)
+            .encode(x="epoch:Q", y="value:Q", color="strategy:N", tooltip=hover)
+        )
+    return _spec(alt.layer(*layers).properties(width="container", height=HEIGHT))
+
+
+def _point(record: TrialRecord, epoch: EpochMetrics) -> dict[str, Any]:
+    return {
+        "trial": record.trial_id,
+        "title": record.config.title,
+        "strategy": record.config.unfreeze,
+        "epoch": epoch.epoch,
+        "value": epoch.value,
+        "reason": record.reason,
+    }
+
+
+def thinned(records: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
+    """At most so many: the finished ones first, then an even choice of the others."""
+    finished = [r for r in records if r.status is Status.FINISHED]
+    others = [r for r in records if r.status is not Status.FINISHED]
+    for group in (finished, others):
+        room = max(0, most - (len(finished) if group is others else 0))
+        if len(group) > room:
+            group[:] = [group[int(k)] for k in np.linspace(0, len(group) - 1, room)]
+    return finished + others
+
+
+def finished_by(records: Sequence[TrialRecord]) -> tuple[np.ndarray, np.ndarray]:
+    """Minutes of searching by which each finished trial had ended, (N,), and their values, (N,)."""
+    done = [(r.at / 60, r.value) for r in records if r.status is Status.FINISHED and r.value is not None]
+    found = np.array(done, dtype=float).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
+def best_so_far(values: np.ndarray, metric: str) -> np.ndarray:
+    """(..., N) in the order of time -> the best up to each."""
+    best = np.maximum if METRICS[metric].mode == "max" else np.minimum
+    found: np.ndarray = best.accumulate(values, axis=-1)
+    return found
+
+
+def progress(records: Sequence[TrialRecord], metric: str) -> Chart:
+    """Best value so far over time, and what the same trials in random order would have had by then."""
+    minutes, values = finished_by(records)
+    rng = np.random.default_rng(0)
+    orders = np.array([rng.permutation(values) for _ in range(_ORDERS)])
+    rows = [
+        {"minutes": m, "value": v, "order": order}
+        for order, best in (
+            (_AS_SEARCHED, best_so_far(values, metric)),
+            (_BY_CHANCE, best_so_far(orders, metric).mean(0)),
+        )
+        for m, v in zip(minutes.tolist(), best.tolist(), strict=True)
+    ]
+    chart = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_line(interpolate="step-after", point=True)
+        .encode(
+            x=alt.X("minutes:Q", title="minutes since the start"),
+            y=alt.Y("value:Q", title=f"best {metric} on val so far", scale=alt.Scale(zero=False)),
+            color=_colour("order:N", "", (_AS_SEARCHED, _BY_CHANCE)),
+            tooltip=[alt.Tooltip("minutes:Q", format=".1f"), alt.Tooltip("value:Q", format=".4f")],
+        )
+    )
+    return _spec(chart.properties(width="container", height=HEIGHT))
+
+
+def cost(records: Sequence[TrialRecord], metric: str) -> Chart:
+    """Value against seconds of every finished trial, with the Pareto front."""
+    finished = [r for r in records if r.status is Status.FINISHED and r.value is not None]
+    front = {r.trial_id for r in pareto(finished, metric)}
+    rows = [
+        {
+            "title": r.config.title,
+            "backbone": r.config.backbone,
+            "seconds": r.seconds,
+            "value": r.value,
+            "front": r.trial_id in front,
+        }
+        for r in finished
+    ]
+    x = alt.X("seconds:Q", title="seconds of training", scale=alt.Scale(type="log"))
+    y = alt.Y("value:Q", title=f"{metric} on val", scale=alt.Scale(zero=False))
+    base = alt.Chart(pd.DataFrame(rows))
+    line = (
+        base.transform_filter("datum.front")
+        .mark_line(color="gray", strokeDash=[4, 3])
+        .encode(x=x, y=y, order="seconds:Q")
+    )
+    dots = base.mark_circle(size=80).encode(
+        x=x,
+        y=y,
+        color=_colour("backbone:N", "backbone"),
+        tooltip=["title:N", alt.Tooltip("seconds:Q", format=".0f"), alt.Tooltip("value:Q", format=".4f")],
+    )
+    return _spec((line + dots).properties(width="container", height=HEIGHT))
+
+
+def pareto(records: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
+    """Those that no other is both faster and better than, fastest first."""
+    sign = 1 if METRICS[metric].mode == "max" else -1
+    front: list[TrialRecord] = []
+    best = -np.inf
+    for record in sorted(records, key=lambda r: (r.seconds, -sign * (r.value or 0.0))):
+        if record.value is not None and sign * record.value > best:
+            best = sign * record.value
+            front.append(record)
+    return front
+
+
+def parallel(records: Sequence[TrialRecord], space: Space, metric: str) -> Chart:
+    """Every trial as a line through its hyperparameters, the better the darker."""
+    shown = [r for r in thinned(records, MOST_CURVES) if r.value is not None]
+    names = list(space.dimensions)
+    rows = []
+    for r in shown:
+        values = {name: getattr(r.config, name) for name in names}
+        active = space.drawn(vars(r.config))
+        for name in names:
+            if name in active:
+                rows.append(
+                    {
+                        "trial": r.trial_id,
+                        "title": r.config.title,
+                        "dimension": name,
+                        "place": place(space, name, values[name]),
+                        "setting": short(values[name]),
+                        "value": r.value,
+                    }
+                )
+    reverse = METRICS[metric].mode == "min"
+    x = alt.X("dimension:N", sort=names, title=None, axis=alt.Axis(labelAngle=-30))
+    y = alt.Y("place:Q", axis=None, scale=alt.Scale(domain=[-0.09, 1.09]))
+    ends = (
+        alt.Chart(pd.DataFrame([end for name in names for end in _ends(space, name)]))
+        .mark_text(fontSize=10, color="currentColor", limit=alt.ExprRef(f"width / {len(names)} - 4"))
+        .encode(x=x, y=y, text="setting:N")
+    )
+    lines = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_line(point=alt.OverlayMarkDef(size=30), strokeWidth=1.5, opacity=0.7)
+        .encode(
+            x=x,
+            y=y,
+            detail="trial:N",
+            color=alt.Color(
+                "value:Q",
+                title=metric,
+                scale=alt.Scale(scheme="viridis", reverse=reverse),
+                legend=alt.Legend(orient="top"),
+            ),
+            tooltip=["title:N", "dimension:N", "setting:N", alt.Tooltip("value:Q", format=".4f")],
+        )
+    )
+    return _spec((lines + ends).properties(width="container", height=HEIGHT))
+
+
+def _ends(space: Space, name: str) -> list[dict[str, Any]]:
+    """What is at the bottom and the top of a dimension's axis, to be written just beyond."""
+    dimension = space.dimensions[name]
+    if isinstance(dimension, Choice):
+        settings = dict.fromkeys((dimension.options[0], dimension.options[-1]))
+    else:
+        settings = dict.fromkeys((dimension.low, dimension.high))
+    places = (-_BEYOND, 1 + _BEYOND)
+    return [
+        {"dimension": name, "place": at, "setting": short(value)}
+        for at, value in zip(places, settings, strict=False)
+    ]
+
+
+def place(space: Space, name: str, value: Any) -> float:
+    """0 to 1 between the ends of a dimension."""
+    dimension = space.dimensions[name]
+    if isinstance(dimension, Choice):
+        options = dimension.options
+        return options.index(value) / max(1, len(options) - 1) if value in options else 0.5
+    if dimension.log:
+        return float(np.log(value / dimension.low) / np.log(dimension.high / dimension.low))
+    return (value - dimension.low) / (dimension.high - dimension.low)
+
+
+def short(value: Any) -> str:
+    """A setting in few characters."""
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def importance(found: Sequence[Importance]) -> Chart:
+    """A bar a dimension, faint where chance comes to as much; a tick where that is."""
+    rows = [{"dimension": i.name, **asdict(i), "matters": i.matters} for i in found]
+    base = alt.Chart(pd.DataFrame(rows)).encode(
+        y=alt.Y("dimension:N", sort=[i.name for i in found], title=None),
+        tooltip=[
+            "dimension:N",
+            alt.Tooltip("share:Q", format=".1%"),
+            alt.Tooltip("chance:Q", format=".1%"),
+            alt.Tooltip("drawn:Q", title="trials"),
+        ],
+    )
+    bars = base.mark_bar(color=COLOURS[0]).encode(
+        x=alt.X("share:Q", title="share of what sets the best third apart", axis=alt.Axis(format="%")),
+        opacity=alt.condition("datum.matters", alt.value(1.0), alt.value(0.35)),
+    )
+    ticks = base.mark_tick(color=COLOURS[1], thickness=3, opacity=1).encode(x="chance:Q")
+    return _spec((bars + ticks).properties(width="container", height=26 * len(rows)))
+
+
+def confusion(counts: np.ndarray, names: Sequence[str], shown: Sequence[int]) -> Chart:
+    """counts (C, C), rows are the truth; `shown` are the classes that are drawn."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of all answers, those not drawn, too
+    rows = [
+        {
+            "truth": names[i],
+            "answer": names[j],
+            "pictures": int(counts[i, j]),
+            "share": float(shares[i, j]),
+        }
+        for i, j in itertools.product(shown, shown)
+        if counts[i, j]
+    ]
+    names = [names[k] for k in shown]
+    base = alt.Chart(pd.DataFrame(rows)).encode(
+        x=alt.X("answer:N", scale=alt.Scale(domain=list(names)), axis=alt.Axis(labelAngle=-40)),
+        y=alt.Y("truth:N", scale=alt.Scale(domain=list(names))),
+        tooltip=["truth:N", "answer:N", "pictures:Q", alt.Tooltip("share:Q", format=".1%")],
+    )
+    # the colour's strength says how much, so that the ground shows through on light and on dark
+    strength = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 1], range=[0.12, 1]), legend=None)
+    cells = base.mark_rect(color=COLOURS[0]).encode(opacity=strength)
+    text = base.mark_text(fontSize=11).encode(
+        text="pictures:Q",
+        color=alt.condition("datum.share > 0.5", alt.value("white"), alt.value("currentColor")),
+    )
+    side = max(HEIGHT, 24 * len(names))
+    return _spec((cells + text).properties(width="container", height=side))
+
+
+def recall(rows: Sequence[Mapping[str, Any]]) -> Chart:
+    """A dot a class, with its interval."""
+    base = alt.Chart(pd.DataFrame(rows)).encode(
+        y=alt.Y("name:N", sort=[row["name"] for row in rows], title=None),
+        tooltip=[
+            alt.Tooltip("name:N", title="class"),
+            alt.Tooltip("recall:Q", format=".1%"),
+            alt.Tooltip("low:Q", format=".1%"),
+            alt.Tooltip("high:Q", format=".1%"),
+            "pictures:Q",
+        ],
+    )
+    x = alt.X("low:Q", title="recall", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%"))
+    lines = base.mark_rule(color=COLOURS[0], strokeWidth=2, opacity=0.6).encode(x=x, x2="high:Q")
+    dots = base.mark_circle(color=COLOURS[0], size=80, opacity=1).encode(x="recall:Q")
+    return _spec((lines + dots).properties(width="container", height=max(60, 26 * len(rows))))
+
+
+def calibration(bins: Sequence[Mapping[str, Any]]) -> Chart:
+    """Share of right answers against confidence, before and after the temperature."""
+    base = alt.Chart(pd.DataFrame(bins))
+    ideal = (
+        alt.Chart(pd.DataFrame({"confidence": [0, 1], "right": [0, 1]}))
+        .mark_line(color="gray", strokeDash=[4, 3])
+        .encode(x="confidence:Q", y="right:Q")
+    )
+    found = base.encode(
+        x=alt.X("confidence:Q", scale=alt.Scale(domain=[0, 1])),
+        y=alt.Y("right:Q", title="share that is right", scale=alt.Scale(domain=[0, 1])),
+        color=_colour("when:N", "", list(dict.fromkeys(row["when"] for row in bins))),
+        tooltip=[
+            "when:N",
+            "pictures:Q",
+            alt.Tooltip("confidence:Q", format=".2f"),
+            alt.Tooltip("right:Q", format=".2f"),
+        ],
+    )
+    size = alt.Size("pictures:Q", scale=alt.Scale(range=[15, 250]), legend=None)  # few prove little
+    lines, dots = found.mark_line(opacity=0.5), found.mark_circle(opacity=1).encode(size=size)
+    return _spec((ideal + lines + dots).properties(width="container", height=HEIGHT))
+
+
+def rivals(studies: Mapping[str, Sequence[TrialRecord]], metric: str) -> Chart:
+    """Best value so far over time, a line a study, drawn on to the end of its search."""
+    rows = []
+    for name, records in studies.items():
+        minutes, values = finished_by(records)
+        best = best_so_far(values, metric)
+        points = list(zip(minutes.tolist(), best.tolist(), strict=True))
+        if points:
+            points.append((max(r.at for r in records) / 60, points[-1][1]))
+        rows += [{"study": name, "minutes": m, "value": v} for m, v in points]
+    chart = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_line(interpolate="step-after", point=alt.OverlayMarkDef(size=25), strokeWidth=2)
+        .encode(
+            x=alt.X("minutes:Q", title="minutes of searching"),
+            y=alt.Y("value:Q", title=f"best {metric} on val so far", scale=alt.Scale(zero=False)),
+            color=_colour("study:N", "", list(studies)),
+            tooltip=[
+                "study:N",
+                alt.Tooltip("minutes:Q", format=".1f"),
+                alt.Tooltip("value:Q", format=".4f"),
+            ],
+        )
+    )
+    return _spec(chart.properties(width="container", height=HEIGHT))
+
+
+def scores(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
+    """A dot a score on audit, with its interval, of each study's ensemble, single trial and recipe."""
+    names = list(dict.fromkeys(row["study"] for row in rows))
+    what = list(dict.fromkeys(row["what"] for row in rows))
+    base = alt.Chart(pd.DataFrame(rows)).encode(
+        y=alt.Y("what:N", sort=what, title=None),
+        yOffset=alt.YOffset("study:N", sort=names),
+        color=_colour("study:N", "", names),
+        tooltip=[
+            "study:N",
+            "what:N",
+            *(alt.Tooltip(f"{v}:Q", format=".4f") for v in ("value", "low", "high")),
+        ],
+    )
+    x = alt.X("low:Q", title=f"{metric} on audit, 95 % interval", scale=alt.Scale(zero=False))
+    lines = base.mark_rule(strokeWidth=2, opacity=0.6).encode(x=x, x2="high:Q")
+    dots = base.mark_circle(size=90, opacity=1).encode(x="value:Q")
+    return _spec((lines + dots).properties(width="container", height=30 + 24 * len(rows)))
+
+
+def spent(studies: Mapping[str, Sequence[TrialRecord]]) -> Chart:
+    """Minutes of training of each study, by how the trials ended."""
+    rows = [
+        {
+            "study": name,
+            "status": str(status),
+            "minutes": sum(r.seconds for r in records if r.status is status) / 60,
+            "trials": sum(r.status is status for r in records),
+        }
+        for name, records in studies.items()
+        for status in Status
+        if any(r.status is status for r in records)
+    ]
+    chart = (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_bar()
+        .encode(
+            x=alt.X("minutes:Q", title="minutes of training"),
+            y=alt.Y("study:N", sort=list(studies), title=None, axis=alt.Axis(labelLimit=140)),
+            color=_colour("status:N", "", [str(s) for s in Status if any(r["status"] == s for r in rows)]),
+            tooltip=["study:N", "status:N", "trials:Q", alt.Tooltip("minutes:Q", format=".1f")],
+        )
+    )
+    return _spec(chart.properties(width="container", height=30 + 40 * len(studies)))

@@ -1,0 +1,260 @@
+"""Studies side by side in one page: how fast each got where, what it is worth, what was set differently."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from carmodels.evaluation.intervals import Interval, paired_gain
+from carmodels.files import read_json, write_whole
+from carmodels.formatting import duration, gain_text, interval_text, range_text, score_text
+from carmodels.records import TrialRecord
+from carmodels.study import Study
+from tune.optim.standings import judged
+from tune.reporting import charts
+from tune.reporting.page import counts, refuse_empty, rendered
+
+PAGE = "compare.html"
+_SCORED = {"ensemble": "ensemble", "single": "best single trial", "recipe": "competitor's recipe"}
+_OWN = ("data", "split", "seed", "metric")  # fields of a configuration that are settings of its study
+
+# of study.json: what says how the search was made, in the order it is shown
+_FACTS = ("preset", "seed", "fingerprint", "split_hash", "max_size", "weights", "warm_start")
+NOTHING = "-"
+Rows = dict[str, list[str]]  # name -> a cell for each study
+
+
+@dataclass(frozen=True)
+class Side:
+    """A study that is compared, and what it left."""
+
+    name: str
+    study: Study
+    facts: Mapping[str, Any]
+    records: Sequence[TrialRecord]
+    results: Mapping[str, Any] | None  # of its ensemble; None before there is one
+
+    @property
+    def searched(self) -> list[TrialRecord]:
+        return [r for r in self.records if r.stage == "search"]
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """By all runs on val; None before a trial has finished."""
+        found = judged(self.study)
+        return found[0].record if found else next(iter(self.study.leaderboard()), None)
+
+
+def write_comparison(studies: Sequence[Study], path: Path | None = None) -> Path:
+    """Write the page to `path` (compare.html beside the first study), whole or not at all."""
+    path = path or studies[0].folder.parent / PAGE
+    write_whole(path, render(studies))
+    return path
+
+
+def render(studies: Sequence[Study], refresh: int = 0) -> str:
+    """The page, as HTML.
+
+    ValueError for what is no study, has no trial, is there twice or was searched for another metric.
+    """
+    sides = opened(studies)
+    metric = studies[0].metric
+    settings, alike = differing([_settings(side) for side in sides])
+    config, same_config = differing([_config(side.best) for side in sides])
+    by_name = {side.name: side.searched for side in sides}
+    audited = _audited(sides)
+    drawn = {
+        "rivals": charts.rivals(by_name, metric),
+        "spent": charts.spent({s.name: s.records for s in sides}),
+    }
+    if audited:
+        drawn["scores"] = charts.scores(audited, metric)
+    return rendered(
+        "compare.html",
+        title=f"{', '.join(side.name for side in sides)} · {metric}",
+        refresh=refresh,
+        sides=sides,
+        metric=metric,
+        colours=charts.COLOURS,
+        headline=[_headline(side, metric) for side in sides],
+        verdicts=[verdict(sides[0], other, metric) for other in sides[1:]],
+        outcomes=_outcomes(sides, metric),
+        settings=settings,
+        alike=alike,
+        config=config,
+        same_config=same_config,
+        charts=drawn,
+        written=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def opened(studies: Sequence[Study]) -> list[Side]:
+    """The studies with the shortest names that tell them apart; ValueError as in `render`."""
+    metrics = [study.metric for study in studies]  # or the error that one is no study
+    folders = [study.folder.resolve() for study in studies]
+    for n, study in enumerate(studies):
+        if folders[n] in folders[:n]:
+            raise ValueError(f"{study.folder} is given twice: name each study once")
+        if metrics[n] != metrics[0]:
+            raise ValueError(
+                f"{study.folder} was searched for {metrics[n]}, {studies[0].folder} for {metrics[0]}: "
+                "compare studies of one metric"
+            )
+    for study in studies:
+        refuse_empty(study)
+    return [
+        Side(
+            name,
+            study,
+            study.facts,
+            study.records(),
+            read_json(study.ensemble_file) if study.ensemble_file.is_file() else None,
+        )
+        for name, study in zip(names(folders), studies, strict=True)
+    ]
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """As many of the last parts of each path as tell all of them apart."""
+    return next(
+        found
+        for parts in count(1)
+        if len(set(found := ["/".join(folder.parts[-parts:]) for folder in folders])) == len(folders)
+    )
+
+
+def _headline(side: Side, metric: str) -> tuple[str, str, str]:
+    """A study's score, its interval and what it is."""
+    if side.results:
+        found = side.results["audit"]["ensemble"]
+        return (
+            score_text(metric, found["value"]),
+            range_text(metric, found),
+            f"{side.name}, ensemble on audit",
+        )
+    value = score_text(metric, side.best.value) if side.best else NOTHING
+    return value, "", f"{side.name}, best on val so far"
+
+
+def _audited(sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """A row for each score on audit."""
+    return [
+        {"study": side.name, "what": words, **side.results["audit"][name]}
+        for side in sides
+        if side.results
+        for name, words in _SCORED.items()
+        if name in side.results["audit"]
+    ]
+
+
+def verdict(first: Side, other: Side, metric: str) -> str:
+    """Whether one study's ensemble is better than another's, by the same pictures of audit if they are."""
+    pair = f"{first.name} over {other.name}"
+    if not (first.results and other.results):
+        return f"{pair}: not both have an ensemble yet."
+    if first.facts["split_hash"] != other.facts["split_hash"]:
+        return f"{pair}: their pictures or splits differ, the scores on audit are not of the same pictures."
+    found = _gain(first.study, other.study, metric)
+    if found is None:
+        return f"{pair}: the probabilities on audit are not both there, only the scores can be compared."
+    value, ends = gain_text(metric, asdict(found))
+    told = found.low > 0 or found.high < 0
+    better = first.name if found.value > 0 else other.name
+    words = f"{better} is better" if told else "the two cannot be told apart"
+    return (
+        f"{pair}: {value} points ({ends}) on the same {len(first.study.labels('audit'))} pictures; {words}."
+    )
+
+
+def _gain(first: Study, other: Study, metric: str) -> Interval | None:
+    """Of one ensemble over another on the audit they share; None where probabilities are missing."""
+    if not all(study.predictions_file("ensemble", "audit").is_file() for study in (first, other)):
+        return None
+    mine, truth = first.answers("ensemble", "audit")
+    theirs = other.predictions("ensemble", "audit").aligned(list(first.labels("audit"))).probs
+    return paired_gain(metric, mine, theirs, truth)
+
+
+def _outcomes(sides: Sequence[Side], metric: str) -> Rows:
+    """What the studies came to and what they cost; rows that none can fill are left out."""
+    found = [_audit_rows(side, metric) | _other_rows(side, metric) for side in sides]
+    rows = {name: [of[name] for of in found] for name in found[0]}
+    return {name: cells for name, cells in rows.items() if set(cells) != {NOTHING}}
+
+
+def _audit_rows(side: Side, metric: str) -> dict[str, str]:
+    """Scores on audit and what they promise."""
+    results = side.results or {"audit": {}}
+    audit = results["audit"]
+    found = {
+        f"{words} on audit": interval_text(metric, audit[name]) if name in audit else NOTHING
+        for name, words in _SCORED.items()
+    }
+    gain = gain_text(metric, audit["gain_over_recipe"]) if "gain_over_recipe" in audit else ()
+    found["gain over the recipe, points"] = f"{gain[0]} ({gain[1]})" if gain else NOTHING
+    hidden = interval_text(metric, results["hidden"]) if "hidden" in results else NOTHING
+    found["expected on the hidden pictures"] = hidden
+    return found
+
+
+def _other_rows(side: Side, metric: str) -> dict[str, str]:
+    """Scores on val, trials, time."""
+    best = side.best
+    ended = ", ".join(f"{n} {status}" for status, n in counts(side.records).items() if n)
+    return {
+        "ensemble on val": score_text(metric, side.results["val"]["ensemble"]) if side.results else NOTHING,
+        "best trial on val": score_text(metric, best.value) if best else NOTHING,
+        "trials": f"{len(side.records)}: {ended}",
+        "time of the search": duration(max((r.at for r in side.searched), default=0.0)),
+        "training, all trials together": duration(sum(r.seconds for r in side.records)),
+        "hardware": side.facts["hardware"]["device"],
+        "begun": side.facts["begun"],
+    }
+
+
+def _settings(side: Side) -> dict[str, str]:
+    """How a search was made, in words by name."""
+    facts = side.facts
+    found = {name.replace("_", " "): _said(facts.get(name)) for name in _FACTS}
+    space = facts.get("space") or {}
+    dimensions = space.get("dimensions", {})
+    found |= {f"space: {name}": _dimension(values) for name, values in dimensions.items()}
+    found |= {f"fixed: {name}": _said(value) for name, value in space.get("fixed", {}).items()}
+    found |= {f"hardware: {name}": _said(value) for name, value in facts["hardware"].items()}
+    found |= {f"version: {name}": _said(value) for name, value in facts["versions"].items()}
+    return {**found, "command": facts["command"]}
+
+
+def _dimension(values: Mapping[str, Any]) -> str:
+    """A dimension of study.json in words, of whatever version."""
+    if "options" in values:
+        text = ", ".join(charts.short(option) for option in values["options"])
+    else:
+        text = f"{values.get('low')} to {values.get('high')}{' (log)' if values.get('log') else ''}"
+    return f"{text}, where {values['when'][0]} is {_said(values['when'][1])}" if values.get("when") else text
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_said, value)) or "none"
+    return charts.short(value) or NOTHING
+
+
+def _config(record: TrialRecord | None) -> dict[str, str]:
+    """A trial's configuration, without what is its study's."""
+    if record is None:
+        return {}
+    return {n.replace("_", " "): _said(v) for n, v in asdict(record.config).items() if n not in _OWN}
+
+
+def differing(found: Sequence[Mapping[str, str]]) -> tuple[Rows, list[str]]:
+    """What is said by name, a mapping a study -> rows of what differs, and names of what does not."""
+    every = dict.fromkeys(name for of in found for name in of)
+    rows = {name: [of.get(name, NOTHING) for of in found] for name in every}
+    return {n: row for n, row in rows.items() if len(set(row)) > 1}, [
+        n for n, row in rows.items() if len(set(row)) == 1
+    ]

@@ -1,0 +1,320 @@
+"""The report of a study: one self-contained HTML page, from what the study left on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import vl_convert
+
+from carmodels.evaluation.calibration import with_temperature
+from carmodels.evaluation.intervals import share_interval
+from carmodels.evaluation.metrics import log_loss
+from carmodels.files import read_json, write_whole
+from carmodels.formatting import duration, gain_text, interval_text, points_text, range_text, score_text
+from carmodels.records import FOLD, FOLD_IN, Status, TrialRecord
+from carmodels.space import Space, space_of
+from carmodels.study import Study
+from tune.finalize import stop_check
+from tune.optim.importance import CAVEAT, UNKNOWN, edges, importances
+from tune.optim.standings import described, judged, sentence
+from tune.reporting import charts
+from tune.reporting.charts import Chart
+from tune.reporting.mistakes import found_mistakes
+
+MOST_ROWS = 1000  # of the table of trials; the CSV has them all
+MOST_CLASSES = 30  # in the pictures of confusion and recall: those least often recognised
+BINS = 10  # of confidence, in the picture of calibration
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a picture, with what to look for in it."""
+
+    name: str
+    title: str
+    words: str
+    chart: Chart
+
+
+def write_report(study: Study, path: Path | None = None) -> Path:
+    """Write the page to `path` (report.html in the study's folder), whole or not at all.
+
+    ValueError without a trial.
+    """
+    path = path or study.report_file
+    write_whole(path, render(study))
+    return path
+
+
+def render(study: Study, refresh: int = 0) -> str:
+    """The page of a study, as HTML; one that loads itself anew every `refresh` seconds, if that is not 0."""
+    facts, records = study.facts, study.records()
+    refuse_empty(study)
+    results = read_json(study.ensemble_file) if study.ensemble_file.is_file() else None
+    space, metric = space_of(facts), facts["metric"]
+    rows, columns = table(study)
+    standings = judged(study)
+    finished = any(r.stage == "search" and r.status is Status.FINISHED and not r.is_recipe for r in records)
+    mattered = importances(records, space, metric) if space is not None else None
+    pictures = sections(study, records, space, results)
+    drawn = {section.name: section.chart for section in pictures}
+    if mattered and mattered.dimensions:
+        drawn["importance"] = charts.importance(mattered.dimensions)
+    found_stops = read_json(study.stops_file) if study.stops_file.is_file() else None
+    return rendered(
+        "page.html",
+        title=f"{study.folder.name} · {metric}",
+        name=study.folder.name,
+        folder=study.folder,
+        refresh=refresh,
+        facts=facts,
+        results=results,
+        headline=headline(study, results, metric),
+        counts=counts(records),
+        rows=rows,
+        columns=columns,
+        sections=pictures,
+        charts=drawn,
+        importances=mattered,
+        caveat=CAVEAT,
+        unknown=UNKNOWN,
+        edges=edges(records, space, metric) if space is not None and finished else None,
+        standings=described(standings),
+        verdict=sentence(standings) if standings else "",
+        stops=found_stops,
+        stops_verdict=stop_check.sentence(found_stops) if found_stops else "",
+        mistakes=found_mistakes(study) if results else None,
+        thumbnails=read_json(study.thumbnails_file) if study.thumbnails_file.is_file() else {},
+        failures=failures(records),
+        excluded=facts["excluded"],
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        score=lambda value: score_text(metric, value),
+        interval=lambda found: interval_text(metric, found),
+        points=lambda value: points_text(metric, value),
+    )
+
+
+def refuse_empty(study: Study) -> None:
+    """ValueError for a study without a trial."""
+    if not study.records():
+        raise ValueError(f"{study.folder} has no trials yet: there is nothing to report")
+
+
+def rendered(template: str, **values: Any) -> str:
+    """One of the templates beside this file, filled in; `charts` are drawn by the scripts in the page."""
+    return _templates().get_template(template).render(library=_library(), json=_json, **values)
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    here = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    return jinja2.Environment(loader=here, autoescape=True, undefined=jinja2.StrictUndefined)
+
+
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and vega-embed, to be put into the page."""
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its annotations want a snippet
+    return bundle.replace("</script", "<\\/script")
+
+
+def _json(value: Any) -> str:
+    """JSON that is safe inside a script element."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def counts(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """How many trials ended in each way."""
+    return {str(s): sum(r.status is s for r in records) for s in Status}
+
+
+def failures(records: Sequence[TrialRecord]) -> list[tuple[str, list[TrialRecord]]]:
+    """Trials that failed or diverged, by reason, the commonest first."""
+    found: dict[str, list[TrialRecord]] = {}
+    for record in records:
+        if record.status in (Status.FAILED, Status.DIVERGED):
+            found.setdefault(record.reason, []).append(record)
+    return sorted(found.items(), key=lambda pair: -len(pair[1]))
+
+
+def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> list[tuple[str, str, str]]:
+    """Figures, their intervals and what they are, the most wanted first, the cost last."""
+    board, records = study.leaderboard(), study.records()
+    seconds = sum(r.seconds for r in records)
+    cost = (duration(seconds), "", f"of training in {len(records)} trials")
+    if results is None:
+        best = (
+            [(score_text(metric, board[0].value), "", f"{metric} on val, best trial so far")] if board else []
+        )
+        return [*best, cost]
+    audit = results["audit"]
+
+    def scored(found: Mapping[str, float], words: str) -> tuple[str, str, str]:
+        return score_text(metric, found["value"]), range_text(metric, found), words
+
+    found = [scored(audit["ensemble"], f"{metric} of the ensemble on audit")]
+    if "gain_over_recipe" in audit:
+        found.append(
+            (*gain_text(metric, audit["gain_over_recipe"]), "points over the competitor's recipe, on audit")
+        )
+    if "hidden" in results:
+        hidden = results["hidden"]
+        found.append(scored(hidden, f"{metric} expected on the {hidden['pictures']} hidden pictures"))
+    return [*found, scored(audit["single"], "best single trial, on audit"), cost]
+
+
+def table(study: Study) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of trials.csv and the columns that differ between them, in the order of the file."""
+    rows = [{name: charts.short(v) for name, v in row.items()} for row in study.table()[:MOST_ROWS]]
+    always = ("rank", "trial_id", "stage", "status", "value", "epochs_run", "seconds", "reason", "note")
+    columns = [c for c in rows[0] if c in always or len({row[c] for row in rows}) > 1]
+    hidden = ("val_accuracy", "parameters_millions", "seed") if study.metric == "accuracy" else ()
+    return rows, [c for c in columns if c not in hidden]
+
+
+def sections(
+    study: Study, records: Sequence[TrialRecord], space: Space | None, results: Mapping[str, Any] | None
+) -> list[Section]:
+    """The pictures that there is something to draw for."""
+    metric = study.metric
+    found = []
+    on_val = [r for r in records if r.stage not in (FOLD, FOLD_IN)]
+    if any(r.curve for r in on_val):
+        found.append(
+            Section(
+                "curves",
+                "Learning curves",
+                "Each line is a trial, a cross is where it was cut off. A group that is cut while it still "
+                "climbs steeply was judged too early.",
+                charts.curves(on_val, metric),
+            )
+        )
+    searched = [r for r in records if r.stage == "search"]
+    finished = [r for r in searched if r.status is Status.FINISHED and r.value is not None]
+    if finished:
+        found += [
+            Section(
+                "progress",
+                "Best so far",
+                "How fast the search got there, beside the same finished trials in random order: the gap is "
+                "what choosing the order has gained.",
+                charts.progress(searched, metric),
+            ),
+            Section(
+                "cost",
+                "Accuracy against cost",
+                "Finished trials; the dashed line joins those that nothing beats in both.",
+                charts.cost(finished, metric),
+            ),
+        ]
+    if finished and space is not None:
+        found.append(
+            Section(
+                "parallel",
+                "Hyperparameters",
+                "Every trial as a line through its settings, coloured by what it came to.",
+                charts.parallel(searched, space, metric),
+            )
+        )
+    return found + answers(study, results)
+
+
+def answers(study: Study, results: Mapping[str, Any] | None) -> list[Section]:
+    """How the ensemble does, class by class and by confidence; nothing before there is one."""
+    path = study.predictions_file("ensemble", "audit")
+    if results is None or not path.is_file():
+        return []
+    names = study.facts["class_names"]
+    labels = study.labels("audit")
+    audit = study.predictions("ensemble", "audit").aligned(list(labels))
+    truth = np.array(list(labels.values()))
+    before = with_temperature(audit, 1 / results["temperature"])
+    bins = [
+        {"when": when, **row}
+        for when, probs in (("before the temperature", before.probs), ("after", audit.probs))
+        for row in reliability(probs, truth)
+    ]
+    return [
+        *by_class(audit.probs, truth, names),
+        Section(
+            "calibration",
+            "Calibration",
+            "Of answers given with so much confidence, the share that is right, on audit; large dots: many "
+            f"pictures. Temperature {results['temperature']:.2f}, fitted on val: log loss "
+            f"{log_loss(before.probs, truth):.3f} before, {log_loss(audit.probs, truth):.3f} after.",
+            charts.calibration(bins),
+        ),
+    ]
+
+
+def by_class(probs: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> list[Section]:
+    """probs (N, C), truth (N,) -> confusion and recall; of many classes those least often recognised."""
+    confused = np.zeros((len(names), len(names)), int)
+    np.add.at(confused, (truth, probs.argmax(1)), 1)
+    recalls = recall(confused, names)
+    worst = " and ".join(f"{row['name']} ({row['recall']:.0%})" for row in recalls[:2])
+    shown, some = list(range(len(names))), ""
+    if len(names) > MOST_CLASSES:
+        recalls = recalls[:MOST_CLASSES]
+        shown = sorted(row["column"] for row in recalls)
+        some = f" Of {len(names)} classes the {MOST_CLASSES} that are least often recognised."
+    return [
+        Section(
+            "confusion",
+            "Confusion",
+            f"The ensemble on audit: a row a class as it is, a column as it was answered.{some}",
+            charts.confusion(confused, names, shown),
+        ),
+        Section(
+            "recall",
+            "Recall by class",
+            f"Of a class's pictures in audit, the share that is answered rightly, with its 95 % interval. "
+            f"Least often recognised: {worst}.{some}",
+            charts.recall(recalls),
+        ),
+    ]
+
+
+def recall(confused: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Confusion (C, C), rows are the truth -> recall of each class that occurs, with Wilson's 95 % interval.
+
+    The least often recognised ones first.
+    """
+    found = []
+    for k, pictures in enumerate(confused.sum(axis=1).tolist()):
+        if pictures:
+            share = share_interval(int(confused[k, k]), pictures)
+            found.append(
+                {
+                    "column": k,
+                    "name": names[k],
+                    "recall": share.value,
+                    "low": share.low,
+                    "high": share.high,
+                    "pictures": pictures,
+                }
+            )
+    return sorted(found, key=lambda row: (row["recall"], -row["pictures"]))
+
+
+def reliability(probs: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
+    """probs (N, C), labels (N,) -> mean confidence and share of right answers in bins of confidence."""
+    confidence, right = probs.max(1), probs.argmax(1) == labels
+    places = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    return [
+        {
+            "confidence": float(confidence[places == k].mean()),
+            "right": float(right[places == k].mean()),
+            "pictures": int((places == k).sum()),
+        }
+        for k in range(BINS)
+        if (places == k).any()
+    ]

@@ -1,0 +1,58 @@
+"""Callbacks for progress observers: the terminal, Prometheus, TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from carmodels.records import TrialRecord
+from carmodels.training.config import EpochMetrics, TrialConfig
+
+
+class RunState(Protocol):
+    """What an observer may ask of a stage that runs."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def running(self) -> Mapping[str, Sequence[EpochMetrics]]:
+        """Epochs so far by Ray's trial id."""
+        ...
+
+    @property
+    def configs(self) -> Mapping[str, TrialConfig]:
+        """Configurations by Ray's trial id."""
+        ...
+
+    @property
+    def recorded(self) -> Collection[str]:
+        """Ray's ids of the trials that have ended."""
+        ...
+
+
+@dataclass
+class Watch:
+    """Called after each epoch, at each trial's end, and on every step of Ray's loop."""
+
+    on_record: Callable[[TrialRecord], None] = lambda record: None
+    on_step: Callable[[RunState], None] = lambda state: None
+    on_epoch: Callable[[str, TrialConfig, EpochMetrics, int], None] = lambda *epoch: None
+
+
+def together(*watches: Watch) -> Watch:
+    """One callback that passes everything on to all of them, in their order."""
+
+    def on_record(record: TrialRecord) -> None:
+        for watch in watches:
+            watch.on_record(record)
+
+    def on_step(state: RunState) -> None:
+        for watch in watches:
+            watch.on_step(state)
+
+    def on_epoch(stage: str, config: TrialConfig, epoch: EpochMetrics, gpu_bytes: int) -> None:
+        for watch in watches:
+            watch.on_epoch(stage, config, epoch, gpu_bytes)
+
+    return Watch(on_record, on_step, on_epoch)

@@ -1,0 +1,97 @@
+"""What every trial of a study shares, and what each may use of the machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from carmodels.data.dataset import Splits
+from carmodels.data.splits import Split
+from carmodels.evaluation.predictions import Predictions
+from carmodels.models.classifier import Classifier, load_weights
+from carmodels.models.weights import Weights
+from carmodels.records import TrialRecord
+from carmodels.study import Study
+from carmodels.training.config import TrialConfig
+from carmodels.training.forward import predict
+from tune.budget.costs import Costs
+
+MOST_LOADERS = 16  # loader processes of a trial on a GPU
+Say = Callable[[str], None]  # prints a line
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many trials run side by side, and what each of them may use."""
+
+    count: int
+    cpus: int  # of each
+    gpus: float  # of each
+    packed: int = 0  # most trials at once where each takes the share of a GPU it needs; 0: all take `gpus`
+
+    @property
+    def at_once(self) -> int:
+        """Most trials side by side."""
+        return self.packed or self.count
+
+    def take(self) -> None:
+        """Keep this process to its share of the cores and of a GPU's memory: its neighbours keep theirs."""
+        torch.set_num_threads(self.cpus)
+        if 0 < self.gpus < 1:
+            torch.cuda.set_per_process_memory_fraction(self.gpus)
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def processes(self) -> int:
+        """Loader processes of a trial: none where its one core trains as well."""
+        return min(MOST_LOADERS, max(0, self.cpus - 1)) if self.gpus else 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every trial of a study shares; sent to the workers once."""
+
+    study: Study
+    splits: Splits
+    weights: Weights
+    workers: Workers
+    cache: Path  # folder of what all studies on this machine share
+    costs: Costs | None = None  # what training costs here, where that was measured
+    spent: Mapping[str, float] = field(default_factory=dict)  # seconds of earlier commands, by stage
+    until: float = math.inf  # time.time() by which a trial ends of itself, with the best epoch it has
+
+    def predict(
+        self, model: Classifier, config: TrialConfig, pictures: Split, view: str = "plain"
+    ) -> Predictions:
+        """A trained model's probabilities for the pictures, seen through a view, in this process."""
+        return predict(
+            model,
+            self.splits,
+            pictures,
+            config=config,
+            view=view,
+            device=self.workers.device,
+            processes=self.workers.processes,
+        )
+
+    def predict_again(self, run: TrialRecord, pictures: Split, views: Sequence[str]) -> list[Predictions]:
+        """The same from the weights that a run has left, view by view, with a worker's share of the cores."""
+        self.workers.take()
+        weights = self.study.weights_file(run.trial_id)
+        model = load_weights(run.config, weights, classes=len(self.splits.classes))
+        return [self.predict(model, run.config, pictures, view) for view in views]
+
+
+def as_task(function: Callable[..., Any], workers: Workers) -> Any:
+    """The function as a Ray task with a worker's share; a GPU's memory is free again when it ends."""
+    calls = 1 if workers.gpus else 0  # 0: the process may be used again
+    return ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_calls=calls)(function)

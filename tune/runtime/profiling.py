@@ -1,0 +1,172 @@
+"""What an epoch costs on this hardware, measured once and kept."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import timm
+import torch
+from filelock import FileLock
+
+from carmodels.files import read_json, write_json
+from carmodels.space import Space, unfrozen_configs
+from carmodels.training.config import TrialConfig
+from carmodels.training.timing import training_seconds
+from tune.budget.costs import Compiled, Costs
+from tune.runtime.job import Job, as_task
+
+_VERSION = 4  # of what a file of costs holds
+_PARTS = ("seconds", "bytes", "compiled")
+_CHANGED = 1.6  # times as long or short, beyond which costs that were kept no longer hold
+_WORTH_COMPILING = 120.0  # seconds of a trial; to find out takes a minute, and less than a third is saved
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _looked_at(job: Job, config: TrialConfig) -> tuple[str, float]:
+    """What a worker trains on (where the search was started there may be another), and how fast it is now."""
+    job.workers.take()
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor()
+    return device, _seconds(job, config)
+
+
+def _seconds(job: Job, config: TrialConfig, **more: Any) -> float:
+    own = job.workers
+    return training_seconds(
+        config, job.splits, weights=job.weights, device=own.device, processes=own.processes, **more
+    )
+
+
+def shared_gpu_bytes(job: Job) -> float:
+    """Memory of a GPU where trials share one, measured on a worker; 0 where none is shared."""
+    return float(ray.get(as_task(_gpu_bytes, job.workers).remote())) if job.workers.packed else 0.0
+
+
+def _gpu_bytes() -> float:
+    return float(torch.cuda.get_device_properties(0).total_memory)
+
+
+def costs_of(job: Job, space: Space) -> Costs:
+    """What each backbone of a space costs, measured unless it was, by hardware and versions.
+
+    One of them is timed again, on as many workers at once as all are: where that takes much longer or shorter
+    than it did, as on a machine that is busy now, or was then, all are measured anew.
+    """
+    configs, workers = unfrozen_configs(space), job.workers
+    sample = next(iter(configs.values()))[-1]
+    look = as_task(_looked_at, workers)
+    looks = ray.get([look.remote(job, sample) for _ in range(min(workers.count, len(configs)))])
+    device, seconds = looks[0][0], float(np.median([taken for _, taken in looks]))
+    own = [device, workers.cpus, workers.gpus, workers.count]
+    held_for = [_VERSION, *own, torch.__version__, timm.__version__]
+    name = hashlib.sha256(json.dumps(held_for).encode()).hexdigest()[:12]
+    path = job.cache / "costs" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        known = _known(path)
+        keys = {backbone: _key(of_one) for backbone, of_one in configs.items()}
+        before = known.get(keys[sample.backbone], {"seconds": {}})["seconds"].get(str(sample.image_size))
+        if before and not 1 / _CHANGED < seconds / before < _CHANGED:
+            known = {}
+        missing = [b for b, key in keys.items() if key not in known or _untried(known[key], job, configs[b])]
+        measure = as_task(_measure, workers)
+        found = ray.get([measure.remote(job, configs[backbone]) for backbone in missing])
+        known |= {keys[backbone]: measured for backbone, measured in zip(missing, found, strict=True)}
+        if missing:
+            write_json(path, known)
+    of = {backbone: known[key] for backbone, key in keys.items()}
+    return Costs(
+        seconds={b: {int(size): value for size, value in m["seconds"].items()} for b, m in of.items()},
+        train=len(job.splits.train),
+        val=len(job.splits.val),
+        others=len(job.splits.audit) + len(job.splits.test),
+        stored=job.weights.source != "none",
+        memory={b: {int(size): value for size, value in m["bytes"].items()} for b, m in of.items()},
+        compiled={b: Compiled(**m["compiled"]) for b, m in of.items() if m["compiled"]},
+    )
+
+
+def _key(configs: Sequence[TrialConfig]) -> str:
+    sizes = " ".join(str(c.image_size) for c in configs)
+    return f"{configs[0].backbone} {sizes} px, batches of {configs[0].batch_size}"
+
+
+def _known(path: Path) -> dict[str, dict[str, Any]]:
+    """What was measured before, by key; nothing where the file is missing or damaged."""
+    try:
+        found = read_json(path)
+        return {key: {part: _of(value[part]) for part in _PARTS} for key, value in found.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _of(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if part is None else dict(part)
+
+
+def _untried(measured: Mapping[str, Any], job: Job, configs: Sequence[TrialConfig]) -> bool:
+    """Whether torch.compile was not tried, as it could not pay with fewer pictures or epochs, and may now."""
+    slowest = max(measured["seconds"].values(), default=0.0)
+    return measured["compiled"] is None and _may_pay_to_compile(slowest, job, configs[0])
+
+
+def _may_pay_to_compile(seconds: float, job: Job, config: TrialConfig) -> bool:
+    return seconds * len(job.splits.train) * config.epochs >= _WORTH_COMPILING
+
+
+def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
+    """A backbone at the largest size that memory holds and at the smallest; sizes fall."""
+    job.workers.take()
+    on_gpu = job.workers.device == "cuda"
+    found: dict[str, Any] = {part: {} for part in _PARTS}
+
+    for config in configs:
+        if found["seconds"] and config is not configs[-1]:
+            continue
+        size = str(config.image_size)
+        try:
+            if on_gpu:
+                gc.collect()
+                torch.cuda.empty_cache()  # what the allocator keeps of the size before counts as reserved
+                torch.cuda.reset_peak_memory_stats()
+            eager = _seconds(job, config)
+            if on_gpu:
+                found["bytes"][size] = torch.cuda.max_memory_reserved()
+            if on_gpu and not found["seconds"]:
+                compiled = partial(_seconds, job, config, compiled=True)
+                pays = _may_pay_to_compile(eager, job, config)
+                found["compiled"] = _tried_to_compile(compiled, eager) if pays else None
+        except torch.OutOfMemoryError:
+            continue
+        found["seconds"][size] = eager
+    return found
+
+
+def _tried_to_compile(run: Callable[[], float], eager: float) -> dict[str, float]:
+    """What `Compiled` holds; nothing where this machine cannot compile (no C compiler, an old GPU)."""
+    started = time.monotonic()
+    try:
+        compiled = run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # torch._dynamo's and torch._inductor's are of this kind
+        return {}
+    return {"seconds": time.monotonic() - started, "ratio": compiled / eager}

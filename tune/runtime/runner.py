@@ -1,0 +1,148 @@
+"""Running configurations side by side through Ray Tune, and writing down how each of them ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from ray.tune import (
+    FailureConfig,
+    PlacementGroupFactory,
+    RunConfig,
+    Stopper,
+    TuneConfig,
+    Tuner,
+    with_parameters,
+    with_resources,
+)
+from ray.tune.error import TuneError
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from carmodels.study import Study
+from carmodels.training.config import TrialConfig
+from tune.runtime.callbacks import Watch
+from tune.runtime.job import Job
+from tune.runtime.recorder import HOPELESS, NotPickled, Recorder
+from tune.runtime.watchdog import Silence
+from tune.runtime.worker import train_trial, trial_name
+
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial ended with is in its record
+RETRIES = 1  # of a trial that died or failed: machines go, memory is short for a while
+
+
+class Interrupts:
+    """Turns the first Ctrl-C or SIGTERM into an orderly end of the running stage; the second is immediate."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.default_int_handler)
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """While inside, signals are noted instead of raised."""
+        before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Ender(NotPickled, Stopper):
+    """Ends the whole run when the time is up or the user says so."""
+
+    def __init__(self, end: float, interrupts: Interrupts, recorder: Recorder) -> None:
+        self._end, self._interrupts, self._recorder = end, interrupts, recorder
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._interrupts.seen or time.time() >= self._end or self._recorder.hopeless
+
+
+def run_trials(
+    job: Job,
+    *,
+    stage: str,
+    begun: float,
+    end: float,
+    search_alg: Searcher,
+    scheduler: TrialScheduler | None = None,
+    notes: dict[str, str],
+    watch: Watch,
+    packing: Callable[[dict[str, Any]], PlacementGroupFactory] | None = None,
+) -> bool:
+    """Run what the searcher hands out until it has no more or the time is `end`; False if interrupted.
+
+    `packing` says what each configuration asks of Ray; without it all ask for the same. Raises ValueError
+    where so many trials failed in a row that it is no use to go on.
+    """
+    interrupts = Interrupts()
+    reasons = getattr(scheduler, "reasons", {})
+    recorder = Recorder(
+        job.study,
+        stage,
+        begun - job.spent.get(stage, 0.0),
+        reasons,
+        watch,
+        notes,
+        silence=Silence(job.costs),
+        most_failures=HOPELESS + job.workers.at_once,
+    )
+    resources = packing or {"cpu": job.workers.cpus, "gpu": job.workers.gpus}
+    # where trials ask for different shares, one is drawn only when those before it have found room
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1" if packing else "auto"
+    tuner = Tuner(
+        with_resources(with_parameters(train_trial, job=job), resources),
+        tune_config=TuneConfig(
+            search_alg=search_alg,
+            scheduler=scheduler,
+            num_samples=-1,
+            max_concurrent_trials=job.workers.at_once,
+            reuse_actors=True,
+            trial_name_creator=lambda trial: trial_name(TrialConfig.from_dict(trial.config)),
+            trial_dirname_creator=lambda trial: f"{trial}-{trial.trial_id}",
+        ),
+        run_config=RunConfig(
+            name=f"{stage}-{int(time.time())}",
+            storage_path=str(job.study.ray_folder),
+            stop=_Ender(end, interrupts, recorder),
+            callbacks=[recorder],
+            failure_config=FailureConfig(max_failures=RETRIES),
+            verbose=0,
+        ),
+    )
+    with interrupts.caught():
+        results = _fitted(tuner, job.study)
+    recorder.close(results._experiment_analysis.trials, interrupts.seen)
+    if recorder.hopeless:
+        raise ValueError(
+            f"{job.study.folder}: {recorder.failures} trials in a row failed, the last by: "
+            f"{recorder.last_failure}; mend that, then search.py --resume goes on"
+        )
+    return not interrupts.seen
+
+
+def _fitted(tuner: Tuner, study: Study) -> Any:
+    """What `Tuner.fit` gives; an OSError of the recorder's, which Ray hides in its own, is one again."""
+    try:
+        return tuner.fit()
+    except (TuneError, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(
+            f"{study.folder}: {cause.strerror or cause}; mend that, then search.py --resume goes on"
+        ) from None

@@ -1,0 +1,137 @@
+"""The search itself: what is queued, drawn, stopped and run again."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import Any
+
+import optuna
+
+from carmodels.evaluation.metrics import METRICS
+from carmodels.presets import baseline
+from carmodels.records import CUT_OFF, RECIPE, Status, TrialRecord
+from carmodels.space import Space
+from carmodels.study import Study
+from tune.budget.clock import LATE_SHARE, Clock
+from tune.budget.plan import Plan, make_plan
+from tune.optim.optuna_records import useful
+from tune.optim.scheduler import Deadline, Scheduler, grace_period
+from tune.optim.searcher import Draws
+from tune.optim.standings import CONTENDERS, judged
+from tune.runtime.callbacks import Watch
+from tune.runtime.job import Job, Say
+from tune.runtime.packing import Packing
+from tune.runtime.profiling import shared_gpu_bytes
+from tune.runtime.runner import run_trials
+
+BASELINE_SHARE = 0.2  # of the search's core-time that the competitor's recipe may take
+
+
+def search(
+    job: Job,
+    space: Space,
+    *,
+    stamp: dict[str, Any],
+    trials: int | None,
+    clock: Clock,
+    seed: int,
+    watch: Watch,
+    say: Say,
+    resumed: bool = True,
+) -> bool:
+    """Search the space within `trials` configurations and its share of the clock; False if interrupted.
+
+    What the study has of it is gone on with; `resumed`: as it was left by another command.
+    """
+    study, metric = job.study, stamp["metric"]
+    mode = METRICS[metric].mode
+    end, late = clock.at(clock.search), clock.late(clock.search, clock.retrain, LATE_SHARE)
+    grace = grace_period(int(space.fixed["epochs"]))
+    plan = make_plan(
+        job.costs,
+        job.workers.count,
+        space,
+        time.time() if resumed else clock.begun,
+        end,
+        shared_gpu_bytes(job) if job.costs else 0.0,
+    )
+    if not resumed:
+        plan = _with_time_for_what_follows(plan, study, clock)
+    records = [r for r in study.records() if r.stage == "search"]
+    again = [r for r in records if _to_run_again(r, plan)]
+    known = [r for r in records if r not in again]
+    notes = {r.trial_id: r.note for r in records if r.note}
+    queue = [r.config for r in again]
+    if not notes:
+        recipe, changed = plan.affordable(
+            replace(baseline(space), **stamp), space.image_sizes, BASELINE_SHARE
+        )
+        queue.insert(0, recipe)
+        notes[recipe.id] = RECIPE + changed
+        say(f"First trial: {notes[recipe.id]}: {recipe.title}, {recipe.epochs} epochs.")
+    if math.isfinite(end):
+        say(f"The time for searching buys about {plan.trials(space, grace)} trials.")
+    if records and resumed:
+        say(f"Resumed: {len(known)} trials kept, {len(again)} queued again.")
+    scheduler = Scheduler(
+        metric=metric,
+        mode=mode,
+        epochs=int(space.fixed["epochs"]),
+        grace_period=grace,
+        deadline=Deadline(draw_until=end, end=late),
+        protect=notes,
+    )
+    scheduler.replay(known)
+    earlier = study.earlier()
+    for folder, found in earlier.items() if resumed else ():
+        say(f"Warm start: {len(useful(found, space))} of {len(found)} trials of {folder} are of this space.")
+    study.optuna_file.unlink(missing_ok=True)  # it repeats what trials.jsonl says, and is rebuilt from that
+    draws = Draws(
+        space,
+        stamp=stamp,
+        metric=metric,
+        mode=mode,
+        seed=seed,
+        limit=trials,
+        fits=plan.fits,
+        queue=queue,
+        optional={r.trial_id for r in again if r.by_the_clock and not r.is_recipe},
+        known=known,
+        earlier=list(earlier.values()),
+        storage=optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}"),
+    )
+    complete = trials is not None and len(known) >= trials and not queue
+    packing = Packing(plan.costs, plan.gpu_bytes, job.workers.cpus) if plan.costs and plan.gpu_bytes else None
+    completed = complete or run_trials(
+        job,
+        stage="search",
+        begun=clock.begun,
+        end=late,
+        search_alg=draws,
+        scheduler=scheduler,
+        notes=notes,
+        watch=watch,
+        packing=packing,
+    )
+    study.write_table()
+    return completed
+
+
+def _with_time_for_what_follows(plan: Plan, study: Study, clock: Clock) -> Plan:
+    """For a longer search: no trial that confirming and retraining would have no time left for."""
+    if plan.costs is None:
+        return plan
+    dearest = max(plan.seconds(standing.record.config) for standing in judged(study)[:CONTENDERS])
+    later = clock.at(clock.retrain) - clock.at(clock.search)
+    return replace(plan, longest=min(plan.longest, max(dearest, later / 2)))
+
+
+def _to_run_again(record: TrialRecord, plan: Plan) -> bool:
+    """Whether a trial of an earlier run is queued once more.
+
+    It was cut off, or stopped for want of time that there is now, or is the recipe, unfinished.
+    """
+    cut_off = record.status in CUT_OFF or (record.by_the_clock and plan.fits(record.config))
+    return cut_off or (record.is_recipe and record.status in (Status.STOPPED, Status.FAILED))

@@ -1,0 +1,116 @@
+"""A local page to drop a picture on: its class, how sure that is, and which parts of it spoke for it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from carmodels.ensembling.network import Ensemble, decoded, occlusion
+from carmodels.study import Study
+from tune.serving import local_page
+from tune.serving.inference import Threshold
+
+PORT = 8771
+MOST_BYTES = 40_000_000  # of a picture
+MOST_CLASSES = 5  # that the page lists
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The ensemble behind the page; one picture at a time."""
+
+    ensemble: Ensemble
+    limit: Threshold
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def answer(self, content: bytes) -> dict[str, Any]:
+        """The likeliest classes of a picture, the first one first; ValueError for a file that is none."""
+        with self.turn:
+            probs = self.ensemble.probabilities([self._opened(content)])[0]
+        names = self.ensemble.recipe.class_names
+        order = np.argsort(-probs, kind="stable")[:MOST_CLASSES].tolist()
+        return {
+            "sure": bool(self.limit.sure(probs[None])[0]),
+            "classes": [{"column": k, "name": names[k], "probability": float(probs[k])} for k in order],
+        }
+
+    def parts(self, content: bytes) -> dict[str, Any]:
+        """By how much the likeliest class loses where a part of the picture is hidden, row by row."""
+        with self.turn:
+            picture = self._opened(content)
+            column = int(self.ensemble.probabilities([picture])[0].argmax())
+            return {"falls": occlusion(self.ensemble, picture, column).tolist()}
+
+    def _opened(self, content: bytes) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "picture"
+            path.write_bytes(content)
+            return decoded(path, self.ensemble.recipe.max_size)
+
+
+def serve(study: Study, ensemble: Ensemble, limit: Threshold, port: int, say: Callable[[str], None]) -> int:
+    """Show the page on this machine alone, until Ctrl-C; pictures are kept nowhere."""
+    visitor = partial(_Visitor, Desk(ensemble, limit), render(study, limit))
+    return local_page.serve(visitor, port, "Drop pictures on", say)
+
+
+def render(study: Study, limit: Threshold) -> str:
+    """The page, as HTML."""
+    here = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    environment = jinja2.Environment(loader=here, autoescape=True, undefined=jinja2.StrictUndefined)
+    names = study.facts["class_names"]
+    return environment.get_template("drop.html").render(
+        name=study.folder.name, limit=limit, names=names, most_bytes=MOST_BYTES
+    )
+
+
+class _Visitor(local_page.LocalPage):
+    """One request."""
+
+    def __init__(self, desk: Desk, page: str, *arguments: Any) -> None:
+        self.desk, self.page = desk, page
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        if not self.from_here:
+            self.refuse_others()
+        elif self.path == "/":
+            self.send(HTTPStatus.OK, "text/html", self.page)
+        else:
+            self.send(HTTPStatus.NOT_FOUND, "text/plain", "there is one page, /")
+
+    def do_POST(self) -> None:
+        jobs: dict[str, Callable[[bytes], dict[str, Any]]] = {
+            "/answer": self.desk.answer,
+            "/parts": self.desk.parts,
+        }
+        length = self.headers.get("Content-Length", "")
+        if not self.from_here:
+            self._refuse(HTTPStatus.FORBIDDEN, "this page is for its own address")
+        elif self.path not in jobs:
+            self._refuse(HTTPStatus.NOT_FOUND, "pictures go to /answer or /parts")
+        elif not length.isdecimal() or int(length) > MOST_BYTES:
+            self._refuse(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a picture may have {MOST_BYTES // 10**6} MB at most"
+            )
+        else:
+            try:
+                found = jobs[self.path](self.rfile.read(int(length)))
+            except ValueError as reason:
+                self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, f"This file is of no use: {reason}.")
+            else:
+                self.send(HTTPStatus.OK, "application/json", json.dumps(found))
+
+    def _refuse(self, status: HTTPStatus, words: str) -> None:
+        self.close_connection = True
+        self.send(status, "application/json", json.dumps({"error": words}))

@@ -1,0 +1,191 @@
+"""What an ensemble says of pictures, and when it had better say nothing."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from carmodels.data.layout import picture_names
+from carmodels.ensembling.network import Ensemble, Recipe, decoded
+from carmodels.evaluation.calibration import FEWEST_ANSWERED, answered, sure_from
+from carmodels.evaluation.intervals import Interval
+from carmodels.files import csv_text, write_whole
+from carmodels.study import Study
+
+ACCURACY = 0.95  # that answers are to have, where a user does not say
+NOT_SURE = "not sure"
+_AT_ONCE = 64  # pictures in memory
+
+
+@dataclass(frozen=True)
+class Given:
+    """What became of a split's pictures where answers are given from some confidence on."""
+
+    pictures: int
+    unanswered: int
+    accuracy: Interval | None  # of the answers; None where there are none
+
+    @property
+    def right(self) -> str:
+        """How many answers are right, in words; empty where there are none."""
+        if self.accuracy is None:
+            return ""
+        found = self.accuracy
+        value, low, high = (f"{100 * share:.1f}" for share in (found.value, found.low, found.high))
+        return f"{value} % are right ({low} to {high})"
+
+    @property
+    def sentence(self) -> str:
+        """In words."""
+        left = f"{self.unanswered} of {self.pictures} pictures are left unanswered"
+        return f"{left}, of the others {self.right}" if self.right else left
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """From which confidence on answers are given, as chosen on val; audit, which chose nothing, tests it."""
+
+    wanted: float  # accuracy of the answers
+    confidence: float  # infinite where val's answers are not that good at any
+    val: Given
+    audit: Given
+
+    def sure(self, probs: np.ndarray) -> np.ndarray:
+        """probs (N, C) -> (N,) whether the answer is given."""
+        chosen: np.ndarray = probs.max(axis=1) >= self.confidence
+        return chosen
+
+    @property
+    def sentence(self) -> str:
+        """In words."""
+        if math.isinf(self.confidence):
+            return (
+                f"No answer is sure: not even the {FEWEST_ANSWERED} most confident ones on val are right in "
+                f"{self.wanted:.0%} of cases; a lower --not-sure gives answers."
+            )
+        if not self.confidence:
+            return f"Every picture is answered: on val {self.val.right}; on audit {self.audit.right}."
+        return (
+            f"Below a confidence of {self.confidence:.2f} the answer is {NOT_SURE!r}, so that of the others "
+            f"{self.wanted:.0%} are right. On val {self.val.sentence}; on audit {self.audit.sentence}."
+        )
+
+
+def threshold(study: Study, wanted: float, answer: str = "ensemble") -> Threshold:
+    """The smallest confidence from which on so many of val's answers are right; ValueError for no share."""
+    if not 0 <= wanted <= 1:
+        raise ValueError(f"--not-sure {wanted:g} must be from 0 (always answer) to 1")
+    looked = {split: _said(study, answer, split) for split in ("val", "audit")}
+    confidence = sure_from(*looked["val"], wanted)
+    given = {
+        split: Given(
+            len(labels),
+            int((probs.max(axis=1) < confidence).sum()),
+            answered(probs, labels, confidence),
+        )
+        for split, (probs, labels) in looked.items()
+    }
+    return Threshold(wanted, confidence, **given)
+
+
+def _said(study: Study, answer: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    file = study.predictions_file(answer, split)
+    if not study.has_predictions(answer, split):
+        script = "distil.py" if answer == "student" else "ensemble.py"
+        raise ValueError(
+            f"{file} is {'damaged' if file.is_file() else 'missing'}: copy the folder {file.parent.name} "
+            f"from where the search ran, or make it anew with tune/{script} {study.folder}"
+        )
+    return study.answers(answer, split)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an ensemble says of one picture."""
+
+    picture: str
+    column: int  # of the likeliest class
+    sure: bool
+    probs: np.ndarray  # (C,)
+
+    @property
+    def confidence(self) -> float:
+        return float(self.probs[self.column])
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A picture that there is no answer to."""
+
+    picture: str  # its name, quoted, with escapes for what cannot be shown
+    reason: str
+
+
+def found_pictures(paths: Sequence[Path]) -> list[Path]:
+    """The files, and the pictures at any depth below the folders; ValueError for a path without any."""
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path} does not exist: give pictures or folders of pictures")
+        inside = [path / name for name in picture_names(path)] if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{path} holds no pictures (JPEG, PNG, WebP or BMP)")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def answers(ensemble: Ensemble, paths: Sequence[Path], limit: Threshold) -> Iterator[Answer | Unreadable]:
+    """One for each picture, in order; some dozens are in memory at a time."""
+    for start in range(0, len(paths), _AT_ONCE):
+        part = paths[start : start + _AT_ONCE]
+        read = _read(part, ensemble.recipe.max_size)
+        good = [picture for picture in read if isinstance(picture, np.ndarray)]
+        probs = ensemble.probabilities(good) if good else np.empty((0, len(ensemble.recipe.classes)))
+        rows = iter(zip(probs, limit.sure(probs).tolist() if good else [], strict=True))
+        for path, picture in zip(part, read, strict=True):
+            if isinstance(picture, str):
+                yield Unreadable(repr(str(path)), picture)
+            else:
+                row, sure = next(rows)
+                yield Answer(str(path), int(row.argmax()), sure, row)
+
+
+def _read(paths: Sequence[Path], max_size: int) -> list[np.ndarray | str]:
+    """Each picture, or why there is none."""
+
+    def one(path: Path) -> np.ndarray | str:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            return "its name is not UTF-8, as names must be here: rename it"
+        try:
+            return decoded(path, max_size)
+        except ValueError as reason:
+            return str(reason)
+
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about odd metadata
+        return list(pool.map(one, paths))
+
+
+def write_answers(found: Sequence[Answer], recipe: Recipe, path: Path) -> None:
+    """A CSV, whole or not at all: picture, class, name, confidence, sure, and a column for each class."""
+    header = ["picture", "class", "name", "confidence", "sure", *(f"p_{name}" for name in recipe.classes)]
+    rows = [
+        [
+            answer.picture,
+            recipe.classes[answer.column],
+            recipe.class_names[answer.column],
+            f"{answer.confidence:.6f}",
+            "yes" if answer.sure else "no",
+            *(f"{p:.6f}" for p in answer.probs),
+        ]
+        for answer in found
+    ]
+    write_whole(path, csv_text([header, *rows]))

@@ -1,0 +1,51 @@
+"""Pages for this machine alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class LocalPage(BaseHTTPRequestHandler):
+    """One request to a page that listens on 127.0.0.1."""
+
+    timeout = 60  # seconds that a request may take to arrive
+
+    @property
+    def from_here(self) -> bool:
+        """Whether the page's own address was asked: other sites' names may be made to lead here, too."""
+        return self.headers.get("Host", "").rsplit(":", 1)[0] in ("127.0.0.1", "localhost")
+
+    def send(self, status: HTTPStatus, kind: str, text: str) -> None:
+        """Answer with a text of this MIME type."""
+        content = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def refuse_others(self) -> None:
+        """Answer to who asked for another address."""
+        self.send(HTTPStatus.FORBIDDEN, "text/plain", "this page is for its own address")
+
+    def log_message(self, format: str, *words: object) -> None:
+        """Nothing: the terminal is for what matters."""
+
+
+def serve(page: Callable[..., LocalPage], port: int, words: str, say: Callable[[str], None]) -> int:
+    """Answer on this machine alone until Ctrl-C; `words` go before the address. ValueError for no port."""
+    if not 0 <= port < 65536:
+        raise ValueError(f"--port {port} must be from 0 to 65535")
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), page)
+    except OSError as error:
+        raise ValueError(f"--port {port} is taken ({error.strerror}); give another, or 0 for any") from None
+    with server:
+        say(f"{words} http://127.0.0.1:{server.server_port} (Ctrl-C ends).")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            say("Ended.")
+    return 0

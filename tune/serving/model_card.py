@@ -1,0 +1,61 @@
+"""The model card that goes with an exported ensemble (after Mitchell et al., 2019)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from carmodels.ensembling.network import EXPORTED, Recipe
+from carmodels.files import read_json, write_whole
+from carmodels.formatting import interval_text, score_text
+from carmodels.study import Study
+from tune.serving.inference import Threshold
+
+
+def write_card(
+    study: Study, answer: str, recipe: Recipe, limit: Threshold, difference: float, folder: Path
+) -> None:
+    """README.md of an exported ensemble or student: what it is of, what it is worth, how to use it."""
+    facts, results = study.facts, read_json(study.answer_file(answer))
+    metric = facts["metric"]
+    text = _template().render(
+        name=study.folder.name,
+        answer=answer,
+        facts=facts,
+        results=results,
+        recipe=recipe,
+        limit=limit,
+        difference=difference,
+        recalls=recalls(study, answer, recipe),
+        score=lambda value: score_text(metric, value),
+        interval=lambda found: interval_text(metric, found),
+    )
+    write_whole(folder / EXPORTED[-1], text)
+
+
+def _template() -> jinja2.Template:
+    here = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    environment = jinja2.Environment(
+        loader=here, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["cell"] = _cell
+    return environment.get_template("card.md")
+
+
+def _cell(value: Any) -> str:
+    """Text that stays in its cell of a Markdown table, and in its line."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def recalls(study: Study, answer: str, recipe: Recipe) -> list[tuple[str, str, int, float]]:
+    """(class, name, pictures, share recognised) on audit, least recognised first."""
+    probs, truth = study.answers(answer, "audit")
+    guessed = probs.argmax(axis=1)
+    rows = [
+        (name, recipe.class_names[k], int((truth == k).sum()), float((guessed == k)[truth == k].mean()))
+        for k, name in enumerate(recipe.classes)
+        if (truth == k).any()
+    ]
+    return sorted(rows, key=lambda row: row[-1])
