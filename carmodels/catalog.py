@@ -86,7 +86,7 @@ UNFREEZE: dict[str, Unfreeze] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One albumentations transform on 8-bit pictures, by class name and arguments."""
+    """One albumentations transform on 8-bit images, by class name and arguments."""
 
     transform: str
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -94,9 +94,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Augment:
-    """How a training picture is varied: a crop (or all of it) brought to image_size, then the steps."""
+    """How a training image is varied: a crop (or all of it) brought to image_size, then the steps."""
 
-    crop: tuple[float, float] | None  # share of the area a random crop keeps; None: the whole picture
+    crop: tuple[float, float] | None  # share of the area a random crop keeps; None: the whole image
     steps: tuple[Step, ...] = ()
 
 
@@ -142,7 +142,7 @@ AUGMENTS: dict[str, Augment] = {
 
 @dataclass(frozen=True)
 class View:
-    """One way to show a picture to a trained model; test-time augmentation averages over views."""
+    """One way to show an image to a trained model; test-time augmentation averages over views."""
 
     flip: bool = False  # left and right change places
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # left, top, right, bottom of what is shown

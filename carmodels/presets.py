@@ -1,4 +1,4 @@
-"""The search spaces that come with the project, and the competitor's own recipe.
+"""The search spaces that come with the project, and the baseline.
 
 This is the one place to edit a space; `--set NAME=...` overrides a range or a fixed value for one search.
 """
@@ -11,7 +11,7 @@ from carmodels.training.config import TrialConfig
 
 
 def baseline(space: Space) -> TrialConfig:
-    """The competitor's own recipe, as near as the space can come to it.
+    """The baseline, as near as the space can come to it.
 
     Xception (else the largest backbone of the space) at 224 px (else the nearest size), pooled features into
     one hidden layer with BatchNorm and dropout, Adam at 1e-3, head first and then everything at once, the
@@ -41,8 +41,8 @@ def baseline(space: Space) -> TrialConfig:
             "ema": 0.0,
             "clip_norm": 0.0,
             "patience": 0,
-            "start_size": 0,
-            "test_size": 0,
+            "start_image_size": 0,
+            "eval_image_size": 0,
         }
     )
 

@@ -26,7 +26,7 @@ class Status(StrEnum):
 
 FOLD, FOLDS, FOLD_IN = "fold", "folds", "fold-in"  # stages: one fold, all of a configuration, everything
 TRAINED = ("search", "confirm", "retrain")  # stages whose models were trained on train by a configuration
-RECIPE = "the competitor's recipe"  # how the note on that trial begins
+BASELINE = "the baseline"  # how the note on that trial begins
 CUT_OFF = (Status.INTERRUPTED, Status.RUNNING)
 
 
@@ -41,8 +41,8 @@ class TrialRecord:
     value: float | None  # metric on val at the best epoch; of a stopped trial, at its last; of a fold, on it
     seconds: float
     reason: str  # why it ended, a sentence
-    stage: str = "search"  # or one of those above, "soup", "student"; in the study of stops "audit"
-    note: str = ""  # e.g. that this is the competitor's recipe
+    stage: str = "search"  # or one of those above, "soup", "student"; in the study of stops "holdout"
+    note: str = ""  # e.g. that this is the baseline
     at: float = 0.0  # seconds of its stage, since its command began and in earlier commands, up to its end
     curve: tuple[EpochMetrics, ...] = ()
 
@@ -57,9 +57,9 @@ class TrialRecord:
         return self.status is Status.STOPPED and self.reason.startswith("the time")
 
     @property
-    def is_recipe(self) -> bool:
+    def is_baseline(self) -> bool:
         """Whether it is the yardstick, which the search did not draw."""
-        return self.note.startswith(RECIPE)
+        return self.note.startswith(BASELINE)
 
     def to_json(self) -> str:
         """One line, without a line end."""

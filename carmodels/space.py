@@ -59,8 +59,10 @@ class Space:
 
     @property
     def largest_size(self) -> int:
-        """The largest that a trial can ask of a picture, pixels."""
-        tested = self._values("test_size") if "test_size" in {*self.dimensions, *self.fixed} else ()
+        """The largest that a trial can ask of an image, pixels."""
+        tested = (
+            self._values("eval_image_size") if "eval_image_size" in {*self.dimensions, *self.fixed} else ()
+        )
         return max((*self.image_sizes, *tested))
 
     def _values(self, name: str) -> tuple[Any, ...]:
@@ -144,7 +146,11 @@ class Space:
         return self
 
 
-_SIZES = ("image_size", "start_size", "test_size")  # what one may be hangs on the others and on the backbone
+_SIZES = (
+    "image_size",
+    "start_image_size",
+    "eval_image_size",
+)  # what one may be hangs on the others and on the backbone
 
 
 def _holds(dimension: Dimension, value: Any) -> bool:
@@ -168,14 +174,14 @@ def _try_value(space: Space, name: str, value: Any, source: str) -> None:
         raise ValueError(f"{source}: {error}") from None
 
 
-class Draws(Protocol):
+class ParamSuggester(Protocol):
     """The part of an Optuna trial that a draw needs."""
 
     def suggest_categorical(self, name: str, choices: Any) -> Any: ...
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
 
 
-def suggest(trial: Draws, space: Space) -> dict[str, Any]:
+def suggest(trial: ParamSuggester, space: Space) -> dict[str, Any]:
     """Draw a configuration's fields; a dimension whose condition does not hold is not drawn.
 
     Returns the fixed values; with Ray's OptunaSearch the drawn ones are added by it.
@@ -198,7 +204,7 @@ _WHEN = {  # where a dimension makes a difference, for one that its space does n
     "head": ("head_depth", HEADED),
     "dropout": ("head_depth", HEADED),
     "layer_decay": ("unfreeze", OPEN),
-    "start_size": ("unfreeze", OPEN),
+    "start_image_size": ("unfreeze", OPEN),
 }
 
 

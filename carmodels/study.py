@@ -53,7 +53,7 @@ class Study:
 
     @property
     def fold_in_file(self) -> Path:
-        """The submission of models that learnt from all labelled pictures."""
+        """The submission of models that learnt from all labelled images."""
         return self.folder / "submission-fold-in.csv"
 
     @property
@@ -188,15 +188,15 @@ class Study:
         return self.folder / "splits.csv"
 
     def _split_rows(self) -> list[dict[str, str]]:
-        """Raises ValueError where it does not end as it should, or lacks pictures that study.json counts."""
+        """Raises ValueError where it does not end as it should, or lacks images that study.json counts."""
         with self._splits_file.open(newline="", encoding="utf-8") as file:
             text = file.read()
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
         found = Counter(row["split"] for row in rows)
-        wanted = Counter(self.facts.get("pictures", {}))
+        wanted = Counter(self.facts.get("images", {}))
         if not text.endswith("\n") or (wanted and found != wanted):
             raise ValueError(
-                f"{self._splits_file} is damaged: it names {found.total()} pictures instead of "
+                f"{self._splits_file} is damaged: it names {found.total()} images instead of "
                 f"{wanted.total()}, or ends within a line; search.py --resume writes it anew"
             )
         return rows
@@ -235,7 +235,7 @@ class Study:
         return found
 
     def leaderboard(self) -> list[TrialRecord]:
-        """Finished trials that have a value on val, best first; a single fold has one on other pictures."""
+        """Finished trials that have a value on val, best first; a single fold has one on other images."""
         sign = -1 if METRICS[self.metric].mode == "max" else 1
         finished = (r for r in self.records() if r.status is Status.FINISHED and r.stage != FOLD)
         ranked = [(sign * r.value, r) for r in finished if r.value is not None]

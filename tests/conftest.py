@@ -23,7 +23,7 @@ from carmodels.training.config import TrialConfig
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a drawn data set: 200 labelled pictures, 20 to classify."""
+    """The folder of a drawn data set: 200 labelled images, 20 to classify."""
     folder = tmp_path_factory.mktemp("drawn") / "cars"
     draw_demo(folder, seed=1, train=200, test=20)
     return folder

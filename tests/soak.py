@@ -168,7 +168,7 @@ def check(study: Study, before: dict[str, TrialRecord], output: str, code: int) 
     assert len(finished) == len(set(finished)), "a finished trial ran again"
     assert not study.damaged_lines()
     for record in study.leaderboard():
-        for split in ("val", "audit", "test"):
+        for split in ("val", "holdout", "test"):
             study.predictions(record.trial_id, split)
     storage = optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}")
     (known,) = optuna.get_all_study_summaries(storage)
@@ -178,7 +178,7 @@ def check(study: Study, before: dict[str, TrialRecord], output: str, code: int) 
 
 
 def to_repeat(record: TrialRecord) -> bool:
-    """The competitor's recipe runs again unless it has run its whole schedule."""
+    """The baseline runs again unless it has run its whole schedule."""
     return record.note != "" and record.status in (Status.STOPPED, Status.FAILED)
 
 

@@ -43,7 +43,7 @@ def study(tmp_path: Path) -> Study:
     """With three finished trials in its files."""
     made = Study(tmp_path / "study")
     rows = [("val", f"{number}.jpg", number % 2) for number in range(6)]
-    made.begin({"metric": "accuracy", "pictures": {"val": 6, "test": 1}}, [*rows, ("test", "t.jpg", -1)])
+    made.begin({"metric": "accuracy", "images": {"val": 6, "test": 1}}, [*rows, ("test", "t.jpg", -1)])
     config = TrialConfig(backbone="test_resnet", image_size=32, epochs=2)
     for seed in range(3):
         made.append(ended(replace(config, seed=seed)))
@@ -114,9 +114,9 @@ def test_weights_cut_short_are_noticed_and_named(share: float, tmp_path: Path) -
 
 @pytest.mark.parametrize("share", KEPT)
 @pytest.mark.parametrize("name", ["index.json", "pixels.bin"])
-def test_a_picture_cache_cut_short_is_named_and_rebuilt(name: str, share: float, tmp_path: Path) -> None:
-    paths = save_many(tmp_path / "pictures", 5)
-    before = [picture.copy() for picture in open_images(paths, tmp_path / "cache", 16, None)]
+def test_a_image_cache_cut_short_is_named_and_rebuilt(name: str, share: float, tmp_path: Path) -> None:
+    paths = save_many(tmp_path / "images", 5)
+    before = [image.copy() for image in open_images(paths, tmp_path / "cache", 16, None)]
     cut(tmp_path / "cache" / name, share)
     said: list[str] = []
     found = open_images(paths, tmp_path / "cache", 16, None, on_damage=said.append)
@@ -128,7 +128,7 @@ def test_a_picture_cache_cut_short_is_named_and_rebuilt(name: str, share: float,
 
 @pytest.mark.parametrize("share", KEPT)
 def test_remembered_digests_cut_short_are_computed_again(share: float, tmp_path: Path) -> None:
-    paths = save_many(tmp_path / "pictures", 3)
+    paths = save_many(tmp_path / "images", 3)
     manifest = tmp_path / "digests" / "d.json"
     before = file_digests(paths, manifest)
     whole = manifest.read_bytes()

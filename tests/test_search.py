@@ -29,12 +29,12 @@ import pytest
 
 from carmodels.catalog import VIEWS
 from carmodels.data.dataset import open_dataset
-from carmodels.ensembling.network import of_study
+from carmodels.ensembling.network import load_ensemble
 from carmodels.evaluation.calibration import with_temperature
 from carmodels.files import read_json
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
-from carmodels.records import RECIPE, Status
+from carmodels.records import BASELINE, Status
 from carmodels.study import Study
 from tune import search
 from tune.budget import clock
@@ -96,7 +96,7 @@ def place(drawn: Path, tmp_path_factory: pytest.TempPathFactory, weights: Weight
 @pytest.fixture(scope="module")
 def whole(place: Place) -> str:
     """What a run of the whole job prints."""
-    result = place.run(place.search("--trials", "6", "--study", "cars", "--confirm", "2", "--pictures"))
+    result = place.run(place.search("--trials", "6", "--study", "cars", "--confirm", "2", "--thumbnails"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert "Warning" not in result.stderr
@@ -109,12 +109,12 @@ def table(study: Study) -> list[dict[str, str]]:
 
 
 @pytest.mark.usefixtures("whole")
-def test_every_configuration_has_a_row_and_the_recipe_ran_its_whole_schedule(place: Place) -> None:
+def test_every_configuration_has_a_row_and_the_baseline_ran_its_whole_schedule(place: Place) -> None:
     rows = table(place.study)
     assert [r["stage"] for r in rows].count("search") == 6
     assert [r["stage"] for r in rows].count("confirm") in (0, 2)  # none where the best stands out by far
-    recipe = [r for r in rows if r["note"].startswith("the competitor's recipe")]
-    assert [(r["status"], r["epochs_run"]) for r in recipe] == [("finished", "3")]
+    reference = [r for r in rows if r["note"].startswith("the baseline")]
+    assert [(r["status"], r["epochs_run"]) for r in reference] == [("finished", "3")]
     finished = [float(r["value"]) for r in rows if r["status"] == "finished"]
     assert finished == sorted(finished, reverse=True)
     assert all(r["reason"] for r in rows)
@@ -124,7 +124,7 @@ def test_every_configuration_has_a_row_and_the_recipe_ran_its_whole_schedule(pla
 def test_every_finished_trial_leaves_its_probabilities_by_id(place: Place) -> None:
     study = place.study
     for record in study.leaderboard():
-        for split in ("val", "audit", "test"):
+        for split in ("val", "holdout", "test"):
             predictions = study.predictions(record.trial_id, split)
             assert predictions.probs.shape[1] == 10
             if split != "test":
@@ -135,31 +135,31 @@ def test_the_job_ends_with_a_report_of_every_trial(place: Place, whole: str) -> 
     assert f"Report: {place.study.report_file}" in whole.replace("\n", "")
     page = place.study.report_file.read_text()
     assert all(record.trial_id in page for record in place.study.records())
-    assert "of the ensemble on audit" in page
+    assert "of the ensemble on holdout" in page
 
 
 @pytest.mark.usefixtures("whole")
-def test_with_pictures_the_report_shows_the_worst_mistakes_and_what_spoke_for_them(place: Place) -> None:
+def test_with_images_the_report_shows_the_worst_mistakes_and_what_spoke_for_them(place: Place) -> None:
     found = found_mistakes(place.study)
     assert found is not None
     thumbnails = read_json(place.study.thumbnails_file)
-    assert list(thumbnails) == [mistake.picture for mistake in found.worst]
+    assert list(thumbnails) == [mistake.image for mistake in found.worst]
     assert thumbnails
     page = place.study.report_file.read_text()
     for thumbnail in thumbnails.values():
-        assert f'<img src="{thumbnail["picture"]}"' in page
+        assert f'<img src="{thumbnail["image"]}"' in page
         if thumbnail["map"]:  # a busy machine may not get to all of them
             assert f'<img class="map" src="{thumbnail["map"]}"' in page
     out = place.folder / "again.html"
     place.study.thumbnails_file.unlink()
     cache = ("--cache", str(place.folder / "cache"))
-    for options, shown in (((), False), ((*cache, "--pictures"), True)):
+    for options, shown in (((), False), ((*cache, "--thumbnails"), True)):
         command = place.command("report.py", str(place.study.folder), "--out", str(out), *options)
         done = place.run(command)
         assert done.returncode == 0, done.stderr
         assert ("<figure>" in out.read_text()) is shown
     again = read_json(place.study.thumbnails_file)
-    assert {i: t["picture"] for i, t in again.items()} == {i: t["picture"] for i, t in thumbnails.items()}
+    assert {i: t["image"] for i, t in again.items()} == {i: t["image"] for i, t in thumbnails.items()}
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def test_optuna_dashboard_opens_the_storage_of_a_study(place: Place) -> None:
         {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "fail"}[t.state.name] for t in stored
     ]
     assert [{p["name"] for p in t["params"]} for t in trials] == [set(t.params) for t in stored]
-    assert len(trials) == 5  # of six: the recipe is not the sampler's
+    assert len(trials) == 5  # of six: the reference is not the sampler's
 
 
 @pytest.mark.usefixtures("whole")
@@ -256,24 +256,24 @@ def test_the_submission_has_the_sample_files_ids_order_and_header(place: Place) 
 
 
 @pytest.mark.usefixtures("whole")
-def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_audit(place: Place) -> None:
+def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_holdout(place: Place) -> None:
     study = place.study
     result = json.loads(study.ensemble_file.read_text())
     assert sum(m["weight"] for m in result["members"]) == pytest.approx(1)
-    labels = study.labels("audit")
+    labels = study.labels("holdout")
     probs = 0
     for member in result["members"]:
         shown = [
-            with_temperature(study.predictions(member["trial_id"], "audit", view), member["temperature"])
+            with_temperature(study.predictions(member["trial_id"], "holdout", view), member["temperature"])
             .aligned(list(labels))
             .probs
             for view in result["tta"]["views"]
         ]
         probs = probs + member["weight"] * sum(shown) / len(shown)
     right = (probs.argmax(1) == list(labels.values())).mean()
-    assert result["audit"]["ensemble"]["value"] == pytest.approx(right)
-    assert result["audit"]["looks"] == 1
-    assert {"single", "recipe", "gain_over_recipe", "gain_over_single"} <= set(result["audit"])
+    assert result["holdout"]["ensemble"]["value"] == pytest.approx(right)
+    assert result["holdout"]["looks"] == 1
+    assert {"single", "baseline", "gain_over_baseline", "gain_over_single"} <= set(result["holdout"])
     assert [row["views"] for row in result["tta"]["tried"]][: len(VIEWS) - 1] == [
         ["plain", view] for view in VIEWS if view != "plain"
     ]
@@ -288,7 +288,7 @@ def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_audit(place: Pl
 def test_the_study_says_what_was_run_on_what(place: Place) -> None:
     facts = place.study.facts
     assert facts["command"].startswith("python tune/search.py --data ")
-    assert facts["pictures"]["test"] == 20
+    assert facts["images"]["test"] == 20
     assert facts["class_names"][0] != "0"
     assert {"torch", "ray", "optuna", "timm"} <= set(facts["versions"])
 
@@ -360,11 +360,11 @@ def test_the_output_is_a_line_a_trial_and_the_answer(whole: str) -> None:
     assert "10 classes (" in whole
     assert re.search(r"Ray dashboard: http://127\.0\.0\.1:\d+ \(it asks for the token", whole)
     assert sum(" px" not in line and "ran its 3 epochs" in line for line in whole.splitlines()) >= 4
-    assert "competitor's recipe" in whole
+    assert "baseline" in whole
     assert "Submission: " in whole
     assert re.search(r"(The ensemble is (kept|left out)|One model is the ensemble)", whole)
     assert all(f"  plain, {view}: val " in whole for view in VIEWS if view != "plain")
-    assert re.search(r"Ensemble: \d+\.\d s for 1,000 pictures on 1 CPU core, views included", whole)
+    assert re.search(r"Ensemble: \d+\.\d s for 1,000 images on 1 CPU core, views included", whole)
     assert len(whole.splitlines()) < 95
 
 
@@ -391,7 +391,7 @@ def test_resuming_keeps_what_is_there_and_goes_on_to_the_number_asked_for(place:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.RDBStorage(f"sqlite:///{place.study.optuna_file}")
     trials = optuna.load_study(study_name=None, storage=storage).trials
-    assert len(trials) == 7  # the recipe is not the sampler's
+    assert len(trials) == 7  # the reference is not the sampler's
     assert all(t.state.is_finished() for t in trials)
     again = place.run(place.search("--trials", "8", "--study", "cars", "--resume", "--until", "search"))
     assert again.returncode == 0, again.stderr
@@ -424,21 +424,21 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
     ]
     assert (new.config.continues, new.config.unfreeze) == (worst.trial_id, "full")
     assert new.config.backbone == worst.config.backbone
-    recipe = next(r for r in searched if r.note.startswith(RECIPE))
-    place.study.predictions_file(recipe.trial_id, "audit").unlink()
+    reference = next(r for r in searched if r.note.startswith(BASELINE))
+    place.study.predictions_file(reference.trial_id, "holdout").unlink()
     out = place.folder / "mine.csv"
     result = place.run(
         place.command("ensemble.py", folder, "--top", "1", "--tta", "1", "--out", str(out), *cache)
     )
     assert result.returncode == 0, result.stderr
-    assert "audit was looked at 2 times" in result.stdout
-    assert place.study.has_predictions(recipe.trial_id, "audit")
+    assert "holdout was looked at 2 times" in result.stdout
+    assert place.study.has_predictions(reference.trial_id, "holdout")
     assert out.read_text() == place.study.submission_file.read_text()
 
 
 @pytest.mark.usefixtures("whole")
 def test_folds_are_members_of_the_ensemble_and_a_last_run_learns_from_everything(place: Place) -> None:
-    study, splits = place.study, [place.study.labels(name) for name in ("train", "val", "audit")]
+    study, splits = place.study, [place.study.labels(name) for name in ("train", "val", "holdout")]
     cache = ("--cache", str(place.folder / "cache"))
     options = ("--folds", "2", "--epochs", "1", "--fold-in", *cache)
     command = place.command("retrain.py", str(study.folder), *options)
@@ -450,10 +450,10 @@ def test_folds_are_members_of_the_ensemble_and_a_last_run_learns_from_everything
     for record in folds:
         held_out = study.predictions(record.trial_id, "oof").ids
         assert set(held_out) < {*splits[0], *splits[1]}
-        assert len(study.predictions(record.trial_id, "audit").ids) == len(splits[2])
+        assert len(study.predictions(record.trial_id, "holdout").ids) == len(splits[2])
     [last, *_] = [r for r in study.records() if r.stage == "fold-in"]
     assert last.value is None
-    assert not study.predictions_file(last.trial_id, "audit").is_file()
+    assert not study.predictions_file(last.trial_id, "holdout").is_file()
     assert study.fold_in_file.read_text() != study.submission_file.read_text()
     assert len(study.fold_in_file.read_text().splitlines()) == 21
     assert "No score goes with it" in result.stdout.replace("\n", " ")
@@ -466,10 +466,10 @@ def test_folds_are_members_of_the_ensemble_and_a_last_run_learns_from_everything
     members = json.loads(study.ensemble_file.read_text())["members"]
     assert {m["stage"] for m in members} == {"fold"}
     assert sum(m["weight"] for m in members) == pytest.approx(1)
-    ensemble, audit = of_study(study), study.predictions("ensemble", "audit")
+    ensemble, holdout = load_ensemble(study), study.predictions("ensemble", "holdout")
     opened = open_dataset(place.data, cache_dir=place.folder / "cache", max_size=48)
-    shown = [opened.images[row] for row in opened.audit.rows]
-    said = audit.aligned(opened.audit.ids).probs
+    shown = [opened.images[row] for row in opened.holdout.rows]
+    said = holdout.aligned(opened.holdout.ids).probs
     np.testing.assert_allclose(ensemble.probabilities(shown), said, atol=1e-4)
 
 
@@ -497,13 +497,13 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     assert 0 < len(kept) < 5
     before = max(r.at for r in study.records())
     assert study.table_file.is_file()
-    result = place.run([*command, "--resume", "--audit-stops", "2"])
+    result = place.run([*command, "--resume", "--check-stops", "2"])
     assert result.returncode == 0, result.stderr
     assert f"{len(cut)} queued again" in result.stdout
-    audit = json.loads(study.stops_file.read_text())
-    assert audit["stopped"] == len(at_rungs(study.records()))
-    assert audit["finished"] == min(2, audit["stopped"]) == len(study.stops.leaderboard())
-    assert stops_sentence(audit) in result.stdout
+    holdout = json.loads(study.stops_file.read_text())
+    assert holdout["stopped"] == len(at_rungs(study.records()))
+    assert holdout["finished"] == min(2, holdout["stopped"]) == len(study.stops.leaderboard())
+    assert stops_sentence(holdout) in result.stdout
     records = {r.trial_id: r for r in study.records()}
     assert len(records) == 5
     assert {i: records[i] for i in kept} == kept
@@ -511,7 +511,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     assert not [r for r in records.values() if r.status is Status.INTERRUPTED]
 
 
-def test_a_plain_tree_without_test_pictures_and_a_metric_to_minimise(place: Place) -> None:
+def test_a_plain_tree_without_test_images_and_a_metric_to_minimise(place: Place) -> None:
     tree = place.folder / "tree"
     names = dict(line.split() for line in (place.data / "classes.txt").read_text().splitlines())
     for number, name in names.items():
@@ -549,7 +549,7 @@ def test_a_plain_tree_without_test_pictures_and_a_metric_to_minimise(place: Plac
         ("--trials 3", "", False),
         ("--data x", "", False),
         ("", " --trials 200 --hours 2", False),
-        ("", " --data /pictures/demo", False),
+        ("", " --data /images/demo", False),
     ],
 )
 def test_only_the_demo_without_any_option_overwrites_its_own_study(
@@ -573,7 +573,7 @@ def test_only_the_demo_without_any_option_overwrites_its_own_study(
         (["--gpus-per-trial", "1.5"], "--gpus-per-trial 1.5 must be above 0 and at most 1"),
         (["--study", "../x"], "--study '../x' must be a plain name"),
         (["--confirm", "-1"], "--confirm -1 must be at least 0, which leaves it out"),
-        (["--audit-stops", "-2"], "--audit-stops -2 must be at least 0"),
+        (["--check-stops", "-2"], "--check-stops -2 must be at least 0"),
         (["--max-seconds-per-1000", "-1"], "--max-seconds-per-1000 -1 must be above 0"),
         (["--weights", "/no/such"], "--weights /no/such is no folder"),
         (["--set", "colour=red"], "--set colour=red: expected NAME=V"),
@@ -600,19 +600,19 @@ def test_a_wrong_option_is_one_line_that_names_the_value(
 
 def test_an_option_that_is_no_number_is_one_line_that_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        search.main(["--audit-stops", "many"])
+        search.main(["--check-stops", "many"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        "error: argument --audit-stops: invalid int value: 'many'; --help lists the options\n"
+        "error: argument --check-stops: invalid int value: 'many'; --help lists the options\n"
     )
 
 
 def test_the_search_has_the_time_of_the_stages_nobody_asked_for() -> None:
     share = clock.search_share
-    assert share(confirm=6, audit_stops=0) == Clock(0.0).search
-    assert share(confirm=6, audit_stops=5) < share(confirm=6, audit_stops=0) < share(confirm=0, audit_stops=0)
+    assert share(confirm=6, check_stops=0) == Clock(0.0).search
+    assert share(confirm=6, check_stops=5) < share(confirm=6, check_stops=0) < share(confirm=0, check_stops=0)
     ends = (clock.SEARCH_SHARE, clock.CONFIRM_SHARE, clock.RETRAIN_SHARE)
-    assert share(confirm=0, audit_stops=0) < clock.CONFIRM_SHARE
+    assert share(confirm=0, check_stops=0) < clock.CONFIRM_SHARE
     assert ends == tuple(sorted(ends))
 
 
@@ -620,7 +620,7 @@ def test_the_search_has_the_time_of_the_stages_nobody_asked_for() -> None:
     ("options", "stage"),
     [
         ("--until search", "search"),
-        ("--until search --audit-stops 3", "audit"),
+        ("--until search --check-stops 3", "holdout"),
         ("--until confirm", "confirm"),
         ("--until confirm --confirm 0", "search"),
         ("--until retrain", "retrain"),
@@ -631,7 +631,7 @@ def test_the_last_stage_that_is_asked_for_has_nearly_all_of_the_time(options: st
     clock, trials = search.budget(typed, SPACES["cpu"], bare=False, begun=0.0)
     ends = {
         "search": clock.at(clock.search),
-        "audit": clock.at(clock.search + clock.STOPS_SHARE),
+        "holdout": clock.at(clock.search + clock.STOPS_SHARE),
         "confirm": clock.at(clock.CONFIRM_SHARE),
         "retrain": clock.at(clock.RETRAIN_SHARE),
     }
@@ -644,8 +644,8 @@ def test_the_search_goes_on_where_later_stages_leave_time() -> None:
     clock = Clock(0.0, 10_000)
     longer = clock.with_spare_time(confirm=300, retrain=700, ensemble=500)
     assert (longer.search, longer.confirm, longer.retrain) == pytest.approx((0.85, 0.88, 0.95))
-    audited = clock.with_spare_time(confirm=300, retrain=700, ensemble=500, stops=0.1)
-    assert (audited.search, audited.confirm) == pytest.approx((0.75, 0.88))
+    judged_stops = clock.with_spare_time(confirm=300, retrain=700, ensemble=500, stops=0.1)
+    assert (judged_stops.search, judged_stops.confirm) == pytest.approx((0.75, 0.88))
     much = clock.with_spare_time(confirm=3000, retrain=500, ensemble=500)
     assert much is clock
     bounded = clock.with_spare_time(confirm=0, retrain=5000, ensemble=5000)  # they never get less than usual
@@ -662,7 +662,7 @@ def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
     study, said = Study(tmp_path / "studies" / "cars"), []
     rows = SimpleNamespace(ids=("a.jpg",), labels=[0], name="val")
     none = SimpleNamespace(ids=(), labels=[], name="none")
-    splits = SimpleNamespace(train=none, val=rows, audit=none, test=none)
+    splits = SimpleNamespace(train=none, val=rows, holdout=none, test=none)
     names = ("preset", "space", "seed", "metric", "fingerprint", "split_hash")
     (tmp_path / "weights").mkdir()
     (tmp_path / "others").mkdir()
@@ -696,7 +696,7 @@ def test_what_is_killed_while_it_begins_leaves_no_half_study(
 ) -> None:
     study, other = Study(tmp_path / "cars"), Study(tmp_path / "other")
     none = SimpleNamespace(ids=(), labels=[], name="none")
-    splits = SimpleNamespace(train=none, val=none, audit=none, test=none)
+    splits = SimpleNamespace(train=none, val=none, holdout=none, test=none)
     for one in (study, other):
         one.begin({"metric": "accuracy"}, [])
 
@@ -765,14 +765,14 @@ def test_what_follows_has_the_clock_of_the_longer_search(
 
 
 def test_sizes_are_checked_against_what_the_space_has_in_the_end(weights: Weights) -> None:
-    typed = ["start_size=0,96", "image_size=128,160", "backbone=test_resnet"]
+    typed = ["start_image_size=0,96", "image_size=128,160", "backbone=test_resnet"]
     space, _ = search.chosen_space("cpu", typed, weights)
     assert (space.image_sizes, space.backbones) == ((128, 160), ("test_resnet",))
 
 
 def test_the_command_is_written_down_with_what_was_left_out() -> None:
-    options = search.parser().parse_args(["--confirm", "0", "--audit-stops", "3", "--check"])
-    assert list(search._written(options)) == ["--confirm 0", "--audit-stops 3", "--check"]
+    options = search.parser().parse_args(["--confirm", "0", "--check-stops", "3", "--check"])
+    assert list(search._written(options)) == ["--confirm 0", "--check-stops 3", "--check"]
 
 
 def test_the_command_written_down_is_the_one_that_was_typed() -> None:

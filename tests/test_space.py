@@ -52,8 +52,8 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
         "head_seed": 3,
         "folds": 3,
         "fold_in": True,
-        "start_size": 32,
-        "test_size": 96,
+        "start_image_size": 32,
+        "eval_image_size": 96,
         "continues": "0123456789ab",
     }
     assert {*other, "fold"} == {f.name for f in fields(TrialConfig)}
@@ -80,11 +80,11 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
             {"backbone": "swin_tiny_patch4_window7_224", "image_size": 100},
             "image_size=100 must be a multiple of 32 for swin_tiny_patch4_window7_224",
         ),
-        ({"start_size": 8}, "start_size=8 must be 0 or a size for lcnet_035, 16 or more"),
-        ({"start_size": 96}, "start_size=96 must be at most image_size=64"),
+        ({"start_image_size": 8}, "start_image_size=8 must be 0 or a size for lcnet_035, 16 or more"),
+        ({"start_image_size": 96}, "start_image_size=96 must be at most image_size=64"),
         (
-            {"backbone": "swin_tiny_patch4_window7_224", "test_size": 96},
-            "test_size=96: swin_tiny_patch4_window7_224 is built for one size; leave it out",
+            {"backbone": "swin_tiny_patch4_window7_224", "eval_image_size": 96},
+            "eval_image_size=96: swin_tiny_patch4_window7_224 is built for one size; leave it out",
         ),
         ({"fold": 0}, "fold=0 of folds=0: there must be 2 folds or more, the first is fold 0"),
         ({"folds": 1, "fold": 0}, "fold=0 of folds=1: there must be 2 folds or more"),
@@ -106,14 +106,14 @@ def test_fields_that_came_later_leave_the_ids_of_earlier_studies_alone() -> None
     assert TrialConfig("lcnet_035", image_size=64, epochs=4).id == "30d6a5703ae1"
 
 
-def test_pictures_grow_in_steps_to_their_whole_size_and_augmentation_with_them() -> None:
-    growing = replace(CONFIG, image_size=96, start_size=48, epochs=8)
+def test_images_grow_in_steps_to_their_whole_size_and_augmentation_with_them() -> None:
+    growing = replace(CONFIG, image_size=96, start_image_size=48, epochs=8)
     assert [growing.shown_size(n) for n in range(1, 9)] == [48, 64, 64, 64, 80, 96, 96, 96]
     strengths = [growing.strength(n) for n in range(1, 9)]
     assert strengths[0] == pytest.approx(1 / 3)
     assert strengths == sorted(strengths)
     assert strengths[6:] == [1.0, 1.0]
-    still = replace(growing, start_size=0)
+    still = replace(growing, start_image_size=0)
     assert {(still.shown_size(n), still.strength(n)) for n in range(1, 9)} == {(96, 1.0)}
     one = replace(growing, epochs=1)
     assert one.shown_size(1) == 48
@@ -141,19 +141,19 @@ def test_a_dimension_that_is_not_used_is_not_drawn(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", SPACES)
-def test_the_competitors_recipe_is_in_reach_of_every_preset(preset: str) -> None:
-    space, recipe = SPACES[preset], baseline(SPACES[preset])
-    assert (recipe.optimizer, recipe.lr, recipe.unfreeze, recipe.schedule) == (
+def test_the_competitors_baseline_is_in_reach_of_every_preset(preset: str) -> None:
+    space, reference = SPACES[preset], baseline(SPACES[preset])
+    assert (reference.optimizer, reference.lr, reference.unfreeze, reference.schedule) == (
         "adam",
         1e-3,
         "once",
         "plateau",
     )
-    assert (recipe.head_depth, recipe.augment, recipe.patience) == (1, "shift", 0)
-    assert recipe.epochs == space.fixed["epochs"]
-    assert abs(recipe.image_size - 224) == min(abs(size - 224) for size in space.image_sizes)
+    assert (reference.head_depth, reference.augment, reference.patience) == (1, "shift", 0)
+    assert reference.epochs == space.fixed["epochs"]
+    assert abs(reference.image_size - 224) == min(abs(size - 224) for size in space.image_sizes)
     largest = max(space.backbones, key=lambda b: BACKBONES[b].millions)
-    assert recipe.backbone == ("legacy_xception" if preset == "gpu" else largest)
+    assert reference.backbone == ("legacy_xception" if preset == "gpu" else largest)
 
 
 def test_a_dimension_that_is_there_again_comes_before_those_that_hang_on_it() -> None:
@@ -170,13 +170,13 @@ def test_a_dimension_that_is_there_again_comes_before_those_that_hang_on_it() ->
 def test_what_makes_no_difference_is_not_drawn_where_the_preset_does_not_have_it_either() -> None:
     """Two trials would differ in name alone."""
     space = SPACES["cpu"]
-    for text in ("head=relu256,gelu512", "start_size=0,32", "dropout=0.3", "dropout=0.1:0.5"):
+    for text in ("head=relu256,gelu512", "start_image_size=0,32", "dropout=0.3", "dropout=0.1:0.5"):
         space = space.with_override(text)
     drawn = draw(space, 60)
     assert {"head" in values for values in drawn} == {True, False}
     for values in drawn:
         assert ("head" in values) == ("dropout" in values) == (values["head_depth"] > 0)
-        assert ("start_size" in values) == (values["unfreeze"] != "frozen")
+        assert ("start_image_size" in values) == (values["unfreeze"] != "frozen")
     always = SPACES["cpu"].with_override("head_depth=2").with_override("head=relu256,gelu512")
     assert {values["head"] for values in draw(always, 20)} == {"relu256", "gelu512"}
 
@@ -212,7 +212,10 @@ def test_an_override_replaces_a_range_a_choice_or_a_fixed_value() -> None:
         ("lr=1e-2:1e-3", "--set lr=1e-2:1e-3: LOW:HIGH is for a real number, with LOW below HIGH"),
         ("head_depth=1:2", "--set head_depth=1:2: LOW:HIGH is for a real number"),
         ("class_weights=maybe", "--set class_weights: 'maybe' is no bool"),
-        ("start_size=0,96", "--set start_size=0,96: start_size=96 must be at most image_size=64"),
+        (
+            "start_image_size=0,96",
+            "--set start_image_size=0,96: start_image_size=96 must be at most image_size=64",
+        ),
     ],
 )
 def test_a_wrong_override_is_refused_with_the_way_out(text: str, message: str) -> None:
@@ -220,11 +223,11 @@ def test_a_wrong_override_is_refused_with_the_way_out(text: str, message: str) -
         SPACES["cpu"].with_override(text)
 
 
-def test_pictures_may_grow_from_any_size_that_the_space_has() -> None:
+def test_images_may_grow_from_any_size_that_the_space_has() -> None:
     space = SPACES["gpu"]
-    for text in ("backbone=convnext_tiny", "image_size=352,416", "start_size=256"):
+    for text in ("backbone=convnext_tiny", "image_size=352,416", "start_image_size=256"):
         space = space.with_override(text)
-    assert space.fixed["start_size"] == 256
+    assert space.fixed["start_image_size"] == 256
 
 
 @pytest.mark.parametrize("preset", SPACES)
@@ -255,9 +258,9 @@ def test_a_size_that_some_backbone_cannot_take_is_refused_at_once() -> None:
 
 def test_what_is_tested_larger_is_held_as_large() -> None:
     assert SPACES["cpu"].largest_size == 192
-    assert SPACES["cpu"].with_override("test_size=0,256").largest_size == 256
-    with pytest.raises(ValueError, match="--set test_size=0,288: test_size=288"):
-        SPACES["gpu"].with_override("test_size=0,288")
+    assert SPACES["cpu"].with_override("eval_image_size=0,256").largest_size == 256
+    with pytest.raises(ValueError, match="--set eval_image_size=0,288: eval_image_size=288"):
+        SPACES["gpu"].with_override("eval_image_size=0,288")
 
 
 def test_backbones_can_be_left_out_but_not_all() -> None:

@@ -30,7 +30,9 @@ def record(
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     study = Study(tmp_path / "study")
-    study.begin({"metric": "accuracy"}, [("val", "a,b.jpg", 1), ("audit", "ü.jpg", 0), ("test", "t.jpg", -1)])
+    study.begin(
+        {"metric": "accuracy"}, [("val", "a,b.jpg", 1), ("holdout", "ü.jpg", 0), ("test", "t.jpg", -1)]
+    )
     return study
 
 
@@ -116,7 +118,7 @@ def test_members_of_an_ensemble_keep_their_weights_until_there_is_another(study:
 
 def test_labels_come_back_by_id(study: Study) -> None:
     assert study.labels("val") == {"a,b.jpg": 1}
-    assert study.labels("audit") == {"ü.jpg": 0}
+    assert study.labels("holdout") == {"ü.jpg": 0}
 
 
 def test_a_folder_that_is_no_study_is_named(tmp_path: Path) -> None:

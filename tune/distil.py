@@ -51,7 +51,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     def on_epoch(epoch: EpochMetrics) -> None:
         screen.say(f"  epoch {epoch.epoch}: {study.metric} on val {epoch.value:.4f}, {epoch.seconds:.0f} s")
 
-    with session.alone(study, options, screen) as job:
+    with session.open_job_without_ray(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
         torch.set_num_threads(joblib.cpu_count())
         results = distillation.distil(
@@ -63,23 +63,27 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
 
 def _tell(results: dict[str, Any], study: Study, screen: Screen) -> None:
     """What is kept and what is gained."""
-    metric, audit, speed = results["metric"], results["audit"], results["speed"]
+    metric, holdout, speed = results["metric"], results["holdout"], results["speed"]
     val = ", ".join(f"{name} {score_text(metric, score)}" for name, score in results["val"].items())
     screen.say(f"{metric} on val: {val}.")
-    screen.say(f"{metric} on audit ({audit['pictures']} pictures kept aside, 95 % intervals):")
+    screen.say(f"{metric} on holdout ({holdout['images']} images kept aside, 95 % intervals):")
     for name, words in (
         ("student", "student"),
         ("ensemble", "ensemble"),
         ("gain_over_ensemble", "student less ensemble"),
     ):
-        screen.say(f"  {words:<24}{interval_text(metric, audit[name])}", "bold" if name == "student" else "")
-    if audit["looks"] > 1:
-        screen.say(f"  (audit was looked at {audit['looks']} times for students: quote the first)", "yellow")
+        screen.say(
+            f"  {words:<24}{interval_text(metric, holdout[name])}", "bold" if name == "student" else ""
+        )
+    if holdout["looks"] > 1:
+        screen.say(
+            f"  (holdout was looked at {holdout['looks']} times for students: quote the first)", "yellow"
+        )
     screen.say(
-        f"Pictures a second: {speed['student']:.0f}, the ensemble {speed['ensemble']:.0f}; "
+        f"Images a second: {speed['student']:.0f}, the ensemble {speed['ensemble']:.0f}; "
         f"{speed['ratio']:.1f} times as fast."
     )
-    screen.say(f"To answer with it: python tune/predict.py {study.folder} PICTURES --student")
+    screen.say(f"To answer with it: python tune/predict.py {study.folder} IMAGES --student")
 
 
 if __name__ == "__main__":

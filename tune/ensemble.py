@@ -1,6 +1,6 @@
 """python tune/ensemble.py results/demo
 
-Choose an ensemble of a study's finished trials on val, score it once on audit, write submission and report.
+Choose an ensemble of a study's finished trials on val, score it once on holdout, write submission and report.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=MOST_VIEWS,
         metavar="N",
-        help=f"most views a picture ({MOST_VIEWS}; 1: off)",
+        help=f"most views an image ({MOST_VIEWS}; 1: off)",
     )
     add_cost_option(p)
     p.add_argument("--out", type=Path, metavar="CSV", help="a further place to write the submission to")
@@ -54,9 +54,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     max_seconds = cost_limit(options)
     study = Study(user_path(options.study))
     out = out_file(options)
-    with session.reopened(study, options, screen) as job:
+    with session.open_job(study, options, screen) as job:
         if out and not len(job.splits.test):
-            raise ValueError(f"--out {options.out}: there are no test pictures to answer; leave it out")
+            raise ValueError(f"--out {options.out}: there are no test images to answer; leave it out")
         results = ensemble(
             job,
             clock=Clock(time.time()),

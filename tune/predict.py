@@ -1,8 +1,8 @@
-"""python tune/predict.py results/demo PICTURE_OR_FOLDER... --out answers.csv
+"""python tune/predict.py results/demo IMAGE_OR_FOLDER... --out answers.csv
 
-Show pictures to a study's ensemble: class, name and confidence of each, and "not sure" where answers of so
+Show images to a study's ensemble: class, name and confidence of each, and "not sure" where answers of so
 little confidence are wrong too often. With --export the ensemble leaves the study (ONNX, safetensors, model
-card); with --serve a local page takes a picture that is dropped on it, and shows what spoke for the answer.
+card); with --serve a local page takes an image that is dropped on it, and shows what spoke for the answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 
 from carmodels.ensembling.export import TOLERANCE, check_packages, export
-from carmodels.ensembling.network import EXPORTED, Ensemble, of_study
+from carmodels.ensembling.network import EXPORTED, Ensemble, load_ensemble
 from carmodels.files import user_path
 from carmodels.study import Study
 from tune.cli.options import Parser, guarded, out_file
@@ -28,7 +28,7 @@ from tune.serving.inference import (
     Threshold,
     Unreadable,
     answers,
-    found_pictures,
+    found_images,
     threshold,
     write_answers,
 )
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
-    add("pictures", metavar="PICTURES", type=Path, nargs="*", help="pictures and folders of pictures")
+    add("images", metavar="IMAGES", type=Path, nargs="*", help="images and folders of images")
     add("--out", type=Path, metavar="CSV", help="write the answers with all probabilities to this file")
     add(
         "--not-sure",
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--student", action="store_true", help="answer with what tune/distil.py made of the ensemble")
     add("--export", type=Path, metavar="DIR", help="write ONNX, safetensors and a model card to this folder")
-    add("--serve", action="store_true", help="show a page to drop pictures on, until Ctrl-C")
+    add("--serve", action="store_true", help="show a page to drop images on, until Ctrl-C")
     add("--port", type=int, metavar="N", help=f"of that page ({PORT}; 0: any)")
     return p
 
@@ -62,9 +62,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     """Export, answer, serve: whatever was asked for, in this order."""
     _check(options)
     study = Study(user_path(options.study))
-    paths = found_pictures([user_path(p) if str(p).startswith("~") else p for p in options.pictures])
+    paths = found_images([user_path(p) if str(p).startswith("~") else p for p in options.thumbnails])
     answer = "student" if options.student else "ensemble"
-    ensemble, limit = of_study(study, answer), threshold(study, options.not_sure, answer)
+    ensemble, limit = load_ensemble(study, answer), threshold(study, options.not_sure, answer)
     screen.say(limit.sentence)
     if options.export:
         _export(study, answer, ensemble, limit, user_path(options.export), screen)
@@ -77,10 +77,10 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if not (options.pictures or options.export or options.serve):
-        raise ValueError("there is nothing to do: give pictures or folders, --export DIR or --serve")
-    if options.out and not options.pictures:
-        raise ValueError(f"--out {options.out} is for answers; give pictures or folders, too")
+    if not (options.thumbnails or options.export or options.serve):
+        raise ValueError("there is nothing to do: give images or folders, --export DIR or --serve")
+    if options.out and not options.thumbnails:
+        raise ValueError(f"--out {options.out} is for answers; give images or folders, too")
     out_file(options)
     if options.port is not None and not options.serve:
         raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
@@ -97,7 +97,7 @@ def _export(
     study: Study, answer: str, ensemble: Ensemble, limit: Threshold, folder: Path, screen: Screen
 ) -> None:
     difference = export(ensemble, folder)
-    write_card(study, answer, ensemble.recipe, limit, difference, folder)
+    write_card(study, answer, ensemble.spec, limit, difference, folder)
     screen.say(
         f"Exported to {folder}: onnxruntime is within {difference:.1e} of torch (at most {TOLERANCE:.0e})."
     )
@@ -106,11 +106,11 @@ def _export(
 def _answer(
     ensemble: Ensemble, limit: Threshold, paths: list[Path], out: Path | None, screen: Screen
 ) -> None:
-    names, shown = ensemble.recipe.class_names, len(paths) <= MOST_LINES or out is None
+    names, shown = ensemble.spec.class_names, len(paths) <= MOST_LINES or out is None
     console = screen.console
     looked = track(
         answers(ensemble, paths, limit),
-        "Looking at pictures",
+        "Looking at images",
         total=len(paths),
         console=console,
         transient=True,
@@ -119,18 +119,18 @@ def _answer(
     found: list[Answer] = []
     for answer in looked:
         if isinstance(answer, Unreadable):
-            screen.say(f"Left out: {answer.picture} ({answer.reason}).", "yellow")
+            screen.say(f"Left out: {answer.image} ({answer.reason}).", "yellow")
             continue
         found.append(answer)
         if shown:
             guess = f"{names[answer.column]} ({answer.confidence:.0%})"
-            screen.say(f"{answer.picture}: {guess if answer.sure else f'{NOT_SURE}, perhaps {guess}'}")
+            screen.say(f"{answer.image}: {guess if answer.sure else f'{NOT_SURE}, perhaps {guess}'}")
     if not found:
-        raise ValueError(f"none of the {len(paths)} pictures can be read; the lines above say why")
+        raise ValueError(f"none of the {len(paths)} images can be read; the lines above say why")
     unsure = sum(not answer.sure for answer in found)
-    screen.say(f"{len(found)} pictures, {unsure} of them {NOT_SURE!r}, {len(paths) - len(found)} left out.")
+    screen.say(f"{len(found)} images, {unsure} of them {NOT_SURE!r}, {len(paths) - len(found)} left out.")
     if out:
-        write_answers(found, ensemble.recipe, user_path(out))
+        write_answers(found, ensemble.spec, user_path(out))
         screen.say(f"Written to {out}.")
 
 

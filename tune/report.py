@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from carmodels.ensembling.network import of_study
+from carmodels.ensembling.network import load_ensemble
 from carmodels.files import user_path
 from carmodels.study import Study
 from tune.cli import session
@@ -44,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, metavar="HTML", help="write the page to this file instead")
     add(
-        "--pictures",
+        "--thumbnails",
         action="store_true",
-        help="show pictures of the most confident mistakes, with what spoke for each answer",
+        help="show images of the most confident mistakes, with what spoke for each answer",
     )
     add_cache_options(p)
     add("--serve", action="store_true", help="show the page at a local address until Ctrl-C")
@@ -59,8 +59,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     check(options)
     studies = [Study(user_path(folder)) for folder in options.studies]
     out = out_file(options)
-    if options.pictures:
-        ensemble = of_study(studies[0]).to("cuda" if torch.cuda.is_available() else "cpu")
+    if options.thumbnails:
+        ensemble = load_ensemble(studies[0]).to("cuda" if torch.cuda.is_available() else "cpu")
         write_thumbnails(studies[0], ensemble, session.data_of(studies[0], options, screen))
     several = len(studies) > 1
     if options.serve:
@@ -78,10 +78,10 @@ def check(options: argparse.Namespace) -> None:
     if options.out and options.serve:
         raise ValueError(f"--out {options.out} is for a page that is written; leave it or --serve out")
     out_file(options)
-    if not options.pictures and (options.cache or options.cache_limit != CACHE_LIMIT):
-        raise ValueError("--cache and --cache-limit are for --pictures; add that or leave them out")
-    if options.pictures and len(options.studies) > 1:
-        raise ValueError("--pictures is for the report of one study; leave it or the other studies out")
+    if not options.thumbnails and (options.cache or options.cache_limit != CACHE_LIMIT):
+        raise ValueError("--cache and --cache-limit are for --thumbnails; add that or leave them out")
+    if options.thumbnails and len(options.studies) > 1:
+        raise ValueError("--thumbnails is for the report of one study; leave it or the other studies out")
 
 
 def serve(studies: list[Study], make: Callable[[int], str], port: int, screen: Screen) -> int:

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=V",
-        help="what to do in another way than the trial, such as ema=0.998, start_size=96 or test_size=224",
+        help="a hyperparameter to change, such as ema=0.998 or eval_image_size=224",
     )
     add_fold_options(p)
     add_machine_options(p)
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
             raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")
     study = Study(user_path(options.study))
     clock = Clock(time.time())
-    with session.reopened(study, options, screen) as job:
+    with session.open_job(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
         if options.folds:
             folds.check_filled(job.splits, options.folds, study.facts["seed"])

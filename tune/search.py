@@ -2,8 +2,8 @@
 
 Search for the best image classifier that the hardware and the hours can buy: search, run the best few again
 with new seeds, retrain the best, ensemble the top trials, write the submission and a report. Without
-arguments it draws a small data set of its own and shows the whole job; with your own pictures: --data
-PICTURES --hours 4.
+arguments it draws a small data set of its own and shows the whole job; with your own images: --data
+IMAGES --hours 4.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 
 from carmodels.data.dataset import Splits
 from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
-from carmodels.ensembling.network import of_study
+from carmodels.ensembling.network import load_ensemble
 from carmodels.evaluation.metrics import METRICS
 from carmodels.files import user_path
 from carmodels.formatting import duration
@@ -66,7 +66,7 @@ from tune.optim.standings import CONTENDERS
 from tune.reporting.mistakes import SECONDS, write_thumbnails
 from tune.reporting.page import write_report
 from tune.runtime import search_stage
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job
 from tune.runtime.profiling import costs_of, processor
 
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
-        "--data", metavar="DIR|ZIP", help="pictures by class, or the competition's files; left out: a demo"
+        "--data", metavar="DIR|ZIP", help="images by class, or the competition's files; left out: a demo"
     )
     p.add_argument(
         "--preset", choices=tuple(SPACES), help="what to search over (gpu where there is CUDA, else cpu)"
@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"most runs with new seeds over the best {CONTENDERS}, to tell which is best ({RERUNS}; 0: off)",
     )
     p.add_argument(
-        "--audit-stops",
+        "--check-stops",
         type=int,
         default=0,
         metavar="K",
@@ -129,9 +129,9 @@ def parser() -> argparse.ArgumentParser:
     add_machine_options(p)
     p.add_argument("--seed", type=int, default=0, help="of the split, the draws and the training (0)")
     p.add_argument(
-        "--pictures",
+        "--thumbnails",
         action="store_true",
-        help="show pictures of the most confident mistakes in the report (the demo does so anyway)",
+        help="show images of the most confident mistakes in the report (the demo does so anyway)",
     )
     p.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     p.add_argument("--check", action="store_true", help="look for what would stop a search, and start none")
@@ -270,8 +270,8 @@ def go(
     if results:
         screen.answer(results, job.study)
     if options.until == "report":
-        if options.pictures or options.data is None:
-            network = of_study(job.study).to("cuda" if torch.cuda.is_available() else "cpu")
+        if options.thumbnails or options.data is None:
+            network = load_ensemble(job.study).to("cuda" if torch.cuda.is_available() else "cpu")
             write_thumbnails(job.study, network, job.splits, seconds=min(SECONDS, clock.left))
         screen.say(f"Report: {write_report(job.study)}")
     screen.say(f"Every trial: {job.study.table_file}. All of it took {duration(time.time() - clock.begun)}.")
@@ -294,19 +294,19 @@ def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Cloc
         confirm=min(reruns, clock.seconds * (clock.confirm - clock.search)),  # and no more, by their bounds
         retrain=retraining.most_seconds(job, within=within, folds=options.folds) + less * clock.seconds,
         ensemble=blending.most_seconds(job, folds=options.folds),
-        stops=STOPS_SHARE if options.audit_stops else 0.0,
+        stops=STOPS_SHARE if options.check_stops else 0.0,
     )
 
 
 def trained_further(
-    job: Job, options: argparse.Namespace, clock: Clock, watch: Watch, screen: Screen
+    job: Job, options: argparse.Namespace, clock: Clock, watch: ProgressCallback, screen: Screen
 ) -> bool:
     """What trains after the search, up to --until; False if interrupted."""
     last, say = STAGES.index(options.until), screen.say
-    if options.audit_stops:
-        if not stop_check.audit_stops(
+    if options.check_stops:
+        if not stop_check.check_stops(
             job,
-            count=options.audit_stops,
+            count=options.check_stops,
             seed=options.seed,
             clock=clock,
             watching=lambda study: session.watched(
@@ -331,11 +331,11 @@ def check_numbers(options: argparse.Namespace) -> None:
         raise ValueError(f"--trials {options.trials} must be at least 1")
     if options.hours is not None and not 0 < options.hours < 24 * 365:
         raise ValueError(f"--hours {options.hours} must be above 0 and below a year")
-    for name in ("confirm", "audit_stops"):
+    for name in ("confirm", "check_stops"):
         if (value := getattr(options, name)) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 0, which leaves it out")
-    if options.pictures and options.until != "report":
-        raise ValueError(f"--pictures is for the report, which --until {options.until} leaves out")
+    if options.thumbnails and options.until != "report":
+        raise ValueError(f"--thumbnails is for the report, which --until {options.until} leaves out")
     check_folds(options)
     cost_limit(options)
     until = STAGES.index(options.until)
@@ -356,8 +356,8 @@ def check_numbers(options: argparse.Namespace) -> None:
 def models_later(options: argparse.Namespace) -> int:
     """How many models the stages after the search may leave: reruns, retrained ones, folds, soups."""
     until = STAGES.index(options.until)
-    found = options.audit_stops  # until all of these have ended
-    found += 1 + options.confirm if until >= STAGES.index("confirm") else 1  # and the recipe's
+    found = options.check_stops  # until all of these have ended
+    found += 1 + options.confirm if until >= STAGES.index("confirm") else 1  # and the baseline's
     if until >= STAGES.index("retrain"):
         found += folds.MOST_FOLDED * options.folds if options.folds else retraining.SEEDS + CONTENDERS - 1
         found += retraining.SEEDS if options.fold_in else 0
@@ -395,7 +395,7 @@ def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[S
 
 def budget(options: argparse.Namespace, space: Space, bare: bool, begun: float) -> tuple[Clock, int | None]:
     """The clock of the whole command, and the number of configurations where one is set."""
-    asked = {"confirm": options.confirm, "audit_stops": options.audit_stops}
+    asked = {"confirm": options.confirm, "check_stops": options.check_stops}
     hours, trials = options.hours, options.trials
     if hours is None and trials is None:
         on_gpus = torch.cuda.is_available() or (options.address and options.preset == "gpu")
@@ -434,7 +434,7 @@ def describe(options: argparse.Namespace, preset: str, space: Space, splits: Spl
         "split_hash": splits.split_hash,
         "classes": list(splits.classes),
         "class_names": list(splits.class_names),
-        "pictures": {s.name: len(s) for s in (splits.train, splits.val, splits.audit, splits.test)},
+        "images": {s.name: len(s) for s in (splits.train, splits.val, splits.holdout, splits.test)},
         "excluded": [asdict(e) for e in splits.excluded],
         "test_duplicates": [list(pair) for pair in splits.test_duplicates],
         "versions": {
@@ -461,15 +461,15 @@ def _written(options: argparse.Namespace) -> Iterator[str]:
 
 def describe_data(splits: Splits, screen: Screen) -> None:
     """What was found, what was left out, what looks alike."""
-    sizes = ", ".join(f"{s.name} {len(s)}" for s in (splits.train, splits.val, splits.audit, splits.test))
-    screen.say(f"{len(splits.classes)} classes ({', '.join(splits.class_names)}); pictures: {sizes}.")
+    sizes = ", ".join(f"{s.name} {len(s)}" for s in (splits.train, splits.val, splits.holdout, splits.test))
+    screen.say(f"{len(splits.classes)} classes ({', '.join(splits.class_names)}); images: {sizes}.")
     for lost in splits.excluded[:5]:
         screen.say(f"Left out: {lost.path} ({lost.reason}).", "yellow")
     if len(splits.excluded) > 5:
-        screen.say(f"... {len(splits.excluded)} pictures left out in all; study.json lists them.", "yellow")
+        screen.say(f"... {len(splits.excluded)} images left out in all; study.json lists them.", "yellow")
     if splits.test_duplicates:
         screen.say(
-            f"{len(splits.test_duplicates)} test pictures look like labelled ones; study.json lists them."
+            f"{len(splits.test_duplicates)} test images look like labelled ones; study.json lists them."
         )
 
 

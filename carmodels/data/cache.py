@@ -1,4 +1,4 @@
-"""Pictures decoded once: files of any kind to upright RGB, kept shrunk and 8-bit in one memory-mapped file.
+"""Images decoded once: files of any kind to upright RGB, kept shrunk and 8-bit in one memory-mapped file.
 
 Every worker of a node reads the same file through the page cache, so a further worker costs no memory.
 """
@@ -19,23 +19,23 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from carmodels.data.decode import SPARE, BrokenPicture, header_size, read_picture, room_for, shrink
+from carmodels.data.decode import SPARE, BrokenImage, header_size, read_image, room_for, shrink
 from carmodels.data.digests import DamagedCache, read_checked, write_checked
 from carmodels.data.duplicates import near_duplicate_groups, perceptual_hash
 
 CACHE_VERSION = 3  # raise it whenever the bytes in the cache would come out differently
-_CHUNK = 64  # pictures decoded before they are written out, which bounds memory
+_CHUNK = 64  # images decoded before they are written out, which bounds memory
 LIMIT = 100 * 2**30  # bytes of all caches in a folder
 SPARE_DISK = 2**30  # bytes that building a cache leaves on the disk
-_SAMPLE = 256  # pictures whose headers are read for an estimate
+_SAMPLE = 256  # images whose headers are read for an estimate
 _UNUSED_SECONDS = 7 * 86400  # since it was last opened, before a cache may make room for another
-Progress = Callable[[int, int], None]  # pictures done, pictures in all
+Progress = Callable[[int, int], None]  # images done, images in all
 Estimate = Callable[[int], None]  # bytes that a cache will take on disk
 Damage = Callable[[str], None]  # what is wrong with a cache that is rebuilt
 
 
 class ImageCache:
-    """Read-only pictures in a folder that `open_images` made; pickles as its path and re-opens there.
+    """Read-only images in a folder that `open_images` made; pickles as its path and re-opens there.
 
     `rows` (P,) gives the row of each path the cache was made from, -1 for a broken one; `broken` the reason,
     by position; `hashes` (N,) and `groups` (N,) are as in `near_duplicate_groups`. Raises DamagedCache: the
@@ -156,7 +156,7 @@ def _make_room(folder: Path, max_size: int, estimate: int, limit: int) -> None:
     room = min(limit - sum(sizes.values()), free)
     if estimate > room:
         raise ValueError(
-            f"the pictures at up to {max_size} px would take {estimate / 1e9:.1f} GB in "
+            f"the images at up to {max_size} px would take {estimate / 1e9:.1f} GB in "
             f"{str(folder.parent)!r}, where there is room for {max(0, room) / 1e9:.1f} GB: give --cache DIR "
             f"on a larger disk, a larger --cache-limit, or smaller sizes with --set image_size=..."
         )
@@ -174,7 +174,7 @@ def _build(paths: Sequence[Path], folder: Path, max_size: int, on_progress: Prog
     shapes, hashes, checksums, broken = [], [], [], []
     with (folder / "pixels.bin").open("wb") as file:
         for position, found in enumerate(_decode_all(paths, max_size)):
-            if isinstance(found, BrokenPicture):
+            if isinstance(found, BrokenImage):
                 broken.append((position, str(found)))
             else:
                 pixels, code = found
@@ -199,13 +199,13 @@ def _build(paths: Sequence[Path], folder: Path, max_size: int, on_progress: Prog
     )
 
 
-def _decode_all(paths: Sequence[Path], max_size: int) -> Iterator[tuple[np.ndarray, int] | BrokenPicture]:
-    def decode(path: Path) -> tuple[np.ndarray, int] | BrokenPicture:
+def _decode_all(paths: Sequence[Path], max_size: int) -> Iterator[tuple[np.ndarray, int] | BrokenImage]:
+    def decode(path: Path) -> tuple[np.ndarray, int] | BrokenImage:
         try:
             with room_for(path):
-                image = read_picture(path)
+                image = read_image(path)
                 return shrink(image, max_size), perceptual_hash(image)
-        except BrokenPicture as reason:
+        except BrokenImage as reason:
             return reason
 
     with (

@@ -17,12 +17,12 @@ from carmodels.data.layout import ListedImage, Listing, data_roots, list_images
 from carmodels.data.splits import SHARES, Split, assign_splits, hash_split, part_of, short_hash
 
 FEWEST_PER_CLASS = 4
-MOST_EXCLUDED = 0.01  # of the labelled pictures
+MOST_EXCLUDED = 0.01  # of the labelled images
 
 
 @dataclass(frozen=True)
 class Excluded:
-    """A labelled picture that was left out."""
+    """A labelled image that was left out."""
 
     id: str
     path: str
@@ -44,7 +44,7 @@ class Opening:
 class Splits:
     """A data set ready to learn from.
 
-    Pickled, it takes the pictures along as the path of their cache. Where that is missing or damaged, as on
+    Pickled, it takes the images along as the path of their cache. Where that is missing or damaged, as on
     another machine, it is built from the data set, by one process of a machine while others wait; ValueError
     where that is not the same data set.
     """
@@ -53,7 +53,7 @@ class Splits:
     class_names: tuple[str, ...]  # for display
     train: Split
     val: Split
-    audit: Split
+    holdout: Split
     test: Split  # may be empty
     images: ImageCache
     fingerprint: str  # 12 hex digits of ids, labels and file contents; neither path nor machine changes it
@@ -70,7 +70,7 @@ class Splits:
 
 
 def _unpickled(values: dict[str, Any], kept: object) -> Splits:
-    """The splits, with the pictures of the folder `kept` (or with `kept` itself, which is pictures)."""
+    """The splits, with the images of the folder `kept` (or with `kept` itself, which is images)."""
     if not isinstance(kept, Path):
         return Splits(images=kept, **values)  # type: ignore[arg-type]
     try:
@@ -106,24 +106,24 @@ def open_dataset(
     on_damage: Damage | None = None,
     cache_limit: int = LIMIT,
 ) -> Splits:
-    """The data set at `path` (folder or zip), its pictures decoded into `cache_dir` unless they are there.
+    """The data set at `path` (folder or zip), its images decoded into `cache_dir` unless they are there.
 
     max_size: the largest image_size in pixels that will be asked for. The split depends on content and `seed`
-    alone. Before the cache is built `on_estimate` is called with its size in bytes, and for each picture
+    alone. Before the cache is built `on_estimate` is called with its size in bytes, and for each image
     `on_progress(done, total)`; `on_damage` is told of a cache that is rebuilt. Raises ValueError with one
-    line for a data set that cannot be used, or whose pictures take more than `cache_limit` bytes; broken
-    training pictures are excluded, up to 1 %.
+    line for a data set that cannot be used, or whose images take more than `cache_limit` bytes; broken
+    training images are excluded, up to 1 %.
     """
     if max_size < 1:
         raise ValueError(f"max_size={max_size} must be at least 1 pixel")
     path, cache_dir = Path(path).absolute(), Path(cache_dir).absolute()
     listing = list_images(data_roots(path, cache_dir), path)
     _check_classes(listing.labelled)
-    pictures = listing.labelled + sorted(listing.test, key=lambda picture: picture.id)
-    paths = [picture.path for picture in pictures]
+    listed = listing.labelled + sorted(listing.test, key=lambda item: item.id)
+    paths = [item.path for item in listed]
     digests = file_digests(paths, cache_dir / "digests" / f"{short_hash(str(path))}.json")
     fingerprint = short_hash(
-        [[picture.category, picture.id, digest] for picture, digest in zip(pictures, digests, strict=True)]
+        [[item.category, item.id, digest] for item, digest in zip(listed, digests, strict=True)]
     )
     folder = cache_dir / "images" / f"{fingerprint}-{max_size}px-v{CACHE_VERSION}"
     images = open_images(
@@ -136,80 +136,78 @@ def open_dataset(
         limit=cache_limit,
     )
     opening = Opening(path, cache_dir, max_size, seed, cache_limit)
-    return _assemble(listing, pictures, images, fingerprint, opening)
+    return _assemble(listing, listed, images, fingerprint, opening)
 
 
 def _assemble(
-    listing: Listing, pictures: list[ListedImage], images: ImageCache, fingerprint: str, opening: Opening
+    listing: Listing, listed: list[ListedImage], images: ImageCache, fingerprint: str, opening: Opening
 ) -> Splits:
-    _check_tests(pictures, images)
+    _check_tests(listed, images)
     labelled, excluded = _usable(listing.labelled, images)
     classes = _check_classes(labelled)
-    labels = np.array([classes.index(picture.category) for picture in labelled], dtype=np.int64)
+    labels = np.array([classes.index(item.category) for item in labelled], dtype=np.int64)
     first_test = len(listing.labelled)
     rows = images.rows[:first_test][images.rows[:first_test] >= 0]
     sides = assign_splits(labels, images.groups[rows], opening.seed)
-    train, val, audit = (
+    train, val, holdout = (
         part_of(name, labelled, labels, rows, sides == number) for number, (name, _) in enumerate(SHARES)
     )
-    test_rows = {
-        picture.id: row for picture, row in zip(pictures, images.rows, strict=True) if not picture.category
-    }
-    test_ids = tuple(picture.id for picture in listing.test)
+    test_rows = {item.id: row for item, row in zip(listed, images.rows, strict=True) if not item.category}
+    test_ids = tuple(item.id for item in listing.test)
     test = Split("test", test_ids, None, np.array([test_rows[i] for i in test_ids], dtype=np.int64))
     return Splits(
         classes=classes,
         class_names=_display_names(classes, listing.names),
         train=train,
         val=val,
-        audit=audit,
+        holdout=holdout,
         test=test,
         images=images,
         fingerprint=fingerprint,
-        split_hash=hash_split(train, val, audit, test),
+        split_hash=hash_split(train, val, holdout, test),
         excluded=excluded,
-        test_duplicates=_test_duplicates((train, val, audit), test, images),
+        test_duplicates=_test_duplicates((train, val, holdout), test, images),
         sample_file=listing.sample_file,
         opening=opening,
     )
 
 
-def _check_tests(pictures: list[ListedImage], images: ImageCache) -> None:
-    broken = [(pictures[n], reason) for n, reason in images.broken.items() if not pictures[n].category]
+def _check_tests(listed: list[ListedImage], images: ImageCache) -> None:
+    broken = [(listed[n], reason) for n, reason in images.broken.items() if not listed[n].category]
     if broken:
-        found = "; ".join(f"{str(picture.path)!r}: {reason}" for picture, reason in broken[:3])
-        raise ValueError(f"{len(broken)} test pictures cannot be read: {found}; fetch them again")
+        found = "; ".join(f"{str(item.path)!r}: {reason}" for item, reason in broken[:3])
+        raise ValueError(f"{len(broken)} test images cannot be read: {found}; fetch them again")
 
 
 def _usable(
     labelled: list[ListedImage], images: ImageCache
 ) -> tuple[list[ListedImage], tuple[Excluded, ...]]:
-    """The labelled pictures without the broken ones, and those; they lead in `images`, in the same order."""
+    """The labelled images without the broken ones, and those; they lead in `images`, in the same order."""
     excluded = tuple(
-        Excluded(picture.id, str(picture.path), images.broken[n])
-        for n, picture in enumerate(labelled)
+        Excluded(item.id, str(item.path), images.broken[n])
+        for n, item in enumerate(labelled)
         if n in images.broken
     )
     if len(excluded) > MOST_EXCLUDED * len(labelled):
         found = "; ".join(f"{item.path!r}: {item.reason}" for item in excluded[:3])
         raise ValueError(
-            f"{len(excluded)} of {len(labelled)} labelled pictures cannot be read, more than "
+            f"{len(excluded)} of {len(labelled)} labelled images cannot be read, more than "
             f"{MOST_EXCLUDED:.0%}: {found}; fetch them again or take them out"
         )
-    return [picture for n, picture in enumerate(labelled) if n not in images.broken], excluded
+    return [item for n, item in enumerate(labelled) if n not in images.broken], excluded
 
 
 def _check_classes(labelled: list[ListedImage]) -> tuple[str, ...]:
-    """The categories in order; raises where there are too few, or too few pictures of one."""
-    counts = Counter(picture.category for picture in labelled)
+    """The categories in order; raises where there are too few, or too few images of one."""
+    counts = Counter(item.category for item in labelled)
     if len(counts) == 1:
         raise ValueError(
-            f"all pictures are of the class {next(iter(counts))!r}: two classes are needed at least"
+            f"all images are of the class {next(iter(counts))!r}: two classes are needed at least"
         )
     for category, count in sorted(counts.items()):
         if count < FEWEST_PER_CLASS:
             raise ValueError(
-                f"the class {category!r} has {count} readable pictures, but {FEWEST_PER_CLASS} are needed: "
+                f"the class {category!r} has {count} readable images, but {FEWEST_PER_CLASS} are needed: "
                 f"add some or take the class out"
             )
     numbers = all(category.isascii() and category.isdecimal() for category in counts)
@@ -232,8 +230,8 @@ def _test_duplicates(
 ) -> tuple[tuple[str, str], ...]:
     known: dict[int, list[tuple[int, str]]] = defaultdict(list)
     for part in labelled:
-        for row, picture_id in zip(part.rows, part.ids, strict=True):
-            known[images.groups[row]].append((row, picture_id))
+        for row, image_id in zip(part.rows, part.ids, strict=True):
+            known[images.groups[row]].append((row, image_id))
 
     def nearest(row: int) -> str:
         others = known[images.groups[row]]

@@ -20,37 +20,37 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # by content, whatever the file is cal
 # 40 dB of decoding afresh, at 96 to 224 px as largest size; at 1.75 one did not, at 1.5 twelve, at 1.25 half
 # of them.
 SPARE = 2.0
-LARGE = 30e6  # pixels from which on pictures are decoded one at a time: they take 4 bytes each
+LARGE = 30e6  # pixels from which on images are decoded one at a time: they take 4 bytes each
 
 # what Pillow lets out on damaged files, as found by trying some thousands
 _PARSER_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, struct.error)
 
 
-class BrokenPicture(ValueError):
+class BrokenImage(ValueError):
     """The file is missing, empty, of another kind or damaged; the message is the reason alone."""
 
 
-def read_picture(path: Path) -> Image.Image:
-    """The picture at `path` as upright 8-bit RGB, transparent parts on white (as shops show cut-out cars).
+def read_image(path: Path) -> Image.Image:
+    """The image at `path` as upright 8-bit RGB, transparent parts on white (as shops show cut-out cars).
 
-    Raises BrokenPicture, or ValueError for a picture of more than 178 megapixels (Pillow's bomb limit).
+    Raises BrokenImage, or ValueError for an image of more than 178 megapixels (Pillow's bomb limit).
     """
     try:
         if not path.is_file():  # a named pipe would be waited for, for ever
-            raise BrokenPicture(_no_file(path))
+            raise BrokenImage(_no_file(path))
         with Image.open(path, formats=FORMATS) as image:
             image.load()
             _turn_upright(image)
             return _as_rgb(image)
-    except BrokenPicture:
+    except BrokenImage:
         raise
     except UnidentifiedImageError:
-        raise BrokenPicture(_unknown_kind(path)) from None
+        raise BrokenImage(_unknown_kind(path)) from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{str(path)!r} is too large: {error}; remove or shrink it") from None
     except _PARSER_ERRORS as error:
         raise_machine_trouble(error)
-        raise BrokenPicture(f"it cannot be decoded: {error}") from None
+        raise BrokenImage(f"it cannot be decoded: {error}") from None
 
 
 def _turn_upright(image: Image.Image) -> None:
@@ -66,7 +66,7 @@ _one_large = threading.Lock()
 
 @contextlib.contextmanager
 def room_for(path: Path) -> Iterator[None]:
-    """While a picture is decoded: of large ones, by their headers, one at a time in this process."""
+    """While an image is decoded: of large ones, by their headers, one at a time in this process."""
     size = header_size(path)
     with _one_large if size and size[0] * size[1] > LARGE else contextlib.nullcontext():
         yield
@@ -87,7 +87,7 @@ def _no_file(path: Path) -> str:
 def _unknown_kind(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(8)
-    return f"not a JPEG, PNG, WebP or BMP picture: it begins with {start!r}" if start else "the file is empty"
+    return f"not a JPEG, PNG, WebP or BMP image: it begins with {start!r}" if start else "the file is empty"
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -100,7 +100,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def shrink(image: Image.Image, max_size: int) -> np.ndarray:
-    """(H, W, 3) uint8 whose shorter side is 2 * max_size pixels, or less where the picture is smaller.
+    """(H, W, 3) uint8 whose shorter side is 2 * max_size pixels, or less where the image is smaller.
 
     Lanczos, since resizing again to what a trial asks for is then closest to resizing the original: 3 dB
     better than an area average at max_size.

@@ -11,7 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 DUPLICATE_BITS = 6  # of 64; on cars9 all three pairs up to 6 are the same photograph, at 8 it is one in five
-MOST_ALIKE = 0.01  # of all pictures that near-duplicates of one may be
+MOST_ALIKE = 0.01  # of all images that near-duplicates of one may be
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -23,7 +23,7 @@ def near_duplicate_groups(hashes: np.ndarray) -> np.ndarray:
     """hashes (N,) uint64 -> (N,) int64: the first row of the group that each row belongs to.
 
     Rows are linked where at most `DUPLICATE_BITS` bits differ; a group is what hangs together by links. Many
-    pictures of little detail hang together though they are no copies: groups of more than `MOST_ALIKE` of
+    images of little detail hang together though they are no copies: groups of more than `MOST_ALIKE` of
     all, and of 20, are cut by ever stricter links.
     """
     distinct, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)

@@ -1,15 +1,15 @@
-"""A data set on disk to four splits of decoded pictures.
+"""A data set on disk to four splits of decoded images.
 
-`open_dataset` takes a folder or a zip of it. The first of these that applies says where the pictures are:
+`open_dataset` takes a folder or a zip of it. The first of these that applies says where the images are:
 
     train.csv with path,label     anywhere below the folder of the CSV
     train.csv with Id,Category    train/<Category>/<Id>, as in the competition
     train/                        train/<class>/
     anything else                 <class>/
 
-Test pictures are those of a test.csv with path; else those in `test_upload` or `test`, in the order of the
+Test images are those of a test.csv with path; else those in `test_upload` or `test`, in the order of the
 first column of a sample submission, if there is one; else there are none. `classes.txt` ("<category> <name>"
-a line) gives names for display. A train.csv is complete: pictures that it does not name are not used.
+a line) gives names for display. A train.csv is complete: images that it does not name are not used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TEST_FOLDERS = ("test_upload", "test")
 _PATH_COLUMNS = ("path", "file", "filename", "image")
 _LABEL_COLUMNS = ("label", "class", "category")
 
-_PICTURE_SUFFIXES = {
+_IMAGE_SUFFIXES = {
     ".jpg",
     ".jpeg",
     ".jpe",
@@ -54,7 +54,7 @@ class ListedImage:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a data set says it holds, before a picture is opened."""
+    """What a data set says it holds, before an image is opened."""
 
     labelled: list[ListedImage]  # sorted by id
     test: list[ListedImage]  # in the order of the sample file or test.csv, else sorted by id
@@ -90,8 +90,8 @@ def _is_whole(folder: Path) -> bool:
     if not folder.is_dir() or folder.name in ("train", *_TEST_FOLDERS):
         return False
     inside = list(folder.iterdir())
-    pictures = (path.suffix.lower() in _PICTURE_SUFFIXES for path in inside if path.is_file())
-    return any(path.is_dir() for path in inside) and not any(pictures)
+    images = (path.suffix.lower() in _IMAGE_SUFFIXES for path in inside if path.is_file())
+    return any(path.is_dir() for path in inside) and not any(images)
 
 
 def list_images(roots: Sequence[Path], path: Path) -> Listing:
@@ -100,13 +100,13 @@ def list_images(roots: Sequence[Path], path: Path) -> Listing:
     labelled = _from_folders(roots) if table is None else _from_table(table, roots)
     if not labelled:
         raise ValueError(
-            f"no pictures in {str(path)!r}: it needs train.csv, or a folder for each class in it or train/"
+            f"no images in {str(path)!r}: it needs train.csv, or a folder for each class in it or train/"
         )
     test = _tests(roots, sample)
-    for pictures in (labelled, test):
-        _refuse_twice(pictures)
-        _refuse_undecodable(pictures)
-    labelled.sort(key=lambda picture: picture.id)
+    for images in (labelled, test):
+        _refuse_twice(images)
+        _refuse_undecodable(images)
+    labelled.sort(key=lambda image: image.id)
     return Listing(labelled, test, _read_names(_find(roots, "classes.txt")), sample)
 
 
@@ -145,9 +145,9 @@ def _from_folders(roots: Sequence[Path]) -> list[ListedImage]:
             continue
         if base.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"the class folder {str(folder)!r} is a link to what holds it: remove the link")
-        names = picture_names(folder)
+        names = image_names(folder)
         if not names:
-            raise ValueError(f"the class folder {str(folder)!r} holds no pictures: fill or remove it")
+            raise ValueError(f"the class folder {str(folder)!r} holds no images: fill or remove it")
         labelled += [ListedImage(f"{folder.name}/{name}", folder / name, folder.name) for name in names]
     return labelled
 
@@ -163,28 +163,28 @@ def _tests(roots: Sequence[Path], sample: Path | None) -> list[ListedImage]:
         names = [_inside(i, table) for i in frame[path]]
         if sample is not None and (odd := sorted(set(names) ^ set(ids))):
             raise ValueError(
-                f"{str(table)!r} and {str(sample)!r} do not list the same pictures, only one of them names "
+                f"{str(table)!r} and {str(sample)!r} do not list the same images, only one of them names "
                 f"{odd[0]!r}: correct one, or take one away"
             )
         return [ListedImage(name, table.parent / name) for name in names]
     if folder is None and sample is not None:
-        raise ValueError(f"{str(sample)!r} lists test pictures, but there is no test_upload or test folder")
+        raise ValueError(f"{str(sample)!r} lists test images, but there is no test_upload or test folder")
     if folder is None:
         return []
-    names = picture_names(folder)
+    names = image_names(folder)
     if sample is not None:
         unlisted = sorted(set(names) - set(ids))
         if unlisted:
             raise ValueError(
-                f"{len(unlisted)} pictures of {str(folder)!r} are not in {str(sample)!r}, "
+                f"{len(unlisted)} images of {str(folder)!r} are not in {str(sample)!r}, "
                 f"the first is {unlisted[0]!r}: add or remove them"
             )
         names = ids
     return [ListedImage(name, folder / name) for name in names]
 
 
-def picture_names(folder: Path) -> list[str]:
-    """Paths of the pictures at any depth below `folder`, relative to it, sorted.
+def image_names(folder: Path) -> list[str]:
+    """Paths of the images at any depth below `folder`, relative to it, sorted.
 
     Without hidden files and folders; links to folders are followed, but to none that leads back.
     """
@@ -198,7 +198,7 @@ def picture_names(folder: Path) -> list[str]:
         seen.add(here)
         folders[:] = [name for name in folders if name[0] != "."]
         found += [Path(parent, name).relative_to(folder) for name in files if name[0] != "."]
-    return sorted(p.as_posix() for p in found if p.suffix.lower() in _PICTURE_SUFFIXES)
+    return sorted(p.as_posix() for p in found if p.suffix.lower() in _IMAGE_SUFFIXES)
 
 
 def _read_table(table: Path) -> pd.DataFrame:
@@ -237,19 +237,19 @@ def _label(name: str, source: Path) -> str:
     return name
 
 
-def _refuse_twice(pictures: list[ListedImage]) -> None:
-    name, count = next(iter(Counter(picture.id for picture in pictures).most_common(1)), ("", 0))
+def _refuse_twice(images: list[ListedImage]) -> None:
+    name, count = next(iter(Counter(image.id for image in images).most_common(1)), ("", 0))
     if count > 1:
         raise ValueError(f"the id {name!r} is there {count} times: ids must be unique")
 
 
-def _refuse_undecodable(pictures: list[ListedImage]) -> None:
+def _refuse_undecodable(images: list[ListedImage]) -> None:
     """File systems keep bytes; a name that is no text could not be written into a table."""
-    for picture in pictures:
+    for image in images:
         try:
-            picture.id.encode()
+            image.id.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"the name of {str(picture.path)!r} is not UTF-8: rename it") from None
+            raise ValueError(f"the name of {str(image.path)!r} is not UTF-8: rename it") from None
 
 
 def _read_names(path: Path | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Loaders: the pictures of a split, varied or shown through a view, as batches of 8-bit tensors."""
+"""Loaders: the images of a split, varied or shown through a view, as batches of 8-bit tensors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from carmodels.data.transforms import (
     apply_transforms,
     make_transform,
     random_crop,
+    resize_fast,
     seen,
-    squash_fast,
 )
 
 PATIENCE = (
     900.0  # seconds for a batch, after which a loader process counts as hung and a RuntimeError says so
 )
 
-Pictures = ImageCache | Sequence[np.ndarray]  # (H, W, 3) uint8 each, by row
+Images = ImageCache | Sequence[np.ndarray]  # (H, W, 3) uint8 each, by row
 
 
 class Batch(NamedTuple):
@@ -49,15 +49,15 @@ class _Plan(NamedTuple):
 class Loader:
     """Batches of a split, epoch by epoch.
 
-    A picture is varied by `augment`, or shown as `view` says (whose scale is the caller's matter: it sets
-    image_size), or neither: the whole picture squashed to a square of image_size pixels. What it looks like
+    An image is varied by `augment`, or shown as `view` says (whose scale is the caller's matter: it sets
+    image_size), or neither: the whole image squashed to a square of image_size pixels. What it looks like
     depends on seed, epoch and its position in the split alone; the order, if `shuffle`, on seed and epoch.
     processes=0 works in the calling process; more start with the first epoch and live as long as the loader.
     """
 
     def __init__(
         self,
-        images: Pictures,
+        images: Images,
         split: Split,
         *,
         image_size: int,
@@ -73,10 +73,10 @@ class Loader:
             raise ValueError("a loader takes augment or view, not both")
         if drop_last and batch_size > len(split):
             raise ValueError(
-                f"batch_size={batch_size} is more than the {len(split)} pictures of {split.name}, "
+                f"batch_size={batch_size} is more than the {len(split)} images of {split.name}, "
                 f"and drop_last leaves none: take a smaller one"
             )
-        self._pictures, self._batch_size, self._seed = len(split), batch_size, seed
+        self._images, self._batch_size, self._seed = len(split), batch_size, seed
         self._shuffle, self._drop_last = shuffle, drop_last
         self._size = image_size
         self._batches = _Batches(images, split, augment, view, seed)
@@ -86,11 +86,11 @@ class Loader:
     def __len__(self) -> int:
         """Batches of an epoch."""
         spare = 0 if self._drop_last else self._batch_size - 1
-        return (self._pictures + spare) // self._batch_size
+        return (self._images + spare) // self._batch_size
 
     def orders(self, number: int) -> list[np.ndarray]:
         """Positions in the split, batch by batch, in epoch `number`, 0 or more."""
-        order = np.arange(self._pictures)
+        order = np.arange(self._images)
         if self._shuffle:
             order = np.random.default_rng((self._seed, number)).permutation(order)
         return [order[n * self._batch_size : (n + 1) * self._batch_size] for n in range(len(self))]
@@ -98,7 +98,7 @@ class Loader:
     def epoch(
         self, number: int, *, like: int | None = None, size: int | None = None, strength: float = 1.0
     ) -> Iterator[Batch]:
-        """The batches of epoch `number`, 0 or more; with `like`, of pictures as they are in that epoch.
+        """The batches of epoch `number`, 0 or more; with `like`, of images as they are in that epoch.
 
         `size` in pixels is another one than the loader's. With a strength below 1 crops cut off that much
         less, and that share of the steps is taken.
@@ -116,7 +116,7 @@ class _Batches(Dataset[Batch]):
 
     def __init__(
         self,
-        images: Pictures,
+        images: Images,
         split: Split,
         augment: Augment | None,
         view: View | None,
@@ -130,27 +130,27 @@ class _Batches(Dataset[Batch]):
     def __getitem__(self, plan: _Plan) -> Batch:
         pixels = np.empty((len(plan.positions), plan.size, plan.size, 3), np.uint8)
         for place, position in zip(pixels, plan.positions.tolist(), strict=True):
-            picture = self._picture(plan, position, place)
-            if picture is not place:
-                place[:] = picture
+            image = self._image(plan, position, place)
+            if image is not place:
+                place[:] = image
         labels = torch.from_numpy(self._labels[plan.positions])
         return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels, plan.positions)
 
-    def _picture(self, plan: _Plan, position: int, place: np.ndarray) -> np.ndarray:
+    def _image(self, plan: _Plan, position: int, place: np.ndarray) -> np.ndarray:
         """(size, size, 3), in `place` or elsewhere."""
-        picture = self._images[self._rows[position]]
+        image = self._images[self._rows[position]]
         if self._augment is None:
-            return seen(picture, self._view, plan.size)
+            return seen(image, self._view, plan.size)
         rng = LazyGenerator(self._seed, plan.epoch, position)
         draw = random.Random((self._seed << 64) + (plan.epoch << 32) + position)
-        crop = picture
+        crop = image
         if self._augment.crop:
             least, most = (1 - plan.strength * (1 - share) for share in self._augment.crop)
-            crop = random_crop(picture, (least, most), draw)
+            crop = random_crop(image, (least, most), draw)
         steps = self._steps
         if plan.strength < 1:
             steps = [step for step in steps if draw.random() < plan.strength]
-        return apply_transforms(steps, squash_fast(crop, plan.size, place), rng, draw)
+        return apply_transforms(steps, resize_fast(crop, plan.size, place), rng, draw)
 
 
 def _start_workers(batches: _Batches, plan: list[_Plan], processes: int) -> DataLoader[Batch]:

@@ -16,14 +16,14 @@ def with_fold(splits: Splits, *, folds: int, fold: int, seed: int) -> Splits:
     both = _together("both", (splits.train, splits.val))
     assert both.labels is not None
     held_out = assign_folds(both.labels, splits.images.groups[both.rows], folds, seed) == fold
-    return _parted(splits, both.part(~held_out, "train"), both.part(held_out, "oof"), splits.audit)
+    return _parted(splits, both.part(~held_out, "train"), both.part(held_out, "oof"), splits.holdout)
 
 
-def with_everything(splits: Splits) -> Splits:
-    """All labelled pictures become `train`; `val` and `audit` are empty."""
-    everything = _together("train", (splits.train, splits.val, splits.audit))
-    val, audit = (everything.part(np.zeros(len(everything), bool), name) for name in ("val", "audit"))
-    return _parted(splits, everything, val, audit)
+def with_all_labelled(splits: Splits) -> Splits:
+    """All labelled images become `train`; `val` and `holdout` are empty."""
+    everything = _together("train", (splits.train, splits.val, splits.holdout))
+    val, holdout = (everything.part(np.zeros(len(everything), bool), name) for name in ("val", "holdout"))
+    return _parted(splits, everything, val, holdout)
 
 
 def _together(name: str, parts: Sequence[Split]) -> Split:
@@ -33,6 +33,6 @@ def _together(name: str, parts: Sequence[Split]) -> Split:
     return Split(name, ids, np.concatenate(labels), np.concatenate([part.rows for part in parts]))
 
 
-def _parted(splits: Splits, train: Split, val: Split, audit: Split) -> Splits:
-    digest = hash_split(train, val, audit, splits.test)
-    return replace(splits, train=train, val=val, audit=audit, split_hash=digest)
+def _parted(splits: Splits, train: Split, val: Split, holdout: Split) -> Splits:
+    digest = hash_split(train, val, holdout, splits.test)
+    return replace(splits, train=train, val=val, holdout=holdout, split_hash=digest)

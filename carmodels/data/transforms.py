@@ -34,13 +34,13 @@ class LazyGenerator:
         return getattr(self._made, name)
 
 
-def seen(picture: np.ndarray, view: View, size: int) -> np.ndarray:
+def seen(image: np.ndarray, view: View, size: int) -> np.ndarray:
     """(H, W, 3) -> (size, size, 3), as the view shows it (its scale is in `size`)."""
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     left, top, right, bottom = (
         round(share * side) for share, side in zip(view.box, (width, height) * 2, strict=True)
     )
-    shown = squash(picture[top : max(bottom, top + 1), left : max(right, left + 1)], size)
+    shown = resize(image[top : max(bottom, top + 1), left : max(right, left + 1)], size)
     if view.flip:
         shown = shown[:, ::-1]
     if view.contrast == view.brightness == 1:
@@ -49,62 +49,62 @@ def seen(picture: np.ndarray, view: View, size: int) -> np.ndarray:
     return levels.round().clip(0, 255).astype(np.uint8)[shown]
 
 
-def squash(picture: np.ndarray, size: int) -> np.ndarray:
+def resize(image: np.ndarray, size: int) -> np.ndarray:
     """(H, W, 3) -> (size, size, 3): area average along a side that shrinks, bilinear along one that grows."""
-    height, width = picture.shape[:2]
-    small = cv2.resize(picture, (min(width, size), min(height, size)), interpolation=cv2.INTER_AREA)
+    height, width = image.shape[:2]
+    small = cv2.resize(image, (min(width, size), min(height, size)), interpolation=cv2.INTER_AREA)
     if min(height, width) >= size:
         return small
     return cv2.resize(small, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
-def squash_fast(picture: np.ndarray, size: int, place: np.ndarray) -> np.ndarray:
-    """`squash` into `place`, in less than half its time: bilinear, of four samples where one skips pixels.
+def resize_fast(image: np.ndarray, size: int, place: np.ndarray) -> np.ndarray:
+    """`resize` into `place`, in less than half its time: bilinear, of four samples where one skips pixels.
 
-    For training. Against `squash` of the decoded photograph, over random crops of sixty of cars9: median 39
+    For training. Against `resize` of the decoded photograph, over random crops of sixty of cars9: median 39
     dB at 64 px, 43 at 128 px, 43 at 224 px; one bilinear sample of the whole file, as is usual, has 28, 34
     and 43 dB.
     """
-    sides = picture.shape[:2]
+    sides = image.shape[:2]
     shrinks = max(sides) / size if size < _SHARP else math.sqrt(sides[0] * sides[1]) / size
     if shrinks <= (_BILINEAR_SHRINKS if size < _SHARP else _SHARP_SHRINKS):
-        return cv2.resize(picture, (size, size), place, interpolation=cv2.INTER_LINEAR)
-    double = cv2.resize(picture, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(image, (size, size), place, interpolation=cv2.INTER_LINEAR)
+    double = cv2.resize(image, (2 * size, 2 * size), interpolation=cv2.INTER_LINEAR)
     return cv2.resize(double, (size, size), place, interpolation=cv2.INTER_AREA)
 
 
-def random_crop(picture: np.ndarray, shares: tuple[float, float], draw: random.Random) -> np.ndarray:
+def random_crop(image: np.ndarray, shares: tuple[float, float], draw: random.Random) -> np.ndarray:
     """A view of a random part with the given share of the area, as RandomResizedCrop (Szegedy et al., 2015).
 
-    The aspect ratio, 3/4 to 4/3, is relative to the picture's own, since the whole is squashed to a square as
+    The aspect ratio, 3/4 to 4/3, is relative to the image's own, since the whole is squashed to a square as
     well: a crop of absolute ratio would always cut the ends off a wide car.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     area = draw.uniform(*shares)
-    limit = -math.log(max(area, 3 / 4))  # beyond 1 / area a side would be longer than the picture's
+    limit = -math.log(max(area, 3 / 4))  # beyond 1 / area a side would be longer than the image's
     stretch = math.exp(draw.uniform(-limit, limit))
     crop_height = max(1, round(height * math.sqrt(area / stretch)))
     crop_width = max(1, round(width * math.sqrt(area * stretch)))
     top = int(draw.random() * (height - crop_height + 1))
     left = int(draw.random() * (width - crop_width + 1))
-    return picture[top : top + crop_height, left : left + crop_width]
+    return image[top : top + crop_height, left : left + crop_width]
 
 
 def apply_transforms(
     transforms: Sequence[albumentations.BasicTransform],
-    picture: np.ndarray,
+    image: np.ndarray,
     rng: LazyGenerator,
     draw: random.Random,
 ) -> np.ndarray:
     """One pair of generators for all transforms.
 
     Compose.set_random_seed gives every transform the same seed, so that all decide by the same number whether
-    they are applied (a flipped picture would always be jittered), and takes 25 to 75 microseconds a picture.
+    they are applied (a flipped image would always be jittered), and takes 25 to 75 microseconds an image.
     """
     for transform in transforms:
         transform.set_random_state(rng, draw)
-        picture = transform(image=picture)["image"]
-    return picture
+        image = transform(image=image)["image"]
+    return image
 
 
 def make_transform(step: Step) -> albumentations.BasicTransform:

@@ -17,8 +17,8 @@ import numpy as np
 
 from carmodels.demo.shapes import VARIATION, BodyShape
 
-PICTURE = (160, 120)  # width, height, pixels
-_OVERSAMPLING = 2  # pictures are drawn so many times larger, then averaged
+IMAGE = (160, 120)  # width, height, pixels
+_OVERSAMPLING = 2  # images are drawn so many times larger, then averaged
 _TUMBLEHOME = 0.17  # share of the width lost between belt line and roof
 _SUBPIXEL = 4  # bits of a pixel's fraction that OpenCV is given
 Color = tuple[float, ...]  # blue, green, red, 0 to 255
@@ -26,7 +26,7 @@ Points = np.ndarray | Sequence[Any]  # whatever NumPy takes for rows of coordina
 
 
 def draw_vehicle(rng: np.random.Generator, shape: BodyShape) -> np.ndarray:
-    """A picture of the shape, (120, 160, 3) uint8 in OpenCV's order, all that varies drawn from `rng`."""
+    """An image of the shape, (120, 160, 3) uint8 in OpenCV's order, all that varies drawn from `rng`."""
     drawn = {name: getattr(shape, name) + rng.uniform(-by, by) for name, by in VARIATION.items()}
     shape = replace(shape, **drawn)
     image = _backdrop(rng)
@@ -55,14 +55,14 @@ class _Camera:
 
 
 def _aim(rng: np.random.Generator, shape: BodyShape) -> _Camera:
-    """A side or three-quarter view that has the whole vehicle in the picture, its size drawn evenly."""
+    """A side or three-quarter view that has the whole vehicle in the image, its size drawn evenly."""
     angle = rng.uniform(0, 12) if rng.random() < 0.5 else rng.uniform(22, 45)
     yaw = np.deg2rad(angle * rng.choice([-1, 1]))
     camera = _Camera(yaw, np.deg2rad(rng.uniform(3, 14)), shape.length * rng.uniform(2.5, 5))
     x, y, z = shape.length / 2, shape.width / 2, shape.height
     box = camera.project([(a, b, c) for a in (-x, x) for b in (-y, y) for c in (0, z)])
     low, span = box.min(axis=0), np.ptp(box, axis=0)
-    room = np.array(PICTURE) * _OVERSAMPLING
+    room = np.array(IMAGE) * _OVERSAMPLING
     scale = min(rng.uniform(0.75, 0.97) * room[0] / span[0], 0.9 * room[1] / span[1])
     left, top = rng.uniform((0, 0.35), 1) * (room - scale * span) - scale * low
     return replace(camera, scale=scale, offset=(left, top))
@@ -261,7 +261,7 @@ class _Painter:
 
 def _backdrop(rng: np.random.Generator) -> np.ndarray:
     """Sky over ground, each from one colour to another, with coarse texture and things that stand about."""
-    width, height = PICTURE
+    width, height = IMAGE
     horizon = int(height * rng.uniform(0.2, 0.55))
     image = np.empty((height, width, 3))
     for rows in (slice(0, horizon), slice(horizon, height)):
@@ -278,7 +278,7 @@ def _backdrop(rng: np.random.Generator) -> np.ndarray:
 
 
 def _stand(rng: np.random.Generator, image: np.ndarray, foot: float, size: float) -> None:
-    """A house, a pole or a bush whose foot is in the row `foot`, its size a share of the picture's height."""
+    """A house, a pole or a bush whose foot is in the row `foot`, its size a share of the image's height."""
     color = _scalar(_hsv(rng.uniform(0, 180), rng.uniform(0, 160), rng.uniform(40, 230)))
     x, tall = int(rng.uniform(0, image.shape[1])), size * image.shape[0]
     kind = rng.integers(3)
@@ -290,7 +290,7 @@ def _stand(rng: np.random.Generator, image: np.ndarray, foot: float, size: float
 
 
 def _obstruct(rng: np.random.Generator, image: np.ndarray) -> None:
-    """In one picture of three a pole or a bush stands before the vehicle."""
+    """In one image of three a pole or a bush stands before the vehicle."""
     height = image.shape[0]
     while rng.random() < 0.25:
         if rng.random() < 0.5:
@@ -302,10 +302,10 @@ def _obstruct(rng: np.random.Generator, image: np.ndarray) -> None:
 
 
 def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Mirrors half of the pictures, brings them to size and adds blur, a cast of the light and noise."""
+    """Mirrors half of the images, brings them to size and adds blur, a cast of the light and noise."""
     if rng.random() < 0.5:
         image = image[:, ::-1]
-    small = cv2.resize(image, PICTURE, interpolation=cv2.INTER_AREA).astype(np.float32)
+    small = cv2.resize(image, IMAGE, interpolation=cv2.INTER_AREA).astype(np.float32)
     if rng.random() < 0.5:
         small = cv2.GaussianBlur(small, (0, 0), rng.uniform(0.3, 0.9)).astype(np.float32)
     lit = small * rng.uniform(0.6, 1.25) * rng.uniform(0.9, 1.1, 3)

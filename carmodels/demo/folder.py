@@ -14,7 +14,7 @@ from carmodels.demo.drawing import draw_vehicle
 from carmodels.demo.shapes import CLASSES
 
 DEMO_WEIGHTS = Path(__file__).with_name("weights")  # pretrained on drawn vehicles of other shapes
-_VERSION = 1  # of the drawing: raise it whenever the same parameters give other pictures
+_VERSION = 1  # of the drawing: raise it whenever the same parameters give other images
 
 
 def draw_demo(folder: Path, *, seed: int = 0, train: int = 1000, test: int = 300) -> None:
@@ -25,7 +25,7 @@ def draw_demo(folder: Path, *, seed: int = 0, train: int = 1000, test: int = 300
     leaves nothing in `folder`. Raises ValueError where `folder` already holds anything else.
     """
     if train < len(CLASSES) or test < len(CLASSES):
-        raise ValueError(f"train={train} and test={test} must be {len(CLASSES)} or more, a picture a class")
+        raise ValueError(f"train={train} and test={test} must be {len(CLASSES)} or more, an image a class")
     marker = json.dumps({"version": _VERSION, "seed": seed, "train": train, "test": test})
     if _is_drawn(folder, marker):
         return
@@ -60,8 +60,8 @@ def _draw_files(folder: Path, seed: int, train: int, test: int) -> None:
         (folder / "train" / str(label)).mkdir(parents=True)
     for index, (name, label) in enumerate(zip(ids, labels, strict=True)):
         place = folder / "train" / str(label) if index < train else folder / "test_upload"
-        picture = draw_vehicle(np.random.default_rng([seed, index]), shapes[label])
-        (place / name).write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes())
+        image = draw_vehicle(np.random.default_rng([seed, index]), shapes[label])
+        (place / name).write_bytes(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes())
     _write_labels(folder / "train.csv", ids[:train], labels[:train])
     _write_labels(folder / "test-labels.csv", ids[train:], labels[train:])
     _write_labels(folder / "sample-submission.csv", ids[train:], [0] * test)

@@ -68,7 +68,7 @@ CLASSES: dict[str, BodyShape] = {
 }
 # fmt: on
 
-# Each picture draws a vehicle's proportions anew, evenly within so much to either side of its row.
+# Each image draws a vehicle's proportions anew, evenly within so much to either side of its row.
 VARIATION = {
     "length": 0.25,
     "width": 0.05,
@@ -96,7 +96,7 @@ def other_shapes(rng: np.random.Generator, count: int) -> list[BodyShape]:
 
 
 def reachable(one: BodyShape, other: BodyShape) -> bool:
-    """Whether the two may come to equal proportions in a picture, whatever their pillars, doors and axles."""
+    """Whether the two may come to equal proportions in an image, whatever their pillars, doors and axles."""
     return all(abs(getattr(one, name) - getattr(other, name)) <= 2 * by for name, by in VARIATION.items())
 
 

@@ -49,12 +49,12 @@ def export(ensemble: Ensemble, folder: Path) -> float:
             file.replace(folder / file.name)
     state = {name: value.detach().contiguous() for name, value in ensemble.state_dict().items()}
     write_whole(parameters, save(state, metadata={"format": "pt"}))
-    write_whole(described, json.dumps(ensemble.recipe.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_whole(described, json.dumps(ensemble.spec.to_dict(), indent=2, ensure_ascii=False) + "\n")
     return difference
 
 
 def _write_onnx(ensemble: Ensemble, path: Path) -> None:
-    names = [shape.name for shape in ensemble.recipe.inputs]
+    names = [shape.name for shape in ensemble.spec.inputs]
     batch = torch.export.Dim("batch", min=1, max=1024)
     size = sum(value.numel() * value.element_size() for value in ensemble.state_dict().values())
     with warnings.catch_warnings():
@@ -80,7 +80,7 @@ def _difference(ensemble: Ensemble, path: Path) -> float:
     worst = 0.0
     for count in _BATCHES:
         images = _drawn(ensemble, count)
-        named = {shape.name: image for shape, image in zip(ensemble.recipe.inputs, images, strict=True)}
+        named = {shape.name: image for shape, image in zip(ensemble.spec.inputs, images, strict=True)}
         [found] = session.run(None, named)
         with torch.inference_mode():
             expected = ensemble(*map(torch.from_numpy, images)).numpy()
@@ -94,5 +94,5 @@ def _drawn(ensemble: Ensemble, count: int) -> list[np.ndarray]:
     ground = rng.integers(0, 256, (count, 3, 1, 1))
     return [
         (ground + rng.integers(-60, 61, (count, 3, shape.size, shape.size))).clip(0, 255).astype(np.uint8)
-        for shape in ensemble.recipe.inputs
+        for shape in ensemble.spec.inputs
     ]

@@ -1,4 +1,4 @@
-"""A finished ensemble at work: one network of all its members, from pictures to probabilities."""
+"""A finished ensemble at work: one network of all its members, from images to probabilities."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from carmodels.catalog import VIEWS
-from carmodels.data.decode import read_picture, room_for, shrink
+from carmodels.data.decode import read_image, room_for, shrink
 from carmodels.data.loader import Loader
 from carmodels.data.splits import Split
 from carmodels.files import read_json
@@ -27,13 +27,13 @@ from carmodels.training.forward import autocast, view_size
 
 EXPORTED = ("model.json", "ensemble.safetensors", "ensemble.onnx", "README.md")
 CELLS = 8  # of an attribution map, a side
-SQUARES = (CELLS - 1) ** 2  # looks at a picture that a map takes
+SQUARES = (CELLS - 1) ** 2  # looks at an image that a map takes
 _FLOOR = float(np.finfo(np.float32).eps)  # as in carmodels.predictions
 
 
 @dataclass(frozen=True)
 class Input:
-    """One of the shapes that an ensemble wants to see a picture in."""
+    """One of the shapes that an ensemble wants to see an image in."""
 
     view: str  # row of VIEWS
     size: int  # side, pixels
@@ -54,7 +54,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EnsembleSpec:
     """All of an ensemble but its parameters."""
 
     classes: tuple[str, ...]
@@ -62,10 +62,10 @@ class Recipe:
     members: tuple[Member, ...]
     views: tuple[str, ...]  # rows of VIEWS, over which every member's probabilities are averaged
     temperature: float
-    max_size: int  # pixels; pictures are shrunk to twice this before anything else
+    max_size: int  # pixels; images are shrunk to twice this before anything else
 
     def shown(self, member: Member) -> tuple[Input, ...]:
-        """What a member sees of a picture."""
+        """What a member sees of an image."""
         return tuple(Input(view, view_size(member.config, view)) for view in self.views)
 
     @property
@@ -80,7 +80,7 @@ class Recipe:
         return found
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+    def from_dict(cls, values: Mapping[str, Any]) -> EnsembleSpec:
         """What `to_dict` gave."""
         members = tuple(
             Member(m["trial_id"], m["weight"], TrialConfig.from_dict(m["config"]), m.get("temperature", 1.0))
@@ -98,40 +98,40 @@ class Recipe:
 class Ensemble(nn.Module):
     """The weighted mean over members of each one's mean over views, with all temperatures; in eval mode."""
 
-    def __init__(self, recipe: Recipe, models: Sequence[Classifier]) -> None:
+    def __init__(self, spec: EnsembleSpec, models: Sequence[Classifier]) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.spec = spec
         self.models = nn.ModuleList(models)
         self.requires_grad_(False).eval()
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8 for each of the recipe's inputs, in its order -> (B, C) probabilities."""
-        given = dict(zip(self.recipe.inputs, images, strict=True))
-        members = list(zip(self.recipe.members, self.models, strict=True))
-        total = sum(member.weight for member, _ in members) * len(self.recipe.views)
+        """(B, 3, S, S) uint8 for each of the spec's inputs, in its order -> (B, C) probabilities."""
+        given = dict(zip(self.spec.inputs, images, strict=True))
+        members = list(zip(self.spec.members, self.models, strict=True))
+        total = sum(member.weight for member, _ in members) * len(self.spec.views)
         means = [
             _tempered(model(given[shape]).float().softmax(dim=1), member.temperature)
             * (member.weight / total)
             for member, model in members
-            for shape in self.recipe.shown(member)
+            for shape in self.spec.shown(member)
         ]
-        return _tempered(torch.stack(means).sum(dim=0), self.recipe.temperature)
+        return _tempered(torch.stack(means).sum(dim=0), self.spec.temperature)
 
     @torch.inference_mode()
-    def probabilities(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Pictures (H, W, 3) as `decoded` gives them -> (N, C) float32; in halves where memory runs out."""
+    def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Images (H, W, 3) as `decoded` gives them -> (N, C) float32; in halves where memory runs out."""
         device = next(self.parameters()).device
         try:
-            images = [prepared(pictures, shape).to(device) for shape in self.recipe.inputs]
+            tensors = [prepared(images, shape).to(device) for shape in self.spec.inputs]
             with autocast(device)():
-                return self(*images).cpu().numpy()
+                return self(*tensors).cpu().numpy()
         except torch.OutOfMemoryError:
-            if len(pictures) == 1:
+            if len(images) == 1:
                 raise
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        half = len(pictures) // 2
-        return np.concatenate([self.probabilities(some) for some in (pictures[:half], pictures[half:])])
+        half = len(images) // 2
+        return np.concatenate([self.probabilities(some) for some in (images[:half], images[half:])])
 
 
 def _tempered(probs: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -140,20 +140,20 @@ def _tempered(probs: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def decoded(path: Path, max_size: int) -> np.ndarray:
-    """A picture (H, W, 3) as a search's cache would hold it; ValueError, the reason alone, for a bad one."""
+    """An image (H, W, 3) as a search's cache would hold it; ValueError, the reason alone, for a bad one."""
     with room_for(path):
-        return shrink(read_picture(path), max_size)
+        return shrink(read_image(path), max_size)
 
 
-def prepared(pictures: Sequence[np.ndarray], shape: Input) -> torch.Tensor:
-    """Pictures (H, W, 3) -> (N, 3, S, S) uint8, channels last: just as the members saw them in the study."""
-    rows = np.arange(len(pictures))
-    split = Split("pictures", tuple(map(str, rows)), None, rows)
-    loader = Loader(pictures, split, image_size=shape.size, batch_size=len(pictures), view=VIEWS[shape.view])
+def prepared(images: Sequence[np.ndarray], shape: Input) -> torch.Tensor:
+    """Images (H, W, 3) -> (N, 3, S, S) uint8, channels last: just as the members saw them in the study."""
+    rows = np.arange(len(images))
+    split = Split("images", tuple(map(str, rows)), None, rows)
+    loader = Loader(images, split, image_size=shape.size, batch_size=len(images), view=VIEWS[shape.view])
     return next(iter(loader.epoch(0))).images
 
 
-def of_study(study: Study, name: str = "ensemble") -> Ensemble:
+def load_ensemble(study: Study, name: str = "ensemble") -> Ensemble:
     """A study's ensemble, or its student; ValueError where it has none, or lacks a member's weights."""
     facts, file = study.facts, study.answer_file(name)
     script = {"ensemble": "ensemble.py", "student": "distil.py"}[name]
@@ -170,7 +170,7 @@ def of_study(study: Study, name: str = "ensemble") -> Ensemble:
         Member(m["trial_id"], m["weight"], configs[m["trial_id"]], m.get("temperature", 1.0))
         for m in results["members"]
     )
-    recipe = Recipe(
+    spec = EnsembleSpec(
         classes=tuple(facts["classes"]),
         class_names=tuple(facts["class_names"]),
         members=members,
@@ -185,20 +185,20 @@ def of_study(study: Study, name: str = "ensemble") -> Ensemble:
             f"{missing[0]} is missing: weights are not committed; copy the folders "
             f"{missing[0].parent.name} and predictions from where the search ran, or search again"
         )
-    classes = len(recipe.classes)
+    classes = len(spec.classes)
     models = [load_weights(m.config, path, classes=classes) for m, path in zip(members, files, strict=True)]
-    return Ensemble(recipe, models)
+    return Ensemble(spec, models)
 
 
-def reopened(folder: Path) -> Ensemble:
+def load_exported(folder: Path) -> Ensemble:
     """What was exported into a folder, without the study; ValueError for one that will not do."""
     described, parameters = (folder / name for name in EXPORTED[:2])
     if not (described.is_file() and parameters.is_file()):
         raise ValueError(f"{folder} is no exported ensemble: it lacks {described.name} or {parameters.name}")
-    recipe = Recipe.from_dict(read_json(described))
-    classes = len(recipe.classes)
-    models = [build(member.config, classes=classes, weights=Weights("none")) for member in recipe.members]
-    ensemble = Ensemble(recipe, models)
+    spec = EnsembleSpec.from_dict(read_json(described))
+    classes = len(spec.classes)
+    models = [build(member.config, classes=classes, weights=Weights("none")) for member in spec.members]
+    ensemble = Ensemble(spec, models)
     try:
         ensemble.load_state_dict(load_file(parameters))
     except (SafetensorError, RuntimeError) as error:
@@ -206,18 +206,18 @@ def reopened(folder: Path) -> Ensemble:
     return ensemble.to(memory_format=torch.channels_last)
 
 
-def occlusion(ensemble: Ensemble, picture: np.ndarray, column: int) -> np.ndarray:
+def occlusion(ensemble: Ensemble, image: np.ndarray, column: int) -> np.ndarray:
     """(H, W, 3) -> (CELLS, CELLS): by how much the probability in `column` falls where a part is hidden.
 
-    A square of two by two cells in the picture's mean colour goes over it cell by cell; a cell has the mean
+    A square of two by two cells in the image's mean colour goes over it cell by cell; a cell has the mean
     over the squares that hid it (Zeiler and Fergus, 2014). > 0: speaks for the class, < 0: against it.
     """
-    tall, wide = (np.linspace(0, side, CELLS + 1).round().astype(int) for side in picture.shape[:2])
+    tall, wide = (np.linspace(0, side, CELLS + 1).round().astype(int) for side in image.shape[:2])
     corners = [(top, left) for top in range(CELLS - 1) for left in range(CELLS - 1)]
-    hidden = np.repeat(picture[None], len(corners), axis=0)
+    hidden = np.repeat(image[None], len(corners), axis=0)
     for copy, (top, left) in zip(hidden, corners, strict=True):
-        copy[tall[top] : tall[top + 2], wide[left] : wide[left + 2]] = picture.mean(axis=(0, 1))
-    before = ensemble.probabilities([picture])[0, column]
+        copy[tall[top] : tall[top + 2], wide[left] : wide[left + 2]] = image.mean(axis=(0, 1))
+    before = ensemble.probabilities([image])[0, column]
     falls = before - ensemble.probabilities(list(hidden))[:, column]
     totals, counts = np.zeros((CELLS, CELLS)), np.zeros((CELLS, CELLS))
     for fall, (top, left) in zip(falls, corners, strict=True):

@@ -51,7 +51,7 @@ def kind(config: TrialConfig) -> Hashable | None:
     """
     if UNFREEZE[config.unfreeze].head_only_epochs is None or config.fold is not None:
         return None
-    sizes = (config.image_size, config.test_size)
+    sizes = (config.image_size, config.eval_image_size)
     return (config.backbone, *sizes, config.head, config.head_depth, config.init_seed)
 
 

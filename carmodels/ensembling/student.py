@@ -19,7 +19,7 @@ from carmodels.training.forward import autocast
 
 TAUGHT = 0.7  # of a target is the teacher's, the rest the label's
 _SOFTEST = 20.0
-_AT_ONCE = 64  # pictures
+_AT_ONCE = 64  # images
 
 
 @torch.inference_mode()
@@ -32,13 +32,13 @@ def taught(
     device: str = "cpu",
     processes: int = 0,
 ) -> np.ndarray:
-    """(V, N, C): what the teacher says of every train picture in each of `views` epochs of the student.
+    """(V, N, C): what the teacher says of every train image in each of `views` epochs of the student.
 
     Both see the same crops and flips, each at its own size: a loader draws them by seed, epoch and position
     alone. That the teacher is shown what the student sees is what makes long training pay (Beyer et al.,
     2022: "consistent teaching"); it is asked about a few fixed epochs, as every question costs all members.
     """
-    plain = Ensemble(replace(teacher.recipe, views=("plain",)), list(_models(teacher))).to(device)
+    plain = Ensemble(replace(teacher.spec, views=("plain",)), list(_models(teacher))).to(device)
     loaders = [
         Loader(
             splits.images,
@@ -49,7 +49,7 @@ def taught(
             seed=config.seed,
             processes=processes,
         )
-        for shape in plain.recipe.inputs
+        for shape in plain.spec.inputs
     ]
     with autocast(torch.device(device))():
         return np.stack([_answers(plain, loaders, view, device) for view in range(views)])
@@ -73,9 +73,9 @@ def soft_targets(
 ) -> tuple[np.ndarray, float]:
     """The teacher's answers, (V, N, C), mixed with the labels, (N,), and the temperature put on them first.
 
-    The members have learnt these pictures, so they are surer of them than of others, and the ranks of the
+    The members have learnt these images, so they are surer of them than of others, and the ranks of the
     wrong classes, which are what there is to learn beyond the labels, are almost nothing. The temperature
-    brings the mean confidence down to `confidence`, the ensemble's on pictures that it has not learnt.
+    brings the mean confidence down to `confidence`, the ensemble's on images that it has not learnt.
     """
     if not 0 < confidence <= 1 or not 0 <= share <= 1:
         raise ValueError(f"{confidence=} and {share=} must be from 0 to 1")

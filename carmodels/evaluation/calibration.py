@@ -13,14 +13,14 @@ from carmodels.evaluation.predictions import Predictions
 
 _TEMPERATURES = (0.05, 20.0)
 _LOG_T = 0.5  # what the logarithm of a temperature varies by between models
-FEWEST_ANSWERED = 20  # pictures, to say how often answers of so much confidence are right
+FEWEST_ANSWERED = 20  # images, to say how often answers of so much confidence are right
 
 
 def fit_temperature(probs: np.ndarray, labels: np.ndarray) -> float:
     """The likeliest temperature of probs (N, C), from 0.05 to 20 (Guo et al., 2017).
 
     It divides the log of the probabilities, the logits up to a constant a row; > 1 makes them softer. Its
-    logarithm is taken to be about 0 beforehand, give or take `_LOG_T`: a few pictures that are all right
+    logarithm is taken to be about 0 beforehand, give or take `_LOG_T`: a few images that are all right
     would else ask for certainty.
     """
     from scipy.optimize import minimize_scalar  # here, as every trial would pay 0.4 s at its start for it
@@ -51,7 +51,7 @@ def tempered(probs: np.ndarray, temperature: float) -> np.ndarray:
     return softened
 
 
-def sure_from(probs: np.ndarray, labels: np.ndarray, accuracy: float) -> float:
+def confidence_threshold(probs: np.ndarray, labels: np.ndarray, accuracy: float) -> float:
     """The smallest confidence from which on the answers are right so often, over rows of probs (N, C).
 
     0 where that is so of all answers; infinity where it is not so even of the `FEWEST_ANSWERED` most
@@ -71,7 +71,7 @@ def sure_from(probs: np.ndarray, labels: np.ndarray, accuracy: float) -> float:
     return 0.0 if enough[-1] else float(confidence[enough][-1])
 
 
-def answered(probs: np.ndarray, labels: np.ndarray, confidence: float) -> Interval | None:
+def selective_accuracy(probs: np.ndarray, labels: np.ndarray, confidence: float) -> Interval | None:
     """Accuracy, with its 95 % interval, of the answers of so much confidence; None where there are none."""
     check_labels(probs, labels)
     chosen = probs.max(axis=1) >= confidence

@@ -11,7 +11,7 @@ import numpy as np
 from carmodels.evaluation.metrics import Metric, accuracy, get_metric
 
 _RESAMPLED_AT_ONCE = 4_000_000  # probabilities a bootstrap holds in memory: 16 MB
-_MOST_HIDDEN = 10_000  # pictures drawn in a resample
+_MOST_HIDDEN = 10_000  # images drawn in a resample
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Interval:
 
 
 def accuracy_interval(probs: np.ndarray, labels: np.ndarray, confidence: float = 0.95) -> Interval:
-    """Accuracy with the score interval of Wilson (1927), good for few pictures and near 0 and 1, too."""
+    """Accuracy with the score interval of Wilson (1927), good for few images and near 0 and 1, too."""
     return share_interval(round(accuracy(probs, labels) * len(labels)), len(labels), confidence)
 
 
@@ -48,20 +48,20 @@ def score_interval(metric: str, probs: np.ndarray, labels: np.ndarray) -> Interv
 def bootstrap_interval(
     metric: str, probs: np.ndarray, labels: np.ndarray, *, seed: int = 0, resamples: int = 2000
 ) -> Interval:
-    """The metric with its 95 % percentile bootstrap interval over pictures (Efron, 1979)."""
+    """The metric with its 95 % percentile bootstrap interval over images (Efron, 1979)."""
     row = get_metric(metric)
     value = row.score(probs, labels)
     return _percentiles(value, _bootstrap(row, probs, labels, seed, resamples))
 
 
-def hidden_share(hits: int, among: int, hidden: int, confidence: float = 0.95) -> Interval:
-    """The share of hits with a prediction interval for the share among `hidden` further pictures.
+def share_prediction_interval(hits: int, among: int, hidden: int, confidence: float = 0.95) -> Interval:
+    """The share of hits with a prediction interval for the share among `hidden` further images.
 
     That of Krishnamoorthy and Peng (2011), from joint sampling: the values y of the further share with
 
         (y - x)^2 <= z^2 q (1 - q) (1 / n + 1 / m),  q = (n x + m y) / (n + m)
 
-    where x is the share seen among n, m = `hidden`, and z the normal quantile. What n pictures leave unknown
+    where x is the share seen among n, m = `hidden`, and z the normal quantile. What n images leave unknown
     and what m others vary by are both in it; with m without limit it is the interval of Wilson (1927).
     """
     if not (hidden >= 1 and among >= 1 and 0 <= hits <= among):
@@ -76,7 +76,7 @@ def hidden_share(hits: int, among: int, hidden: int, confidence: float = 0.95) -
     return Interval(share, max(0.0, (b - root) / a), min(1.0, (b + root) / a))
 
 
-def hidden_score(
+def score_prediction_interval(
     metric: str,
     probs: np.ndarray,
     labels: np.ndarray,
@@ -85,16 +85,16 @@ def hidden_score(
     seed: int = 0,
     resamples: int = 2000,
 ) -> Interval:
-    """The metric, with a 95 % prediction interval for its value on `hidden` further pictures of the kind.
+    """The metric, with a 95 % prediction interval for its value on `hidden` further images of the kind.
 
-    Of accuracy as in `hidden_share`. Of others by a bootstrap in two steps (Mojirsheibani and Tibshirani,
-    1996): the pictures seen are drawn anew, and from those the hidden ones, so that both samples vary. Hidden
-    pictures past 10,000 add next to nothing and are left out.
+    Accuracy: as in `share_prediction_interval`. Other metrics: a two-step bootstrap (Mojirsheibani and
+    Tibshirani, 1996) that resamples the images seen and draws the hidden ones from them, so that both samples
+    vary. Hidden images past 10,000 add next to nothing and are left out.
     """
     row = get_metric(metric)
     value = row.score(probs, labels)
     if metric == "accuracy":
-        return hidden_share(round(value * len(labels)), len(labels), hidden)
+        return share_prediction_interval(round(value * len(labels)), len(labels), hidden)
     if hidden < 1:
         raise ValueError(f"{hidden=} must be at least 1")
     return _percentiles(value, _bootstrap(row, probs, labels, seed, resamples, min(hidden, _MOST_HIDDEN)))
@@ -103,9 +103,9 @@ def hidden_score(
 def paired_gain(
     metric: str, a: np.ndarray, b: np.ndarray, labels: np.ndarray, *, seed: int = 0, resamples: int = 2000
 ) -> Interval:
-    """How much better `a` (N, C) is than `b`, with a 95 % bootstrap interval over pictures. > 0: better.
+    """How much better `a` (N, C) is than `b`, with a 95 % bootstrap interval over images. > 0: better.
 
-    Every resample holds the same pictures for both, so what both find hard cancels out.
+    Every resample holds the same images for both, so what both find hard cancels out.
     """
     row = get_metric(metric)
     value = row.gain(row.score(a, labels), row.score(b, labels))
@@ -116,7 +116,7 @@ def paired_gain(
 def _bootstrap(
     row: Metric, probs: np.ndarray, labels: np.ndarray, seed: int, resamples: int, hidden: int = 0
 ) -> np.ndarray:
-    """Scores, (resamples,), of N pictures drawn with replacement: the same ones for the same seed.
+    """Scores, (resamples,), of N images drawn with replacement: the same ones for the same seed.
 
     With `hidden`, of so many drawn with replacement from each draw.
     """

@@ -21,7 +21,7 @@ class Metric:
 
     mode: Literal["max", "min"]
     scores: Callable[[np.ndarray, np.ndarray], np.ndarray]  # probs (K, N, C), labels (N,) or (K, N) -> (K,)
-    spread: Callable[[float], float]  # a score -> about how far single pictures lie apart, standard deviation
+    spread: Callable[[float], float]  # a score -> about how far single images lie apart, standard deviation
 
     def score(self, probs: np.ndarray, labels: np.ndarray) -> float:
         """probs (N, C), labels (N,) -> score; ValueError where the two do not fit."""
@@ -39,7 +39,7 @@ def check_labels(probs: np.ndarray, labels: np.ndarray) -> None:
     if probs.ndim != 2 or labels.shape != probs.shape[:1]:
         raise ValueError(f"labels of shape {labels.shape} do not fit probs of shape {probs.shape}")
     if not len(labels):
-        raise ValueError("there is no picture to score")
+        raise ValueError("there is no image to score")
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= probs.shape[1]:
         raise ValueError(
             f"labels must be integers from 0 to {probs.shape[1] - 1}: {few_names(np.unique(labels))}"
@@ -106,7 +106,7 @@ def get_metric(name: str) -> Metric:
 
 
 def right_and_wrong(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> tuple[int, int]:
-    """How many pictures went from wrong to right, and how many from right to wrong; probs (N, C) each."""
+    """How many images went from wrong to right, and how many from right to wrong; probs (N, C) each."""
     check_labels(before, labels)
     check_labels(after, labels)
     was, now = before.argmax(axis=1) == labels, after.argmax(axis=1) == labels

@@ -16,7 +16,7 @@ _ROUNDING = 1e-9  # of a mean of scores
 
 @dataclass(frozen=True)
 class Nested:
-    """What a choice is worth on pictures that it was not made on."""
+    """What a choice is worth on images that it was not made on."""
 
     chosen: float  # mean score over the repeats
     before: float  # likewise, of what it would replace
@@ -37,7 +37,7 @@ def nested_check(
     seed: int = 0,
     until: float = math.inf,
 ) -> Nested:
-    """Choose on one half of the pictures, score on the other, both ways, in stratified halves anew each time.
+    """Choose on one half of the images, score on the other, both ways, in stratified halves anew each time.
 
     `choose` is given the rows, (N / 2,), that it may look at, and returns probabilities (N, C) of what it
     would choose and of what that would replace. After the first repeat it ends at `until`, time.time().
@@ -57,7 +57,7 @@ def nested_check(
 
 
 def _halves(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """labels (N,) -> (N,) whether a picture is in the first half: half of each class, give or take one."""
+    """labels (N,) -> (N,) whether an image is in the first half: half of each class, give or take one."""
     order = rng.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     first = np.zeros(len(labels), bool)
@@ -69,7 +69,7 @@ def _held_out(
     choose: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], first: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(N, C) of what is chosen, and of what that replaces, for each half as it was chosen on the other."""
-    if first.all():  # of one picture there are no halves
+    if first.all():  # of one image there are no halves
         _, before = choose(np.flatnonzero(first))
         return before, before
     by_first, by_second = (choose(np.flatnonzero(half)) for half in (first, ~first))

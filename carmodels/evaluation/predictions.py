@@ -25,7 +25,7 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeE
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """One model's probabilities for some pictures; checked when made, and the array cannot be written to.
+    """One model's probabilities for some images; checked when made, and the array cannot be written to.
 
     ValueError for an id or class twice or not a text, a shape other than (ids, classes), a value that is not
     a probability, and a row whose sum is further than 0.001 from 1.
@@ -93,7 +93,7 @@ class Predictions:
         return Predictions(tuple(ids), self.classes, self.probs[rows])
 
     def rows(self, chosen: np.ndarray) -> Predictions:
-        """Some of the pictures, by the positions of their rows."""
+        """Some of the images, by the positions of their rows."""
         ids = tuple(self.ids[row] for row in chosen.tolist())
         return Predictions(ids, self.classes, self.probs[chosen])
 

@@ -30,7 +30,7 @@ def create_head(row: Head, *, depth: int, dropout: float, features: int, classes
 
 
 class Classifier(nn.Module):
-    """A backbone and a head. Takes 8-bit pictures, normalises them on the device, returns logits."""
+    """A backbone and a head. Takes 8-bit images, normalises them on the device, returns logits."""
 
     backbone: nn.Module
     head: nn.Module
@@ -69,7 +69,7 @@ class Classifier(nn.Module):
             images = self.normalise(images)
         return self.head(self.backbone(images))
 
-    def set_open(self, count: int) -> None:
+    def freeze_to(self, count: int) -> None:
         """Let the backbone's top `count` layer groups learn, freeze those below; the head always learns."""
         parameters = dict(self.backbone.named_parameters())
         for index, names in enumerate(self.groups):

@@ -9,7 +9,7 @@ from carmodels.models.classifier import Classifier
 from carmodels.training.config import TrialConfig
 
 
-def open_groups(row: Unfreeze, *, epoch: int, epochs: int, groups: int) -> int:
+def trainable_groups(row: Unfreeze, *, epoch: int, epochs: int, groups: int) -> int:
     """How many of the backbone's `groups` learn, from the top, in this epoch (the first is 1) of `epochs`."""
     if row.head_only_epochs is None or epoch <= row.head_only_epochs:
         return 0

@@ -13,8 +13,8 @@ from carmodels.catalog import AUGMENTS, BACKBONES, HEADS, SCHEDULES, UNFREEZE
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 METRIC_NAMES = ("accuracy", "log_loss", "macro_f1")
-FULL_SIZE_AT = 0.75  # of the schedule, when pictures that grow have grown
-FIRST_STRENGTH = 1 / 3  # of the augmentation, where pictures grow: that of EfficientNetV2 grows from 5 to 15
+FULL_SIZE_AT = 0.75  # of the schedule, when images that grow have grown
+FIRST_STRENGTH = 1 / 3  # of the augmentation, where images grow: that of EfficientNetV2 grows from 5 to 15
 _SIZE_STEP = 16  # pixels
 
 
@@ -34,7 +34,7 @@ class TrialConfig:
     optimizer: str = "adamw"
     weight_decay: float = 0.02
     schedule: str = "cosine"
-    batch_size: int = 32  # pictures
+    batch_size: int = 32  # images
     augment: str = "crop"
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha of the Beta distribution, 0: off (Zhang et al., 2018)
@@ -50,11 +50,11 @@ class TrialConfig:
     fold: int | None = None  # of `folds`, which one is held out; None: the models of all of them together
     head_seed: int | None = None  # of the head's initial weights; None: `seed`
     folds: int = 0  # into which train and val together are cut, by `seed`; 0: the study's own train and val
-    fold_in: bool = False  # learns from all labelled pictures, audit too, so that none is left to score it
-    start_size: int = (
+    fold_in: bool = False  # learns from all labelled images, holdout too, so that none is left to score it
+    start_image_size: int = (
         0  # side in the first epoch, pixels, from where it grows; 0: image_size, as stored outputs
     )
-    test_size: int = 0  # side of the pictures it is tested on, pixels; 0: image_size
+    eval_image_size: int = 0  # side of the images it is tested on, pixels; 0: image_size
     continues: str = (
         ""  # trial_id of the run whose weights it starts from; empty: pretrained ones, a new head
     )
@@ -80,7 +80,7 @@ class TrialConfig:
 
     def _check_sizes(self) -> None:
         row, smallest = BACKBONES[self.backbone], BOUNDS["image_size"][0]
-        for name in ("start_size", "test_size"):
+        for name in ("start_image_size", "eval_image_size"):
             size = getattr(self, name)
             if size and row.sized:
                 raise ValueError(f"{name}={size}: {self.backbone} is built for one size; leave it out")
@@ -88,8 +88,10 @@ class TrialConfig:
                 raise ValueError(
                     f"{name}={size} must be 0 or a size for {self.backbone}, {smallest:g} or more"
                 )
-        if self.start_size > self.image_size:
-            raise ValueError(f"start_size={self.start_size} must be at most image_size={self.image_size}")
+        if self.start_image_size > self.image_size:
+            raise ValueError(
+                f"start_image_size={self.start_image_size} must be at most image_size={self.image_size}"
+            )
 
     def _check_held_out(self) -> None:
         if self.folds == 1 or self.fold not in (None, *range(self.folds)):
@@ -114,27 +116,27 @@ class TrialConfig:
         return self.folds > 0 or self.fold_in
 
     @property
-    def tested_size(self) -> int:
-        """Side of the pictures it is tested on, pixels."""
-        return self.test_size or self.image_size
+    def eval_size(self) -> int:
+        """Side of the images it is tested on, pixels."""
+        return self.eval_image_size or self.image_size
 
     def grown(self, epoch: int) -> float:
-        """How far pictures and augmentation have grown in an epoch (the first is 1): from 0 to 1."""
-        if not self.start_size:
+        """How far images and augmentation have grown in an epoch (the first is 1): from 0 to 1."""
+        if not self.start_image_size:
             return 1.0
         return min(1.0, (epoch - 1) / max(1.0, FULL_SIZE_AT * self.epochs))
 
     def shown_size(self, epoch: int) -> int:
-        """Side of the training pictures in an epoch, pixels: it grows in steps of 16 or the backbone's own.
+        """Side of the training images in an epoch, pixels: it grows in steps of 16 or the backbone's own.
 
         Progressive resizing (Howard, 2018; Tan and Le, 2021, EfficientNetV2, section 4).
         """
         step = max(_SIZE_STEP, BACKBONES[self.backbone].multiple)
-        size = self.start_size + self.grown(epoch) * (self.image_size - self.start_size)
+        size = self.start_image_size + self.grown(epoch) * (self.image_size - self.start_image_size)
         return self.image_size if self.grown(epoch) == 1 else min(self.image_size, round(size / step) * step)
 
     def strength(self, epoch: int) -> float:
-        """Of the augmentation in an epoch, up to 1: small pictures bear less (likewise)."""
+        """Of the augmentation in an epoch, up to 1: small images bear less (likewise)."""
         return FIRST_STRENGTH + self.grown(epoch) * (1 - FIRST_STRENGTH)
 
     @property
@@ -184,8 +186,8 @@ _LATER: dict[str, object] = {  # fields that came after the first studies, with 
     "head_seed": None,
     "folds": 0,
     "fold_in": False,
-    "start_size": 0,
-    "test_size": 0,
+    "start_image_size": 0,
+    "eval_image_size": 0,
     "continues": "",
 }
 
@@ -216,8 +218,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "patience": (0, 10_000),
     "seed": (0, 2**31 - 1),
     "folds": (0, 100),
-    "start_size": (0, 2048),
-    "test_size": (0, 2048),
+    "start_image_size": (0, 2048),
+    "eval_image_size": (0, 2048),
 }
 
 

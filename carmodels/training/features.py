@@ -1,7 +1,7 @@
-"""Outputs of a frozen backbone for fixed views of the pictures, computed once and shared by all trials.
+"""Outputs of a frozen backbone for fixed views of the images, computed once and shared by all trials.
 
 While nothing of the backbone learns, an epoch needs only its pooled features. They are kept on disk for a few
-random views of every training picture (epoch after epoch takes the next one, and begins again after the last)
+random views of every training image (epoch after epoch takes the next one, and begins again after the last)
 and the plain view of val, so that a frozen epoch trains the head alone.
 """
 
@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from carmodels.files import write_whole
 
-VIEWS_KEPT = 4  # random views of each training picture
+VIEWS_KEPT = 4  # random views of each training image
 VERSION = 1  # of what the files hold
 LIMIT = 20 * 2**30  # bytes in the folder; the files not read for longest go first
 

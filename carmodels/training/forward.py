@@ -68,7 +68,7 @@ def predict(
     device: str = "cpu",
     processes: int = 0,
 ) -> Predictions:
-    """A trained model's probabilities for every picture of a split, seen through one row of VIEWS."""
+    """A trained model's probabilities for every image of a split, seen through one row of VIEWS."""
     loader = Loader(
         splits.images,
         split,
@@ -82,7 +82,7 @@ def predict(
 
 
 def view_size(config: TrialConfig, view: str) -> int:
-    """Side in pixels at which a view shows its pictures, within what a configuration may have.
+    """Side in pixels at which a view shows its images, within what a configuration may have.
 
     Backbones built for one size keep theirs.
     """
@@ -90,5 +90,5 @@ def view_size(config: TrialConfig, view: str) -> int:
     if row.sized:
         return config.image_size
     least, most = math.ceil(low / row.multiple), int(high // row.multiple)
-    steps = round(config.tested_size * VIEWS[view].scale / row.multiple)
+    steps = round(config.eval_size * VIEWS[view].scale / row.multiple)
     return row.multiple * min(max(steps, least), most)

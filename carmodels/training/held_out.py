@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from carmodels.data.dataset import Splits
-from carmodels.data.resplit import with_everything, with_fold
+from carmodels.data.resplit import with_all_labelled, with_fold
 from carmodels.training.config import TrialConfig
 
 
-def parted(config: TrialConfig, splits: Splits) -> Splits:
+def splits_for(config: TrialConfig, splits: Splits) -> Splits:
     """The splits as a configuration sees them: those of its fold, or with everything in train."""
     if config.fold_in:
-        return with_everything(splits)
+        return with_all_labelled(splits)
     if not config.folds:
         return splits
     if config.fold is None:

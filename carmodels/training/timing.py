@@ -23,20 +23,20 @@ def training_seconds(
     processes: int = 0,
     compiled: bool = False,
 ) -> float:
-    """What loading and training on one picture cost with everything open, in a few steps.
+    """What loading and training on one image cost with everything open, in a few steps.
 
     Their median; with loader processes, which work ahead at first, the mean of the later ones.
     """
     steps = 4 + 6 * processes
     run = Trainer(
-        replace(config, unfreeze="full", start_size=0),
+        replace(config, unfreeze="full", start_image_size=0),
         splits,
         weights=weights,
         device=torch.device(device),
         processes=processes,
         compiled=compiled,
     )
-    run.model.set_open(len(run.model.groups))
+    run.model.freeze_to(len(run.model.groups))
     run.model.train()
     shown = run.shown(1)
     taken: list[float] = []

@@ -23,17 +23,17 @@ from carmodels.data.loader import Loader
 from carmodels.data.splits import Split
 from carmodels.evaluation.metrics import METRICS, accuracy, log_loss
 from carmodels.models.classifier import Classifier, build, load_weights
-from carmodels.models.parameter_groups import open_groups, optimizer_groups
+from carmodels.models.parameter_groups import optimizer_groups, trainable_groups
 from carmodels.models.weights import Weights
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.features import VIEWS_KEPT, FeatureStore
 from carmodels.training.forward import autocast, has_bf16, in_parts, predict_probs
-from carmodels.training.held_out import parted
+from carmodels.training.held_out import splits_for
 from carmodels.training.schedule import LearningRate
 
 
 @dataclass(frozen=True)
-class Fitted:
+class TrainResult:
     """A trained model, with the weights of its best epoch, or of its last where val had no say."""
 
     config: TrialConfig
@@ -60,7 +60,7 @@ def fit(
     until: float = math.inf,
     targets: np.ndarray | None = None,
     start: Path | None = None,
-) -> Fitted:
+) -> TrainResult:
     """Train by the configuration's schedule and keep the epoch that is best by its metric on val.
 
     With a fold, training is on the other folds of train and val, val is the fold, and the last epoch is kept,
@@ -69,11 +69,11 @@ def fit(
     `on_epoch` is called once an epoch. A non-finite loss ends training with `ending` = "diverged". On a
     CPU, the same configuration gives the same numbers to the bit for the same number of threads. With
     `features`, epochs in which the whole backbone is frozen train the head on its stored outputs, for
-    VIEWS_KEPT fixed views of every picture instead of a new one each epoch. `compiled` trains through
+    VIEWS_KEPT fixed views of every image instead of a new one each epoch. `compiled` trains through
     torch.compile. Where memory runs out batches are trained on in parts. Training ends early, with the best
     epoch so far, where one more epoch would not end by `until`, in seconds of time.time(). `targets`,
     (V, N, C) probabilities, are learnt in the place of the labels (distillation, Hinton et al., 2015): epoch
-    e shows each of the N train pictures as in epoch v = (e - 1) mod V of a loader, where `targets[v]` is what
+    e shows each of the N train images as in epoch v = (e - 1) mod V of a loader, where `targets[v]` is what
     to say of it. A configuration that `continues` another run begins with the weights that `save_weights`
     wrote to the file `start`, and with the first step of its schedule (a warm restart, Loshchilov and Hutter,
     2017).
@@ -82,7 +82,7 @@ def fit(
         raise ValueError(f"continues={config.continues!r}, start={start}: one takes the other")
     run = Trainer(
         config,
-        parted(config, splits),
+        splits_for(config, splits),
         weights=weights,
         device=torch.device(device),
         processes=processes,
@@ -113,7 +113,7 @@ def fit(
             break
     if best_state:
         run.model.load_state_dict(best_state)
-    return Fitted(config, run.model, tuple(history), best)
+    return TrainResult(config, run.model, tuple(history), best)
 
 
 def _to_keep(config: TrialConfig, metrics: EpochMetrics, best: EpochMetrics | None) -> bool:
@@ -190,7 +190,7 @@ class Trainer:
         self.val_loader = Loader(
             splits.images,
             splits.val,
-            image_size=config.tested_size,
+            image_size=config.eval_size,
             batch_size=2 * config.batch_size,
             processes=processes,
         )
@@ -203,11 +203,11 @@ class Trainer:
             label_smoothing=config.label_smoothing,
         )
         self.mix = _mixer(config, len(splits.classes))
-        # Random and trained weights are another backbone for every seed, and mixing asks for pictures.
+        # Random and trained weights are another backbone for every seed, and mixing asks for images.
         pretrained = weights.source != "none" and start is None
         self.features = features if pretrained and self.mix is None else None
         if targets is not None and (self.features or self.mix):
-            raise ValueError("targets are of single pictures as a loader shows them: no mixup, no features")
+            raise ValueError("targets are of single images as a loader shows them: no mixup, no features")
         self.targets = None if targets is None else torch.from_numpy(targets)
         self.precision = autocast(device)
         half = device.type == "cuda" and not has_bf16()
@@ -222,8 +222,8 @@ class Trainer:
         """One pass over train and one over val: mean loss, and (N, C) probabilities of val."""
         row = UNFREEZE[self.config.unfreeze]
         groups = len(self.model.groups)
-        opened = open_groups(row, epoch=number, epochs=self.config.epochs, groups=groups)
-        self.model.set_open(opened)
+        opened = trainable_groups(row, epoch=number, epochs=self.config.epochs, groups=groups)
+        self.model.freeze_to(opened)
         self.model.train()
         stored = self.features if opened == 0 else None
         total = torch.zeros((), device=self.device)  # stays there: reading it each step would wait for it
@@ -256,7 +256,7 @@ class Trainer:
         }
 
     def shown(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of pictures with their labels, (B,), or targets, (B, C)."""
+        """Batches of images with their labels, (B,), or targets, (B, C)."""
         size, strength = self.config.shown_size(number), self.config.strength(number)
         if self.targets is None:
             batches = self.train_loader.epoch(number, size=size, strength=strength)
@@ -294,7 +294,7 @@ class Trainer:
     @torch.inference_mode()
     def _remembered_val(self, store: FeatureStore) -> np.ndarray:
         """(N, C) probabilities of val from the frozen backbone's stored outputs."""
-        content = {**self.known, "image_size": self.config.tested_size, "part": "val"}
+        content = {**self.known, "image_size": self.config.eval_size, "part": "val"}
         found = store.get(content, len(self.val_labels), lambda: self._outputs(self.val_loader, 0))
         self.tested.eval()
         outputs = torch.from_numpy(found.astype(np.float32)).to(self.device)
@@ -304,7 +304,7 @@ class Trainer:
 
     @torch.inference_mode()
     def _outputs(self, loader: Loader, number: int) -> np.ndarray:
-        """(N, F) outputs of the frozen backbone for every picture of an unshuffled loader."""
+        """(N, F) outputs of the frozen backbone for every image of an unshuffled loader."""
         parts: list[torch.Tensor] = []
         for batch in loader.epoch(number):
             with self.precision():
@@ -313,7 +313,7 @@ class Trainer:
         return torch.cat(parts).cpu().numpy()
 
     def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """One step on 8-bit pictures (B, 3, S, S) or on outputs of the frozen backbone (B, F); the loss."""
+        """One step on 8-bit images (B, 3, S, S) or on outputs of the frozen backbone (B, F); the loss."""
         inputs = inputs.to(self.device, non_blocking=True)
         targets = labels.to(self.device, non_blocking=True)
         network: nn.Module = self.model.head
@@ -337,7 +337,7 @@ class Trainer:
         """Leave a batch's gradients in the parameters; the loss.
 
         Where memory runs out the batch is cut in two, and again, for the rest of the run: gradients add up to
-        the same, BatchNorm sees fewer pictures at a time. Raises OutOfMemoryError where three do not fit.
+        the same, BatchNorm sees fewer images at a time. Raises OutOfMemoryError where three do not fit.
         """
         while True:
             try:
@@ -363,8 +363,8 @@ class Trainer:
         return total
 
     def _share(self, some: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | float:
-        """What a part's mean loss counts for in the batch's: by pictures, or by their classes' weights."""
-        if self.loss.weight is None or targets.ndim > 1:  # torch takes the mean of soft targets over pictures
+        """What a part's mean loss counts for in the batch's: by images, or by their classes' weights."""
+        if self.loss.weight is None or targets.ndim > 1:  # torch takes the mean of soft targets over images
             return len(some) / len(targets)
         return self.loss.weight[some].sum() / self.loss.weight[targets].sum()
 
@@ -378,7 +378,7 @@ def _optimizer(model: Classifier, config: TrialConfig, *, fused: bool) -> torch.
 
 
 def _mixer(config: TrialConfig, classes: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    """Mixup and cutmix on a batch of normalised pictures; one of them at random where both are on."""
+    """Mixup and cutmix on a batch of normalised images; one of them at random where both are on."""
     mixes: list[nn.Module] = []
     if config.mixup:
         mixes.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
@@ -394,6 +394,6 @@ def _labels(split: Split) -> np.ndarray:
 
 
 def _class_weights(splits: Splits) -> torch.Tensor:
-    """(C,) inverse class frequencies of train, with mean 1 over the pictures."""
+    """(C,) inverse class frequencies of train, with mean 1 over the images."""
     counts = np.bincount(_labels(splits.train), minlength=len(splits.classes))
     return torch.tensor(counts.sum() / (len(counts) * np.maximum(counts, 1)), dtype=torch.float32)

@@ -1,10 +1,10 @@
 """python tests/benchmarks/bench_final.py --data ../shared/data/cars9 --weights ../shared/weights
 
 Whole jobs of the same length from several splits: is the ensemble better than the search's best trial and
-than the best single model, which may be a retrained one, and by how much than the competitor's recipe? Each
-is chosen on val. Right and wrong answers on each split's audit pictures are kept in results/final/answers.csv
+than the best single model, which may be a retrained one, and by how much than the baseline? Each
+is chosen on val. Right and wrong answers on each split's holdout images are kept in results/final/answers.csv
 as a run ends, and a run of this length is not made again; results/final/final.csv holds what all of them come
-to. Intervals are by bootstrap over splits, and over pictures within each.
+to. Intervals are by bootstrap over splits, and over images within each.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ def main() -> None:
 
 
 def answers() -> pd.DataFrame:
-    """A row a picture and split: 1 where the model's answer was right, else 0."""
+    """A row an image and split: 1 where the model's answer was right, else 0."""
     path = FOLDER / "answers.csv"
     return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["seed", "hours", "id", *MODELS])
 
 
 def run(seed: int, options: argparse.Namespace, folder: Path) -> pd.DataFrame:
-    """One whole job in a process of its own; which of its audit pictures each model that it has got right."""
+    """One whole job in a process of its own; which of its holdout images each model that it has got right."""
     command = [
         *(sys.executable, str(ROOT / "tune" / "search.py"), "--plain", "--hours", str(options.hours)),
         *("--data", str(options.data.absolute()), "--weights", str(options.weights.absolute())),
@@ -93,9 +93,9 @@ def run(seed: int, options: argparse.Namespace, folder: Path) -> pd.DataFrame:
     ]
     subprocess.run(command, cwd=folder, check=True)
     study = Study(folder / "study")
-    labels = study.labels("audit")
+    labels = study.labels("holdout")
     ranked = study.leaderboard()
-    recipe = next((r.trial_id for r in ranked if r.is_recipe), None)
+    recipe = next((r.trial_id for r in ranked if r.is_baseline), None)
     trial = next(r.trial_id for r in ranked if r.stage == "search")
     single = read_json(study.ensemble_file)["val"]["single"]["trial_id"]
     found = pd.DataFrame({"seed": seed, "hours": options.hours, "id": list(labels)})
@@ -103,7 +103,7 @@ def run(seed: int, options: argparse.Namespace, folder: Path) -> pd.DataFrame:
         if name is None:
             found[model] = np.nan
             continue
-        probs = study.predictions(name, "audit").aligned(list(labels)).probs
+        probs = study.predictions(name, "holdout").aligned(list(labels)).probs
         found[model] = (probs.argmax(axis=1) == np.array(list(labels.values()))).astype(int)
     return found
 
@@ -137,9 +137,9 @@ def described(known: pd.DataFrame, values: pd.Series, target: str) -> list[str]:
 
 
 def interval(by_split: Sequence[np.ndarray]) -> Interval:
-    """Mean over all answers, with a 95 % bootstrap interval over splits, and pictures within each.
+    """Mean over all answers, with a 95 % bootstrap interval over splits, and images within each.
 
-    What another job would come to and what other pictures would are both in it (Davison and Hinkley, 1997,
+    What another job would come to and what other images would are both in it (Davison and Hinkley, 1997,
     section 3.8).
     """
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """python tests/benchmarks/bench_frozen.py
 
 Trials with a frozen backbone, with stored outputs against without: the same configurations and seeds, in
-turn, on the demo's pictures. Ours: the store is full; the first use, which fills it, has a row of its own.
+turn, on the demo's images. Ours: the store is full; the first use, which fills it, has a row of its own.
 Accuracy is on val, where both keep their best epoch; its difference over the seeds has a 95 % interval (t).
 """
 
@@ -22,7 +22,7 @@ from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import FeatureStore
-from carmodels.training.trainer import Fitted, fit
+from carmodels.training.trainer import TrainResult, fit
 
 from table import Row, as_in_a_worker, finish
 
@@ -63,8 +63,8 @@ def compare(
     """Seconds of all epochs, and accuracy, of one configuration over its seeds."""
     store = FeatureStore(folder)
     first = seconds(fit(configs[0], splits, weights=weights, features=store))
-    ours: list[Fitted] = []
-    theirs: list[Fitted] = []
+    ours: list[TrainResult] = []
+    theirs: list[TrainResult] = []
     for config in configs:
         theirs.append(fit(config, splits, weights=weights))
         ours.append(fit(config, splits, weights=weights, features=store))
@@ -96,7 +96,7 @@ def compare(
     ]
 
 
-def seconds(fitted: Fitted) -> float:
+def seconds(fitted: TrainResult) -> float:
     """Of all its epochs, training and validation."""
     return sum(epoch.seconds for epoch in fitted.history)
 

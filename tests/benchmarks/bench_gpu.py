@@ -1,9 +1,9 @@
 """python tests/benchmarks/bench_gpu.py --part input
 
-What can be measured on a GPU alone, in three parts of less than eight minutes each: `input` (pictures a
+What can be measured on a GPU alone, in three parts of less than eight minutes each: `input` (images a
 second of the loader's processes at 224 px), `steps` (training steps of six backbones fed by the loader,
 against the same model fed from memory), `trials` (trials an hour against the tutorial's training function).
-All on 15,000 drawn pictures of 640x480, backbones with random weights. Without a GPU it says so and ends.
+All on 15,000 drawn images of 640x480, backbones with random weights. Without a GPU it says so and ends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from carmodels.training.trainer import Trainer
 
 from table import Row, as_in_a_worker, finish
 
-PICTURES, SIZE, BATCH = 15_000, 224, 64
+IMAGES, SIZE, BATCH = 15_000, 224, 64
 STEPS, WARM = 60, 15
 BACKBONES = (
     "efficientnet_b0",
@@ -48,7 +48,7 @@ PROCESSES = max(1, joblib.cpu_count() - 1)
 
 
 def main() -> None:
-    """Draw the pictures, unless they are there, and measure one part."""
+    """Draw the images, unless they are there, and measure one part."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,22 +69,22 @@ def draw(folder: Path) -> None:
     if (folder / "drawn").exists():
         return
     with ProcessPoolExecutor(joblib.cpu_count()) as pool:
-        list(pool.map(_draw, [folder] * PICTURES, range(PICTURES), chunksize=100))
+        list(pool.map(_draw, [folder] * IMAGES, range(IMAGES), chunksize=100))
     (folder / "drawn").touch()
 
 
 def _draw(folder: Path, number: int) -> None:
     rng = np.random.default_rng(number)
     coarse = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
-    picture = cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_CUBIC)
-    noisy = np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
+    image = cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_CUBIC)
+    noisy = np.clip(image + rng.normal(0, 12, image.shape), 0, 255).astype(np.uint8)
     path = folder / "train" / f"{number % 10}" / f"{number}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), noisy, [cv2.IMWRITE_JPEG_QUALITY, 90])
 
 
 def inputs(folder: Path, splits: Splits) -> list[Row]:
-    """Pictures a second that arrive on the GPU."""
+    """Images a second that arrive on the GPU."""
     rows = []
     for name in ("crop", "color", "strong"):
         loader = Loader(
@@ -104,7 +104,7 @@ def inputs(folder: Path, splits: Splits) -> list[Row]:
             torch.cuda.synchronize()
             speeds.append(len(splits.train) / (time.monotonic() - started))
         speed = float(np.median(speeds[1:]))  # the first epoch starts the processes
-        rows.append(Row(f"{name}, {PROCESSES} processes", speed, "", "", "", 2, "pictures/s"))
+        rows.append(Row(f"{name}, {PROCESSES} processes", speed, "", "", "", 2, "images/s"))
     return rows
 
 
@@ -120,7 +120,7 @@ def steps(folder: Path, splits: Splits) -> list[Row]:
             device=torch.device("cuda"),
             processes=PROCESSES,
         )
-        run.model.set_open(len(run.model.groups))
+        run.model.freeze_to(len(run.model.groups))
         run.model.train()
         held = [(x.cuda(), y.cuda()) for x, y in islice(run.shown(1), 8)]
         from_memory = rate(run, (held[n % len(held)] for n in range(STEPS)))
@@ -145,10 +145,10 @@ def rate(run: Trainer, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> 
 
 
 def trials(folder: Path, splits: Splits) -> list[Row]:
-    """Trials an hour against the tutorial's, one after the other on one GPU, on a tenth of the pictures."""
+    """Trials an hour against the tutorial's, one after the other on one GPU, on a tenth of the images."""
     fewer = folder.with_name("bench_gpu_trials")
     if not fewer.exists():
-        for path in sorted((folder / "train").rglob("*.jpg"))[:: PICTURES // 1500]:
+        for path in sorted((folder / "train").rglob("*.jpg"))[:: IMAGES // 1500]:
             target = fewer / "train" / path.parent.name / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.hardlink_to(path)

@@ -1,6 +1,6 @@
 """python tests/benchmarks/bench_input.py
 
-Pictures a second on one core at 224 px from 640x480 JPEGs: the loader of this project, normalising in batch,
+Images a second on one core at 224 px from 640x480 JPEGs: the loader of this project, normalising in batch,
 against the usual Dataset (cv2.imread, albumentations, Normalize, ToTensorV2) doing the same augmentation, in
 turn. The cache is built first, which has a row of its own. Checked inside: both give the same mean.
 """
@@ -32,13 +32,13 @@ from carmodels.training.config import TrialConfig
 
 from table import Row, as_in_a_worker, finish
 
-SIZE, BATCH, PICTURES = 224, 32, 640
+SIZE, BATCH, IMAGES = 224, 32, 640
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TARGETS = {"crop": 8.0, "color": 5.0}  # rows of AUGMENTS: RandomResizedCrop and flip, and with ColorJitter
 
 
 class Usual(Dataset[tuple[torch.Tensor, int]]):
-    """What a tutorial would write: every picture decoded afresh each time."""
+    """What a tutorial would write: every image decoded afresh each time."""
 
     def __init__(self, paths: list[Path], augment: Augment) -> None:
         self.paths = [str(path) for path in paths]
@@ -56,8 +56,8 @@ class Usual(Dataset[tuple[torch.Tensor, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        picture = cv2.cvtColor(cv2.imread(self.paths[index]), cv2.COLOR_BGR2RGB)
-        return self.transform(image=picture)["image"], 0
+        image = cv2.cvtColor(cv2.imread(self.paths[index]), cv2.COLOR_BGR2RGB)
+        return self.transform(image=image)["image"], 0
 
 
 def main() -> None:
@@ -71,33 +71,33 @@ def main() -> None:
     cv2.setNumThreads(0)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = draw(Path(folder) / "pictures")
+        paths = draw(Path(folder) / "images")
         started = time.monotonic()
-        splits = open_dataset(Path(folder) / "pictures", cache_dir=Path(folder) / "cache", max_size=SIZE)
+        splits = open_dataset(Path(folder) / "images", cache_dir=Path(folder) / "cache", max_size=SIZE)
         built = len(paths) / (time.monotonic() - started)
         for name, target in TARGETS.items():
             rows.append(compare(name, target, paths, splits, runs))
-    rows.append(Row("building the cache, once, all cores", built, "", "", "", 1, "pictures/s"))
+    rows.append(Row("building the cache, once, all cores", built, "", "", "", 1, "images/s"))
     finish("bench_input", rows)
 
 
 def draw(folder: Path) -> list[Path]:
     """Smooth noise with some grain, as JPEGs: about as much detail, and as many bytes, as photographs."""
     rng = np.random.default_rng(0)
-    for index in range(PICTURES):
+    for index in range(IMAGES):
         coarse = rng.integers(0, 256, (15, 20, 3), dtype=np.uint8)
-        picture = cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_CUBIC)
-        grain = rng.normal(0, 12, picture.shape)
+        image = cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_CUBIC)
+        grain = rng.normal(0, 12, image.shape)
         path = folder / "train" / f"{index % 4}" / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(
-            str(path), np.clip(picture + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90]
+            str(path), np.clip(image + grain, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 90]
         )
     return sorted(folder.rglob("*.jpg"))
 
 
 def compare(name: str, target: float, paths: list[Path], splits: Splits, runs: int) -> Row:
-    """Pictures a second of both sides, in turn: medians, and the median of the ratios."""
+    """Images a second of both sides, in turn: medians, and the median of the ratios."""
     augment = AUGMENTS[name]
     loader = Loader(
         splits.images, splits.train, image_size=SIZE, batch_size=BATCH, augment=augment, shuffle=True
@@ -114,14 +114,14 @@ def compare(name: str, target: float, paths: list[Path], splits: Splits, runs: i
     pairs = [(rate(lambda e=e: ours(e)), rate(lambda: (images for images, _ in usual))) for e in range(runs)]
     speeds = np.array([[speed for speed, _ in pair] for pair in pairs])
     means = np.array([[mean for _, mean in pair] for pair in pairs])
-    assert np.abs(means[:, 0] - means[:, 1]).max() < 0.1, "the two sides do not give alike pictures"
+    assert np.abs(means[:, 0] - means[:, 1]).max() < 0.1, "the two sides do not give alike images"
     ours_median, theirs_median = np.median(speeds, axis=0)
     ratio = float(np.median(speeds[:, 0] / speeds[:, 1]))
-    return Row(name, float(ours_median), float(theirs_median), ratio, target, runs, "pictures/s")
+    return Row(name, float(ours_median), float(theirs_median), ratio, target, runs, "images/s")
 
 
 def rate(batches: Callable[[], Iterator[torch.Tensor]]) -> tuple[float, float]:
-    """Pictures a second over one pass, and the mean over some of the pixels."""
+    """Images a second over one pass, and the mean over some of the pixels."""
     started, count, total = time.monotonic(), 0, 0.0
     for images in batches():
         count += len(images)

@@ -30,9 +30,9 @@ from carmodels.space import suggest
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from tune.optim.scheduler import Deadline, Scheduler
-from tune.optim.searcher import Draws
+from tune.optim.searcher import OptunaSearcher
 from tune.runtime import worker
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.cluster import start_ray
 from tune.runtime.job import Job, Workers
 from tune.runtime.recorder import WEIGHTS_KEPT, Recorder
@@ -96,7 +96,7 @@ def scaling(nodes: int) -> list[Row]:
             search_alg=draws,
             scheduler=scheduler,
             notes={},
-            watch=Watch(),
+            watch=ProgressCallback(),
         )
         records = study.records()
     spent = (time.process_time() - busy) / count
@@ -129,7 +129,7 @@ def driver(ended: int) -> dict[str, float]:
         known = [record(config) for config in configs[:ended]]
         for one in known:
             study.append(one)
-        scheduler, recorder = judging(), Recorder(study, "search", 0.0, {}, Watch())
+        scheduler, recorder = judging(), Recorder(study, "search", 0.0, {}, ProgressCallback())
         scheduler.replay(known)
         draws = drawing(study, limit=None, queue=configs[ended:], known=known)
         running = [begin_trial(number, draws, recorder, scheduler) for number in range(RUNNING)]
@@ -178,7 +178,7 @@ def result(parts: dict[str, float], name: str, some: list[Any], call: Callable[[
     parts[name] = (time.process_time() - started) / len(some)
 
 
-def begin_trial(number: int, draws: Draws, recorder: Recorder, scheduler: Scheduler) -> Any:
+def begin_trial(number: int, draws: OptunaSearcher, recorder: Recorder, scheduler: Scheduler) -> Any:
     """A trial of Ray's that runs, as far as the parts look at it, with its first result."""
     name = f"t{number}"
     config = draws.suggest(name)
@@ -201,9 +201,9 @@ def begin(folder: Path) -> Study:
     return study
 
 
-def drawing(study: Study, **more: Any) -> Draws:
+def drawing(study: Study, **more: Any) -> OptunaSearcher:
     storage = optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}")
-    return Draws(
+    return OptunaSearcher(
         SPACE,
         stamp=STAMP,
         metric="accuracy",

@@ -3,7 +3,7 @@
 The share of a search's core-time that is not spent in epochs of training: 1 - seconds of all epochs /
 (workers x wall seconds of the search stage). What is left is starting the workers, building models,
 probabilities and weights of finished trials, Ray, Optuna, the table, the measurement of costs, and workers
-idle at the end. With --data and --weights also on those pictures, in the `cpu` preset.
+idle at the end. With --data and --weights also on those images, in the `cpu` preset.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from carmodels.study import Study
 from tune import search
 from tune.budget.clock import SEARCH_SHARE, Clock
 from tune.runtime import search_stage
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.cluster import start_ray
 from tune.runtime.job import Job, Workers
 from tune.runtime.profiling import costs_of
@@ -42,7 +42,7 @@ def main() -> None:
         lambda p: p.add_argument("--minutes", type=float, default=4.0, help="of search, with --data (4)"),
     )
     if options.data:
-        finish("bench_overhead", [on_pictures(options.data.absolute(), options.weights, options.minutes)])
+        finish("bench_overhead", [on_images(options.data.absolute(), options.weights, options.minutes)])
     else:
         own = Weights.parse(str(DEMO_WEIGHTS))
         drawn = user_cache_path("carmodels") / "demo"
@@ -53,7 +53,7 @@ def main() -> None:
         finish("bench_overhead", [row])
 
 
-def on_pictures(data: Path, source: str, minutes: float) -> Row:
+def on_images(data: Path, source: str, minutes: float) -> Row:
     """A search of so many minutes in the `cpu` preset, at sizes up to 128 px."""
     weights = Weights.parse(source)
     space = SPACES["cpu"].with_override("image_size=64,96,128")
@@ -65,7 +65,7 @@ def on_pictures(data: Path, source: str, minutes: float) -> Row:
 def measure(
     name: str, data: Path, weights: Weights, space: Space, *, trials: int | None, seconds: float
 ) -> Row:
-    """One search, from empty stores of outputs and costs; the picture cache is there."""
+    """One search, from empty stores of outputs and costs; the image cache is there."""
     splits = open_dataset(data, cache_dir=user_cache_path("carmodels"), max_size=max(space.image_sizes))
     with tempfile.TemporaryDirectory() as folder:
         study = Study(Path(folder) / "study")
@@ -81,7 +81,7 @@ def measure(
             trials=trials,
             clock=Clock(started, seconds),
             seed=0,
-            watch=Watch(),
+            watch=ProgressCallback(),
             say=print,
         )
         wall = time.time() - started

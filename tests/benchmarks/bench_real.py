@@ -1,7 +1,7 @@
-"""python tests/benchmarks/bench_real.py --data PICTURES --weights DIR --tutorial SCRIPT
+"""python tests/benchmarks/bench_real.py --data IMAGES --weights DIR --tutorial SCRIPT
 
 Real searches of the same length over the same space, from several splits: the tutorial's script; its search
-(TPE, ASHA with Ray's defaults, no retraining) over our training; ours. Scored on each split's audit pictures,
+(TPE, ASHA with Ray's defaults, no retraining) over our training; ours. Scored on each split's holdout images,
 which no side has seen. A run is kept in results/search/real-runs.csv as it ends, and is not made again; what
 all of them come to is in results/search/real.csv.
 """
@@ -37,7 +37,7 @@ from carmodels.study import Study
 from tune import search
 from tune.finalize import confirmation, retraining
 from tune.optim.scheduler import Deadline, Scheduler
-from tune.optim.searcher import Draws
+from tune.optim.searcher import OptunaSearcher
 from tune.runtime import search_stage
 
 ROOT = Path(__file__).parents[2]
@@ -99,26 +99,26 @@ def run(arm: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[
     subprocess.run(command, cwd=folder, check=True)
     study = Study(folder / "study")
     results = read_json(study.ensemble_file)
-    audit, records = results["audit"], [r for r in study.records() if r.stage == "search"]
-    pictures = audit["pictures"]
+    holdout, records = results["holdout"], [r for r in study.records() if r.stage == "search"]
+    images = holdout["images"]
     return {
         "trials": len(records),
         "whole": sum(r.status is Status.FINISHED for r in records),
-        "pictures": pictures,
-        **{f"{name} right": round(audit[name]["value"] * pictures) for name in MODELS},
+        "images": images,
+        **{f"{name} right": round(holdout[name]["value"] * images) for name in MODELS},
     }
 
 
 def run_tutorial(seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The script, which leaves the audit pictures of our split out of its training and is scored on them."""
+    """The script, which leaves the holdout images of our split out of its training and is scored on them."""
     splits = open_dataset(options.data.absolute(), cache_dir=folder / "cache", max_size=32, seed=seed)
-    audit = splits.audit
-    assert audit.labels is not None
-    labels = folder / "audit.csv"
+    holdout = splits.holdout
+    assert holdout.labels is not None
+    labels = folder / "holdout.csv"
     with labels.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["Id", "Category"])
-        writer.writerows((i, splits.classes[k]) for i, k in zip(audit.ids, audit.labels, strict=True))
+        writer.writerows((i, splits.classes[k]) for i, k in zip(holdout.ids, holdout.labels, strict=True))
     places = [str(path.absolute()) for path in (options.tutorial, options.data, options.weights)]
     command = [sys.executable, *places, str(labels), str(60 * options.minutes), str(seed)]
     ended = subprocess.run(
@@ -133,17 +133,17 @@ def run_tutorial(seed: int, options: argparse.Namespace, folder: Path) -> dict[s
     line = re.search(r"trials (\d+) .* whole (\d+) .* hidden ([\d.]+)", ended.stdout)
     if ended.returncode or line is None:
         raise ValueError(f"{options.tutorial}: exit code {ended.returncode}, {ended.stdout[-2000:]}")
-    right = round(float(line[3]) * len(audit))
+    right = round(float(line[3]) * len(holdout))
     return {
         "trials": int(line[1]),
         "whole": int(line[2]),
-        "pictures": len(audit),
+        "images": len(holdout),
         "single right": right,
         "ensemble right": "",
     }
 
 
-class TutorialDraws(Draws):
+class TutorialSearcher(OptunaSearcher):
     """TPE as Ray's tutorials use it, with no recipe first."""
 
     def __init__(self, *arguments: Any, seed: int, **named: Any) -> None:
@@ -172,7 +172,7 @@ class TutorialScheduler(Scheduler):
 
 def search_as_the_tutorial(arguments: list[str]) -> int:
     """`tune/search.py` with that search, and no stage but the ensemble after it."""
-    search_stage.Draws = TutorialDraws  # type: ignore[misc]
+    search_stage.OptunaSearcher = TutorialSearcher  # type: ignore[misc]
     search_stage.Scheduler = TutorialScheduler  # type: ignore[misc]
     search.search_share = lambda **asked: SEARCH_SHARE
     confirmation.LATE_SHARE = 0.0  # no stage follows whose time a slow trial could have
@@ -205,19 +205,19 @@ def report(made: Iterable[Mapping[str, str]]) -> None:
     for row in made:
         for name in MODELS:
             if row[f"{name} right"]:
-                counts[row["arm"], name].append((int(row[f"{name} right"]), int(row["pictures"])))
+                counts[row["arm"], name].append((int(row[f"{name} right"]), int(row["images"])))
     shares = {
         key: share_interval(*(sum(column) for column in zip(*found, strict=True)))
         for key, found in counts.items()
     }
-    names = ["arm", "model", "splits", "pictures", "audit accuracy", "gain on the tutorial, points"]
+    names = ["arm", "model", "splits", "images", "holdout accuracy", "gain on the tutorial, points"]
     table, rows = Table(*names), []
     base = shares.get((ARMS[0], "single"))
     for (arm, name), found in counts.items():
         share = shares[arm, name]
         gain = described(difference(share, base)) if base and share is not base else ""
-        pictures = sum(among for _, among in found)
-        rows.append([arm, name, str(len(found)), str(pictures), described(share), gain])
+        images = sum(among for _, among in found)
+        rows.append([arm, name, str(len(found)), str(images), described(share), gain])
         table.add_row(*rows[-1])
     Console(width=140).print(table)
     with (FOLDER / "real.csv").open("w", newline="", encoding="utf-8") as file:

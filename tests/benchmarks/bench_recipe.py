@@ -1,10 +1,10 @@
-"""nice python tests/benchmarks/bench_recipe.py --data ../shared/data/cars9 --weights ../shared/weights
+"""nice python tests/benchmarks/bench_baseline.py --data ../shared/data/cars9 --weights ../shared/weights
 
 Whether retraining a trial's winner in another way makes it better: one change each, on out-of-fold
-predictions of all labelled pictures (three folds, so that as many are learnt from as in a study), every seed
+predictions of all labelled images (three folds, so that as many are learnt from as in a study), every seed
 with folds of its own, the last epoch's weights. Runs are kept in the cache folder as they end, and not made
 again; started twice, it trains on two cores. A row a variant: its gain in accuracy over the one it is held
-against, on the seeds that both have, and a 95 % interval from resampling pictures (the mean over seeds of
+against, on the seeds that both have, and a 95 % interval from resampling images (the mean over seeds of
 each), and how many answers it set right or wrong.
 """
 
@@ -30,7 +30,7 @@ from torch import nn
 from carmodels.catalog import Augment, Step
 from carmodels.data.dataset import Splits, open_dataset
 from carmodels.data.loader import Loader
-from carmodels.data.resplit import with_everything
+from carmodels.data.resplit import with_all_labelled
 from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
 from carmodels.evaluation.metrics import log_loss
 from carmodels.evaluation.predictions import Predictions
@@ -39,14 +39,14 @@ from carmodels.models.classifier import Classifier, save_weights
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict
-from carmodels.training.held_out import parted
+from carmodels.training.held_out import splits_for
 from carmodels.training.trainer import Trainer
 
 from table import as_in_a_worker, asked, measured_on
 
 FILE = Path(__file__).parents[2] / "results" / "final" / "recipe.csv"
 FOLDS = 3
-LARGER = {"tested at 1.2 times": 96, "tested at 1.3 times": 104}  # pixels, of test pictures
+LARGER = {"tested at 1.2 times": 96, "tested at 1.3 times": 104}  # pixels, of test images
 TUNED = "tested at 1.3 times, classifier and BatchNorm tuned"
 EMA = "moving average"
 RESAMPLES = 4000
@@ -77,13 +77,13 @@ class Variant:
 
     change: Mapping[str, Any]
     against: str = "base"
-    larger: tuple[str, ...] = ()  # how pictures are answered besides
-    order: int = 0  # which random order of the pictures, another one for each
+    larger: tuple[str, ...] = ()  # how images are answered besides
+    order: int = 0  # which random order of the images, another one for each
     onward: str = ""  # the variant from whose weights, of the same seed and fold, it goes on
 
     @property
     def looks(self) -> tuple[str, ...]:
-        """How the held-out pictures are answered, the plain way first."""
+        """How the held-out images are answered, the plain way first."""
         return ("plain", *(() if self.order else (EMA,)), *self.larger)
 
     def name(self, config: TrialConfig) -> str:
@@ -110,11 +110,11 @@ VARIANTS = {
     "a new model": Variant({"head_seed": 101}, order=1),
     "another new model": Variant({"head_seed": 102}, order=2),
     "2 times as long": Variant({"epochs": 16}, larger=tuple(LARGER)),
-    "progressive from 48 px, as much time": Variant({"start_size": 48, "epochs": 11}),
+    "progressive from 48 px, as much time": Variant({"start_image_size": 48, "epochs": 11}),
     "2 times as long, strong augmentation": Variant({"epochs": 16, "augment": "strong"}, "2 times as long"),
     "2 times as long, mixup 0.2": Variant({"epochs": 16, "mixup": 0.2}, "2 times as long"),
     "2 times as long, progressive, as much time": Variant(
-        {"start_size": 48, "epochs": 22}, "2 times as long"
+        {"start_image_size": 48, "epochs": 22}, "2 times as long"
     ),
     "3 times as long": Variant({"epochs": 24}, "2 times as long"),
     "no label smoothing": Variant({"label_smoothing": 0.0}),
@@ -146,8 +146,8 @@ class Place:
     cache: Path
 
     def splits(self) -> Splits:
-        """All labelled pictures in train, to be cut into folds."""
-        return with_everything(open_dataset(self.data, cache_dir=self.cache, max_size=128))
+        """All labelled images in train, to be cut into folds."""
+        return with_all_labelled(open_dataset(self.data, cache_dir=self.cache, max_size=128))
 
     @property
     def folder(self) -> Path:
@@ -209,7 +209,7 @@ def planned(base: TrialConfig, seeds: range) -> Iterator[tuple[TrialConfig, Vari
 
 
 def run(base: TrialConfig, config: TrialConfig, variant: Variant, place: Place) -> str:
-    """Train one fold and keep what it says of the pictures that were held out.
+    """Train one fold and keep what it says of the images that were held out.
 
     As `fit` trains with a moving average, but the weights that are averaged, those of training without one,
     are kept as well; val is not looked at meanwhile.
@@ -217,13 +217,13 @@ def run(base: TrialConfig, config: TrialConfig, variant: Variant, place: Place) 
     torch.set_num_threads(1)
     splits = place.splits()
     start = parent(base, config, variant, place)
-    began, parts = time.process_time(), parted(config, splits)
+    began, parts = time.process_time(), splits_for(config, splits)
     training = through(config, variant, place, parts, start)
     seconds = time.process_time() - began
     name, model = variant.name(config), training.model
 
     def keep(shown: str, model: Classifier, size: int = 0) -> None:
-        answers = predict(model, splits, parts.val, config=replace(config, test_size=size))
+        answers = predict(model, splits, parts.val, config=replace(config, eval_image_size=size))
         answers.save(place.file(name, shown))
 
     keep("plain", model)
@@ -242,7 +242,7 @@ def run(base: TrialConfig, config: TrialConfig, variant: Variant, place: Place) 
 def through(
     config: TrialConfig, variant: Variant, place: Place, parts: Splits, start: Path | None
 ) -> Trainer:
-    """The whole schedule; orders of pictures follow from the numbers of the epochs."""
+    """The whole schedule; orders of images follow from the numbers of the epochs."""
     unseen = replace(parts, val=parts.val.part(np.arange(len(parts.val)) == 0))
     training = Trainer(config, unseen, weights=place.weights, device=torch.device("cpu"), start=start)
     for epoch in range(1, config.epochs + 1):
@@ -258,13 +258,13 @@ def parent(base: TrialConfig, config: TrialConfig, variant: Variant, place: Plac
     earlier = replace(base, **change, seed=config.seed, fold=config.fold)
     path = place.weights_file(earlier.id)
     if not path.is_file():
-        parts = parted(earlier, place.splits())
+        parts = splits_for(earlier, place.splits())
         save_weights(through(earlier, VARIANTS[variant.onward], place, parts, None).model, path)
     return path
 
 
 def tune(model: Classifier, config: TrialConfig, splits: Splits, size: int) -> None:
-    """An epoch of classifier and BatchNorm alone, whole pictures of the test size (Touvron et al., 2019)."""
+    """An epoch of classifier and BatchNorm alone, whole images of the test size (Touvron et al., 2019)."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     learning = [p for m in (*norms, model.head) for p in m.parameters()]
     model.requires_grad_(False)
@@ -294,7 +294,7 @@ def tune(model: Classifier, config: TrialConfig, splits: Splits, size: int) -> N
         schedule.step()
 
 
-Known = dict[int, np.ndarray]  # by seed, (N, C) out-of-fold probabilities of all labelled pictures
+Known = dict[int, np.ndarray]  # by seed, (N, C) out-of-fold probabilities of all labelled images
 
 
 def out_of_fold(
@@ -379,7 +379,7 @@ def write(found: list[dict[str, Any]]) -> None:
 
 def show(found: list[dict[str, Any]]) -> None:
     """On the screen."""
-    table = Shown(title="bench_recipe", title_justify="left")
+    table = Shown(title="bench_baseline", title_justify="left")
     for column in found[0] if found else ():
         table.add_column(column)
     for row in found:

@@ -1,7 +1,7 @@
 """python tests/benchmarks/bench_scale.py
 
-What grows with what: seconds to decode and to open a data set with its pictures, memory of a further worker
-with its pictures, seconds the driver spends on a trial with the trials before it. `ours` is at the largest
+What grows with what: seconds to decode and to open a data set with its images, memory of a further worker
+with its images, seconds the driver spends on a trial with the trials before it. `ours` is at the largest
 number, `theirs` at the smallest, `ratio` the one over the other.
 """
 
@@ -28,11 +28,11 @@ from carmodels.records import Status, TrialRecord
 from carmodels.space import suggest
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
-from tune.optim.searcher import Draws
+from tune.optim.searcher import OptunaSearcher
 
 from table import Row, finish
 
-PICTURES = (500, 8000)
+IMAGES = (500, 8000)
 TRIALS = (20, 500)
 WORKERS = 3
 SIZE = 96
@@ -42,12 +42,12 @@ def main() -> None:
     """Measure every case and write the table."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        found = [pictures(Path(folder), count) for count in PICTURES]
+        found = [images(Path(folder), count) for count in IMAGES]
         rows += [
-            grown("seconds to decode 1,000 pictures", PICTURES, [f["decode"] for f in found], "", "s"),
-            grown("seconds to open it again, a picture", PICTURES, [f["open"] for f in found], "", "s"),
-            grown("memory of a further worker", PICTURES, [f["further"] for f in found], 1.1, "MiB"),
-            grown("decoded pictures on disk", PICTURES, [f["disk"] for f in found], "", "MiB"),
+            grown("seconds to decode 1,000 images", IMAGES, [f["decode"] for f in found], "", "s"),
+            grown("seconds to open it again, an image", IMAGES, [f["open"] for f in found], "", "s"),
+            grown("memory of a further worker", IMAGES, [f["further"] for f in found], 1.1, "MiB"),
+            grown("decoded images on disk", IMAGES, [f["disk"] for f in found], "", "MiB"),
         ]
         spent = [driver(Path(folder) / f"trials{count}", count) for count in TRIALS]
         rows.append(grown("seconds of the driver for a trial", TRIALS, spent, "", "s"))
@@ -67,8 +67,8 @@ def grown(name: str, counts: tuple[int, ...], values: list[float], target: float
     )
 
 
-def pictures(folder: Path, count: int) -> dict[str, float]:
-    """What a data set of `count` pictures of 320 x 240 costs."""
+def images(folder: Path, count: int) -> dict[str, float]:
+    """What a data set of `count` images of 320 x 240 costs."""
     rng = np.random.default_rng(0)
     for number in range(count):
         coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -91,7 +91,7 @@ def pictures(folder: Path, count: int) -> dict[str, float]:
 
 
 def further_worker(splits: Splits) -> float:
-    """MiB that the last of a few workers has to itself, each having shown itself every picture of train."""
+    """MiB that the last of a few workers has to itself, each having shown itself every image of train."""
     context = multiprocessing.get_context("spawn")
     shown, end = context.Barrier(WORKERS + 1), context.Event()
     workers = [context.Process(target=worker, args=(splits, shown, end)) for _ in range(WORKERS)]
@@ -132,7 +132,7 @@ def driver(folder: Path, count: int) -> float:
     records = [_record(drawing, stamp, rng) for _ in range(count)]
     for record in records:
         study.append(record)
-    draws = Draws(
+    draws = OptunaSearcher(
         SPACES["cpu"],
         stamp=stamp,
         metric="accuracy",

@@ -3,7 +3,7 @@
 Searchers and schedulers against each other in simulated time, on surrogates of the learning curves in
 results/curves (`collect_curves.py` makes them). Regret is in points of noise-free val accuracy, of the
 model that a search has in hand at 1/8, 1/4, 1/2 and the whole of its budget. A search of ours begins with
-the competitor's recipe, which costs it time and teaches it nothing; it is also run without. Two surrogates,
+the baseline, which costs it time and teaches it nothing; it is also run without. Two surrogates,
 of disjoint halves of the configurations: `--half design` to develop on, `--half final` for the table that is
 quoted; with `--trees` the truth is a forest instead of a Gaussian process.
 """
@@ -47,7 +47,7 @@ from carmodels.space import Space, suggest
 from carmodels.training.config import TrialConfig
 from tune.budget.plan import TRIAL_SHARE, Plan
 from tune.optim.scheduler import Deadline, Scheduler, grace_period
-from tune.optim.searcher import Draws
+from tune.optim.searcher import OptunaSearcher
 from tune.runtime.search_stage import BASELINE_SHARE
 
 FOLDER = Path(__file__).parents[2] / "results"
@@ -257,13 +257,13 @@ def ours(
     *,
     budget: float = BUDGET,
     share: float = TRIAL_SHARE,
-    recipe_first: bool = True,
+    baseline_first: bool = True,
 ) -> tuple[Searcher, TrialScheduler]:
     """The searcher and the scheduler of a search, as `stages.search` makes them, the recipe first."""
     plan = Plan(surrogate.curves.costs(), budget, WORKERS, longest=share * budget)
     with simulated(clock):
         recipe, _ = plan.affordable(replace(baseline(space), **STAMP), space.image_sizes, BASELINE_SHARE)
-    searcher = Draws(
+    searcher = OptunaSearcher(
         space,
         stamp=STAMP,
         metric=METRIC,
@@ -271,7 +271,7 @@ def ours(
         seed=seed,
         limit=None,
         fits=plan.fits,
-        queue=[recipe] if recipe_first else [],
+        queue=[recipe] if baseline_first else [],
     )
     scheduler = Scheduler(
         metric=METRIC,
@@ -298,7 +298,7 @@ METHODS: dict[str, Method] = {
     "TPE + MedianStopping": partial(plain, tpe, median),
     "HyperBand + BOHB": hyperband_bohb,
     OURS[0]: ours,
-    OURS[1]: partial(ours, recipe_first=False),
+    OURS[1]: partial(ours, baseline_first=False),
 }
 
 

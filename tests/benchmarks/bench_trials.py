@@ -2,9 +2,9 @@
 
 Trials an hour: the workers of a search against the training function of Ray's own tutorials (`tutorial.py`),
 both through Ray Tune on the same cores, on the same list of configurations, stopped at the same epochs, on
-the same pictures of train and val. Ours finds them decoded: that takes its time once for a data set, and is
+the same images of train and val. Ours finds them decoded: that takes its time once for a data set, and is
 not in here. Then ours with one thing taken away at a time, which says where the gain is from. With --data and
---weights also on those pictures, in the `cpu` preset, else on the demo's alone.
+--weights also on those images, in the `cpu` preset, else on the demo's alone.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
-from tune.optim.searcher import Queue
+from tune.optim.searcher import QueueSearcher
 from tune.runtime import runner, worker
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.cluster import start_ray
 from tune.runtime.environment import MALLOC
 from tune.runtime.job import Job, Workers
@@ -56,7 +56,7 @@ SHARED = {"optimizer": "adam", "augment": "color"}  # what the tutorial does
 
 @dataclass(frozen=True)
 class Case:
-    """One list of configurations on one set of pictures."""
+    """One list of configurations on one set of images."""
 
     name: str
     preset: str
@@ -94,7 +94,7 @@ def compare(case: Case, causes: bool = True) -> list[Row]:
     configs = drawn(case, splits, weights)
     stops = {c.id: stop for c, stop in zip(configs, stopped_at(len(configs)), strict=True)}
     files = by_row(case.data, splits)
-    pictures = {
+    images = {
         part.name: ([files[row] for row in part.rows.tolist()], part.labels.tolist())
         for part in (splits.train, splits.val)
     }
@@ -107,7 +107,7 @@ def compare(case: Case, causes: bool = True) -> list[Row]:
     }
     ours, theirs = [], []
     for _ in range(case.runs):
-        theirs.append(run_theirs(configs, stops, pictures, weights, workers))
+        theirs.append(run_theirs(configs, stops, images, weights, workers))
         ours.append(run_ours(configs, stops, splits, weights, workers))
     hourly = [3600 * len(configs) / float(np.median(seconds)) for seconds in (ours, theirs)]
     ratio = float(np.median(np.array(theirs) / np.array(ours)))
@@ -214,7 +214,7 @@ def ray_here(environment: dict[str, str], workers: Workers) -> Iterator[None]:
 def run_theirs(
     configs: Sequence[TrialConfig],
     stops: dict[str, int],
-    pictures: dict[str, tutorial.Pictures],
+    images: dict[str, tutorial.Images],
     weights: Weights,
     workers: Workers,
 ) -> float:
@@ -230,7 +230,7 @@ def run_theirs(
         }
         for c in configs
     ]
-    function = with_parameters(tutorial.train, pictures=pictures, weights=weights.source, epochs=EPOCHS)
+    function = with_parameters(tutorial.train, images=images, weights=weights.source, epochs=EPOCHS)
     with tempfile.TemporaryDirectory() as folder, ray_here({}, workers):
         started = time.monotonic()
         results = Tuner(
@@ -279,10 +279,10 @@ def run_ours(
             stage="search",
             begun=time.time(),
             end=float("inf"),
-            search_alg=Queue(configs, metric="accuracy", mode="max"),
+            search_alg=QueueSearcher(configs, metric="accuracy", mode="max"),
             scheduler=StopAt(stops),
             notes={},
-            watch=Watch(),
+            watch=ProgressCallback(),
         )
         seconds = time.monotonic() - started
         ran = {r.trial_id: r.epochs_run for r in study.records()}
@@ -295,7 +295,7 @@ def run_ours(
 
 
 class Afresh:
-    """In the place of the picture cache: every picture decoded from its file each time."""
+    """In the place of the image cache: every image decoded from its file each time."""
 
     def __init__(self, files: dict[int, str]) -> None:
         self._files = files
@@ -309,7 +309,7 @@ def by_row(data: Path, splits: Splits) -> dict[int, str]:
     files = {path.name: str(path) for path in data.rglob("*.*")}
     return {
         int(row): files[Path(name).name]
-        for part in (splits.train, splits.val, splits.audit, splits.test)
+        for part in (splits.train, splits.val, splits.holdout, splits.test)
         for name, row in zip(part.ids, part.rows, strict=True)
     }
 
@@ -325,7 +325,7 @@ def without_store(values: dict[str, Any], job: Job) -> None:
 
 
 def without_channels_last(values: dict[str, Any], job: Job) -> None:
-    """Runs in a worker: pictures and weights lie channel by channel in memory."""
+    """Runs in a worker: images and weights lie channel by channel in memory."""
     own, normalise = torch.channels_last, Classifier.normalise
     torch.channels_last = torch.contiguous_format
     Classifier.normalise = lambda self, images: normalise(self, images).contiguous()

@@ -1,10 +1,10 @@
 """python tests/benchmarks/bench_views.py --data ../shared/data/cars9 --weights ../shared/weights
 
-What test-time views are worth, on out-of-fold predictions over all labelled pictures: one configuration,
+What test-time views are worth, on out-of-fold predictions over all labelled images: one configuration,
 fixed beforehand, is trained from several seeds over several folds (near-duplicates together; a tenth of what
-is learnt from chooses the epoch), and every model is shown the pictures through every row of VIEWS, and
-through ten random flips and shifts as in the competitor's recipe. The rows are gains over the plain view, in
-points of accuracy and in nats of log loss, with 95 % intervals (paired bootstrap over pictures, seeds
+is learnt from chooses the epoch), and every model is shown the images through every row of VIEWS, and
+through ten random flips and shifts as in the baseline. The rows are gains over the plain view, in
+points of accuracy and in nats of log loss, with 95 % intervals (paired bootstrap over images, seeds
 together), for single models and for the mean of the seeds' models. It goes on where it was: probabilities are
 in results/final/predictions.
 """
@@ -45,9 +45,9 @@ from table import FOLDER, as_in_a_worker, asked, processor
 PLACE = FOLDER.parent / "final"
 CONFIG = TrialConfig("mobilenetv2_035", image_size=96, epochs=8, lr=5e-3, layer_decay=0.6)
 DEMO_CONFIG = replace(CONFIG, backbone="test_resnet", image_size=48)
-RANDOM = tuple(f"random_{n}" for n in range(10))  # views of the competitor's recipe
+RANDOM = tuple(f"random_{n}" for n in range(10))  # views of the baseline
 MOST = 4  # views that a choice may keep, the plain one included
-VAL = 0.15  # of the pictures, that a study chooses by
+VAL = 0.15  # of the images, that a study chooses by
 DRAWS = 60  # of such a val
 SETS: dict[str, tuple[str, ...]] = {
     "flip": ("plain", "flip"),
@@ -74,7 +74,7 @@ class Gain:
     nats: float  # > 0: a lower log loss
     nats_low: float
     nats_high: float
-    set_right: float  # pictures a model
+    set_right: float  # images a model
     set_wrong: float
     note: str = ""
 
@@ -111,8 +111,8 @@ def main() -> None:
 
 
 def joined(splits: Splits) -> Split:
-    """All labelled pictures."""
-    parts = (splits.train, splits.val, splits.audit)
+    """All labelled images."""
+    parts = (splits.train, splits.val, splits.holdout)
     labels = np.concatenate([part.labels for part in parts if part.labels is not None])
     ids = tuple(name for part in parts for name in part.ids)
     return Split("all", ids, labels, np.concatenate([part.rows for part in parts]))
@@ -121,7 +121,7 @@ def joined(splits: Splits) -> Split:
 def out_of_fold(
     config: TrialConfig, splits: Splits, everything: Split, weights: Weights, folds: int
 ) -> dict[str, np.ndarray]:
-    """(N, C) for each view: every picture is shown to the model that has not learnt from its fold."""
+    """(N, C) for each view: every image is shown to the model that has not learnt from its fold."""
     found: dict[str, list[Predictions]] = {view: [] for view in (*VIEWS, *RANDOM)}
     for fold, (learns, held_out) in enumerate(halved(everything, splits, folds, config.seed)):
         paths = {
@@ -129,47 +129,45 @@ def out_of_fold(
             for view in found
         }
         missing = [view for view, path in paths.items() if not path.is_file()]
-        pictures = part(everything, held_out, "held out")
+        images = part(everything, held_out, "held out")
         if missing:
             started = time.monotonic()
             model = trained(config, splits, part(everything, learns, "train"), weights)
             for view in missing:
-                shown_to(model, splits, pictures, config, view).save(paths[view])
+                shown_to(model, splits, images, config, view).save(paths[view])
             print(f"seed {config.seed}, fold {fold}: {time.monotonic() - started:.0f} s", flush=True)
         for view, path in paths.items():
-            found[view].append(Predictions.load(path).aligned(pictures.ids))
+            found[view].append(Predictions.load(path).aligned(images.ids))
     return {view: joined_rows(parts, everything.ids) for view, parts in found.items()}
 
 
-def halved(pictures: Split, splits: Splits, folds: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def halved(images: Split, splits: Splits, folds: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Positions to learn from and positions held out, fold by fold."""
     folder = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    yield from folder.split(pictures.rows, pictures.labels, splits.images.groups[pictures.rows])
+    yield from folder.split(images.rows, images.labels, splits.images.groups[images.rows])
 
 
-def trained(config: TrialConfig, splits: Splits, pictures: Split, weights: Weights) -> Classifier:
-    """A model that learns from nine tenths of the pictures and takes its epoch by the rest."""
-    learns, val = next(halved(pictures, splits, 10, config.seed))
-    inner = replace(splits, train=part(pictures, learns, "train"), val=part(pictures, val, "val"))
+def trained(config: TrialConfig, splits: Splits, images: Split, weights: Weights) -> Classifier:
+    """A model that learns from nine tenths of the images and takes its epoch by the rest."""
+    learns, val = next(halved(images, splits, 10, config.seed))
+    inner = replace(splits, train=part(images, learns, "train"), val=part(images, val, "val"))
     return fit(config, inner, weights=weights).model
 
 
 def part(split: Split, chosen: np.ndarray, name: str) -> Split:
-    """The pictures at these positions."""
+    """The images at these positions."""
     assert split.labels is not None
     ids = tuple(split.ids[n] for n in chosen.tolist())
     return Split(name, ids, split.labels[chosen], split.rows[chosen])
 
 
-def shown_to(
-    model: Classifier, splits: Splits, pictures: Split, config: TrialConfig, view: str
-) -> Predictions:
-    """What a model says of the pictures, seen through a row of VIEWS or varied at random."""
+def shown_to(model: Classifier, splits: Splits, images: Split, config: TrialConfig, view: str) -> Predictions:
+    """What a model says of the images, seen through a row of VIEWS or varied at random."""
     if view in VIEWS:
-        return predict(model, splits, pictures, config=config, view=view)
+        return predict(model, splits, images, config=config, view=view)
     loader = Loader(
         splits.images,
-        pictures,
+        images,
         image_size=config.image_size,
         batch_size=64,
         augment=AUGMENTS["shift"],
@@ -178,7 +176,7 @@ def shown_to(
     model.eval()
     with torch.inference_mode():
         parts = [model(batch.images).softmax(dim=1) for batch in loader.epoch(RANDOM.index(view))]
-    return Predictions(pictures.ids, splits.classes, torch.cat(parts).numpy())
+    return Predictions(images.ids, splits.classes, torch.cat(parts).numpy())
 
 
 def joined_rows(parts: Sequence[Predictions], ids: Sequence[str]) -> np.ndarray:
@@ -218,7 +216,7 @@ def of_one(stacks: Mapping[str, np.ndarray], one: int) -> dict[str, np.ndarray]:
 
 
 def by_halves(stacks: Mapping[str, np.ndarray], one: int, labels: np.ndarray, metric: str) -> np.ndarray:
-    """(N, C): the views of each half of the pictures are those chosen on the other half."""
+    """(N, C): the views of each half of the images are those chosen on the other half."""
     shown = of_one(stacks, one)
     first = np.random.default_rng(one).permutation(len(labels)) % 2 == 0
     found = np.empty_like(shown["plain"])
@@ -233,7 +231,7 @@ def by_halves(stacks: Mapping[str, np.ndarray], one: int, labels: np.ndarray, me
 def as_in_a_study(
     case: str, stacks: Mapping[str, np.ndarray], labels: np.ndarray, metric: str, guarded: bool
 ) -> Gain:
-    """Views chosen by a metric on a val drawn at random, scored on all other pictures; mean of many draws.
+    """Views chosen by a metric on a val drawn at random, scored on all other images; mean of many draws.
 
     Guarded: they are kept only where a nested check of accuracy within val says that choosing them helps. The
     interval is that of single draws, not of their mean.
@@ -274,7 +272,7 @@ def kept(shown: Mapping[str, np.ndarray], labels: np.ndarray, metric: str, guard
 def gain(
     case: str, views: str, plain: np.ndarray, probs: np.ndarray, labels: np.ndarray, note: str = ""
 ) -> Gain:
-    """probs and plain (S, N, C) -> the row; a picture's gain is its mean over the S models."""
+    """probs and plain (S, N, C) -> the row; an image's gain is its mean over the S models."""
     was, now = (stack.argmax(axis=2) == labels for stack in (plain, probs))
     points = bootstrapped(100 * (now.astype(float) - was).mean(axis=0))
     nats = bootstrapped((losses(plain, labels) - losses(probs, labels)).mean(axis=0))

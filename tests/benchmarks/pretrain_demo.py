@@ -1,8 +1,8 @@
 """python tune/pretrain_demo.py
 
 Pretrains the demo's two small backbones on drawn vehicles that are in none of the demo's classes, and writes
-carmodels/demo/weights/<timm name>.safetensors (float16, without a classifier); prints one line an epoch. What the
-files that come with the project reached is in carmodels/demo/weights/README.md.
+carmodels/demo/weights/<timm name>.safetensors (float16, without a classifier); prints one line an epoch. What
+the files that come with the project reached is in carmodels/demo/weights/README.md.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from carmodels.demo.shapes import other_shapes
 SIZES = (48, 64, 96)  # pixels; each batch takes one, for the search draws the image size too
 
 
-def draw(seed: int, shapes: int, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 pictures (N, 3, H, W) in RGB, the shapes taking turns, and the index of each one's shape (N,)."""
+def draw(seed: int, shapes: int, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images (N, 3, H, W) in RGB, the shapes taking turns, and the index of each one's shape (N,)."""
     rows = other_shapes(np.random.default_rng(seed), shapes)
-    labels = np.arange(shapes * pictures) % shapes
+    labels = np.arange(shapes * images) % shapes
     drawn = [draw_vehicle(np.random.default_rng([seed, i]), rows[label]) for i, label in enumerate(labels)]
     return torch.from_numpy(np.stack(drawn)[..., ::-1].transpose(0, 3, 1, 2).copy()), torch.from_numpy(labels)
 
 
-def look(pictures: torch.Tensor, size: int, model: nn.Module, *, vary: bool) -> torch.Tensor:
+def look(images: torch.Tensor, size: int, model: nn.Module, *, vary: bool) -> torch.Tensor:
     """uint8 (N, 3, H, W) -> model input (N, 3, size, size), mirrored and cropped at random if `vary`."""
-    count = len(pictures)
+    count = len(images)
     zoom, shift, mirror = torch.ones(2, count), torch.zeros(2, count), torch.ones(count)
     if vary:
         zoom = torch.empty(2, count).uniform_(0.7, 1.0)
@@ -48,19 +48,19 @@ def look(pictures: torch.Tensor, size: int, model: nn.Module, *, vary: bool) -> 
     grid = F.affine_grid(torch.stack(rows, 1), [count, 3, size, size], align_corners=False)
     expected = resolve_model_data_config(model)
     mean, std = (torch.tensor(expected[key]).view(3, 1, 1) for key in ("mean", "std"))
-    return (F.grid_sample(pictures / 255, grid, align_corners=False, padding_mode="border") - mean) / std
+    return (F.grid_sample(images / 255, grid, align_corners=False, padding_mode="border") - mean) / std
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, pictures: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     model.eval()
-    batches = zip(pictures.split(64), labels.split(64), strict=True)
+    batches = zip(images.split(64), labels.split(64), strict=True)
     hits = [(model(look(x, SIZES[-1], model, vary=False)).argmax(1) == y).sum().item() for x, y in batches]
     return sum(hits) / len(labels)
 
 
-def pretrain(name: str, pictures: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace) -> nn.Module:
-    """Trains from random weights; the last tenth of the pictures is held out and scored after every epoch."""
+def pretrain(name: str, images: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace) -> nn.Module:
+    """Trains from random weights; the last tenth of the images is held out and scored after every epoch."""
     torch.manual_seed(args.seed)
     model = timm.create_model(name, num_classes=args.shapes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
@@ -71,13 +71,13 @@ def pretrain(name: str, pictures: torch.Tensor, labels: torch.Tensor, args: argp
         model.train()
         for batch in torch.randperm(learnt).split(args.batch_size)[: learnt // args.batch_size]:
             size = SIZES[int(torch.randint(len(SIZES), ()))]
-            logits = model(look(pictures[batch], size, model, vary=True))
+            logits = model(look(images[batch], size, model, vary=True))
             loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        score = accuracy(model, pictures[learnt:], labels[learnt:])
+        score = accuracy(model, images[learnt:], labels[learnt:])
         seconds = time.perf_counter() - started
         done = f"{name} epoch {epoch + 1}/{args.epochs}"
         print(f"{done}: loss {loss:.3f}, held out {score:.3f}, {seconds:.0f} s", flush=True)
@@ -93,7 +93,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("carmodels/demo/weights"))
     parser.add_argument("--shapes", type=int, default=60, help="vehicles to tell apart")
-    parser.add_argument("--pictures", type=int, default=120, help="of each shape")
+    parser.add_argument("--thumbnails", type=int, default=120, help="of each shape")
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=4e-3, help="highest of the one-cycle schedule")
@@ -102,10 +102,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    pictures, labels = draw(args.seed, args.shapes, args.pictures)
+    images, labels = draw(args.seed, args.shapes, args.images)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.backbones:
-        model = pretrain(name, pictures, labels, args)
+        model = pretrain(name, images, labels, args)
         state = model.half().state_dict()
         without_classifier = timm.create_model(name, num_classes=0).state_dict()
         weights = {key: state[key] for key in without_classifier}

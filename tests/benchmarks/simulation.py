@@ -21,7 +21,7 @@ from ray.tune.search import Searcher
 from surrogate import Surrogate
 
 from carmodels.catalog import UNFREEZE
-from carmodels.models.parameter_groups import open_groups
+from carmodels.models.parameter_groups import trainable_groups
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import VIEWS_KEPT
 from tune.budget import plan
@@ -200,7 +200,10 @@ def simulate(
 def _filling(surrogate: Surrogate, config: TrialConfig, epoch: int, stored: set[tuple[Any, ...]]) -> float:
     """Seconds to store the frozen backbone's outputs, where this epoch is the first to need them."""
     key = (config.backbone, config.image_size, config.augment, (epoch - 1) % VIEWS_KEPT)
-    if open_groups(UNFREEZE[config.unfreeze], epoch=epoch, epochs=config.epochs, groups=1) or key in stored:
+    if (
+        trainable_groups(UNFREEZE[config.unfreeze], epoch=epoch, epochs=config.epochs, groups=1)
+        or key in stored
+    ):
         return 0.0
     stored.add(key)
     return surrogate.curves.fills.get((config.backbone, config.image_size), 0.0)

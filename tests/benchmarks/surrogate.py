@@ -17,11 +17,11 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from carmodels.catalog import UNFREEZE
-from carmodels.models.parameter_groups import open_groups
+from carmodels.models.parameter_groups import trainable_groups
 from carmodels.training.config import TrialConfig
 from tune.budget.costs import FORWARD_SHARE, Costs
 
-TRAIN, VAL = 1383, 297  # pictures that the curves were trained and validated on
+TRAIN, VAL = 1383, 297  # images that the curves were trained and validated on
 GROUPS = 16  # about as many layer groups as a backbone has
 
 
@@ -69,13 +69,13 @@ class Curves:
         )
 
     def costs(self) -> Costs:
-        """What a search would have measured of its hardware: the median of full epochs, for each picture."""
-        pictures = TRAIN + FORWARD_SHARE * VAL
+        """What a search would have measured of its hardware: the median of full epochs, for each image."""
+        images = TRAIN + FORWARD_SHARE * VAL
         full: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for (number, _), seconds in self.seconds.items():
             config = self.configs[number]
             if config.unfreeze == "full":
-                full[config.backbone][config.image_size].append(float(np.median(seconds)) / pictures)
+                full[config.backbone][config.image_size].append(float(np.median(seconds)) / images)
         found = {b: {size: float(np.median(s)) for size, s in sizes.items()} for b, sizes in full.items()}
         return Costs(found, TRAIN, VAL)
 
@@ -189,7 +189,7 @@ def epochs(config: TrialConfig) -> np.ndarray:
     """(epochs, F): what decides the seconds of each of its epochs."""
     row = UNFREEZE[config.unfreeze]
     numbers = range(1, config.epochs + 1)
-    opened = [open_groups(row, epoch=n, epochs=config.epochs, groups=GROUPS) / GROUPS for n in numbers]
+    opened = [trainable_groups(row, epoch=n, epochs=config.epochs, groups=GROUPS) / GROUPS for n in numbers]
     return np.array([[*encoded(config), share, float(share > 0)] for share in opened])
 
 

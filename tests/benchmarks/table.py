@@ -44,7 +44,7 @@ def as_in_a_worker() -> None:
 def asked(doc: str | None, add: Callable[[argparse.ArgumentParser], object]) -> argparse.Namespace:
     """A script's options: those that `add` adds, and --data with --weights, which go together."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="pictures to measure on instead of the demo's")
+    parser.add_argument("--data", type=Path, help="images to measure on instead of the demo's")
     parser.add_argument("--weights", help="folder of pretrained weights for them")
     add(parser)
     options = parser.parse_args()

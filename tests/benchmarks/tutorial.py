@@ -1,8 +1,8 @@
 """The yardstick of `bench_trials`: what a user would write from Ray's PyTorch, Optuna and ASHA tutorials.
 
-A plain training function with a fresh DataLoader a trial and albumentations on pictures that are decoded anew
+A plain training function with a fresh DataLoader a trial and albumentations on images that are decoded anew
 each time, the model saved as a checkpoint each epoch. Nothing here is made slower than its original; only the
-pictures of train and val come from the caller, so that both sides of a comparison do the same work.
+images of train and val come from the caller, so that both sides of a comparison do the same work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from albumentations.pytorch import ToTensorV2
 from ray import tune
 from torch.utils.data import DataLoader, Dataset
 
-Pictures = tuple[Sequence[str], Sequence[int]]  # paths and labels
+Images = tuple[Sequence[str], Sequence[int]]  # paths and labels
 
 
 class Cars(Dataset):
@@ -66,17 +66,17 @@ def evaluate(body: nn.Module, head: nn.Module, loader: DataLoader, device: str) 
         return torch.cat([F.softmax(head(body(x.to(device))), 1) for x, _ in loader]).cpu().numpy()
 
 
-def train(config: dict[str, Any], pictures: dict[str, Pictures], weights: str, epochs: int) -> None:
+def train(config: dict[str, Any], images: dict[str, Images], weights: str, epochs: int) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    labels = np.array(pictures["val"][1])
+    labels = np.array(images["val"][1])
     body, head = build(config, int(labels.max()) + 1, weights)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = nn.Sequential(body, head).to(device)
     mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
-    shown = Cars(*pictures["train"], transforms(config["size"], mean, std, True))
+    shown = Cars(*images["train"], transforms(config["size"], mean, std, True))
     train_loader = DataLoader(shown, 32, shuffle=True, drop_last=True)
-    val_loader = DataLoader(Cars(*pictures["val"], transforms(config["size"], mean, std, False)), 64)
+    val_loader = DataLoader(Cars(*images["val"], transforms(config["size"], mean, std, False)), 64)
     optimizer = torch.optim.Adam(model.parameters(), config["lr"])
     children = list(body.children())
     for epoch in range(1, epochs + 1):

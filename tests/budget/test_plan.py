@@ -26,7 +26,7 @@ from tune.runtime.profiling import _known, _untried, costs_of
 
 SPACE = SPACES["demo"]
 COSTS = Costs({b: {32: 0.001, 96: 0.009} for b in SPACE.backbones}, train=700, val=100)
-RECIPE = baseline(SPACE)  # 96 px, 8 epochs, the first two with the head alone
+BASELINE = baseline(SPACE)  # 96 px, 8 epochs, the first two with the head alone
 
 
 def plan(seconds: float, workers: int = 1) -> Plan:
@@ -34,17 +34,15 @@ def plan(seconds: float, workers: int = 1) -> Plan:
 
 
 def test_cost_between_two_measured_sizes_goes_with_the_area() -> None:
-    assert COSTS.picture("test_resnet", 32) == pytest.approx(0.001)
-    assert COSTS.picture("test_resnet", 64) == pytest.approx(
-        0.001 + 0.008 * (64**2 - 32**2) / (96**2 - 32**2)
-    )
+    assert COSTS.image("test_resnet", 32) == pytest.approx(0.001)
+    assert COSTS.image("test_resnet", 64) == pytest.approx(0.001 + 0.008 * (64**2 - 32**2) / (96**2 - 32**2))
 
 
 @pytest.mark.parametrize(("strategy", "head_only"), [("frozen", 8), ("full", 0), ("once", 2), ("gradual", 1)])
 def test_frozen_epochs_cost_a_forward_pass_for_what_is_not_stored_yet(strategy: str, head_only: int) -> None:
-    config = replace(RECIPE, unfreeze=strategy)
+    config = replace(BASELINE, unfreeze=strategy)
     train, val = 0.009 * FORWARD_SHARE * 700, 0.009 * FORWARD_SHARE * 100
-    learning, left = (8 - head_only) * (0.009 * 700 + val), 3 * val  # of val, audit and test
+    learning, left = (8 - head_only) * (0.009 * 700 + val), 3 * val  # of val, holdout and test
     stored = min(head_only, VIEWS_KEPT) * train + min(head_only, 1) * val
     costs = replace(COSTS, others=200)
     assert costs.schedule(config) == pytest.approx(stored + learning + left)
@@ -56,8 +54,8 @@ def test_frozen_epochs_cost_a_forward_pass_for_what_is_not_stored_yet(strategy: 
         assert of.schedule(other) == pytest.approx(head_only * (train + val) + learning + left)
 
 
-def test_growing_pictures_cost_their_area_and_larger_test_pictures_theirs() -> None:
-    config = replace(RECIPE, unfreeze="full", start_size=48)
+def test_growing_images_cost_their_area_and_larger_test_images_theirs() -> None:
+    config = replace(BASELINE, unfreeze="full", start_image_size=48)
     areas = sum((config.shown_size(n) / 96) ** 2 for n in range(1, 9))
     shown = 9 * FORWARD_SHARE * 100  # once more by the finished trial
     assert areas < 8
@@ -65,10 +63,10 @@ def test_growing_pictures_cost_their_area_and_larger_test_pictures_theirs() -> N
     assert replace(COSTS, stored=False).schedule(frozen) == pytest.approx(
         0.009 * FORWARD_SHARE * (areas * 700 + 9 * 100)
     )
-    beyond = replace(config, start_size=0, test_size=2 * 96)
+    beyond = replace(config, start_image_size=0, eval_image_size=2 * 96)
     assert COSTS.tested(beyond) == pytest.approx(4 * 0.009 * FORWARD_SHARE)
     assert COSTS.schedule(config) == pytest.approx(0.009 * (areas * 700 + shown))
-    larger = replace(RECIPE, unfreeze="full", test_size=192)
+    larger = replace(BASELINE, unfreeze="full", eval_image_size=192)
     assert COSTS.schedule(larger) == pytest.approx(0.009 * (8 * 700 + 4 * shown))
     assert times_as_long(replace(larger, epochs=16), larger) == pytest.approx(2)
     assert times_as_long(config, larger, train=1.2) == pytest.approx(1.2 * areas / 8)
@@ -76,18 +74,18 @@ def test_growing_pictures_cost_their_area_and_larger_test_pictures_theirs() -> N
 
 def test_without_a_limit_on_time_everything_fits_unchanged() -> None:
     free = Plan(None, math.inf, 2)
-    assert free.fits(RECIPE)
-    assert free.affordable(RECIPE, SPACE.image_sizes, 0.2) == (RECIPE, "")
+    assert free.fits(BASELINE)
+    assert free.affordable(BASELINE, SPACE.image_sizes, 0.2) == (BASELINE, "")
 
 
 def test_a_trial_fits_where_its_whole_schedule_ends_in_time() -> None:
-    cost = COSTS.schedule(RECIPE)
-    assert plan(cost + 5).fits(RECIPE)
-    assert not plan(cost - 5).fits(RECIPE)
+    cost = COSTS.schedule(BASELINE)
+    assert plan(cost + 5).fits(BASELINE)
+    assert not plan(cost - 5).fits(BASELINE)
 
 
 def test_what_memory_does_not_hold_fits_in_no_time() -> None:
-    beyond = replace(RECIPE, image_size=128)
+    beyond = replace(BASELINE, image_size=128)
     for strategy in ("full", "frozen"):
         config = replace(beyond, unfreeze=strategy)
         assert COSTS.schedule(config) == math.inf
@@ -97,39 +95,39 @@ def test_what_memory_does_not_hold_fits_in_no_time() -> None:
 
 
 def test_a_trial_that_would_take_the_time_of_many_does_not_fit() -> None:
-    cost = COSTS.schedule(RECIPE)
-    assert replace(plan(10 * cost), longest=cost + 1).fits(RECIPE)
-    assert not replace(plan(10 * cost), longest=cost - 1).fits(RECIPE)
+    cost = COSTS.schedule(BASELINE)
+    assert replace(plan(10 * cost), longest=cost + 1).fits(BASELINE)
+    assert not replace(plan(10 * cost), longest=cost - 1).fits(BASELINE)
 
 
-def test_the_recipe_is_first_made_smaller_and_then_shorter_to_cost_its_share() -> None:
-    whole, small = COSTS.schedule(RECIPE), COSTS.schedule(replace(RECIPE, image_size=32))
-    assert plan(whole / 0.2 + 5).affordable(RECIPE, SPACE.image_sizes, 0.2) == (RECIPE, "")
-    config, changed = plan(0.7 * whole / 0.2).affordable(RECIPE, SPACE.image_sizes, 0.2)
+def test_the_baseline_is_first_made_smaller_and_then_shorter_to_cost_its_share() -> None:
+    whole, small = COSTS.schedule(BASELINE), COSTS.schedule(replace(BASELINE, image_size=32))
+    assert plan(whole / 0.2 + 5).affordable(BASELINE, SPACE.image_sizes, 0.2) == (BASELINE, "")
+    config, changed = plan(0.7 * whole / 0.2).affordable(BASELINE, SPACE.image_sizes, 0.2)
     assert (config.image_size, config.epochs) == (64, 8)
     assert changed == " at 64 instead of 96 px"
-    config, changed = plan(0.5 * small / 0.2).affordable(RECIPE, SPACE.image_sizes, 0.2)
+    config, changed = plan(0.5 * small / 0.2).affordable(BASELINE, SPACE.image_sizes, 0.2)
     assert config.image_size == 32
     assert 1 < config.epochs < 8
     assert changed == f" at 32 instead of 96 px for {config.epochs} instead of 8 epochs"
     assert COSTS.schedule(config) <= 0.5 * small
-    assert plan(0).affordable(RECIPE, SPACE.image_sizes, 0.2)[0].epochs == 1
+    assert plan(0).affordable(BASELINE, SPACE.image_sizes, 0.2)[0].epochs == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8, 64])
-def test_however_many_workers_there_are_the_recipe_ends_in_time(workers: int) -> None:
-    few = plan(0.9 * COSTS.schedule(RECIPE), workers)
-    recipe, _ = few.affordable(RECIPE, SPACE.image_sizes, 0.2)
-    assert few.fits(recipe)
+def test_however_many_workers_there_are_the_baseline_ends_in_time(workers: int) -> None:
+    few = plan(0.9 * COSTS.schedule(BASELINE), workers)
+    reference, _ = few.affordable(BASELINE, SPACE.image_sizes, 0.2)
+    assert few.fits(reference)
 
 
 def test_a_size_beyond_memory_does_not_fit_and_does_not_spoil_the_plan() -> None:
     tight = Costs({"test_resnet": {32: 0.001, 64: 0.004}, "test_efficientnet": {}}, train=700, val=100)
-    assert math.isinf(tight.picture("test_resnet", 96))
-    assert tight.picture("test_resnet", 48) < 0.004
+    assert math.isinf(tight.image("test_resnet", 96))
+    assert tight.image("test_resnet", 48) < 0.004
     some = Plan(tight, time.time() + 1000, 1)
-    assert not some.fits(RECIPE)
-    assert some.affordable(RECIPE, SPACE.image_sizes, 0.9)[0].image_size == 64
+    assert not some.fits(BASELINE)
+    assert some.affordable(BASELINE, SPACE.image_sizes, 0.9)[0].image_size == 64
     assert some.trials(SPACE, 3) > 0
 
 
@@ -140,13 +138,13 @@ def test_successive_halving_halves_after_the_grace_period() -> None:
 def test_twice_the_workers_buy_twice_the_trials() -> None:
     one, two = plan(10_000).trials(SPACE, 3), plan(10_000, workers=2).trials(SPACE, 3)
     assert two == pytest.approx(2 * one, abs=1)
-    mean = sum(COSTS.schedule(replace(RECIPE, image_size=s)) for s in SPACE.image_sizes) / 4
+    mean = sum(COSTS.schedule(replace(BASELINE, image_size=s)) for s in SPACE.image_sizes) / 4
     assert one > 10_000 / mean  # stopping and frozen epochs save time
 
 
 def test_a_space_of_one_size_needs_one_measurement() -> None:
     single = Costs({"test_resnet": {64: 0.002}}, train=10, val=10)
-    assert single.picture("test_resnet", 64) == 0.002
+    assert single.image("test_resnet", 64) == 0.002
     config = TrialConfig(backbone="test_resnet", image_size=64, epochs=1)
     assert single.schedule(config) == pytest.approx(0.002 * (10 + FORWARD_SHARE * (10 + 10)))
 
@@ -165,7 +163,7 @@ def test_costs_that_were_kept_hold_as_long_as_the_machine_is_as_fast(
     monkeypatch.setattr(profiling, "_measure", measure)
     monkeypatch.setattr(profiling, "as_task", lambda function, workers: SimpleNamespace(remote=function))
     monkeypatch.setattr(profiling.ray, "get", lambda found: found)
-    splits = SimpleNamespace(train=range(700), val=range(150), audit=range(150), test=range(300))
+    splits = SimpleNamespace(train=range(700), val=range(150), holdout=range(150), test=range(300))
     job = Job(Study(tmp_path), splits, Weights("none"), Workers(2, 1, 0.0), tmp_path)  # type: ignore[arg-type]
     first = costs_of(job, SPACE)
     assert measured == list(SPACE.backbones)
@@ -190,7 +188,7 @@ SHARED = replace(
 def test_a_trial_asks_for_the_smallest_share_of_a_gpu_that_holds_it(
     image_size: int, gpu_gigabytes: int, share: float
 ) -> None:
-    config = replace(RECIPE, backbone="test_resnet", image_size=image_size)
+    config = replace(BASELINE, backbone="test_resnet", image_size=image_size)
     assert SHARED.gpu_share(config, gpu_gigabytes * GB) == share
     needed = MEMORY_SPARE * SHARED.memory["test_resnet"][image_size] + CONTEXT_BYTES
     assert needed <= share * gpu_gigabytes * GB or share == 1
@@ -199,11 +197,11 @@ def test_a_trial_asks_for_the_smallest_share_of_a_gpu_that_holds_it(
 
 
 def test_what_was_not_measured_gets_a_whole_gpu() -> None:
-    assert SHARED.gpu_share(replace(RECIPE, backbone="test_efficientnet"), 80 * GB) == 1
+    assert SHARED.gpu_share(replace(BASELINE, backbone="test_efficientnet"), 80 * GB) == 1
 
 
 def test_a_trial_that_shares_a_gpu_may_take_so_many_times_longer() -> None:
-    config = replace(RECIPE, backbone="test_resnet", image_size=32)
+    config = replace(BASELINE, backbone="test_resnet", image_size=32)
     cost = SHARED.schedule(config)
     assert Plan(SHARED, time.time() + 1.1 * cost, 1).fits(config)
     assert not Plan(SHARED, time.time() + 3.9 * cost, 1, gpu_bytes=80 * GB).fits(config)
@@ -211,7 +209,7 @@ def test_a_trial_that_shares_a_gpu_may_take_so_many_times_longer() -> None:
 
 
 def test_compiling_pays_in_a_long_run_of_one_stage() -> None:
-    config = replace(RECIPE, backbone="test_resnet", unfreeze="full")
+    config = replace(BASELINE, backbone="test_resnet", unfreeze="full")
     assert not SHARED.pays_to_compile(replace(config, epochs=8))  # saves 16 s
     assert SHARED.pays_to_compile(replace(config, epochs=60))
     assert not SHARED.pays_to_compile(replace(config, epochs=60, unfreeze="frozen"))
@@ -220,7 +218,7 @@ def test_compiling_pays_in_a_long_run_of_one_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("compiled", "pictures", "untried"),
+    ("compiled", "images", "untried"),
     [
         (None, 2000, True),
         (None, 500, False),
@@ -229,11 +227,11 @@ def test_compiling_pays_in_a_long_run_of_one_stage() -> None:
     ],
 )
 def test_compiling_is_tried_once_a_trial_is_long_enough_for_it_to_pay(
-    compiled: dict[str, float] | None, pictures: int, untried: bool
+    compiled: dict[str, float] | None, images: int, untried: bool
 ) -> None:
     measured = {"seconds": {"96": 0.01, "32": 0.001}, "bytes": {}, "compiled": compiled}
-    job = cast(Job, SimpleNamespace(splits=SimpleNamespace(train=range(pictures))))
-    assert _untried(measured, job, [RECIPE]) == untried  # 8 epochs: 160 s or 40 s
+    job = cast(Job, SimpleNamespace(splits=SimpleNamespace(train=range(images))))
+    assert _untried(measured, job, [BASELINE]) == untried  # 8 epochs: 160 s or 40 s
 
 
 def test_a_file_of_costs_from_before_is_measured_anew(tmp_path: Path) -> None:

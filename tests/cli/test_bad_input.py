@@ -43,7 +43,7 @@ CLASSES, EACH, TESTS = ("2", "10", "1"), 8, 5
 SETTABLE = (
     "backbone, image_size, epochs, head_depth, head, dropout, unfreeze, lr, layer_decay, optimizer, "
     "weight_decay, schedule, batch_size, augment, label_smoothing, mixup, cutmix, ema, clip_norm, "
-    "class_weights, patience, start_size, test_size"
+    "class_weights, patience, start_image_size, eval_image_size"
 )
 
 
@@ -241,7 +241,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def instead_of_test_picture(make: Callable[[Path], object]) -> Spoil:
+def instead_of_test_image(make: Callable[[Path], object]) -> Spoil:
     def spoil(place: Place) -> None:
         path = place.data / "test_upload" / "t0.jpg"
         path.unlink()
@@ -342,7 +342,7 @@ def in_study(name: str, content: bytes) -> Spoil:
     return spoil
 
 
-def other_pictures(place: Place) -> None:
+def other_images(place: Place) -> None:
     draw(77).save(place.data / "test_upload" / "t0.jpg")
 
 
@@ -375,7 +375,7 @@ def script(module: ModuleType, options: str, says: str, spoil: Spoil = nothing) 
 
 
 RESUME = ("--study", "begun", "--resume")
-UNREADABLE = "1 test pictures cannot be read: '{data}/test_upload/t0.jpg': "
+UNREADABLE = "1 test images cannot be read: '{data}/test_upload/t0.jpg': "
 
 DATA_SETS = {
     "no such path": wrong(
@@ -386,52 +386,50 @@ DATA_SETS = {
     ),
     "empty folder": Case(
         remove("train", "test_upload", "train.csv", "sample-submission.csv"),
-        "no pictures in '{data}': it needs train.csv, or a folder for each class in it or train/",
+        "no images in '{data}': it needs train.csv, or a folder for each class in it or train/",
     ),
     "empty class folder": Case(
         both(remove("train.csv", "train/10"), lambda place: (place.data / "train" / "10").mkdir()),
-        "the class folder '{data}/train/10' holds no pictures: fill or remove it",
+        "the class folder '{data}/train/10' holds no images: fill or remove it",
     ),
     "one class": Case(
         keep_rows(lambda row: row.endswith(",1")),
-        "all pictures are of the class '1': two classes are needed at least",
+        "all images are of the class '1': two classes are needed at least",
     ),
-    "three pictures of a class": Case(
+    "three images of a class": Case(
         keep_rows(lambda row: not re.match(r"[3-7]_10", row)),
-        "the class '10' has 3 readable pictures, but 4 are needed: add some or take the class out",
+        "the class '10' has 3 readable images, but 4 are needed: add some or take the class out",
     ),
     "all alike": Case(
         draw_the_same,
-        "no picture is left for val: the 24 labelled pictures are near-duplicates of 1, which stay together; "
+        "no image is left for val: the 24 labelled images are near-duplicates of 1, which stay together; "
         "add different ones",
     ),
-    "zero-byte picture": Case(
+    "zero-byte image": Case(
         put("train/2/1_2.jpg", ""),
-        "1 of 24 labelled pictures cannot be read, more than 1%: '{data}/train/2/1_2.jpg': the file is empty"
+        "1 of 24 labelled images cannot be read, more than 1%: '{data}/train/2/1_2.jpg': the file is empty"
         "; fetch them again or take them out",
     ),
-    "truncated picture": Case(
+    "truncated image": Case(
         truncate_test,
-        "1 test pictures cannot be read: '{data}/test_upload/t2.jpg': it cannot be decoded: "
+        "1 test images cannot be read: '{data}/test_upload/t2.jpg': it cannot be decoded: "
         "image file is truncated (… bytes not processed); fetch them again",
     ),
-    "missing picture": Case(
-        remove("test_upload/t0.jpg"), UNREADABLE + "the file is missing; fetch them again"
-    ),
+    "missing image": Case(remove("test_upload/t0.jpg"), UNREADABLE + "the file is missing; fetch them again"),
     "GIF named .jpg": Case(
-        instead_of_test_picture(lambda path: draw(0).save(path, format="GIF")),
-        UNREADABLE + r"not a JPEG, PNG, WebP or BMP picture: it begins with b'GIF87a@\x00'; fetch them again",
+        instead_of_test_image(lambda path: draw(0).save(path, format="GIF")),
+        UNREADABLE + r"not a JPEG, PNG, WebP or BMP image: it begins with b'GIF87a@\x00'; fetch them again",
     ),
     "folder named .jpg": Case(
-        instead_of_test_picture(Path.mkdir),
+        instead_of_test_image(Path.mkdir),
         UNREADABLE + "it is a folder or a device, no file; fetch them again",
     ),
     "pipe named .jpg": Case(
-        instead_of_test_picture(os.mkfifo),
+        instead_of_test_image(os.mkfifo),
         UNREADABLE + "it is a folder or a device, no file; fetch them again",
     ),
     "link to itself": Case(
-        instead_of_test_picture(lambda path: path.symlink_to(path)),
+        instead_of_test_image(lambda path: path.symlink_to(path)),
         UNREADABLE + "the link leads to no file; fetch them again",
     ),
     "link to what holds it": Case(
@@ -447,11 +445,11 @@ DATA_SETS = {
     ),
     "no test folder": Case(
         remove("test_upload"),
-        "'{data}/sample-submission.csv' lists test pictures, but there is no test_upload or test folder",
+        "'{data}/sample-submission.csv' lists test images, but there is no test_upload or test folder",
     ),
-    "test picture not in the sample": Case(
+    "test image not in the sample": Case(
         put("test_upload/more.jpg", "x"),
-        "1 pictures of '{data}/test_upload' are not in '{data}/sample-submission.csv', "
+        "1 images of '{data}/test_upload' are not in '{data}/sample-submission.csv', "
         "the first is 'more.jpg': add or remove them",
     ),
 }
@@ -462,7 +460,7 @@ ZIPS = {
             remove("train", "test_upload", "train.csv", "sample-submission.csv"),
             lambda place: pack(place.data, place.zip),
         ),
-        "no pictures in '{zip}': it needs train.csv, or a folder for each class in it or train/",
+        "no images in '{zip}': it needs train.csv, or a folder for each class in it or train/",
     ),
     "zero-byte zip": Case(
         packed(damage=lambda data: b""), "the data '{zip}' is neither a folder nor an intact zip"
@@ -548,7 +546,7 @@ TABLES = {
     "empty table": Case(put("train.csv", ""), AS_CSV + "No columns to parse from file" + NEEDED),
     "header alone": Case(
         put("train.csv", "Id,Category\n"),
-        "no pictures in '{data}': it needs train.csv, or a folder for each class in it or train/",
+        "no images in '{data}': it needs train.csv, or a folder for each class in it or train/",
     ),
     "semicolons": Case(
         swap(",", ";"),
@@ -622,7 +620,7 @@ TABLES = {
     ),
     "test.csv against the sample": Case(
         put("test.csv", "path\ntest_upload/t1.jpg\n"),
-        "'{data}/test.csv' and '{data}/sample-submission.csv' do not list the same pictures, only one of "
+        "'{data}/test.csv' and '{data}/sample-submission.csv' do not list the same images, only one of "
         "them names 't0.jpg': correct one, or take one away",
     ),
     "empty sample": Case(
@@ -646,9 +644,9 @@ TABLES = {
         swap("t1.jpg", "t2.jpg", "sample-submission.csv"),
         "more than once in the sample file " + SAMPLE + ": 't2.jpg'",
     ),
-    "sample of other pictures": Case(
+    "sample of other images": Case(
         swap("t1.jpg", "u1.jpg", "sample-submission.csv"),
-        "1 pictures of '{data}/test_upload' are not in '{data}/sample-submission.csv', "
+        "1 images of '{data}/test_upload' are not in '{data}/sample-submission.csv', "
         "the first is 't1.jpg': add or remove them",
     ),
     "class without a name": Case(
@@ -700,14 +698,14 @@ OPTIONS = {
         wrong("--gpus-per-trial half", f"--gpus-per-trial half {SHARE}"),
         wrong("--confirm -1", "--confirm -1 must be at least 0, which leaves it out"),
         wrong("--folds 99", "--folds 99 must be 0, which leaves it out, or from 2 to 20"),
-        wrong("--audit-stops -1", "--audit-stops -1 must be at least 0, which leaves it out"),
+        wrong("--check-stops -1", "--check-stops -1 must be at least 0, which leaves it out"),
         wrong("--cache-limit 0", "--cache-limit 0 must be above 0 and below 1,000,000 GB"),
         wrong("--cache-limit nan", "--cache-limit nan must be above 0 and below 1,000,000 GB"),
         wrong("--cache-limit inf", "--cache-limit inf must be above 0 and below 1,000,000 GB"),
         wrong("--cache-limit 1e300", "--cache-limit 1e+300 must be above 0 and below 1,000,000 GB"),
         Case(
             lambda place: shutil.rmtree(place.folder / "cache"),
-            "the pictures at up to 96 px would take 0.0 GB in '{folder}/cache/images', where there is room "
+            "the images at up to 96 px would take 0.0 GB in '{folder}/cache/images', where there is room "
             "for 0.0 GB: give --cache DIR on a larger disk, a larger --cache-limit, or smaller sizes with "
             "--set image_size=...",
             ("--cache-limit", "1e-9"),
@@ -717,10 +715,12 @@ OPTIONS = {
         wrong("--study " + "x" * 101, f"--study '{'x' * 101}' {PLAIN}"),
         wrong("--preset tpu", "argument --preset: invalid choice: 'tpu' (choose from …)" + HELP),
         wrong("--metric f1", "argument --metric: invalid choice: 'f1' (choose from …)" + HELP),
-        wrong("--pictures --until search", "--pictures is for the report, which --until search leaves out"),
+        wrong(
+            "--thumbnails --until search", "--thumbnails is for the report, which --until search leaves out"
+        ),
         wrong("--until never", "argument --until: invalid choice: 'never' (choose from …)" + HELP),
         wrong("--frobnicate", "unrecognized arguments: --frobnicate" + HELP),
-        wrong("pictures", "unrecognized arguments: pictures" + HELP),
+        wrong("images", "unrecognized arguments: images" + HELP),
         wrong("--resume --overwrite", "argument --overwrite: not allowed with argument --resume" + HELP),
         wrong("--data ", "--data is empty: give a value, or leave it out"),
         wrong("--weights ", "--weights is empty: give a value, or leave it out"),
@@ -810,7 +810,7 @@ STUDIES = {
         "--resume: there is no study at {folder}/results/never; leave --resume out to begin one",
         ("--study", "never", "--resume"),
     ),
-    "of another data set": Case(other_pictures, f"--resume: fingerprint was … {CHANGED}", RESUME),
+    "of another data set": Case(other_images, f"--resume: fingerprint was … {CHANGED}", RESUME),
     "of another seed": Case(nothing, f"--resume: seed was 0 {CHANGED}", (*RESUME, "--seed", "1")),
     "of another space": Case(nothing, f"--resume: space was … {CHANGED}", (*RESUME, "--set", "epochs=2")),
     "of another metric": Case(
@@ -843,17 +843,17 @@ STUDIES = {
         NO_STUDY,
         BEGUN,
     ),
-    "somebody's pictures in its place": Case(
+    "somebody's images in its place": Case(
         lambda place: shutil.copytree(place.data, place.folder / "copy"),
         "{folder}/cars is there already, but is no study: it holds no study.json; bring that back, "
         "move the folder away, or give another --study NAME",
         ("--data", "{folder}/copy", "--results", "{folder}", "--study", "cars", "--overwrite"),
     ),
     "around its own data": Case(
-        lambda place: shutil.copytree(place.data, place.study.folder / "pictures"),
-        "--data {study}/pictures lies in the folder of the study, {study}; "
+        lambda place: shutil.copytree(place.data, place.study.folder / "images"),
+        "--data {study}/images lies in the folder of the study, {study}; "
         "give another --study NAME or --results DIR",
-        ("--data", "{study}/pictures", *BEGUN, "--overwrite"),
+        ("--data", "{study}/images", *BEGUN, "--overwrite"),
     ),
     "around its own cache": Case(
         nothing,
@@ -873,13 +873,13 @@ STUDIES = {
     "retrain: an older version": script(
         retrain, "", OLD.replace("metric", "max_size"), facts(lambda found: found.pop("max_size"))
     ),
-    "retrain: other pictures": script(
+    "retrain: other images": script(
         retrain,
         "--cache {folder}/cache",
         "{data} is no longer the data set that {study} was made with; bring that one back",
-        other_pictures,
+        other_images,
     ),
-    "retrain: pictures gone": script(
+    "retrain: images gone": script(
         retrain,
         "--cache {folder}/cache",
         "the data '{data}' does not exist: give a folder or a zip",
@@ -948,7 +948,7 @@ STUDIES = {
     "report: ensemble.json of an older version": script(
         report,
         "",
-        "{study}/ensemble.json has no 'audit': it is damaged, or of another version of this program; "
+        "{study}/ensemble.json has no 'holdout': it is damaged, or of another version of this program; "
         "use the version it was made with, or begin another study",
         in_study("ensemble.json", b"{}"),
     ),
@@ -967,18 +967,18 @@ STUDIES = {
         "--serve --out a.html",
         "--out a.html is for a page that is written; leave it or --serve out",
     ),
-    "report --pictures of two": script(
+    "report --thumbnails of two": script(
         report,
-        "{data} --pictures",
-        "--pictures is for the report of one study; leave it or the other studies out",
+        "{data} --thumbnails",
+        "--thumbnails is for the report of one study; leave it or the other studies out",
     ),
-    "report --pictures too early": script(
+    "report --thumbnails too early": script(
         report,
-        "--pictures --cache {folder}/cache",
+        "--thumbnails --cache {folder}/cache",
         "{study} has no ensemble.json; python tune/ensemble.py {study} makes it",
     ),
     "report --cache alone": script(
-        report, "--cache x", "--cache and --cache-limit are for --pictures; add that or leave them out"
+        report, "--cache x", "--cache and --cache-limit are for --thumbnails; add that or leave them out"
     ),
     "report --port huge": script(report, "--serve --port 99999", "--port 99999 must be from 0 to 65535"),
 }
@@ -1029,7 +1029,8 @@ def test_a_study_that_another_process_works_on_is_refused_and_left_alone(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = (
-        "import sys; from pathlib import Path; from carmodels.study import Study; from tune.cli import session\n"
+        "import sys; from pathlib import Path; from carmodels.study import Study\n"
+        "from tune.cli import session\n"
         "with session.held(Study(Path(sys.argv[1]))): print('held', flush=True); sys.stdin.read()"
     )
     before = files_of(place.folder)
@@ -1071,7 +1072,7 @@ def with_bom_and_crlf(place: Place) -> None:
 
 
 def renamed(other: Callable[[str], str]) -> Spoil:
-    """Pictures and classes of other names, on disk and in the tables."""
+    """Images and classes of other names, on disk and in the tables."""
 
     def spoil(place: Place) -> None:
         rows = [["Id", "Category"]]
@@ -1099,12 +1100,12 @@ def write_rows(path: Path, rows: list[list[str]]) -> None:
         csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
 
 
-def widen_a_picture(place: Place) -> None:
+def widen_a_image(place: Place) -> None:
     draw(5).resize((20_000, 48)).save(place.data / "train" / "1" / "0_1.jpg")
 
 
-def link_pictures(place: Place) -> None:
-    """Pictures kept elsewhere, and a folder that leads back to the top among those of a class."""
+def link_images(place: Place) -> None:
+    """Images kept elsewhere, and a folder that leads back to the top among those of a class."""
     for path in sorted(place.data.glob("train/*/*.jpg")):
         target = place.folder / "elsewhere" / path.name
         target.parent.mkdir(exist_ok=True)
@@ -1141,8 +1142,8 @@ UNUSUAL: dict[str, tuple[Spoil, Callable[[str], str]]] = {  # and what each name
     "names with spaces, commas and quotes": (renamed(spaced), spaced),
     "names with line ends": (renamed(folded), folded),
     "names with a carriage return": (renamed(returned), returned),
-    "20,000 px wide": (widen_a_picture, same),
-    "linked pictures, a circle of folders": (link_pictures, same),
+    "20,000 px wide": (widen_a_image, same),
+    "linked images, a circle of folders": (link_images, same),
     "a zip of Cyrillic names": (both(renamed(cyrillic), packed(zipfile.ZIP_LZMA)), cyrillic),
     "a zip with a folder named .zip": (packed(**{"notes.zip/read.me": b"x"}), same),
 }
@@ -1161,7 +1162,7 @@ def test_what_is_unusual_and_right_is_read_and_written_as_it_is(
 
     study = Study(place.folder / "results" / "unusual")
     classes = study.facts["classes"]
-    found = {i: classes[k] for part in ("train", "val", "audit") for i, k in study.labels(part).items()}
+    found = {i: classes[k] for part in ("train", "val", "holdout") for i, k in study.labels(part).items()}
     assert found == {renaming(f"{n}_{c}.jpg"): renaming(c) for c in CLASSES for n in range(EACH)}
     ids = [renaming(f"t{n}.jpg") for n in reversed(range(TESTS))]
     assert list(study.labels("test")) == ids

@@ -65,7 +65,7 @@ def test_loader_processes_of_a_gpu_need_room_in_shared_memory(
     [said] = findings(Study(tmp_path / "results" / "a"), SPACE, workers, tmp_path / "cache", later=5)
     each = 2 * 32 * 3 * SPACE.largest_size**2
     assert said == Finding(
-        "/dev/shm has 0.06 GB free, loader processes hand over pictures there and need "
+        "/dev/shm has 0.06 GB free, loader processes hand over images there and need "
         f"{15 * each / 1e9:.2f} GB; in a container: --shm-size=2g",
         fatal=True,
     )

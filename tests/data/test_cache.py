@@ -1,4 +1,4 @@
-"""Pictures of every kind come out as upright RGB, and the cache of them is whole or made anew."""
+"""Images of every kind come out as upright RGB, and the cache of them is whole or made anew."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sklearn.datasets import load_sample_image
 
 from carmodels.data import decode
 from carmodels.data.cache import ImageCache, open_images
-from carmodels.data.decode import BrokenPicture, read_picture, shrink
+from carmodels.data.decode import BrokenImage, read_image, shrink
 from carmodels.data.digests import file_digests
 from carmodels.data.duplicates import DUPLICATE_BITS, near_duplicate_groups, perceptual_hash
-from carmodels.data.transforms import squash
+from carmodels.data.transforms import resize
 
 from synthetic import draw, save_many
 
@@ -38,7 +38,7 @@ def error_db(first: np.ndarray, second: np.ndarray) -> float:
 def test_each_format_keeps_its_colours(tmp_path: Path, suffix: str, options: dict[str, object]) -> None:
     image = draw(0)
     image.save(tmp_path / f"a.{suffix}", **options)
-    assert error_db(np.asarray(read_picture(tmp_path / f"a.{suffix}")), np.asarray(image)) > 30
+    assert error_db(np.asarray(read_image(tmp_path / f"a.{suffix}")), np.asarray(image)) > 30
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_each_format_keeps_its_colours(tmp_path: Path, suffix: str, options: dic
 def test_each_mode_becomes_rgb_of_the_same_look(tmp_path: Path, mode: str, suffix: str) -> None:
     image = draw(0).convert(mode)
     image.save(tmp_path / f"a.{suffix}")
-    found = read_picture(tmp_path / f"a.{suffix}")
+    found = read_image(tmp_path / f"a.{suffix}")
     assert found.mode == "RGB"
     assert error_db(np.asarray(found), np.asarray(image.convert("RGB"))) > 25
 
@@ -55,7 +55,7 @@ def test_each_mode_becomes_rgb_of_the_same_look(tmp_path: Path, mode: str, suffi
 def test_grey_of_16_bits_keeps_its_shades(tmp_path: Path) -> None:
     grey = np.asarray(draw(0).convert("L"))
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / "a.png"))[..., 0], grey)
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.png"))[..., 0], grey)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P"])
@@ -63,7 +63,7 @@ def test_what_is_transparent_becomes_white(tmp_path: Path, mode: str) -> None:
     image = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 4, 8))
     image.convert(mode).save(tmp_path / "a.png")
-    found = np.asarray(read_picture(tmp_path / "a.png"))
+    found = np.asarray(read_image(tmp_path / "a.png"))
     assert (found[:, :4] == 255).all()
     assert (found[:, 4:] == (200, 0, 0)).all()
 
@@ -76,31 +76,31 @@ def test_a_rotated_photograph_comes_out_upright(tmp_path: Path, orientation: int
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / "a.png")), np.asarray(upright))
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.png")), np.asarray(upright))
 
 
-def test_a_broken_picture_is_told_from_an_empty_a_missing_and_another_kind(tmp_path: Path) -> None:
+def test_a_broken_image_is_told_from_an_empty_a_missing_and_another_kind(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     draw(0).save(path)
     whole = path.read_bytes()
-    with pytest.raises(BrokenPicture, match="missing"):
-        read_picture(tmp_path / "no.jpg")
+    with pytest.raises(BrokenImage, match="missing"):
+        read_image(tmp_path / "no.jpg")
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BrokenPicture, match="cannot be decoded: image file is truncated"):
-        read_picture(path)
+    with pytest.raises(BrokenImage, match="cannot be decoded: image file is truncated"):
+        read_image(path)
     path.write_bytes(b"")
-    with pytest.raises(BrokenPicture, match="the file is empty"):
-        read_picture(path)
+    with pytest.raises(BrokenImage, match="the file is empty"):
+        read_image(path)
     draw(0).save(path, format="GIF")
-    with pytest.raises(BrokenPicture, match="not a JPEG, PNG, WebP or BMP picture: it begins with b'GIF8"):
-        read_picture(path)
+    with pytest.raises(BrokenImage, match="not a JPEG, PNG, WebP or BMP image: it begins with b'GIF8"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_picture_with_damaged_exif_is_read_as_it_is_stored(tmp_path: Path, kind: str) -> None:
+def test_a_image_with_damaged_exif_is_read_as_it_is_stored(tmp_path: Path, kind: str) -> None:
     draw(0).save(tmp_path / "plain", format=kind, dpi=(300, 300))
     draw(0).save(tmp_path / "odd", format=kind, dpi=(300, 300), exif=b"Exif\0\0" + bytes(40))
-    plain, odd = (np.asarray(read_picture(tmp_path / name)) for name in ("plain", "odd"))
+    plain, odd = (np.asarray(read_image(tmp_path / name)) for name in ("plain", "odd"))
     np.testing.assert_array_equal(plain, odd)
 
 
@@ -117,19 +117,19 @@ def test_damaged_bytes_raise_nothing_but_value_errors(tmp_path: Path) -> None:
             damaged[rng.integers(0, min(300, len(damaged)), 3)] = rng.integers(0, 256, 3)
             (tmp_path / "damaged").write_bytes(damaged.tobytes())
             with contextlib.suppress(ValueError):
-                assert read_picture(tmp_path / "damaged").mode == "RGB"
+                assert read_image(tmp_path / "damaged").mode == "RGB"
 
 
-def test_a_picture_of_more_than_178_megapixels_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_image_of_more_than_178_megapixels_is_refused_by_name(tmp_path: Path) -> None:
     Image.new("1", (20_000, 9_000)).save(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match=r"bomb.png' is too large: .*180000000 pixels"):
-        read_picture(tmp_path / "bomb.png")
+        read_image(tmp_path / "bomb.png")
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [((640, 480), (128, 171)), ((480, 640), (171, 128)), ((90, 70), (70, 90))]
 )
-def test_pictures_shrink_to_twice_max_size_and_never_grow(
+def test_images_shrink_to_twice_max_size_and_never_grow(
     size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     assert shrink(draw(0, *size), max_size=64).shape == (*expected, 3)
@@ -145,11 +145,11 @@ def test_sizes_from_the_cache_are_within_40_db_of_decoding_afresh(
     Image.fromarray(photograph).save(path)
     cached = open_images([path], tmp_path / "cache", max_size, on_progress=None)[0]
     for image_size in range(32, max_size + 1, 32):
-        assert error_db(squash(cached, image_size), squash(photograph, image_size)) >= 40
+        assert error_db(resize(cached, image_size), resize(photograph, image_size)) >= 40
 
 
 def test_an_estimate_comes_first_and_is_near_what_the_cache_takes(tmp_path: Path) -> None:
-    paths = save_many(tmp_path / "pictures", 5)
+    paths = save_many(tmp_path / "images", 5)
     told: list[int] = []
     open_images(paths, tmp_path / "cache", 16, None, on_estimate=told.append)
     assert told == [pytest.approx((tmp_path / "cache" / "pixels.bin").stat().st_size, rel=0.1)]
@@ -158,7 +158,7 @@ def test_an_estimate_comes_first_and_is_near_what_the_cache_takes(tmp_path: Path
 
 
 def test_a_cache_beyond_the_limit_is_refused_before_it_is_built(tmp_path: Path) -> None:
-    paths = save_many(tmp_path / "pictures", 3)
+    paths = save_many(tmp_path / "images", 3)
     message = r"at up to 32 px would take 0.0 GB in .*room for 0.0 GB: give --cache DIR"
     with pytest.raises(ValueError, match=message):
         open_images(paths, tmp_path / "images" / "a", 32, None, limit=1000)
@@ -168,7 +168,7 @@ def test_a_cache_beyond_the_limit_is_refused_before_it_is_built(tmp_path: Path) 
 def test_a_cache_that_another_process_is_building_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = save_many(tmp_path / "pictures", 3)
+    paths = save_many(tmp_path / "images", 3)
     other = tmp_path / "images" / "other"
     open_images(paths, other, 32, None)
     glob = Path.glob
@@ -184,7 +184,7 @@ def test_a_cache_that_another_process_is_building_is_left_alone(
 
 
 def test_caches_that_were_not_opened_for_a_week_make_room(tmp_path: Path) -> None:
-    paths = save_many(tmp_path / "pictures", 3)
+    paths = save_many(tmp_path / "images", 3)
     for name in ("old", "recent"):
         open_images(paths, tmp_path / name, 32, None)
         folder = tmp_path / "images" / name
@@ -200,8 +200,8 @@ def test_caches_that_were_not_opened_for_a_week_make_room(tmp_path: Path) -> Non
         open_images(paths, tmp_path / "images" / "newer", 32, None, limit=round(2.5 * size))
 
 
-def test_the_cache_holds_the_pictures_and_the_reasons_for_what_it_lacks(tmp_path: Path) -> None:
-    paths = save_many(tmp_path / "pictures", 5)
+def test_the_cache_holds_the_images_and_the_reasons_for_what_it_lacks(tmp_path: Path) -> None:
+    paths = save_many(tmp_path / "images", 5)
     paths[2].write_bytes(b"")
     calls: list[tuple[int, int]] = []
     images = open_images(paths, tmp_path / "cache", 32, lambda done, total: calls.append((done, total)))
@@ -210,13 +210,13 @@ def test_the_cache_holds_the_pictures_and_the_reasons_for_what_it_lacks(tmp_path
     assert images.broken == {2: "the file is empty"}
     assert len(images) == 4
     for position in (0, 1, 3, 4):
-        expected = shrink(read_picture(paths[position]), 32)
+        expected = shrink(read_image(paths[position]), 32)
         np.testing.assert_array_equal(images[int(images.rows[position])], expected)
     assert not images[0].flags.writeable
 
 
 def test_a_second_opening_decodes_nothing(tmp_path: Path) -> None:
-    paths = save_many(tmp_path / "pictures", 3)
+    paths = save_many(tmp_path / "images", 3)
     open_images(paths, tmp_path / "cache", 32, None)
     calls: list[int] = []
     open_images(paths, tmp_path / "cache", 32, lambda done, total: calls.append(done))
@@ -235,7 +235,7 @@ def test_a_second_opening_decodes_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_cache_is_made_anew(tmp_path: Path, name: str, damage: str) -> None:
-    paths = save_many(tmp_path / "pictures", 3)
+    paths = save_many(tmp_path / "images", 3)
     before = open_images(paths, tmp_path / "cache", 32, None)[1].copy()
     file = tmp_path / "cache" / name
     content = bytearray(file.read_bytes())
@@ -250,19 +250,19 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    paths = save_many(tmp_path / "pictures", 3)
+    paths = save_many(tmp_path / "images", 3)
     with pytest.raises(KeyboardInterrupt):
         open_images(paths, tmp_path / "caches" / "a", 32, stop)
     assert [path.name for path in (tmp_path / "caches").iterdir() if path.is_dir()] == []
 
 
 def test_two_processes_that_open_at_once_build_once(tmp_path: Path) -> None:
-    save_many(tmp_path / "pictures", 40)
+    save_many(tmp_path / "images", 40)
     program = f"""
 from pathlib import Path
 from carmodels.data.cache import open_images
 calls = []
-paths = sorted(Path({str(tmp_path / "pictures")!r}).iterdir())
+paths = sorted(Path({str(tmp_path / "images")!r}).iterdir())
 images = open_images(paths, Path({str(tmp_path / "cache")!r}), 32, lambda done, total: calls.append(done))
 print(len(calls), sum(int(images[row].sum()) for row in range(len(images))))
 """
@@ -273,7 +273,7 @@ print(len(calls), sum(int(images[row].sum()) for row in range(len(images))))
 
 
 def test_a_cache_is_sent_as_its_path(tmp_path: Path) -> None:
-    images = open_images(save_many(tmp_path / "pictures", 4), tmp_path / "cache", 48, None)
+    images = open_images(save_many(tmp_path / "images", 4), tmp_path / "cache", 48, None)
     sent = pickle.dumps(images)
     assert len(sent) < 500
     again = pickle.loads(sent)
@@ -311,7 +311,7 @@ def test_what_hangs_together_without_being_copies_is_cut() -> None:
     assert few.tolist() == [0] * 15
 
 
-def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(0, 200, 100).save(tmp_path / "a.png")
     for least, alone in ((19_999, True), (20_000, False)):
         monkeypatch.setattr(decode, "LARGE", least)
@@ -320,18 +320,18 @@ def test_large_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: p
         assert not decode._one_large.locked()
 
 
-def test_a_copy_in_another_size_and_quality_is_a_near_duplicate_and_another_picture_is_not(
+def test_a_copy_in_another_size_and_quality_is_a_near_duplicate_and_another_image_is_not(
     tmp_path: Path,
 ) -> None:
     image = draw(0, 320, 240)
     image.resize((200, 150)).save(tmp_path / "copy.jpg", quality=60)
-    copy, other = perceptual_hash(read_picture(tmp_path / "copy.jpg")), perceptual_hash(draw(1, 320, 240))
+    copy, other = perceptual_hash(read_image(tmp_path / "copy.jpg")), perceptual_hash(draw(1, 320, 240))
     codes = np.array([perceptual_hash(image), other, copy], dtype=np.uint64)
     assert near_duplicate_groups(codes).tolist() == [0, 1, 0]
 
 
 def test_digests_follow_the_content_and_unchanged_files_are_not_read(tmp_path: Path) -> None:
-    paths = save_many(tmp_path / "pictures", 3)
+    paths = save_many(tmp_path / "images", 3)
     manifest = tmp_path / "digests" / "a.json"
     first = file_digests([*paths, tmp_path / "missing"], manifest)
     assert len(set(first)) == 4

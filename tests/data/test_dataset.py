@@ -20,10 +20,10 @@ from PIL import Image
 from carmodels.catalog import AUGMENTS, VIEWS, Augment, Step, View
 from carmodels.data import archives
 from carmodels.data.dataset import Splits, open_dataset
-from carmodels.data.layout import picture_names
+from carmodels.data.layout import image_names
 from carmodels.data.loader import Batch, Loader
 from carmodels.data.splits import assign_splits
-from carmodels.data.transforms import seen, squash
+from carmodels.data.transforms import resize, seen
 
 CLASSES, EACH, TESTS = ("2", "10", "1"), 8, 5
 
@@ -37,7 +37,7 @@ def draw(seed: int, width: int = 64, height: int = 48) -> Image.Image:
 
 
 def make_competition(root: Path, each: int = EACH, order: random.Random | None = None) -> Path:
-    """The competition's layout: `each` pictures in three classes, five for test; files made in `order`."""
+    """The competition's layout: `each` images in three classes, five for test; files made in `order`."""
     labelled = [(f"{n}_{c}.jpg", c, 1000 * k + n) for k, c in enumerate(CLASSES) for n in range(each)]
     tests = [(f"t{n}.jpg", 9000 + n) for n in reversed(range(TESTS))]
     rows = [f"{name},{category}" for name, category, _ in labelled]
@@ -88,11 +88,11 @@ def pack(folder: Path, archive: Path, under: str = "") -> Path:
 # ---- layouts
 
 
-def test_the_competition_layout_gives_every_picture_once(splits: Splits, pristine: Path) -> None:
+def test_the_competition_layout_gives_every_image_once(splits: Splits, pristine: Path) -> None:
     assert splits.classes == splits.class_names == ("1", "2", "10")
     assert splits.test.ids == tuple(f"t{n}.jpg" for n in reversed(range(TESTS)))
     assert splits.test.labels is None
-    parts = [splits.train, splits.val, splits.audit]
+    parts = [splits.train, splits.val, splits.holdout]
     assert [len(part) for part in parts] == [18, 3, 3]
     ids = [name for part in parts for name in part.ids]
     assert sorted(ids) == sorted(path.name for path in pristine.glob("train/*/*"))
@@ -123,7 +123,7 @@ def test_the_files_of_windows_and_the_other_sample_name_are_read(competition: Pa
     assert found.sample_file == competition / "sample_submission.csv"
 
 
-def test_without_a_sample_file_all_test_pictures_are_taken_in_order(competition: Path) -> None:
+def test_without_a_sample_file_all_test_images_are_taken_in_order(competition: Path) -> None:
     (competition / "sample-submission.csv").unlink()
     found = opened(competition)
     assert found.test.ids == tuple(f"t{n}.jpg" for n in range(TESTS))
@@ -172,9 +172,9 @@ def test_the_zip_of_class_folders_is_enough(competition: Path, under: str) -> No
     assert (found.fingerprint, found.split_hash) == (expected.fingerprint, expected.split_hash)
 
 
-def test_hidden_folders_hold_no_pictures_and_linked_ones_do(competition: Path, tmp_path: Path) -> None:
+def test_hidden_folders_hold_no_images_and_linked_ones_do(competition: Path, tmp_path: Path) -> None:
     audi, elsewhere = competition / "train" / "1", tmp_path / "elsewhere"
-    before = picture_names(audi)
+    before = image_names(audi)
     (audi / ".thumbnails").mkdir()
     shutil.copy(audi / before[0], audi / ".thumbnails" / "a.jpg")
     elsewhere.mkdir()
@@ -182,7 +182,7 @@ def test_hidden_folders_hold_no_pictures_and_linked_ones_do(competition: Path, t
     (audi / "2020").symlink_to(elsewhere)
     (elsewhere / "again").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(competition)
-    assert picture_names(audi) == sorted([*before, "2020/b.jpg"])
+    assert image_names(audi) == sorted([*before, "2020/b.jpg"])
 
 
 def test_a_label_need_not_be_a_path(competition: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_tree_of_class_folders_is_enough(competition: Path, below: str) -> Non
         (competition / "train").rmdir()
     found = opened(competition)
     assert found.classes == found.class_names == ("coupe", "sedan", "van")
-    assert "van/0_2.jpg" in {*found.train.ids, *found.val.ids, *found.audit.ids}
+    assert "van/0_2.jpg" in {*found.train.ids, *found.val.ids, *found.holdout.ids}
     assert found.test.ids == tuple(f"t{n}.jpg" for n in range(TESTS))
 
 
@@ -247,7 +247,7 @@ def test_a_csv_of_paths_and_labels_is_enough(competition: Path) -> None:
     (competition / "sample-submission.csv").unlink()
     found = opened(competition)
     assert found.classes == ("car 1", "car 10", "car 2")
-    assert "train/10/0_10.jpg" in {*found.train.ids, *found.val.ids, *found.audit.ids}
+    assert "train/10/0_10.jpg" in {*found.train.ids, *found.val.ids, *found.holdout.ids}
     assert found.test.ids == ("test_upload/t3.jpg", "test_upload/t1.jpg")
 
 
@@ -317,16 +317,16 @@ def test_near_duplicates_are_kept_together_and_those_of_the_test_are_listed(comp
         competition / "test_upload" / "t4.jpg", quality=80
     )
     found = opened(competition)
-    side = {name: part.name for part in (found.train, found.val, found.audit) for name in part.ids}
+    side = {name: part.name for part in (found.train, found.val, found.holdout) for name in part.ids}
     assert all(side[f"{n}_1.jpg"] == side[f"{n}_10.jpg"] for n in range(EACH))
     assert found.test_duplicates == (("t4.jpg", "3_2.jpg"),)
 
 
-def test_pictures_that_are_all_alike_cannot_be_split(competition: Path) -> None:
+def test_images_that_are_all_alike_cannot_be_split(competition: Path) -> None:
     for path in competition.glob("train/*/*"):
         draw(0).save(path)
     with pytest.raises(
-        ValueError, match=r"no picture is left for val: the 24 labelled pictures are near-dup.* of 1,"
+        ValueError, match=r"no image is left for val: the 24 labelled images are near-dup.* of 1,"
     ):
         opened(competition)
 
@@ -334,7 +334,7 @@ def test_pictures_that_are_all_alike_cannot_be_split(competition: Path) -> None:
 # ---- what cannot be used
 
 
-def test_broken_training_pictures_are_left_out_and_listed(tmp_path: Path) -> None:
+def test_broken_training_images_are_left_out_and_listed(tmp_path: Path) -> None:
     root = make_competition(tmp_path / "cars", each=110)
     (root / "train" / "1" / "5_1.jpg").write_bytes(b"")
     (root / "train" / "1" / "7_1.jpg").unlink()
@@ -343,13 +343,13 @@ def test_broken_training_pictures_are_left_out_and_listed(tmp_path: Path) -> Non
     assert [(item.id, item.reason.split(":")[0]) for item in found.excluded] == [
         ("5_1.jpg", "the file is empty"),
         ("7_1.jpg", "the file is missing"),
-        ("9_2.jpg", "not a JPEG, PNG, WebP or BMP picture"),
+        ("9_2.jpg", "not a JPEG, PNG, WebP or BMP image"),
     ]
     assert found.excluded[0].path == str(root / "train" / "1" / "5_1.jpg")
-    ids = [*found.train.ids, *found.val.ids, *found.audit.ids]
+    ids = [*found.train.ids, *found.val.ids, *found.holdout.ids]
     assert len(ids) == 327
     assert not {item.id for item in found.excluded} & set(ids)
-    for part in (found.train, found.val, found.audit, found.test):
+    for part in (found.train, found.val, found.holdout, found.test):
         for name, row in zip(part.ids, part.rows, strict=True):
             [path] = [*root.glob(f"train/*/{name}"), *root.glob(f"test_upload/{name}")]
             np.testing.assert_array_equal(found.images[row], np.asarray(Image.open(path).resize((53, 40), 1)))
@@ -364,12 +364,12 @@ def change_table(old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
-def break_test_picture(root: Path) -> None:
+def break_test_image(root: Path) -> None:
     path = root / "test_upload" / "t2.jpg"
     path.write_bytes(path.read_bytes()[:-300])
 
 
-def list_test_picture_twice(root: Path) -> None:
+def list_test_image_twice(root: Path) -> None:
     sample = root / "sample-submission.csv"
     sample.write_text(sample.read_text() + "t1.jpg,0\n")
 
@@ -403,43 +403,43 @@ def empty_a_class_folder(root: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "too many broken": (
         lambda root: (root / "train" / "2" / "1_2.jpg").write_bytes(b""),
-        r"1 of 24 labelled pictures cannot be read, more than 1%: '.*1_2.jpg': the file is empty; fetch",
+        r"1 of 24 labelled images cannot be read, more than 1%: '.*1_2.jpg': the file is empty; fetch",
     ),
     "broken test": (
-        break_test_picture,
-        r"1 test pictures cannot be read: '.*t2.jpg': it cannot be decoded: image file is truncated",
+        break_test_image,
+        r"1 test images cannot be read: '.*t2.jpg': it cannot be decoded: image file is truncated",
     ),
     "missing test": (
         lambda root: (root / "test_upload" / "t2.jpg").unlink(),
-        r"1 test pictures cannot be read: '.*t2.jpg': the file is missing; fetch them again",
+        r"1 test images cannot be read: '.*t2.jpg': the file is missing; fetch them again",
     ),
     "test not in sample": (
         lambda root: draw(0).save(root / "test_upload" / "more.jpg"),
-        r"1 pictures of '.*test_upload' are not in '.*sample-submission.csv', the first is 'more.jpg'",
+        r"1 images of '.*test_upload' are not in '.*sample-submission.csv', the first is 'more.jpg'",
     ),
     "no test folder": (
         lambda root: shutil.rmtree(root / "test_upload"),
-        r"sample-submission.csv' lists test pictures, but there is no test_upload or test folder",
+        r"sample-submission.csv' lists test images, but there is no test_upload or test folder",
     ),
-    "small class": (keep_three_of_a_class, "class '10' has 3 readable pictures, but 4 are needed"),
-    "one class": (keep_one_class, "all pictures are of the class '1': two classes are needed"),
+    "small class": (keep_three_of_a_class, "class '10' has 3 readable images, but 4 are needed"),
+    "one class": (keep_one_class, "all images are of the class '1': two classes are needed"),
     "label without folder": (
         change_table("3_1.jpg,1\n", "3_1.jpg,1.0\n"),
         r"the class '1.0' of '.*train.csv' has no folder in '.*train'",
     ),
     "id twice": (change_table("3_1.jpg", "4_1.jpg"), "the id '4_1.jpg' is there 2 times"),
     "test id twice": (
-        list_test_picture_twice,
+        list_test_image_twice,
         r"more than once in the sample file .*sample-submission.csv: 't1.jpg'",
     ),
     "empty folder": (
         empty_the_folder,
-        "no pictures in '.*cars': it needs train.csv, or a folder for each class",
+        "no images in '.*cars': it needs train.csv, or a folder for each class",
     ),
-    "empty class folder": (empty_a_class_folder, r"the class folder '.*train/10' holds no pictures"),
+    "empty class folder": (empty_a_class_folder, r"the class folder '.*train/10' holds no images"),
     "no rows": (
         lambda root: (root / "train.csv").write_text("Id,Category\n"),
-        "no pictures in '.*cars'",
+        "no images in '.*cars'",
     ),
     "missing column": (
         change_table("Category", "Kind"),
@@ -541,7 +541,7 @@ def test_a_zip_that_could_do_harm_is_not_unpacked(
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_a_loop_of_links_is_a_missing_picture(tmp_path: Path) -> None:
+def test_a_loop_of_links_is_a_missing_image(tmp_path: Path) -> None:
     root = make_competition(tmp_path / "cars", each=40)
     loop = root / "train" / "1" / "3_1.jpg"
     loop.unlink()
@@ -553,7 +553,7 @@ def test_a_loop_of_links_is_a_missing_picture(tmp_path: Path) -> None:
 # ---- travelling
 
 
-def test_splits_are_sent_without_their_pictures(splits: Splits) -> None:
+def test_splits_are_sent_without_their_images(splits: Splits) -> None:
     sent = pickle.dumps(splits)
     assert len(sent) < 5_000
     again = pickle.loads(sent)
@@ -565,7 +565,7 @@ def test_splits_are_sent_without_their_pictures(splits: Splits) -> None:
 
 
 def by_position(batches: Iterator[Batch]) -> np.ndarray:
-    """(N, 3, S, S) pictures of an epoch in the order of the split."""
+    """(N, 3, S, S) images of an epoch in the order of the split."""
     found = {
         int(row): image for batch in batches for row, image in zip(batch.rows, batch.images, strict=True)
     }
@@ -594,10 +594,10 @@ def test_the_test_split_has_no_labels(splits: Splits) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(30, 60), (10, 60), (10, 12), (24, 24)])
 def test_squash_keeps_the_mean_whether_it_shrinks_or_grows(height: int, width: int) -> None:
-    picture = np.asarray(draw(0, width, height))
-    found = squash(picture, 24)
+    image = np.asarray(draw(0, width, height))
+    found = resize(image, 24)
     assert found.shape == (24, 24, 3)
-    np.testing.assert_allclose(found.mean((0, 1)), picture.mean((0, 1)), atol=4)
+    np.testing.assert_allclose(found.mean((0, 1)), image.mean((0, 1)), atol=4)
 
 
 @pytest.mark.parametrize("name", AUGMENTS)
@@ -614,7 +614,7 @@ def test_each_augmentation_depends_on_seed_epoch_and_position_alone(splits: Spli
     assert (by_position(other_seed.epoch(0)) != first).any() == varies
 
 
-def test_the_same_picture_at_two_positions_is_cropped_in_two_ways(splits: Splits) -> None:
+def test_the_same_image_at_two_positions_is_cropped_in_two_ways(splits: Splits) -> None:
     twice = replace(
         splits.train, ids=("a", "b"), labels=np.zeros(2, np.int64), rows=splits.train.rows[[0, 0]]
     )
@@ -631,25 +631,25 @@ def test_each_view_is_the_same_every_time(splits: Splits, name: str) -> None:
 
 
 def test_each_view_shows_what_its_row_says(splits: Splits) -> None:
-    picture = splits.images[splits.val.rows[0]]
-    height, width = picture.shape[:2]
-    plain = seen(picture, VIEWS["plain"], 24)
-    np.testing.assert_array_equal(plain, squash(picture, 24))
-    np.testing.assert_array_equal(seen(picture, VIEWS["flip"], 24), plain[:, ::-1])
-    corner = picture[: round(0.88 * height), round(0.12 * width) :]
-    np.testing.assert_array_equal(seen(picture, VIEWS["top_right"], 24), squash(corner, 24))
+    image = splits.images[splits.val.rows[0]]
+    height, width = image.shape[:2]
+    plain = seen(image, VIEWS["plain"], 24)
+    np.testing.assert_array_equal(plain, resize(image, 24))
+    np.testing.assert_array_equal(seen(image, VIEWS["flip"], 24), plain[:, ::-1])
+    corner = image[: round(0.88 * height), round(0.12 * width) :]
+    np.testing.assert_array_equal(seen(image, VIEWS["top_right"], 24), resize(corner, 24))
     for name, wanted in (
         ("brighter", plain * 1.15),
         ("darker", plain * 0.87),
         ("more_contrast", (plain - 127.5) * 1.2 + 127.5),
         ("less_contrast", (plain - 127.5) * 0.8 + 127.5),
     ):
-        assert np.abs(seen(picture, VIEWS[name], 24) - wanted.clip(0, 255)).max() <= 0.5 + 1e-9
+        assert np.abs(seen(image, VIEWS[name], 24) - wanted.clip(0, 255)).max() <= 0.5 + 1e-9
     speck = np.full((1, 1, 3), 9, np.uint8)
     assert all(seen(speck, row, 2).shape == (2, 2, 3) for row in VIEWS.values())
 
 
-def test_the_plain_view_is_the_plain_picture_to_the_bit(splits: Splits) -> None:
+def test_the_plain_view_is_the_plain_image_to_the_bit(splits: Splits) -> None:
     views = [None, VIEWS["plain"]]
     first, second = (
         by_position(Loader(splits.images, splits.val, image_size=24, batch_size=5, view=view).epoch(0))
@@ -687,12 +687,12 @@ def test_drop_last_leaves_whole_batches_and_refuses_to_leave_none(splits: Splits
     loader = Loader(splits.images, splits.train, image_size=8, batch_size=5, drop_last=True)
     assert [len(batch.rows) for batch in loader.epoch(0)] == [5, 5, 5]
     assert len(loader) == 3
-    with pytest.raises(ValueError, match="batch_size=19 is more than the 18 pictures of train"):
+    with pytest.raises(ValueError, match="batch_size=19 is more than the 18 images of train"):
         Loader(splits.images, splits.train, image_size=8, batch_size=19, drop_last=True)
 
 
 def test_steps_are_drawn_independently_of_each_other(splits: Splits) -> None:
-    """A flip and a grey picture, each with probability 1/2, come in all four combinations equally often."""
+    """A flip and a grey image, each with probability 1/2, come in all four combinations equally often."""
     augment = Augment(crop=None, steps=(Step("HorizontalFlip", {"p": 0.5}), Step("ToGray", {"p": 0.5})))
     split = replace(splits.train, ids=splits.train.ids[:1], rows=splits.train.rows[:1])
     plain = by_position(
@@ -709,7 +709,7 @@ def test_steps_are_drawn_independently_of_each_other(splits: Splits) -> None:
     assert all(70 <= count <= 130 for count in counts.values()), counts
 
 
-def test_a_random_crop_keeps_its_share_of_the_picture(splits: Splits) -> None:
+def test_a_random_crop_keeps_its_share_of_the_image(splits: Splits) -> None:
     """On ramps from left to right and from top to bottom, the spread of values tells the crop's sides."""
     ramp = np.zeros((200, 400, 3), np.uint8)
     ramp[..., 0] = np.linspace(0, 255, 400)[None]

@@ -1,6 +1,6 @@
-"""Whatever is in a table, a picture, a zip or a study's file, it is read right or refused in one line.
+"""Whatever is in a table, an image, a zip or a study's file, it is read right or refused in one line.
 
-Tables are drawn by hypothesis; pictures and zips are intact ones with bytes changed, moved or lost.
+Tables are drawn by hypothesis; images and zips are intact ones with bytes changed, moved or lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image
 from carmodels.data import layout
 from carmodels.data.archives import unpacked
 from carmodels.data.cache import estimated_bytes
-from carmodels.data.decode import read_picture, shrink
+from carmodels.data.decode import read_image, shrink
 from carmodels.data.duplicates import perceptual_hash
 from carmodels.evaluation.predictions import Predictions
 from carmodels.files import read_json
@@ -32,7 +32,7 @@ from carmodels.records import TrialRecord
 from carmodels.study import Study
 from carmodels.submission import read_sample, write_submission
 
-MUTANTS = 150  # of each picture and zip
+MUTANTS = 150  # of each image and zip
 quick = settings(
     max_examples=100,
     deadline=None,
@@ -202,7 +202,7 @@ def test_any_override_makes_a_space_or_is_refused_by_name(name: str, written: st
         assert made
 
 
-# ---- pictures and zips
+# ---- images and zips
 
 
 def mutant(content: bytes, seed: int) -> bytes:
@@ -229,7 +229,7 @@ def mutant(content: bytes, seed: int) -> bytes:
     return bytes(changed)
 
 
-def picture(kind: str) -> bytes:
+def encoded_image(kind: str) -> bytes:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8)).resize((40, 30))
     exif = Image.Exif()
@@ -240,8 +240,8 @@ def picture(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_a_damaged_picture_is_read_or_refused_and_never_anything_else(tmp_path: Path, kind: str) -> None:
-    content, path = picture(kind), tmp_path / "a.jpg"
+def test_a_damaged_image_is_read_or_refused_and_never_anything_else(tmp_path: Path, kind: str) -> None:
+    content, path = encoded_image(kind), tmp_path / "a.jpg"
     outcomes = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as where the cache is built
@@ -249,7 +249,7 @@ def test_a_damaged_picture_is_read_or_refused_and_never_anything_else(tmp_path: 
             path.write_bytes(mutant(content, seed))
             assert estimated_bytes([path], 16) >= 0
             try:
-                image = read_picture(path)
+                image = read_image(path)
             except ValueError:
                 outcomes.append("refused")
                 continue

@@ -42,9 +42,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_layout_is_the_competitions(drawn: Path) -> None:
     train, sample = rows(drawn / "train.csv"), rows(drawn / "sample-submission.csv")
-    pictures = {str(path.relative_to(drawn)) for path in drawn.rglob("*.jpg")}
+    images = {str(path.relative_to(drawn)) for path in drawn.rglob("*.jpg")}
     labelled = {f"train/{label}/{name}" for name, label in train}
-    assert pictures == labelled | {f"test_upload/{name}" for name, _ in sample}
+    assert images == labelled | {f"test_upload/{name}" for name, _ in sample}
     assert (len(train), len(sample)) == (40, 20)
     assert {category for _, category in sample} == {0}
     expected = [f"{number} {name}" for number, name in enumerate(CLASSES)]
@@ -56,12 +56,12 @@ def test_classes_are_balanced_in_both_parts(drawn: Path) -> None:
     assert Counter(label for _, label in rows(drawn / "test-labels.csv")) == dict.fromkeys(range(10), 2)
 
 
-def test_test_labels_name_the_pictures_of_the_sample_file_in_its_order(drawn: Path) -> None:
+def test_test_labels_name_the_images_of_the_sample_file_in_its_order(drawn: Path) -> None:
     labelled, sample = rows(drawn / "test-labels.csv"), rows(drawn / "sample-submission.csv")
     assert [name for name, _ in labelled] == [name for name, _ in sample]
 
 
-def test_pictures_are_small_jpegs_that_opencv_reads(drawn: Path) -> None:
+def test_images_are_small_jpegs_that_opencv_reads(drawn: Path) -> None:
     for path in drawn.rglob("*.jpg"):
         assert cv2.imread(str(path)).shape == (120, 160, 3)
 
@@ -71,13 +71,13 @@ def test_same_seed_draws_the_same_bytes(drawn: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "again") == contents(drawn)
 
 
-def test_another_seed_draws_other_pictures(drawn: Path, tmp_path: Path) -> None:
+def test_another_seed_draws_other_images(drawn: Path, tmp_path: Path) -> None:
     draw_demo(tmp_path / "other", seed=1, train=40, test=20)
-    pictures, others = (
+    images, others = (
         {data for name, data in contents(folder).items() if name.endswith(".jpg")}
         for folder in (drawn, tmp_path / "other")
     )
-    assert not pictures & others
+    assert not images & others
 
 
 def test_finished_draw_is_left_as_it_is(drawn: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_folder_that_holds_something_else_is_not_touched(drawn: Path, tmp_path
         assert contents(folder) == before
 
 
-def test_too_few_pictures_for_the_classes_are_refused(tmp_path: Path) -> None:
+def test_too_few_images_for_the_classes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train=9"):
         draw_demo(tmp_path / "cars", train=9)
 
@@ -135,7 +135,7 @@ def test_a_class_drawn_by_chance_is_not_used_for_pretraining(monkeypatch: pytest
     assert other_shapes(np.random.default_rng(0), 1) == [other]
 
 
-def test_shapes_whose_pictures_may_coincide_are_reachable() -> None:
+def test_shapes_whose_images_may_coincide_are_reachable() -> None:
     sedan = CLASSES["sedan"]
     assert reachable(sedan, replace(sedan, length=sedan.length + 0.49))  # each varies by 0.25 metres
     assert not reachable(sedan, replace(sedan, length=sedan.length + 0.51))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from carmodels.data.dataset import Splits
-from carmodels.ensembling.network import of_study
+from carmodels.ensembling.network import load_ensemble
 from carmodels.ensembling.soup import Ingredient, greedy_soup, kind, mean_state, refresh_statistics
 from carmodels.evaluation.metrics import accuracy, log_loss
 from carmodels.files import write_json
@@ -182,6 +182,6 @@ def test_a_soup_is_a_record_with_weights_and_answers_of_its_own(
         study.ensemble_file,
         {"members": [{"trial_id": name, "weight": 1}], "temperature": 1, "tta": {"views": ["plain"]}},
     )
-    pictures = [splits.images[row] for row in splits.audit.rows]
-    said = study.predictions(name, "audit").aligned(splits.audit.ids).probs
-    assert np.abs(of_study(study).probabilities(pictures) - said).max() < 1e-3
+    images = [splits.images[row] for row in splits.holdout.rows]
+    said = study.predictions(name, "holdout").aligned(splits.holdout.ids).probs
+    assert np.abs(load_ensemble(study).probabilities(images) - said).max() < 1e-3

@@ -19,11 +19,11 @@ from carmodels.evaluation.calibration import fit_temperature, with_temperature
 from carmodels.evaluation.intervals import (
     accuracy_interval,
     bootstrap_interval,
-    hidden_score,
-    hidden_share,
     paired_gain,
     score_interval,
+    score_prediction_interval,
     share_interval,
+    share_prediction_interval,
 )
 from carmodels.evaluation.metrics import METRICS, accuracy, log_loss, macro_f1, right_and_wrong
 from carmodels.evaluation.nested import nested_check
@@ -104,7 +104,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, one: Predictions) -> No
     np.testing.assert_array_equal(loaded.probs, one.probs, strict=True)
 
 
-def test_predictions_for_no_picture_are_saved_and_loaded(tmp_path: Path) -> None:
+def test_predictions_for_no_image_are_saved_and_loaded(tmp_path: Path) -> None:
     Predictions((), CLASSES, np.empty((0, len(CLASSES)))).save(tmp_path / "none.npz")
     assert Predictions.load(tmp_path / "none.npz").ids == ()
 
@@ -249,8 +249,8 @@ def test_labels_that_do_not_fit_are_refused(name: str, wrong: np.ndarray, messag
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_no_picture_has_no_score(name: str) -> None:
-    with pytest.raises(ValueError, match="no picture"):
+def test_no_image_has_no_score(name: str) -> None:
+    with pytest.raises(ValueError, match="no image"):
         METRICS[name].score(np.empty((0, 2)), np.empty(0, dtype=int))
 
 
@@ -552,7 +552,7 @@ def test_the_luckiest_of_many_views_gains_where_it_was_chosen_and_hardly_in_the_
 
 
 def gains_of_views(shown: dict[str, np.ndarray], labels: np.ndarray) -> tuple[float, float]:
-    """Of the views chosen on all pictures, there; and of choosing them on halves, on the others."""
+    """Of the views chosen on all images, there; and of choosing them on halves, on the others."""
 
     def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         some = {view: probs[rows] for view, probs in shown.items()}
@@ -634,16 +634,14 @@ def test_a_temperature_that_is_none_is_refused(one: Predictions, temperature: fl
 
 
 @pytest.mark.parametrize(
-    ("right", "pictures", "low", "high"),
+    ("right", "images", "low", "high"),
     # Newcombe (1998), Statistics in Medicine 17, 857-872, table I, method 3
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
-def test_the_accuracy_interval_is_the_published_one(
-    right: int, pictures: int, low: float, high: float
-) -> None:
-    labels = (np.arange(pictures) >= right).astype(int)
-    found = accuracy_interval(np.tile([0.9, 0.1], (pictures, 1)), labels)
-    assert (found.value, found.low, found.high) == pytest.approx((right / pictures, low, high), abs=5e-5)
+def test_the_accuracy_interval_is_the_published_one(right: int, images: int, low: float, high: float) -> None:
+    labels = (np.arange(images) >= right).astype(int)
+    found = accuracy_interval(np.tile([0.9, 0.1], (images, 1)), labels)
+    assert (found.value, found.low, found.high) == pytest.approx((right / images, low, high), abs=5e-5)
 
 
 def test_more_confidence_needs_a_wider_interval(one: Predictions, labels: np.ndarray) -> None:
@@ -652,11 +650,11 @@ def test_more_confidence_needs_a_wider_interval(one: Predictions, labels: np.nda
 
 
 @pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize(("pictures", "resamples"), [(60, 200), (600, 2000)])  # the second is done in parts
-def test_the_bootstrap_is_the_one_drawn_row_by_row(name: str, pictures: int, resamples: int) -> None:
-    labels = drawn_labels(pictures)
+@pytest.mark.parametrize(("images", "resamples"), [(60, 200), (600, 2000)])  # the second is done in parts
+def test_the_bootstrap_is_the_one_drawn_row_by_row(name: str, images: int, resamples: int) -> None:
+    labels = drawn_labels(images)
     probs = drawn(labels, seed=1).probs
-    rows = np.random.default_rng(3).integers(pictures, size=(resamples, pictures), dtype=np.int32)
+    rows = np.random.default_rng(3).integers(images, size=(resamples, images), dtype=np.int32)
     by_hand = [METRICS[name].score(probs[picks], labels[picks]) for picks in rows]
     found = bootstrap_interval(name, probs, labels, seed=3, resamples=resamples)
     assert found.value == METRICS[name].score(probs, labels)
@@ -687,7 +685,7 @@ def test_a_model_has_no_gain_over_itself(one: Predictions, labels: np.ndarray) -
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
-def test_pictures_both_models_get_right_do_not_blur_their_difference() -> None:
+def test_images_both_models_get_right_do_not_blur_their_difference() -> None:
     labels = np.zeros(1000, dtype=int)
     worse = np.tile([0.9, 0.1], (1000, 1))
     worse[:500] = (0.1, 0.9)
@@ -705,20 +703,20 @@ def test_changed_minds_are_counted_each_way() -> None:
     assert right_and_wrong(after, before, labels) == (1, 2)
 
 
-def test_a_prediction_interval_of_ever_more_pictures_is_the_bootstrap_interval() -> None:
+def test_a_prediction_interval_of_ever_more_images_is_the_bootstrap_interval() -> None:
     for hits, among in ((0, 20), (13, 20), (270, 300), (300, 300)):
-        wilson, predicted = share_interval(hits, among), hidden_share(hits, among, 10**9)
+        wilson, predicted = share_interval(hits, among), share_prediction_interval(hits, among, 10**9)
         np.testing.assert_allclose(
             (predicted.low, predicted.high), (wilson.low, wilson.high), rtol=0, atol=1e-6
         )
-        widths = [hidden_share(hits, among, m) for m in (10, 100, 1000)]
+        widths = [share_prediction_interval(hits, among, m) for m in (10, 100, 1000)]
         assert all(a.high - a.low > b.high - b.low for a, b in pairwise([*widths, wilson]))
 
 
 @pytest.mark.parametrize(("among", "hidden"), [(150, 300), (297, 660), (60, 2000), (2000, 60)])
 def test_of_hidden_shares_95_in_100_lie_in_their_prediction_interval(among: int, hidden: int) -> None:
     """No simulation: summed over everything that can be seen and everything that can be hidden."""
-    found = [hidden_share(hits, among, hidden) for hits in range(among + 1)]
+    found = [share_prediction_interval(hits, among, hidden) for hits in range(among + 1)]
     ends = np.array([(i.low, i.high) for i in found])[:, :, None]
     shares = np.arange(hidden + 1) / hidden
     inside = (shares >= ends[:, 0] - 1e-12) & (shares <= ends[:, 1] + 1e-12)
@@ -743,13 +741,15 @@ def test_of_other_metrics_about_95_in_100_lie_in_their_interval(name: str) -> No
     for trial in range(100):
         rows = pick.choice(len(truth), 600, replace=False)
         seen, later = rows[:200], rows[200:]
-        found = hidden_score(name, probs[seen], truth[seen], len(later), seed=trial, resamples=300)
+        found = score_prediction_interval(
+            name, probs[seen], truth[seen], len(later), seed=trial, resamples=300
+        )
         covered += found.low <= METRICS[name].score(probs[later], truth[later]) <= found.high
     assert 88 <= covered <= 100
 
 
-def test_hidden_pictures_that_cannot_be_are_refused() -> None:
+def test_hidden_images_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="hidden=0 and among=5 must be at least 1"):
-        hidden_share(2, 5, 0)
+        share_prediction_interval(2, 5, 0)
     with pytest.raises(ValueError, match="hidden=0 must be at least 1"):
-        hidden_score("log_loss", drawn(drawn_labels(5), 0).probs, drawn_labels(5), 0)
+        score_prediction_interval("log_loss", drawn(drawn_labels(5), 0).probs, drawn_labels(5), 0)

@@ -1,4 +1,4 @@
-"""An ensemble earns its members: within its cost, and on pictures that did not choose it."""
+"""An ensemble earns its members: within its cost, and on images that did not choose it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def library(
 def test_an_ensemble_takes_at_most_what_all_members_take_to_be_shown_everything(tmp_path: Path) -> None:
     study = Study(tmp_path / "study")
     study.begin({"metric": "accuracy"}, [])
-    splits = SimpleNamespace(val=range(100), audit=range(100), test=range(400))
+    splits = SimpleNamespace(val=range(100), holdout=range(100), test=range(400))
     costs = Costs({"test_resnet": {32: 0.01, 64: 0.04}}, train=500, val=100)
     workers = Workers(2, 1, 0.0)
     job = Job(study, splits, None, workers, tmp_path, costs)  # type: ignore[arg-type]
@@ -55,11 +55,11 @@ def test_an_ensemble_takes_at_most_what_all_members_take_to_be_shown_everything(
     for size, value in ((32, 0.9), (64, 0.8)):
         config = TrialConfig("test_resnet", image_size=size, epochs=2)
         study.append(TrialRecord(config.id, config, Status.FINISHED, 2, value, 1.0, "ran"))
-    pictures = 100 * len(VIEWS) + 500 * MOST_VIEWS
-    assert most_seconds(job) >= 8 * 0.35 * 0.04 * pictures / 2
-    assert most_seconds(job) == pytest.approx(8 * (0.35 * 0.04 * pictures + 50) / 2)
-    pictures += 4 * 500 * MOST_VIEWS
-    assert most_seconds(job, folds=5) == pytest.approx(8 * (0.35 * 0.04 * pictures + 50) / 2)
+    images = 100 * len(VIEWS) + 500 * MOST_VIEWS
+    assert most_seconds(job) >= 8 * 0.35 * 0.04 * images / 2
+    assert most_seconds(job) == pytest.approx(8 * (0.35 * 0.04 * images + 50) / 2)
+    images += 4 * 500 * MOST_VIEWS
+    assert most_seconds(job, folds=5) == pytest.approx(8 * (0.35 * 0.04 * images + 50) / 2)
     assert math.isinf(most_seconds(replace(job, costs=None)))
 
 

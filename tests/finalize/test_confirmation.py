@@ -32,7 +32,7 @@ from tune.optim.standings import (
     standings,
 )
 
-PICTURES = 250
+IMAGES = 250
 
 
 def run(lr: float, value: float, seed: int = 0, stage: str = "search", **more: object) -> TrialRecord:
@@ -153,14 +153,14 @@ def test_the_winners_estimate_is_right_on_average_where_its_own_value_is_too_goo
 
 def test_the_noise_is_the_binomial_one_until_repeats_show_more() -> None:
     singles = [np.array([0.9])] * 6
-    binomial = np.sqrt(0.9 * 0.1 / PICTURES)
-    assert noise(singles, "accuracy", PICTURES) == pytest.approx(binomial)
+    binomial = np.sqrt(0.9 * 0.1 / IMAGES)
+    assert noise(singles, "accuracy", IMAGES) == pytest.approx(binomial)
     close = [np.array([0.9, 0.901, 0.899])] * 6
-    assert noise(close, "accuracy", PICTURES) == pytest.approx(binomial)
+    assert noise(close, "accuracy", IMAGES) == pytest.approx(binomial)
     rng = np.random.default_rng(0)
     wide = [rng.normal(0.9, 0.05, 20) for _ in range(10)]
-    assert noise(wide, "accuracy", PICTURES) == pytest.approx(0.05, rel=0.1)
-    assert noise([np.array([1.0])], "accuracy", PICTURES) == pytest.approx(1 / PICTURES)
+    assert noise(wide, "accuracy", IMAGES) == pytest.approx(0.05, rel=0.1)
+    assert noise([np.array([1.0])], "accuracy", IMAGES) == pytest.approx(1 / IMAGES)
 
 
 # ---- a study's records
@@ -184,7 +184,7 @@ def test_runs_are_those_of_the_same_schedule_to_its_end_in_search_and_reruns() -
 def test_the_best_is_first_whichever_way_the_metric_points(metric: str) -> None:
     records = field(0.5, 0.4, 0.3, 0.45)
     records += [run(0.002, value, seed, "confirm") for seed, value in ((1, 0.40), (2, 0.41))]
-    found = standings(records, metric=metric, pictures=PICTURES)
+    found = standings(records, metric=metric, images=IMAGES)
     means = [s.mean for s in found]
     assert means == sorted(means, reverse=METRICS[metric].mode == "max")
     assert sorted(s.runs for s in found) == [1, 1, 1, 3]
@@ -193,24 +193,24 @@ def test_the_best_is_first_whichever_way_the_metric_points(metric: str) -> None:
         assert 0 <= standing.estimate.low < standing.estimate.value < standing.estimate.high <= 1
     assert found[0].chance == 0.5
     assert all(s.chance < 0.5 for s in found[1:])
-    assert found[-1].apart
+    assert found[-1].clearly_worse
 
 
 def test_repeats_that_disappoint_cost_the_first_place() -> None:
     records = field(0.95, 0.93, 0.90, 0.91, 0.89)
-    assert standings(records, metric="accuracy", pictures=PICTURES)[0].record == records[0]
+    assert standings(records, metric="accuracy", images=IMAGES)[0].record == records[0]
     records += [run(0.001, value, seed, "confirm") for seed, value in ((1, 0.90), (2, 0.89), (3, 0.91))]
-    found = standings(records, metric="accuracy", pictures=PICTURES)
+    found = standings(records, metric="accuracy", images=IMAGES)
     assert found[0].record == records[1]
     assert found[0].estimate.value < 0.93
 
 
 def test_what_never_took_off_does_not_move_the_others() -> None:
-    without = standings(field(0.9, 0.89, 0.87, 0.86), metric="accuracy", pictures=PICTURES)
+    without = standings(field(0.9, 0.89, 0.87, 0.86), metric="accuracy", images=IMAGES)
     records = [*field(0.9, 0.89, 0.87, 0.86, 0.1), run(0.005, 0.6, 1, "confirm")]  # seeds far apart, too
-    found = standings(records, metric="accuracy", pictures=PICTURES)
+    found = standings(records, metric="accuracy", images=IMAGES)
     assert [s.estimate for s in found[:-1]] == [s.estimate for s in without]
-    assert found[-1].apart
+    assert found[-1].clearly_worse
     assert found[-1].estimate.value == found[-1].mean == 0.35
 
 
@@ -225,47 +225,47 @@ def test_a_configuration_that_diverges_with_new_seeds_is_not_the_best() -> None:
     records = field(0.95, 0.93, 0.92)
     failed = [run(0.001, 0.0, s, "confirm", status=Status.DIVERGED, curve=worst) for s in (1, 2)]
     lucky = [*records, *(replace(record, value=None) for record in failed)]
-    found = standings(lucky, metric="accuracy", pictures=PICTURES)
+    found = standings(lucky, metric="accuracy", images=IMAGES)
     assert found[0].record == records[1]
     assert (found[-1].record, found[-1].runs) == (records[0], 3)
     assert found[-1].mean == pytest.approx(0.95 / 3)
-    two = standings(records[1:], metric="accuracy", pictures=PICTURES)
+    two = standings(records[1:], metric="accuracy", images=IMAGES)
     assert [s.estimate for s in found[:2]] == [s.estimate for s in two]  # its noise is its own
-    alone = standings([*field(0.95), *lucky[3:]], metric="accuracy", pictures=PICTURES)
+    alone = standings([*field(0.95), *lucky[3:]], metric="accuracy", images=IMAGES)
     assert alone[0].runs == 3
     leading_still = [*field(0.95, 0.40, 0.38, 0.35), lucky[3]]
-    ahead, *others = standings(leading_still, metric="accuracy", pictures=PICTURES)
+    ahead, *others = standings(leading_still, metric="accuracy", images=IMAGES)
     assert ahead.record == leading_still[0]
     gaps = [(s.estimate.value - ahead.estimate.value) / _gap_sd(ahead, s) for s in others]
     assert [s.chance for s in others] == pytest.approx([NormalDist().cdf(gap) for gap in gaps])
     poor = field(0.90, 0.85, 0.10)  # the only steady one is of another kind
     poor += [replace(run(n / 1000, 0.0, 1, "confirm"), status=Status.DIVERGED, curve=worst) for n in (1, 2)]
-    assert len(standings(poor, metric="accuracy", pictures=PICTURES)) == 3
+    assert len(standings(poor, metric="accuracy", images=IMAGES)) == 3
 
 
 def test_whatever_ran_again_has_a_row() -> None:
     records = field(0.90, 0.89, 0.88, 0.89, 0.89, 0.70)
-    assert len(leading(standings(records, metric="accuracy", pictures=PICTURES))) == CONTENDERS
+    assert len(leading(standings(records, metric="accuracy", images=IMAGES))) == CONTENDERS
     records.append(run(0.006, 0.70, 1, "confirm"))
-    rows = leading(standings(records, metric="accuracy", pictures=PICTURES))
+    rows = leading(standings(records, metric="accuracy", images=IMAGES))
     assert [s.record for s in rows][CONTENDERS:] == [records[5]]
 
 
 def test_an_interval_ends_where_the_metric_does() -> None:
-    sure = standings(field(1.0, 0.995, 0.99), metric="accuracy", pictures=PICTURES)
+    sure = standings(field(1.0, 0.995, 0.99), metric="accuracy", images=IMAGES)
     assert sure[0].estimate.high == 1.0
-    assert standings(field(0.004, 0.006), metric="log_loss", pictures=5)[0].estimate.low == 0.0
+    assert standings(field(0.004, 0.006), metric="log_loss", images=5)[0].estimate.low == 0.0
 
 
-def test_without_a_finished_trial_or_pictures_there_is_no_standing() -> None:
-    assert standings([], metric="accuracy", pictures=PICTURES) == []
-    assert standings(field(0.9), metric="accuracy", pictures=0) == []
-    assert next_rerun([], metric="accuracy", pictures=PICTURES) is None
+def test_without_a_finished_trial_or_images_there_is_no_standing() -> None:
+    assert standings([], metric="accuracy", images=IMAGES) == []
+    assert standings(field(0.9), metric="accuracy", images=0) == []
+    assert next_rerun([], metric="accuracy", images=IMAGES) is None
 
 
 def test_reruns_take_at_most_as_many_runs_of_the_dearest_of_the_best(tmp_path: Path) -> None:
     study = Study(tmp_path / "study")
-    study.begin({"metric": "accuracy"}, [("val", f"{n}.jpg", 0) for n in range(PICTURES)])
+    study.begin({"metric": "accuracy"}, [("val", f"{n}.jpg", 0) for n in range(IMAGES)])
     assert math.isinf(most_seconds(study, 2, most=6))
     assert most_seconds(study, 2, most=0) == 0
     for record in field(0.9, 0.89, 0.88, 0.87, 0.5):
@@ -277,7 +277,7 @@ def test_reruns_take_at_most_as_many_runs_of_the_dearest_of_the_best(tmp_path: P
 def test_the_sentence_names_the_best_and_those_that_cannot_be_told_apart() -> None:
     records = field(0.90, 0.89, 0.60, 0.895, 0.894, 0.893, 0.892)
     records += [run(0.001, 0.9, seed, "confirm") for seed in (1, 2)]
-    found = standings(records, metric="accuracy", pictures=PICTURES)
+    found = standings(records, metric="accuracy", images=IMAGES)
     text = sentence(found)
     assert text.startswith(f"The best is test_resnet 32px head0 full ({records[0].trial_id}), by 3 runs. ")
     assert "Cannot be told apart from it: " in text
@@ -285,9 +285,9 @@ def test_the_sentence_names_the_best_and_those_that_cannot_be_told_apart() -> No
     assert records[2].trial_id not in text
     assert len(leading(found)) == CONTENDERS
     assert [row["trial_id"] for row in described(found)] == [s.record.trial_id for s in leading(found)]
-    apart = standings(field(0.95, 0.6, 0.5, 0.61), metric="accuracy", pictures=PICTURES)
+    apart = standings(field(0.95, 0.6, 0.5, 0.61), metric="accuracy", images=IMAGES)
     assert sentence(apart).endswith("by 1 run. All others are worse, with 95 % confidence.")
-    alone = standings(field(0.95), metric="accuracy", pictures=PICTURES)
+    alone = standings(field(0.95), metric="accuracy", images=IMAGES)
     assert sentence(alone).endswith("by 1 run. No other one has finished.")
 
 
@@ -295,7 +295,7 @@ def test_the_sentence_names_the_best_and_those_that_cannot_be_told_apart() -> No
 
 
 def again(records: list[TrialRecord], **more: object) -> TrialConfig | None:
-    return next_rerun(records, metric="accuracy", pictures=PICTURES, **more)
+    return next_rerun(records, metric="accuracy", images=IMAGES, **more)
 
 
 def test_the_close_pair_is_run_again_and_not_what_is_far_behind() -> None:
@@ -317,7 +317,7 @@ def test_nothing_runs_again_once_the_best_is_told_apart() -> None:
 
 
 def test_where_less_is_better_the_two_lowest_are_the_close_pair() -> None:
-    config = next_rerun(field(1.5, 0.30, 1.4, 0.31), metric="log_loss", pictures=PICTURES)
+    config = next_rerun(field(1.5, 0.30, 1.4, 0.31), metric="log_loss", images=IMAGES)
     assert config is not None
     assert config.lr == 0.002
 
@@ -372,20 +372,20 @@ def test_the_gain_of_a_run_is_that_of_brute_force() -> None:
 
 def test_six_runs_halve_what_the_choice_falls_short_of_the_best() -> None:
     short = np.zeros((2, 300))
-    pictures, level = 2500, 0.8  # the model's own noise: the binomial one
-    sd = np.sqrt(level * (1 - level) / pictures)
+    images, level = 2500, 0.8  # the model's own noise: the binomial one
+    sd = np.sqrt(level * (1 - level) / images)
     for number in range(short.shape[1]):
         rng = np.random.default_rng(number)
         worth = rng.normal(level, sd, 8)
         records = field(*np.clip(rng.normal(worth, sd), 0, 1))
         chosen = [max(records, key=lambda r: r.value or 0)]
         for _ in range(6):
-            config = next_rerun(records, metric="accuracy", pictures=pictures)
+            config = next_rerun(records, metric="accuracy", images=images)
             if config is None:
                 break
             value = float(rng.normal(worth[round(1000 * config.lr) - 1], sd))
             records.append(run(config.lr, value, config.seed, "confirm"))
-        chosen.append(standings(records, metric="accuracy", pictures=pictures)[0].record)
+        chosen.append(standings(records, metric="accuracy", images=images)[0].record)
         short[:, number] = [worth.max() - worth[round(1000 * r.config.lr) - 1] for r in chosen]
     before, after = short.mean(axis=1)
     assert after < 0.65 * before
@@ -397,7 +397,7 @@ def test_six_runs_halve_what_the_choice_falls_short_of_the_best() -> None:
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     study = Study(tmp_path / "study")
-    study.begin({"metric": "accuracy"}, [("val", f"{n}.jpg", 0) for n in range(PICTURES)])
+    study.begin({"metric": "accuracy"}, [("val", f"{n}.jpg", 0) for n in range(IMAGES)])
     for record in field(0.92, 0.91, 0.80):
         study.append(record)
     return study

@@ -13,7 +13,7 @@ import pytest
 from carmodels.catalog import AUGMENTS, BACKBONES
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
-from carmodels.ensembling.network import Ensemble, of_study
+from carmodels.ensembling.network import Ensemble, load_ensemble
 from carmodels.ensembling.student import soft_targets, taught
 from carmodels.evaluation.calibration import fit_temperature, with_temperature
 from carmodels.evaluation.predictions import blend
@@ -41,7 +41,7 @@ CONFIGS = (
 def study(drawn: Path, splits: Splits, weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A study of two trials with an ensemble of both."""
     study = Study(tmp_path_factory.mktemp("results") / "cars")
-    parts = (splits.train, splits.val, splits.audit)
+    parts = (splits.train, splits.val, splits.holdout)
     facts = {
         "data": str(drawn),
         "weights": weights.source,
@@ -68,14 +68,14 @@ def study(drawn: Path, splits: Splits, weights: Weights, tmp_path_factory: pytes
 
 def test_the_teacher_is_shown_the_crops_that_the_student_sees(study: Study, splits: Splits) -> None:
     config = TrialConfig("test_resnet", image_size=32, epochs=4, seed=5, augment="color")
-    teacher = of_study(study)
+    teacher = load_ensemble(study)
     answers = taught(teacher, splits, config, views=2)
     assert answers.shape == (2, len(splits.train), 10)
     np.testing.assert_allclose(answers.sum(axis=2), 1, rtol=1e-5)
     assert np.abs(answers[0] - answers[1]).mean() > 1e-3
     for view, position in ((0, 3), (1, 17)):
         images = []
-        for shape in teacher.recipe.inputs:
+        for shape in teacher.spec.inputs:
             settings = {"augment": AUGMENTS["color"], "seed": 5, "batch_size": len(splits.train)}
             loader = Loader(splits.images, splits.train, image_size=shape.size, **settings)
             images.append(next(loader.epoch(view)).images[[position]])
@@ -113,7 +113,7 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
         named = distillation._student(job, "test_resnet", 7, said.append)
     assert (fastest.backbone, fastest.image_size, fastest.epochs) == ("test_efficientnet", 32, 8)
     assert (named.backbone, named.image_size, named.epochs) == ("test_resnet", 48, 7)
-    assert said[0] == "Milliseconds a picture: test_efficientnet 1.0, test_resnet 2.0."
+    assert said[0] == "Milliseconds an image: test_efficientnet 1.0, test_resnet 2.0."
     assert distillation._backbones(job) == [name for name in BACKBONES if name.startswith("test_")]
     with pytest.raises(ValueError, match=r"--backbone resnet50: there are weights for test_"):
         distillation._student(job, "resnet50", None, said.append)
@@ -128,13 +128,13 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
     assert (like.continues, like.layer_decay) == ("", 0.5)
 
 
-def test_a_student_is_trained_longer_than_the_space_says_and_not_than_a_shortened_recipe(
+def test_a_student_is_trained_longer_than_the_space_says_and_not_than_a_shortened_baseline(
     study: Study, tmp_path: Path
 ) -> None:
     other = Study(tmp_path / "other")
     fixed = {"backbone": "test_resnet", "image_size": 32, "epochs": 6}
     for facts, epochs in (({}, 12), ({"space": {"dimensions": {}, "fixed": fixed}}, 24)):
-        other.begin({**study.facts, **facts, "pictures": {}}, [])
+        other.begin({**study.facts, **facts, "images": {}}, [])
         config = CONFIGS[0]  # 3 epochs
         other.append(TrialRecord(config.id, config, Status.FINISHED, 3, 0.6, 1.0, "ran"))
         assert distillation._configured(other, "test_resnet", None).epochs == epochs
@@ -155,17 +155,17 @@ def test_a_study_is_distilled_and_the_student_answers(
     (member,) = results["members"]
     record = next(r for r in study.records() if r.trial_id == member["trial_id"])
     assert (record.stage, record.epochs_run, record.trial_id == record.config.id) == ("student", 8, False)
-    assert results["audit"]["student"]["value"] > 0.25  # ten classes
+    assert results["holdout"]["student"]["value"] > 0.25  # ten classes
     assert results["speed"]["ratio"] == results["speed"]["student"] / results["speed"]["ensemble"]
-    assert results["audit"]["looks"] == 1
+    assert results["holdout"]["looks"] == 1
     shown = study.predictions(record.trial_id, "val")
     labels = np.array([dict(zip(splits.val.ids, splits.val.labels, strict=True))[i] for i in shown.ids])
     assert results["temperature"] == pytest.approx(fit_temperature(shown.probs, labels))
     expected = with_temperature(shown, results["temperature"]).probs
     np.testing.assert_allclose(study.predictions("student", "val").aligned(shown.ids).probs, expected)
-    network: Ensemble = of_study(study, "student")
-    pictures = [splits.images[row] for row in splits.val.rows]
-    assert np.abs(network.probabilities(pictures) - expected).max() < 2e-3
+    network: Ensemble = load_ensemble(study, "student")
+    images = [splits.images[row] for row in splits.val.rows]
+    assert np.abs(network.probabilities(images) - expected).max() < 2e-3
     out = tmp_path / "answers.csv"
     asked = [str(study.folder), str(drawn / "test_upload"), "--student", "--out", str(out)]
     assert guarded(answering.run, answering.parser().parse_args(asked)) == 0

@@ -25,7 +25,7 @@ from carmodels.records import FOLD, FOLD_IN, FOLDS, Status, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict
-from carmodels.training.held_out import parted
+from carmodels.training.held_out import splits_for
 from tune.finalize import folds
 from tune.finalize.blending import Library, _affordable, _answers
 from tune.finalize.views import Members, Paces
@@ -51,12 +51,12 @@ def test_folds_are_alike_in_size_and_classes_and_keep_near_duplicates_together(c
     assert (sides != assign_folds(labels, groups, count, seed=1)).any()
 
 
-def test_more_folds_than_there_are_pictures_to_keep_apart_are_refused() -> None:
-    with pytest.raises(ValueError, match="folds=3: no picture is left for 1 of them, 4 pictures"):
+def test_more_folds_than_there_are_images_to_keep_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="folds=3: no image is left for 1 of them, 4 images"):
         assign_folds(np.zeros(4, int), np.array([0, 0, 0, 3]), 3, seed=0)
 
 
-def test_every_picture_of_train_and_val_is_held_out_once_and_audit_is_never_touched(splits: Splits) -> None:
+def test_every_image_of_train_and_val_is_held_out_once_and_holdout_is_never_touched(splits: Splits) -> None:
     parts = [with_fold(splits, folds=4, fold=fold, seed=3) for fold in range(4)]
     both = {*splits.train.ids, *splits.val.ids}
     assert sorted(i for part in parts for i in part.val.ids) == sorted(both)
@@ -65,7 +65,7 @@ def test_every_picture_of_train_and_val_is_held_out_once_and_audit_is_never_touc
         assert {*part.train.ids, *part.val.ids} == both
         assert not {*part.train.ids} & {*part.val.ids}
         assert not {*splits.images.groups[part.train.rows]} & {*splits.images.groups[part.val.rows]}
-        assert part.audit is splits.audit
+        assert part.holdout is splits.holdout
     assert len({splits.split_hash, *(part.split_hash for part in parts)}) == 5
 
 
@@ -74,7 +74,7 @@ def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
     study = Study(tmp_path / "study")
     rows = [
         (s.name, name, -1 if s.labels is None else int(s.labels[i]))
-        for s in (splits.train, splits.val, splits.audit, splits.test)
+        for s in (splits.train, splits.val, splits.holdout, splits.test)
         for i, name in enumerate(s.ids)
     ]
     study.begin({"metric": "accuracy"}, rows)
@@ -109,7 +109,7 @@ def test_the_models_of_all_folds_answer_what_they_have_not_seen(
     oof = study.predictions(record.trial_id, "oof").aligned(list(labels))
     for one in (first, second):
         model = load_weights(one.config, study.weights_file(one.trial_id), classes=10)
-        held_out = parted(one.config, splits).val
+        held_out = splits_for(one.config, splits).val
         said = predict(model, splits, held_out, config=one.config).probs
         rows = [list(labels).index(name) for name in held_out.ids]
         np.testing.assert_allclose(oof.probs[rows], said, atol=1e-6)
@@ -117,9 +117,9 @@ def test_the_models_of_all_folds_answer_what_they_have_not_seen(
     assert record.note == f"2 folds of abc; out of fold on train and val {score:.4f}"
     val = study.predictions(record.trial_id, "val").aligned(splits.val.ids)
     assert record.value == pytest.approx(accuracy(val.probs, splits.val.labels))
-    audit = blend([study.predictions(r.trial_id, "audit") for r in (first, second)])
-    np.testing.assert_allclose(study.predictions(record.trial_id, "audit").probs, audit.probs)
-    for split in ("val", "audit"):
+    holdout = blend([study.predictions(r.trial_id, "holdout") for r in (first, second)])
+    np.testing.assert_allclose(study.predictions(record.trial_id, "holdout").probs, holdout.probs)
+    for split in ("val", "holdout"):
         [again] = folds.shown(job, record, split, ("plain",))
         before = study.predictions(record.trial_id, split).aligned(again.ids)
         np.testing.assert_allclose(again.probs, before.probs, atol=1e-6)
@@ -131,7 +131,7 @@ def test_the_models_of_all_folds_answer_what_they_have_not_seen(
     assert folds.ready(study) == []
 
 
-def test_a_model_that_learnt_from_everything_answers_the_test_pictures_alone(
+def test_a_model_that_learnt_from_everything_answers_the_test_images_alone(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = trained(replace(config, fold_in=True), job, FOLD_IN, monkeypatch)
@@ -225,7 +225,7 @@ def test_folds_that_are_too_dear_leave_the_choice_to_single_models(
         study.predictions_file(plain.trial_id, "val")
     )
     both = [answers(study, replace(config, lr=1e-2), 0.6), answers(study, config, 0.4)]
-    paces = Paces(job, {("test_resnet", 32): 0.004})  # 4 s for 1,000 pictures, folds 8 s
+    paces = Paces(job, {("test_resnet", 32): 0.004})  # 4 s for 1,000 images, folds 8 s
     monkeypatch.setattr(Paces, "measure", lambda self, configs, views=(): None)
     for most, expected in ((9.0, (both, "oof")), (5.0, ([plain], "val"))):
         folded = _affordable(folds.ready(study), paces, most)
@@ -268,7 +268,7 @@ def test_what_folds_have_said_and_lost_is_made_anew_from_their_weights(
     study = job.study
     first, _ = (trained(one, job, FOLD, monkeypatch) for one in folds.configs_of(config, 2))
     [record] = folds.gather(study)
-    files = [study.predictions_file(first.trial_id, name) for name in ("oof", "audit")]
+    files = [study.predictions_file(first.trial_id, name) for name in ("oof", "holdout")]
     files.append(study.predictions_file(record.trial_id, "oof"))
     before = [Predictions.load(file).probs for file in files]
     files[0].write_bytes(files[0].read_bytes()[:50])
@@ -283,16 +283,16 @@ def test_what_folds_have_said_and_lost_is_made_anew_from_their_weights(
         np.testing.assert_allclose(Predictions.load(file).probs, probs, atol=1e-6)
 
 
-def test_more_folds_than_the_pictures_fill_are_refused_beforehand(splits: Splits) -> None:
+def test_more_folds_than_the_images_fill_are_refused_beforehand(splits: Splits) -> None:
     folds.check_filled(splits, 2, 0)
-    with pytest.raises(ValueError, match="folds=500: no picture is left for"):
+    with pytest.raises(ValueError, match="folds=500: no image is left for"):
         folds.check_filled(splits, 500, 0)
 
 
 def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_mean(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an ensemble of folds alone; one model answers a val picture, two the others."""
+    """Of an ensemble of folds alone; one model answers a val image, two the others."""
     study, rng = job.study, np.random.default_rng(0)
     weights: dict[TrialRecord, float] = {}
 
@@ -306,7 +306,7 @@ def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_m
         record = answers(study, replace(config, lr=lr), 0.5)
         weights[record] = weight
         for one in (record, *folds.runs_of(study, record.config)):
-            for split in ("val", "audit", "test"):
+            for split in ("val", "holdout", "test"):
                 said(one.trial_id, split)
     given = {r.trial_id: t for r, t in zip(weights, (2.0, 0.5), strict=True)}
     monkeypatch.setattr(Members, "show", lambda self, split, views: [])
@@ -314,19 +314,19 @@ def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_m
     blended, temperature = _answers(Members(job, weights, given), ("plain",), labels)
     assert temperature == 1.0
     expected = sum(
-        weight / 2 * tempered(study.predictions(run.trial_id, "audit").probs, given[record.trial_id])
+        weight / 2 * tempered(study.predictions(run.trial_id, "holdout").probs, given[record.trial_id])
         for record, weight in weights.items()
         for run in folds.runs_of(study, record.config)
     )
-    np.testing.assert_allclose(blended["audit"].probs, expected, atol=1e-6)
+    np.testing.assert_allclose(blended["holdout"].probs, expected, atol=1e-6)
     plain = TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 1.0, "ran")
-    for split in ("val", "audit", "test"):
+    for split in ("val", "holdout", "test"):
         said(plain.trial_id, split)
     mixed = Members(job, {**weights, plain: 1.0}, {**given, plain.trial_id: 1.0})
     assert _answers(mixed, ("plain",), labels)[1] != 1.0
 
 
-def test_predictions_of_different_pictures_are_joined() -> None:
+def test_predictions_of_different_images_are_joined() -> None:
     parts = [
         Predictions((name,), ("a", "b"), np.array([row])) for name, row in (("x", [1, 0]), ("y", [0, 1]))
     ]

@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from carmodels.evaluation.predictions import Predictions
 from carmodels.files import read_json, write_json, write_whole
-from carmodels.records import FOLD, FOLD_IN, RECIPE, Status, TrialRecord
+from carmodels.records import BASELINE, FOLD, FOLD_IN, Status, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from tune.budget.clock import Clock
@@ -37,7 +37,7 @@ from tune.finalize.retraining import (
     retrain_folds,
     retrain_on_everything,
 )
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Workers
 from tune.runtime.search_stage import _to_run_again, _with_time_for_what_follows
 
@@ -72,7 +72,7 @@ def study(tmp_path: Path) -> Study:
         (Status.STOPPED, "the time for searching was up after epoch 7 of 8", "", 90, True),
         (Status.STOPPED, "the time for searching was up after epoch 7 of 8", "", 70, False),
         (Status.STOPPED, "rung at epoch 4: 0.5 against a cut-off of 0.6, rank 2 of 2", "", 90, False),
-        (Status.STOPPED, "the time was up", RECIPE, 70, True),
+        (Status.STOPPED, "the time was up", BASELINE, 70, True),
         (Status.INTERRUPTED, "interrupted", "", 70, True),
         (Status.RUNNING, "", "", 70, True),
         (Status.FAILED, "CUDA out of memory", "", 90, False),
@@ -99,7 +99,7 @@ def test_a_longer_search_draws_nothing_that_later_stages_have_no_time_for(study:
 
 
 def test_what_retraining_takes_at_most_goes_by_the_dearest_of_the_best(study: Study) -> None:
-    splits = SimpleNamespace(train=range(700), val=range(150), audit=range(150))
+    splits = SimpleNamespace(train=range(700), val=range(150), holdout=range(150))
     job = Job(study, splits, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
     slow = replace(run(4e-3, 0.90), seconds=160.0)
     study.append(slow)
@@ -126,11 +126,11 @@ def test_reruns_leave_retraining_the_time_for_its_shortest_run(
     clock = Clock(time.time(), 1000, search=0.3, confirm=0.8, retrain=0.9)
     for retrain_share, end, late in ((0.9, 800, 820), (0.82, 820 - shortest, 820 - shortest)):
         one = replace(clock, retrain=retrain_share)
-        assert confirmation.confirm(job, clock=one, watch=Watch(), say=print)
+        assert confirmation.confirm(job, clock=one, watch=ProgressCallback(), say=print)
         assert asked["search_alg"]._end == pytest.approx(clock.begun + end)
         assert asked["end"] == asked["until"] == pytest.approx(clock.begun + late)
     late_already = replace(clock, begun=clock.begun - 870)  # for retraining, too
-    confirmation.confirm(job, clock=late_already, watch=Watch(), say=print)
+    confirmation.confirm(job, clock=late_already, watch=ProgressCallback(), say=print)
     assert asked["search_alg"]._end == pytest.approx(late_already.begun + 800)
 
 
@@ -147,7 +147,7 @@ def test_where_the_best_takes_too_long_the_next_that_is_as_good_is_retrained(
         said: list[str] = []
         trained.clear()
         clock = Clock(time.time(), 110, retrain=0.9)
-        assert retrain(job, clock=clock, watch=Watch(), say=said.append, **more)
+        assert retrain(job, clock=clock, watch=ProgressCallback(), say=said.append, **more)
         return read_json(study.best_file)["trial_id"], said, len(trained)
 
     best, said, runs = retrained()
@@ -338,7 +338,7 @@ def test_what_was_cut_short_does_not_stand_in_the_way_of_a_shorter_schedule(stud
 def test_the_best_is_written_down_as_what_was_trained(study: Study) -> None:
     job = Job(study, None, None, Workers(1, 1, 0.0), study.folder)  # type: ignore[arg-type]
     said: list[str] = []
-    assert retrain(job, clock=Clock(time.time(), 1e-3), watch=Watch(), say=said.append)
+    assert retrain(job, clock=Clock(time.time(), 1e-3), watch=ProgressCallback(), say=said.append)
     assert said == ["Retraining is left out: the time that is left does not hold one run of it."]
     best = read_json(study.best_file)
     assert best["retrained"] == {}
@@ -408,17 +408,17 @@ def test_what_retraining_does_is_said() -> None:
     assert _announced(LUCKY, 3, 0, same) == f"Retraining {name}, new seeds: 3; 8 epochs each."
     there = f"Retraining {name}, new seeds: 1, 2 more are there; 8 epochs each."
     assert _announced(LUCKY, 1, 2, same) == there
-    [other] = Way(16, {"ema": 0.998, "start_size": 16}).of(same)
+    [other] = Way(16, {"ema": 0.998, "start_image_size": 16}).of(same)
     assert _announced(LUCKY, 2, 0, other) == (
         f"Retraining {name}, new seeds: 2; 16 epochs each instead of 8, ema 0.998 instead of 0.0, "
-        "start_size 16 instead of 0."
+        "start_image_size 16 instead of 0."
     )
     assert _announced(LUCKY, 0, 3, same) == f"Retraining {name} is left out, new seeds that are there: 3."
     assert _announced(LUCKY, 0, 0, same).startswith("Retraining is left out: the time that is left")
 
 
 def over_folds(study: Study, seconds: float, chosen: tuple[TrialRecord, ...]) -> list[tuple[float, int]]:
-    """Learning rate and epochs of what is trained over four folds on two workers, on as many pictures."""
+    """Learning rate and epochs of what is trained over four folds on two workers, on as many images."""
     planned = _folds_to_train(study, chosen, 4, Way(), Room(seconds, 2), train=1.0)
     return [(like.lr, like.epochs) for like in planned.values()]
 
@@ -453,7 +453,7 @@ def test_new_seeds_take_the_place_of_folds_that_do_not_fit(
     monkeypatch.setattr(retraining, "_train", collect)
     said: list[str] = []
     clock = Clock(time.time(), 60, retrain=1.0)
-    assert retrain_folds(job, folds=4, clock=clock, watch=Watch(), say=said.append)
+    assert retrain_folds(job, folds=4, clock=clock, watch=ProgressCallback(), say=said.append)
     assert said[0].startswith("Folds are left out: the time that is left does not hold 4 runs of the best.")
     assert trained == [("retrain", 1, 5), ("retrain", 2, 5)]
 
@@ -494,7 +494,7 @@ def test_folds_that_are_all_there_are_not_left_out_for_new_seeds(
     left_folds(study, LUCKY.config, cut_short=1)
     said: list[str] = []
     over = Clock(time.time() - 10, 1.0)
-    assert retrain_folds(a_job(study), folds=4, clock=over, watch=Watch(), say=said.append)
+    assert retrain_folds(a_job(study), folds=4, clock=over, watch=ProgressCallback(), say=said.append)
     assert (said, training.asked) == ([], [])
 
 
@@ -521,7 +521,7 @@ def test_folds_that_the_clock_cut_short_are_trained_again_where_there_is_time(st
 
 
 def a_job(study: Study) -> Job:
-    splits = SimpleNamespace(train=range(100), val=range(20), audit=range(20), test=range(2))
+    splits = SimpleNamespace(train=range(100), val=range(20), holdout=range(20), test=range(2))
     splits.sample_file = None
     return Job(study, splits, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
 
@@ -548,7 +548,7 @@ def test_a_model_of_everything_that_the_clock_cut_short_is_trained_again(
     study: Study, training: SimpleNamespace
 ) -> None:
     said: list[str] = []
-    common: dict[str, Any] = {"watch": Watch(), "say": said.append, "way": Way(epochs=8)}
+    common: dict[str, Any] = {"watch": ProgressCallback(), "say": said.append, "way": Way(epochs=8)}
     unbounded, over = Clock(time.time()), Clock(time.time() - 10, 1.0)
     assert retrain_on_everything(a_job(study), clock=unbounded, **common)
     first, *others = training.asked
@@ -575,7 +575,7 @@ def test_shorter_models_of_everything_are_used_and_not_made_again(
     study: Study, training: SimpleNamespace
 ) -> None:
     said: list[str] = []
-    common: dict[str, Any] = {"watch": Watch(), "say": said.append}
+    common: dict[str, Any] = {"watch": ProgressCallback(), "say": said.append}
     little = {"clock": Clock(time.time(), 120, retrain=1.0), **common}
     assert retrain_on_everything(a_job(study), **little)
     made = [(c.seed, c.epochs) for c in training.asked]
@@ -593,7 +593,7 @@ def test_models_of_everything_whose_answers_are_lost_or_damaged_are_made_anew(
     study: Study, training: SimpleNamespace
 ) -> None:
     said: list[str] = []
-    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": Watch(), "say": said.append}
+    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": ProgressCallback(), "say": said.append}
     assert retrain_on_everything(a_job(study), way=Way(epochs=8), **common)
     first, second, _ = training.asked
     files = [study.predictions_file(config.id, "test") for config in (first, second)]
@@ -610,7 +610,7 @@ def test_new_seeds_take_the_place_of_folds_of_which_one_diverges(
 ) -> None:
     said: list[str] = []
     training.ends = Status.DIVERGED
-    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": Watch(), "say": said.append}
+    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": ProgressCallback(), "say": said.append}
     assert retrain_folds(a_job(study), folds=4, trial_id=LUCKY.trial_id, **common)
     assert said[1].startswith("A fold diverged")
     assert [c.folds for c in training.asked] == [4] * 4 + [0] * 3
@@ -622,7 +622,7 @@ def test_new_seeds_take_the_place_of_folds_of_which_one_diverges(
 def test_where_nothing_learns_from_everything_that_is_said(study: Study, training: SimpleNamespace) -> None:
     said: list[str] = []
     over = Clock(time.time() - 10, 1.0)
-    assert retrain_on_everything(a_job(study), clock=over, watch=Watch(), say=said.append)
+    assert retrain_on_everything(a_job(study), clock=over, watch=ProgressCallback(), say=said.append)
     assert training.asked == []
     assert [line.endswith("on everything is left out: there is no time for it.") for line in said] == [True]
 
@@ -634,13 +634,13 @@ def test_a_runner_up_that_does_not_take_a_change_is_left_out_and_the_best_is_not
     large = replace(LUCKY.config, image_size=64, lr=4e-3)
     study.append(replace(LUCKY, trial_id=large.id, config=large, value=0.95))
     said: list[str] = []
-    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": Watch(), "say": said.append}
-    way = Way(epochs=8, changes={"start_size": 48})
+    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": ProgressCallback(), "say": said.append}
+    way = Way(epochs=8, changes={"start_image_size": 48})
     assert retrain_folds(a_job(study), folds=2, way=way, **common)
     assert {c.image_size for c in training.asked} == {64}
-    left_out = f"{LUCKY.config.title} ({LUCKY.trial_id}) is left out: start_size=48 must be at most"
+    left_out = f"{LUCKY.config.title} ({LUCKY.trial_id}) is left out: start_image_size=48 must be at most"
     assert any(line.startswith(left_out) for line in said)
-    with pytest.raises(ValueError, match="start_size=48 must be at most image_size=32"):
+    with pytest.raises(ValueError, match="start_image_size=48 must be at most image_size=32"):
         retrain_folds(a_job(study), folds=2, way=way, trial_id=LUCKY.trial_id, **common)
 
 
@@ -670,7 +670,7 @@ def test_without_a_limit_of_time_nothing_takes_the_place_of_the_best(
     study: Study, training: SimpleNamespace
 ) -> None:
     training.ends = Status.DIVERGED
-    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": Watch(), "way": Way(epochs=8)}
+    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": ProgressCallback(), "way": Way(epochs=8)}
     for diverged in (False, True):  # the second time all seeds of the best have
         said: list[str] = []
         training.asked.clear()

@@ -20,7 +20,7 @@ from carmodels.records import Status, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.trainer import fit
-from tune.finalize.stop_check import at_rungs, audited, drawn, judge, sentence
+from tune.finalize.stop_check import at_rungs, drawn, judge, judged_stops, sentence
 from tune.runtime.job import Job, Workers
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,9 @@ BOARD = [record(n, value, Status.FINISHED) for n, value in enumerate(VALUES, sta
 
 def finished(value: float, number: int = 1) -> TrialRecord:
     curve = tuple(EpochMetrics(n, 1.0, 1.0, value, value, float(n)) for n in range(1, 9))  # n seconds
-    return replace(record(number, value, Status.FINISHED, "ran its 8 epochs"), stage="audit", curve=curve)
+    return replace(
+        record(number, value, Status.FINISHED, "ran its 8 epochs"), stage="stop_check", curve=curve
+    )
 
 
 def test_only_what_the_scheduler_stopped_in_the_search_is_drawn_from() -> None:
@@ -85,10 +87,10 @@ def test_where_less_is_better_the_verdicts_turn_round(value: float, verdict: str
     assert found.over_best == pytest.approx(0.7 - value)
 
 
-def test_an_audit_counts_its_verdicts_and_says_how_sure_they_are() -> None:
+def test_an_holdout_counts_its_verdicts_and_says_how_sure_they_are() -> None:
     chosen = STOPPED[:4]
     done = {f.trial_id: f for f in (finished(0.95, 1), finished(0.85, 2), finished(0.6, 3))}
-    results = audited(chosen, done, BOARD, metric="accuracy", stopped=12)
+    results = judged_stops(chosen, done, BOARD, metric="accuracy", stopped=12)
     assert [row["verdict"] for row in results["trials"]] == ["wrong", "debatable", "right"]
     assert (results["drawn"], results["finished"], results["seconds_saved"]) == (4, 3, 99.0)
     assert results["wrong_share"]["value"] == pytest.approx(1 / 3)
@@ -99,15 +101,17 @@ def test_an_audit_counts_its_verdicts_and_says_how_sure_they_are() -> None:
     )
 
 
-def test_an_audit_without_stops_or_time_says_so() -> None:
-    assert "there is no stop to audit" in sentence(audited([], {}, BOARD, metric="accuracy", stopped=0))
-    late = audited(STOPPED[:2], {}, BOARD, metric="accuracy", stopped=12)
+def test_an_holdout_without_stops_or_time_says_so() -> None:
+    assert "there is no stop to holdout" in sentence(
+        judged_stops([], {}, BOARD, metric="accuracy", stopped=0)
+    )
+    late = judged_stops(STOPPED[:2], {}, BOARD, metric="accuracy", stopped=12)
     assert sentence(late).endswith("none was finished: there was no time for it.")
 
 
 def test_the_study_of_stops_has_its_own_trials_and_the_same_data(tmp_path: Path) -> None:
     study = Study(tmp_path / "results" / "cars")
-    data = tmp_path / "pictures"
+    data = tmp_path / "images"
     facts = {"metric": "accuracy", "data": study.relative(data), "weights": "hub"}
     study.begin(facts, [("val", "a.jpg", 1), ("test", "b.jpg", -1)])
     study.append(STOPPED[0])
@@ -125,19 +129,19 @@ SCRIPT = """
 import json, math, pickle, sys, time
 import ray
 from tune.budget.clock import Clock
-from tune.finalize.stop_check import audit_stops
-from tune.runtime.callbacks import Watch
+from tune.finalize.stop_check import check_stops
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.cluster import start_ray
 
 job, seconds = pickle.load(open(sys.argv[1], "rb"))
 start_ray(address=None, cores=1, gpus=0)
 watched = []
-completed = audit_stops(
+completed = check_stops(
     job,
     count=2,
     seed=0,
     clock=Clock(time.time(), seconds),
-    watching=lambda study: watched.append(str(study.folder)) or Watch(),
+    watching=lambda study: watched.append(str(study.folder)) or ProgressCallback(),
     say=print,
 )
 ray.shutdown()
@@ -145,7 +149,7 @@ print(json.dumps([completed, watched]))
 """
 
 
-def audit(job: Job, seconds: float) -> list[str]:
+def holdout(job: Job, seconds: float) -> list[str]:
     """What the script above prints, which finishes two stopped trials in so many seconds of a job."""
     asked = job.study.folder / "asked.pickle"
     asked.write_bytes(pickle.dumps((job, seconds)))
@@ -169,20 +173,20 @@ def test_stopped_trials_are_finished_with_their_own_seed_and_nobody_else_hears_o
     study = job.study
     first, second = drawn(at_rungs(study.records()), 2, 0)
     study.begin_stops().append(
-        replace(first, status=Status.FINISHED, epochs_run=8, value=0.95, stage="audit")
+        replace(first, status=Status.FINISHED, epochs_run=8, value=0.95, stage="stop_check")
     )
     before = study.trials_file.read_bytes()
-    printed = audit(job, math.inf)
+    printed = holdout(job, math.inf)
     assert printed[0].endswith("2 of 2 trials stopped at a rung are finished after all.")
     assert json.loads(printed[-1]) == [True, [str(study.stops.folder)]]
     assert study.trials_file.read_bytes() == before
     assert not list((study.folder / "predictions").iterdir())
     done, now = study.stops.records()
-    assert (done.trial_id, done.value) == (first.trial_id, 0.95)  # of an audit that was interrupted
+    assert (done.trial_id, done.value) == (first.trial_id, 0.95)  # of an holdout that was interrupted
     assert (now.trial_id, now.status, now.stage, now.epochs_run) == (
         second.trial_id,
         Status.FINISHED,
-        "audit",
+        "holdout",
         8,
     )
     alone = fit(second.config, job.splits, weights=job.weights)
@@ -193,7 +197,7 @@ def test_stopped_trials_are_finished_with_their_own_seed_and_nobody_else_hears_o
     assert (results["stopped"], results["wrong"]) == (2, 1)
 
 
-def test_an_audit_does_not_begin_what_it_has_no_time_for(job: Job) -> None:
-    audit(job, 30.0)  # 0.72 of them are the search's and its own; 8 epochs take 28 s, by the first two
+def test_an_holdout_does_not_begin_what_it_has_no_time_for(job: Job) -> None:
+    holdout(job, 30.0)  # 0.72 of them are the search's and its own; 8 epochs take 28 s, by the first two
     assert job.study.stops.records() == []
     assert read_json(job.study.stops_file)["finished"] == 0

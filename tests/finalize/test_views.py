@@ -1,4 +1,4 @@
-"""Views are kept where they help on pictures that did not choose them; rows and ids stay together."""
+"""Views are kept where they help on images that did not choose them; rows and ids stay together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from carmodels.models.weights import Weights
 from carmodels.records import Status, TrialRecord
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict, view_size
-from carmodels.training.trainer import Fitted, fit
+from carmodels.training.trainer import TrainResult, fit
 from tune.finalize.views import Members, Paces, Verdict, judge_views
 from tune.runtime.job import Job
 
@@ -31,7 +31,7 @@ RANDOM_VIEWS = 10
 
 
 @pytest.fixture(scope="module")
-def fitted(splits: Splits, weights: Weights) -> Fitted:
+def fitted(splits: Splits, weights: Weights) -> TrainResult:
     """Trained as the competitor trains: on random flips and small shifts."""
     config = TrialConfig("test_resnet", image_size=48, epochs=6, lr=3e-3, augment="shift")
     return fit(config, splits, weights=weights)
@@ -39,14 +39,14 @@ def fitted(splits: Splits, weights: Weights) -> Fitted:
 
 @pytest.fixture(scope="module")
 def unseen(splits: Splits) -> Split:
-    """Val and audit, 60 pictures."""
-    parts = (splits.val, splits.audit)
+    """Val and holdout, 60 images."""
+    parts = (splits.val, splits.holdout)
     ids, labels, rows = zip(*((part.ids, part.labels, part.rows) for part in parts), strict=True)
     return Split("unseen", ids[0] + ids[1], np.concatenate(labels), np.concatenate(rows))
 
 
 def random_views(
-    fitted: Fitted, splits: Splits, unseen: Split, *, shuffle: bool = False
+    fitted: TrainResult, splits: Splits, unseen: Split, *, shuffle: bool = False
 ) -> list[tuple[np.ndarray, ...]]:
     """(rows, probs) for each of ten views of the competitor's: random flips and small shifts."""
     loader = Loader(
@@ -67,7 +67,7 @@ def random_views(
 
 
 def test_the_competitors_ten_random_views_do_not_collapse_here(
-    fitted: Fitted, splits: Splits, unseen: Split
+    fitted: TrainResult, splits: Splits, unseen: Split
 ) -> None:
     plain = predict(fitted.model, splits, unseen, config=fitted.config)
     views = [
@@ -80,7 +80,7 @@ def test_the_competitors_ten_random_views_do_not_collapse_here(
 
 
 def test_rows_that_come_apart_from_their_ids_are_what_makes_it_collapse(
-    fitted: Fitted, splits: Splits, unseen: Split
+    fitted: TrainResult, splits: Splits, unseen: Split
 ) -> None:
     """The same ten views of the same model, each in the shuffled order in which its loader gave it."""
     by_position = np.mean([probs for _, probs in random_views(fitted, splits, unseen, shuffle=True)], axis=0)
@@ -116,7 +116,7 @@ class MadeUp:
 
     @property
     def job(self) -> Any:
-        splits = SimpleNamespace(val=range(120), audit=range(120), test=range(300))
+        splits = SimpleNamespace(val=range(120), holdout=range(120), test=range(300))
         workers = SimpleNamespace(count=2)
         return SimpleNamespace(splits=splits, workers=workers, study=SimpleNamespace(metric="accuracy"))
 
@@ -168,7 +168,7 @@ def test_views_that_help_are_kept_with_what_they_set_right_and_wrong() -> None:
 
 
 def test_views_that_are_lucky_on_val_are_left_out() -> None:
-    """Every view answers as the plain one, but for a few pictures that it guesses anew."""
+    """Every view answers as the plain one, but for a few images that it guesses anew."""
     plain, rng = answers(0.7, 0), np.random.default_rng(3)
     shown = {"plain": plain}
     for view in VIEWS:
@@ -199,7 +199,7 @@ def test_costs_and_the_clock_are_kept_to() -> None:
     dear = judged(members, most=2.5)
     assert dear.views in (("plain", "flip"), ("plain", "smaller"))
     assert "larger" not in members.asked
-    reason = "plain, larger: left out, with it 1,000 pictures would take 3.0 s, more than 2.5 s"
+    reason = "plain, larger: left out, with it 1,000 images would take 3.0 s, more than 2.5 s"
     assert reason in dear.lines
     assert judged(MadeUp(views_of(right)), most=1.5).sentence == "left out, every view would cost too much"
     hurried = MadeUp(views_of(right), dict.fromkeys(VIEWS, 100_000.0))

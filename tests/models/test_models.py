@@ -17,7 +17,7 @@ from carmodels.catalog import BACKBONES, HEADS, UNFREEZE, VIEWS
 from carmodels.data.dataset import Splits
 from carmodels.models.backbones import fetch_weights
 from carmodels.models.classifier import Classifier, build, create_head, load_weights, save_weights
-from carmodels.models.parameter_groups import open_groups, optimizer_groups
+from carmodels.models.parameter_groups import optimizer_groups, trainable_groups
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict, view_size
@@ -52,7 +52,7 @@ def test_a_head_has_its_blocks_and_a_linear_classifier(head: str, depth: int) ->
     assert nn.Sequential(*layers).eval()(torch.zeros(2, 10)).shape == (2, 4)
 
 
-def test_pictures_are_normalised_as_the_backbone_was_trained(config: TrialConfig) -> None:
+def test_images_are_normalised_as_the_backbone_was_trained(config: TrialConfig) -> None:
     model = build(config, classes=3, weights=NONE)
     white = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
     mean, std = (torch.tensor(model.backbone.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
@@ -70,12 +70,12 @@ def test_pictures_are_normalised_as_the_backbone_was_trained(config: TrialConfig
 )
 def test_groups_open_as_the_strategy_says(strategy: str, opened: list[int]) -> None:
     row = UNFREEZE[strategy]
-    assert [open_groups(row, epoch=e, epochs=8, groups=6) for e in range(1, 9)] == opened
+    assert [trainable_groups(row, epoch=e, epochs=8, groups=6) for e in range(1, 9)] == opened
 
 
 @pytest.mark.parametrize("strategy", UNFREEZE)
 def test_a_schedule_of_one_epoch_is_possible_for_every_strategy(strategy: str) -> None:
-    assert 0 <= open_groups(UNFREEZE[strategy], epoch=1, epochs=1, groups=6) <= 6
+    assert 0 <= trainable_groups(UNFREEZE[strategy], epoch=1, epochs=1, groups=6) <= 6
 
 
 def moved(before: dict[str, torch.Tensor], model: Classifier) -> set[str]:
@@ -92,7 +92,7 @@ def test_only_open_groups_and_the_head_move_and_frozen_batchnorm_stays(
     model = build(config, classes=3, weights=NONE)
     optimizer = torch.optim.AdamW(optimizer_groups(model, config))
     before = {n: v.clone() for n, v in model.state_dict().items()}
-    model.set_open(count)
+    model.freeze_to(count)
     model.train()
     for _ in range(2):
         images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)

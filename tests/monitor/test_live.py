@@ -17,7 +17,7 @@ from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from tune.budget.clock import Clock
 from tune.monitor.live import View, line, sparkline, standing
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.recorder import Recorder
 
 CONFIG = TrialConfig("mobilenetv2_100", image_size=160, epochs=8, unfreeze="gradual")
@@ -35,7 +35,7 @@ def ended(seed: int, status: Status, value: float | None) -> TrialRecord:
 @pytest.fixture
 def recorder(tmp_path: Path) -> Recorder:
     """Two trials run, one of them in its first epoch."""
-    recorder = Recorder(Study(tmp_path), "search", 0.0, {}, Watch())
+    recorder = Recorder(Study(tmp_path), "search", 0.0, {}, ProgressCallback())
     recorder.running = {"a": epochs(0.1, 0.5, 0.7), "b": []}
     recorder.configs = {"a": CONFIG, "b": replace(CONFIG, image_size=96)}
     return recorder

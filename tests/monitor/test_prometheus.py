@@ -27,7 +27,7 @@ from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from tune.budget.clock import Clock
 from tune.monitor.prometheus import SERIES, exported, reason_tag
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.recorder import Recorder
 from tune.runtime.worker import trial_name
 
@@ -49,12 +49,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return found
 
 
-def pictures(config: TrialConfig) -> int:
+def images(config: TrialConfig) -> int:
     return 70 if config.folds else 140
 
 
 def recorder(tmp_path: Path) -> Recorder:
-    return Recorder(Study(tmp_path), "search", 0.0, {}, Watch())
+    return Recorder(Study(tmp_path), "search", 0.0, {}, ProgressCallback())
 
 
 def last(seen: Seen) -> dict[str, float]:
@@ -62,13 +62,13 @@ def last(seen: Seen) -> dict[str, float]:
 
 
 def test_an_epoch_sets_the_gauges_of_its_trial_by_a_readable_name(config: TrialConfig, seen: Seen) -> None:
-    watch = exported("cars", "accuracy", pictures=pictures, clock=Clock(time.time(), 60))
+    watch = exported("cars", "accuracy", images=images, clock=Clock(time.time(), 60))
     watch.on_epoch("search", config, EpochMetrics(2, 1.0, 1.0, 0.5, 0.6, 4.0), 2**30)
     assert last(seen) == {
         "carmodels_value": 0.6,
         "carmodels_epoch": 2,
         "carmodels_epochs_per_second": 0.25,
-        "carmodels_pictures_per_second": 35.0,
+        "carmodels_images_per_second": 35.0,
         "carmodels_gpu_bytes": 2**30,
     }
     for name, _, tags in seen:
@@ -77,18 +77,18 @@ def test_an_epoch_sets_the_gauges_of_its_trial_by_a_readable_name(config: TrialC
         assert (tags["backbone"], tags["image_size"], tags["strategy"]) == ("test_resnet", "32", "full")
 
 
-def test_a_fold_learns_from_as_many_pictures_as_are_in_the_others(config: TrialConfig, seen: Seen) -> None:
-    watch = exported("cars", "accuracy", pictures=pictures, clock=Clock(time.time(), 60))
+def test_a_fold_learns_from_as_many_images_as_are_in_the_others(config: TrialConfig, seen: Seen) -> None:
+    watch = exported("cars", "accuracy", images=images, clock=Clock(time.time(), 60))
     fold = replace(config, folds=2, fold=1)
     watch.on_epoch("fold", fold, EpochMetrics(2, 1.0, 1.0, 0.5, 0.6, 4.0), 2**30)
-    assert last(seen)["carmodels_pictures_per_second"] == 17.5
+    assert last(seen)["carmodels_images_per_second"] == 17.5
 
 
 def test_a_trial_that_trains_slowly_is_set_again_at_every_step_and_one_that_ended_is_not(
     config: TrialConfig, seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tune.monitor.prometheus.REFRESH_SECONDS", 0.0)
-    watch = exported("cars", "accuracy", pictures=pictures, clock=Clock(time.time()))
+    watch = exported("cars", "accuracy", images=images, clock=Clock(time.time()))
     slow, done = config, replace(config, seed=1)
     for each in (slow, done):
         watch.on_epoch("search", each, EpochMetrics(1, 1.0, 1.0, 0.5, 0.6, 4.0), 0)
@@ -96,7 +96,7 @@ def test_a_trial_that_trains_slowly_is_set_again_at_every_step_and_one_that_ende
     watch.on_record(record(done, Status.STOPPED, 0.6, "rung at epoch 1: 0.6 against a cut-off of 0.7"))
     assert {n: v for n, v, t in seen if t.get("trial") == trial_name(done)} == {
         "carmodels_epochs_per_second": 0.0,
-        "carmodels_pictures_per_second": 0.0,
+        "carmodels_images_per_second": 0.0,
         "carmodels_gpu_bytes": 0.0,
     }
     seen.clear()
@@ -110,7 +110,7 @@ def test_the_best_is_that_of_finished_trials_those_of_an_earlier_run_among_them(
     config: TrialConfig, seen: Seen, metric: str, best: float
 ) -> None:
     earlier = [record(config, Status.FINISHED, value, "ran its 2 epochs") for value in (0.3, 0.7)]
-    watch = exported("cars", metric, pictures=pictures, clock=Clock(time.time()), records=earlier)
+    watch = exported("cars", metric, images=images, clock=Clock(time.time()), records=earlier)
     for value, status in ((0.8, Status.FINISHED), (0.5, Status.FINISHED), (0.99, Status.STOPPED)):
         watch.on_record(record(config, status, value, "ran its 2 epochs"))
     watch.on_record(record(config, Status.STOPPED, 0.01, "the time was up"))
@@ -118,7 +118,7 @@ def test_the_best_is_that_of_finished_trials_those_of_an_earlier_run_among_them(
 
 
 def test_a_loss_that_is_not_finite_is_not_exported(config: TrialConfig, seen: Seen) -> None:
-    watch = exported("cars", "log_loss", pictures=pictures, clock=Clock(time.time()))
+    watch = exported("cars", "log_loss", images=images, clock=Clock(time.time()))
     watch.on_epoch("search", config, EpochMetrics(1, 1.0, float("nan"), 0.1, float("nan"), 1.0), 0)
     assert "carmodels_value" not in last(seen)
     assert last(seen)["carmodels_epoch"] == 1

@@ -108,14 +108,14 @@ def test_of_stopped_trials_the_one_that_got_further_counts_as_better() -> None:
     assert importances(stopped, SPACE, "accuracy") == importances(finished, SPACE, "accuracy")
 
 
-def test_failures_reruns_and_the_competitors_recipe_say_nothing_of_the_space() -> None:
+def test_failures_reruns_and_the_competitors_baseline_say_nothing_of_the_space() -> None:
     records = searched(30, lambda c: 1 - off(c))
     best = ended(replace(MIDDLE, lr=2e-2, seed=99), 1.0)
     others = [
         replace(best, status=Status.FAILED, value=None, curve=()),
         replace(best, status=Status.INTERRUPTED, value=None),
         *(replace(best, stage=stage) for stage in ("confirm", "retrain")),
-        ended(baseline(SPACE), 1.0, note="the competitor's recipe"),
+        ended(baseline(SPACE), 1.0, note="the baseline"),
         ended(replace(MIDDLE, batch_size=64), 1.0),  # of another space
     ]
     assert importances([*records, *others], SPACE, "accuracy") == importances(records, SPACE, "accuracy")
@@ -205,11 +205,13 @@ def test_at_the_natural_limit_there_is_nothing_to_widen() -> None:
 
 
 def test_sizes_are_not_widened_beyond_what_goes_with_the_other_sizes() -> None:
-    small = Space({**SPACE.dimensions, "start_size": Choice((0, 16, 24))}, SPACE.fixed)
-    assert len(told(*5 * [{"start_size": 24}], space=small)) == 1
-    large = Space({**SPACE.dimensions, "start_size": Choice((0, 16, 32))}, SPACE.fixed)
-    assert not told(*5 * [{"start_size": 32}], space=large)  # the smallest pictures have 32 px
-    assert not told(*5 * [{"image_size": 32, "start_size": 16}], space=small.with_override("start_size=0,32"))
+    small = Space({**SPACE.dimensions, "start_image_size": Choice((0, 16, 24))}, SPACE.fixed)
+    assert len(told(*5 * [{"start_image_size": 24}], space=small)) == 1
+    large = Space({**SPACE.dimensions, "start_image_size": Choice((0, 16, 32))}, SPACE.fixed)
+    assert not told(*5 * [{"start_image_size": 32}], space=large)  # the smallest images have 32 px
+    assert not told(
+        *5 * [{"image_size": 32, "start_image_size": 16}], space=small.with_override("start_image_size=0,32")
+    )
 
 
 def test_what_a_trial_did_not_draw_lies_at_no_edge() -> None:

@@ -42,7 +42,7 @@ def searched(
 
 
 def unlikely(config: TrialConfig) -> float:
-    """Best where the worst is expected: a small picture, a learning rate at the end of its range."""
+    """Best where the worst is expected: a small image, a learning rate at the end of its range."""
     return 1 - config.image_size / 100 - abs(math.log(config.lr / 2e-4)) / 5
 
 

@@ -67,31 +67,31 @@ def test_the_grace_period_lets_every_strategy_open_its_backbone(epochs: int) -> 
 
 
 def test_a_protected_trial_runs_its_whole_schedule_and_is_no_peer_of_others() -> None:
-    scheduler = made(protect=("recipe",))
+    scheduler = made(protect=("baseline",))
     for name in "abc":
         tell(scheduler, name, 2, 0.9)
-    assert [tell(scheduler, "recipe", e, 0.1) for e in range(2, 9)] == [TrialScheduler.CONTINUE] * 7
+    assert [tell(scheduler, "baseline", e, 0.1) for e in range(2, 9)] == [TrialScheduler.CONTINUE] * 7
     tell(scheduler, "d", 2, 0.89)
     assert scheduler.reasons["d"].endswith("rank 4 of 4")
 
 
 def test_nor_is_it_one_when_it_ends() -> None:
     """Ray enters the last value of a trial that ends at the last rung it has passed."""
-    scheduler = made(protect=("recipe",))
-    for name in ("recipe", "other"):
+    scheduler = made(protect=("baseline",))
+    for name in ("baseline", "other"):
         tell(scheduler, name, 1, 0.9)
         trial = SimpleNamespace(trial_id=name)
         scheduler.on_trial_complete(None, trial, {"epoch": 3, "score": 0.9, "config_id": name})
         assert name not in scheduler._trial_info
         stopped = tell(scheduler, f"after {name}", 2, 0.1)
-        assert stopped == (TrialScheduler.CONTINUE if name == "recipe" else TrialScheduler.STOP)
+        assert stopped == (TrialScheduler.CONTINUE if name == "baseline" else TrialScheduler.STOP)
 
 
 def test_nor_is_it_one_where_a_search_goes_on() -> None:
     config = TrialConfig("test_resnet", image_size=32, epochs=EPOCHS)
     curve = tuple(EpochMetrics(e, 1.0, 1.0, 0.9, 0.9, 1.0) for e in range(1, EPOCHS + 1))
-    record = TrialRecord("recipe", config, Status.FINISHED, EPOCHS, 0.9, 8.0, "ran", curve=curve)
-    scheduler = made(protect=("recipe",))
+    record = TrialRecord("baseline", config, Status.FINISHED, EPOCHS, 0.9, 8.0, "ran", curve=curve)
+    scheduler = made(protect=("baseline",))
     scheduler.replay([record])
     assert tell(scheduler, "a", 2, 0.1) == TrialScheduler.CONTINUE
     scheduler.replay([replace(record, trial_id="other")])

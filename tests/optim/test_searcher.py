@@ -16,13 +16,13 @@ from carmodels.records import Status, TrialRecord
 from carmodels.space import Choice, Space
 from carmodels.training.config import EpochMetrics, TrialConfig
 from tune.optim.optuna_records import useful
-from tune.optim.searcher import Draws, Queue
+from tune.optim.searcher import OptunaSearcher, QueueSearcher
 
 STAMP = {"seed": 3, "metric": "accuracy", "data": "d", "split": "s"}
 SPACE = SPACES["demo"]
 
 
-def made(space: Space = SPACE, **changes: Any) -> Draws:
+def made(space: Space = SPACE, **changes: Any) -> OptunaSearcher:
     options: dict[str, Any] = {
         "stamp": STAMP,
         "metric": "accuracy",
@@ -31,7 +31,7 @@ def made(space: Space = SPACE, **changes: Any) -> Draws:
         "limit": None,
         "fits": lambda config: True,
     }
-    return Draws(space, **{**options, **changes})
+    return OptunaSearcher(space, **{**options, **changes})
 
 
 def result(value: float, epoch: int, **more: Any) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def record(config: TrialConfig, status: Status, value: float | None, note: str =
     return TrialRecord(config.id, config, status, 3, value, 3.0, "", note=note, curve=curve)
 
 
-def states(draws: Draws) -> list[TrialState]:
+def states(draws: OptunaSearcher) -> list[TrialState]:
     return [t.state for t in draws._ot_study.trials]
 
 
@@ -74,12 +74,15 @@ def test_queued_configurations_go_first_and_count_towards_the_limit() -> None:
 
 
 def test_what_is_optional_in_the_queue_goes_where_it_fits() -> None:
-    recipe, small, large = (replace(baseline(SPACE), image_size=s, **STAMP) for s in (96, 48, 64))
+    reference, small, large = (replace(baseline(SPACE), image_size=s, **STAMP) for s in (96, 48, 64))
     draws = made(
-        limit=4, queue=[recipe, large, small], optional={large.id, small.id}, fits=lambda c: c.image_size < 64
+        limit=4,
+        queue=[reference, large, small],
+        optional={large.id, small.id},
+        fits=lambda c: c.image_size < 64,
     )
     handed = [draws.suggest(str(i)) for i in range(4)]
-    assert [TrialConfig.from_dict(h) for h in handed[:2]] == [recipe, small]
+    assert [TrialConfig.from_dict(h) for h in handed[:2]] == [reference, small]
     assert handed[2]["image_size"] < 64  # drawn
     assert handed[3] == Searcher.FINISHED  # what was passed over is a row of the table, too
 
@@ -149,7 +152,7 @@ def ended(number: int, config: TrialConfig) -> TrialRecord:
     return TrialRecord(config.id, config, status, len(curve), value, 3.0, "", curve=curve)
 
 
-def end(draws: Draws, trial_id: str, record: TrialRecord) -> None:
+def end(draws: OptunaSearcher, trial_id: str, record: TrialRecord) -> None:
     """Tell a searcher what Ray would."""
     *before, last = record.curve
     for epoch in before:
@@ -206,21 +209,21 @@ def test_equal_records_give_equal_draws() -> None:
     assert one == other != config
 
 
-def test_a_recipe_from_outside_the_space_is_not_taught_to_the_sampler() -> None:
-    recipe = replace(baseline(SPACE), **STAMP)
-    assert not states(made(known=[record(recipe, Status.FINISHED, 0.9, note="the competitor's recipe")]))
+def test_a_baseline_from_outside_the_space_is_not_taught_to_the_sampler() -> None:
+    reference = replace(baseline(SPACE), **STAMP)
+    assert not states(made(known=[record(reference, Status.FINISHED, 0.9, note="the baseline")]))
 
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_queue_hands_out_what_it_holds_and_ends(count: int) -> None:
     configs = [TrialConfig(backbone="lcnet_035", image_size=32, epochs=2, seed=i) for i in range(count)]
-    queue = Queue(configs, metric="accuracy", mode="max")
+    queue = QueueSearcher(configs, metric="accuracy", mode="max")
     assert [TrialConfig.from_dict(queue.suggest(str(i))) for i in range(count)] == configs
     assert queue.suggest("x") == Searcher.FINISHED
 
 
 def test_the_queue_ends_at_what_no_longer_fits_into_the_time() -> None:
     configs = [baseline(SPACE), replace(baseline(SPACE), seed=1), replace(baseline(SPACE), seed=2)]
-    queue = Queue(configs, metric="accuracy", mode="max", fits=lambda config: config.seed != 1)
+    queue = QueueSearcher(configs, metric="accuracy", mode="max", fits=lambda config: config.seed != 1)
     assert queue.suggest("a") == asdict(configs[0])
     assert queue.suggest("b") == Searcher.FINISHED

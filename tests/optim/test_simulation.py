@@ -25,7 +25,7 @@ from ray.tune.search import Searcher
 
 from carmodels.presets import SPACES
 from carmodels.training.config import TrialConfig
-from tune.optim.searcher import Queue
+from tune.optim.searcher import QueueSearcher
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TrialConfig("mobilenetv2_035", image_size=64, epochs=4)
@@ -65,7 +65,7 @@ def run(
     searcher: Searcher | None = None,
 ) -> list[Any]:
     return simulation.simulate(
-        searcher or Queue(configs, metric="accuracy", mode="max"),
+        searcher or QueueSearcher(configs, metric="accuracy", mode="max"),
         scheduler,
         Fixed(),
         stamp={},
@@ -133,7 +133,7 @@ class Halfway(FIFOScheduler):
         return TrialScheduler.PAUSE if result["epoch"] == 2 else TrialScheduler.CONTINUE
 
 
-class Limited(Queue):
+class Limited(QueueSearcher):
     """Draws while fewer trials run than there are workers, paused ones not counted, as TuneBOHB does.
 
     `told` is all that it hears, by the numbers of trials.

@@ -35,8 +35,8 @@ def pair(tmp_path: Path) -> tuple[Study, Study]:
     second.append(replace(best, trial_id=config.id, config=config, value=0.9999, at=best.at + 6000))
     truth = np.arange(60) % 3
     probs = (0.05 + 0.85 * np.eye(3)[truth]).astype(np.float32)
-    audit = first.predictions("ensemble", "audit")
-    Predictions(audit.ids, audit.classes, probs).save(second.predictions_file("ensemble", "audit"))
+    holdout = first.predictions("ensemble", "holdout")
+    Predictions(holdout.ids, holdout.classes, probs).save(second.predictions_file("ensemble", "holdout"))
     return first, second
 
 
@@ -52,8 +52,8 @@ def test_what_differs_is_shown_and_what_does_not_is_named(pair: tuple[Study, Stu
         assert name in alike
     outcomes = {row[0]: row[1:] for row in cells(page, "outcomes")}
     assert outcomes["trials"][1].startswith("22: ")
-    assert outcomes["ensemble on audit"] == ["90.0 % (85.0 to 94.0)"] * 2
-    assert outcomes["gain over the recipe, points"] == ["+3.4 (-1.0 to +8.0)"] * 2
+    assert outcomes["ensemble on holdout"] == ["90.0 % (85.0 to 94.0)"] * 2
+    assert outcomes["gain over the baseline, points"] == ["+3.4 (-1.0 to +8.0)"] * 2
     first = opened(pair)[0].best
     assert first is not None
     config = {row[0]: row[1:] for row in cells(page, "config")}
@@ -71,21 +71,21 @@ def test_curves_and_costs_have_a_colour_a_study(pair: tuple[Study, Study]) -> No
         assert sum(r["minutes"] for r in spent) == pytest.approx(sum(r.seconds for r in study.records()) / 60)
 
 
-def test_ensembles_are_told_apart_by_the_same_pictures(pair: tuple[Study, Study]) -> None:
+def test_ensembles_are_told_apart_by_the_same_images(pair: tuple[Study, Study]) -> None:
     first, second = opened(pair)
     labels = np.arange(60) % 3
-    mine, theirs = (s.predictions("ensemble", "audit").probs for s in pair)
+    mine, theirs = (s.predictions("ensemble", "holdout").probs for s in pair)
     gain = paired_gain("accuracy", mine, theirs, labels)
     assert gain.high < 0
     assert verdict(first, second, "accuracy") == (
         f"one over two: {100 * gain.value:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f}) "
-        "on the same 60 pictures; two is better."
+        "on the same 60 images; two is better."
     )
     assert verdict(first, first, "accuracy").endswith("the two cannot be told apart.")
     elsewhere = replace(second, facts={**second.facts, "split_hash": "other"})
-    assert "their pictures or splits differ" in verdict(first, elsewhere, "accuracy")
-    pair[1].predictions_file("ensemble", "audit").unlink()
-    assert "the probabilities on audit are not both there" in verdict(first, second, "accuracy")
+    assert "their images or splits differ" in verdict(first, elsewhere, "accuracy")
+    pair[1].predictions_file("ensemble", "holdout").unlink()
+    assert "the probabilities on holdout are not both there" in verdict(first, second, "accuracy")
     assert "not both have an ensemble yet" in verdict(first, replace(second, results=None), "accuracy")
 
 
@@ -97,7 +97,7 @@ def test_a_study_that_has_not_come_far_is_compared_as_far_as_it_went(pair: tuple
     page = render(pair)
     outcomes = {row[0]: row[1:] for row in cells(page, "outcomes")}
     assert outcomes["best trial on val"][1] == "-"
-    assert outcomes["ensemble on audit"] == ["90.0 % (85.0 to 94.0)", "-"]
+    assert outcomes["ensemble on holdout"] == ["90.0 % (85.0 to 94.0)", "-"]
     first.ensemble_file.unlink()
     assert set(drawn(render(pair))) == {"rivals", "spent"}
 

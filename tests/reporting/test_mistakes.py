@@ -1,4 +1,4 @@
-"""The report's pictures of mistakes: small, with a map of what spoke for the answer, within their time."""
+"""The report's images of mistakes: small, with a map of what spoke for the answer, within their time."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def decoded(url: str, kind: str) -> Image.Image:
 
 
 def test_a_thumbnail_is_small_and_keeps_its_shape() -> None:
-    picture = np.full((600, 900, 3), (200, 40, 90), np.uint8)
-    image = decoded(thumbnail(picture), "jpeg")
-    assert image.size == (240, 160)
+    image = np.full((600, 900, 3), (200, 40, 90), np.uint8)
+    small = decoded(thumbnail(image), "jpeg")
+    assert small.size == (240, 160)
     assert np.abs(np.asarray(image, int) - (200, 40, 90)).max() < 6
-    assert decoded(thumbnail(picture[:40, :60]), "jpeg").size == (60, 40)
+    assert decoded(thumbnail(image[:40, :60]), "jpeg").size == (60, 40)
 
 
 def test_a_map_is_orange_where_hiding_takes_from_the_answer_and_blue_where_it_adds() -> None:
@@ -41,24 +41,24 @@ def test_a_map_is_orange_where_hiding_takes_from_the_answer_and_blue_where_it_ad
 
 
 class Slow:
-    """In the place of an ensemble: counts the pictures it is shown, and takes a while for each."""
+    """In the place of an ensemble: counts the images it is shown, and takes a while for each."""
 
     def __init__(self) -> None:
         self.seen = 0
 
-    def probabilities(self, pictures: list[np.ndarray]) -> np.ndarray:
-        self.seen += len(pictures)
-        time.sleep(0.001 * len(pictures))
-        return np.full((len(pictures), 2), 0.5)
+    def probabilities(self, images: list[np.ndarray]) -> np.ndarray:
+        self.seen += len(images)
+        time.sleep(0.001 * len(images))
+        return np.full((len(images), 2), 0.5)
 
 
 def test_maps_are_made_as_far_as_the_time_reaches() -> None:
-    pictures, columns = [np.zeros((16, 16, 3), np.uint8)] * 3, [0, 1, 0]
+    images, columns = [np.zeros((16, 16, 3), np.uint8)] * 3, [0, 1, 0]
     model = Slow()
-    maps = mistakes._maps(cast(Ensemble, model), pictures, columns, 60)
+    maps = mistakes._maps(cast(Ensemble, model), images, columns, 60)
     assert all(found is not None for found in maps)
     assert model.seen == 1 + 7 + 3 * (1 + 49)
     for seconds, seen in ((0.0, 0), (0.001, 1 + 7)):
         model = Slow()
-        assert mistakes._maps(cast(Ensemble, model), pictures, columns, seconds) == [None, None, None]
+        assert mistakes._maps(cast(Ensemble, model), images, columns, seconds) == [None, None, None]
         assert model.seen == seen

@@ -30,7 +30,7 @@ from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from tune import report
 from tune.cli.study_folder import describe_space
-from tune.finalize.stop_check import audited
+from tune.finalize.stop_check import judged_stops
 from tune.monitor.terminal import Screen
 from tune.optim.importance import CAVEAT, UNKNOWN, edges, importances
 from tune.reporting import charts
@@ -95,14 +95,14 @@ def made(folder: Path, count: int) -> Study:
         "versions": {"torch": "2"},
         "hardware": {"device": "a CPU"},
     }
-    rows = [(split, f"{i}", int(k)) for split in ("val", "audit") for i, k in zip(ids, truth, strict=True)]
+    rows = [(split, f"{i}", int(k)) for split in ("val", "holdout") for i, k in zip(ids, truth, strict=True)]
     study.begin(facts, rows)
     trials = records(count)
     for record in trials:
         study.append(record)
     probs = np.full((60, 3), 0.1) + 0.7 * np.eye(3)[np.where(np.arange(60) < 50, truth, 0)]
     probs = (probs / probs.sum(1, keepdims=True)).astype(np.float32)
-    for split in ("val", "audit"):
+    for split in ("val", "holdout"):
         Predictions(ids, ("0", "1", "2"), probs).save(study.predictions_file("ensemble", split))
     best = (study.leaderboard() or trials)[0]
     interval = {"value": 0.9, "low": 0.85, "high": 0.94}
@@ -135,15 +135,15 @@ def made(folder: Path, count: int) -> Study:
                 ],
             },
             "val": {"ensemble": 0.91, "single": {"trial_id": best.trial_id, "value": best.value}},
-            "audit": {
+            "holdout": {
                 "ensemble": interval,
                 "single": interval,
-                "gain_over_recipe": {"value": 0.034, "low": -0.01, "high": 0.08},
-                "pictures": 60,
+                "gain_over_baseline": {"value": 0.034, "low": -0.01, "high": 0.08},
+                "images": 60,
                 "looks": 1,
             },
             "submission": {"file": "submission.csv", "rows": 7},
-            "hidden": {"value": 0.9, "low": 0.8, "high": 0.95, "pictures": 7},
+            "hidden": {"value": 0.9, "low": 0.8, "high": 0.95, "images": 7},
         },
     )
     return study
@@ -180,9 +180,9 @@ def test_the_page_says_what_to_submit_what_it_is_worth_and_every_trial(study: St
     page = write_report(study).read_text()
     seconds = sum(r.seconds for r in study.records())
     for figure in (
-        "90.0 % <small>(85.0 to 94.0)</small></b>accuracy of the ensemble on audit<",
-        "+3.4 <small>(-1.0 to +8.0)</small></b>points over the competitor&#39;s recipe, on audit<",
-        "90.0 % <small>(80.0 to 95.0)</small></b>accuracy expected on the 7 hidden pictures<",
+        "90.0 % <small>(85.0 to 94.0)</small></b>accuracy of the ensemble on holdout<",
+        "+3.4 <small>(-1.0 to +8.0)</small></b>points over the baseline, on holdout<",
+        "90.0 % <small>(80.0 to 95.0)</small></b>accuracy expected on the 7 hidden images<",
         f"{duration(seconds)}</b>of training in 41 trials<",
     ):
         assert f"<div><b>{figure}" in page
@@ -238,7 +238,7 @@ def test_the_page_shows_what_became_of_the_stopped_trials_that_were_finished(stu
         r.trial_id: replace(r, value=v, curve=2 * r.curve) for r, v in zip(stopped, (0.3, 1.0), strict=True)
     }
     board = study.leaderboard()
-    write_json(study.stops_file, audited(stopped, done, board, metric="accuracy", stopped=14))
+    write_json(study.stops_file, judged_stops(stopped, done, board, metric="accuracy", stopped=14))
     page = render(study)
     rows = cells(page, "stops")
     assert [row[-1] for row in rows[1:]] == ["right", "wrong"]
@@ -246,15 +246,15 @@ def test_the_page_shows_what_became_of_the_stopped_trials_that_were_finished(stu
     assert "2 of them finished: 1 better than the best of the search (wrong stops; 95 %" in page
 
 
-def test_without_test_pictures_there_is_nothing_to_submit(study: Study) -> None:
+def test_without_test_images_there_is_nothing_to_submit(study: Study) -> None:
     results = read_json(study.ensemble_file)
     write_json(study.ensemble_file, {k: v for k, v in results.items() if k not in ("submission", "hidden")})
     page = render(study)
     assert "Submit" not in page
-    assert "hidden pictures" not in page
+    assert "hidden images" not in page
 
 
-def test_the_picture_that_was_left_out_is_named(study: Study) -> None:
+def test_the_image_that_was_left_out_is_named(study: Study) -> None:
     lost = {"id": "5.jpg", "path": "train/1/5.jpg", "reason": "the file is empty"}
     write_json(study.folder / "study.json", {**study.facts, "excluded": [lost]})
     assert "the first is <code>train/1/5.jpg</code> (the file is empty)" in render(study)
@@ -295,9 +295,9 @@ def test_the_best_so_far_is_that_of_the_trials_that_had_ended(study: Study) -> N
     assert [r["value"] for r in losses if r["order"] == "as searched"] == [0.5, 0.4, 0.4, 0.4]
 
 
-def test_recall_counts_each_class_by_its_own_pictures() -> None:
+def test_recall_counts_each_class_by_its_own_images() -> None:
     rows = recall(np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]]), ["a", "b", "c"])
-    assert [(r["name"], r["recall"], r["pictures"]) for r in rows] == [("c", 0.5, 4), ("a", 0.75, 4)]
+    assert [(r["name"], r["recall"], r["images"]) for r in rows] == [("c", 0.5, 4), ("a", 0.75, 4)]
     assert all(r["low"] < r["recall"] < r["high"] for r in rows)
 
 
@@ -314,7 +314,7 @@ def test_of_many_classes_the_least_recognised_are_drawn() -> None:
 def test_shares_count_the_answers_of_classes_that_are_not_drawn() -> None:
     counts = np.array([[3, 0, 7], [1, 1, 0], [0, 0, 2]])
     rows = next(iter(charts.confusion(counts, ["a", "b", "c"], [0, 1])["datasets"].values()))
-    found = {(row["truth"], row["answer"]): (row["pictures"], row["share"]) for row in rows}
+    found = {(row["truth"], row["answer"]): (row["images"], row["share"]) for row in rows}
     assert found == {("a", "a"): (3, 0.3), ("b", "a"): (1, 0.5), ("b", "b"): (1, 0.5)}
 
 
@@ -324,15 +324,15 @@ def test_mistakes_are_listed_and_shown_where_there_are_thumbnails(study: Study) 
     found = found_mistakes(study)
     assert found is not None
     assert (found.among, found.wrong, len(found.worst)) == (60, 7, 7)
-    assert [row[0] for row in rows[1:]] == [m.picture for m in found.worst]
+    assert [row[0] for row in rows[1:]] == [m.image for m in found.worst]
     assert "<figure>" not in page
-    assert f"python tune/report.py {study.folder} --pictures" in page
-    picture = "data:image/jpeg;base64,AAAA"
-    shown = {found.worst[0].picture: {"picture": picture, "map": None}}
+    assert f"python tune/report.py {study.folder} --thumbnails" in page
+    image = "data:image/jpeg;base64,AAAA"
+    shown = {found.worst[0].image: {"image": image, "map": None}}
     write_json(study.thumbnails_file, shown)
     page = render(study)
     assert page.count("<figure>") == 7
-    assert page.count(f'<img src="{picture}"') == 1
+    assert page.count(f'<img src="{image}"') == 1
     assert 'class="map"' not in page
     assert "There was no time to find out what spoke for the answers." in page
 
@@ -350,7 +350,7 @@ def large(folder: Path) -> Study:
     falls = np.random.default_rng(0).normal(size=(8, 8))
     write_json(
         study.thumbnails_file,
-        {m.picture: {"picture": thumbnail(noise), "map": overlay(falls)} for m in found.worst},
+        {m.image: {"image": thumbnail(noise), "map": overlay(falls)} for m in found.worst},
     )
     return study
 
@@ -466,12 +466,12 @@ def test_of_many_trials_the_finished_ones_are_drawn_first() -> None:
     assert charts.thinned(many, 1000) == sorted(many, key=lambda r: r.status is not Status.FINISHED)
 
 
-def test_reliability_bins_hold_every_picture_once() -> None:
+def test_reliability_bins_hold_every_image_once() -> None:
     probs = np.random.default_rng(0).dirichlet(np.ones(4), 500)
     labels = probs.argmax(1) * (np.arange(500) % 2)
     bins = reliability(probs, labels)
-    assert sum(b["pictures"] for b in bins) == 500
-    right = sum(b["pictures"] * b["right"] for b in bins) / 500
+    assert sum(b["images"] for b in bins) == 500
+    right = sum(b["images"] * b["right"] for b in bins) / 500
     assert right == pytest.approx((probs.argmax(1) == labels).mean())
     assert all(0.25 <= b["confidence"] <= 1 for b in bins)
 
@@ -545,7 +545,7 @@ def test_the_page_opens_from_disk_and_asks_nothing_of_the_network(
     assert browser.title == "a study · accuracy"
 
 
-def test_five_hundred_trials_open_with_pictures_that_show_what_spoke_for_the_answer(
+def test_five_hundred_trials_open_with_images_that_show_what_spoke_for_the_answer(
     browser: Any, open_page: Callable[..., None], tmp_path: Path
 ) -> None:
     open_page(write_report(large(tmp_path)), charts=8)

@@ -172,7 +172,7 @@ def test_a_machine_goes_down_midway_and_every_trial_has_its_end(
     assert "10.77.0.2" not in output
     search = cluster.start(0, *command)
     study = Study(cluster.folder / "results" / "cars")
-    decoded = cluster.own(2) / "images"  # a worker has its title before it has pictures
+    decoded = cluster.own(2) / "images"  # a worker has its title before it has images
 
     def busy() -> bool:
         return trains_on(cluster, 2) and any(decoded.glob("*/index.json"))

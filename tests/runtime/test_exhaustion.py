@@ -29,8 +29,9 @@ from carmodels.files import append_line, write_whole
 from carmodels.records import CUT_OFF, Status
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
-from tune.runtime import findings, watchdog
-from tune.runtime.watchdog import LONGEST_SILENCE, Silence
+from tune.runtime import findings
+from tune.runtime import watchdog as watchdogs
+from tune.runtime.watchdog import LONGEST_SILENCE, Watchdog
 
 from soak import PATIENCE, TRIALS, ended, environment, name_of, search_command, trains, wait_for
 
@@ -73,7 +74,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Decoded pictures that the searches share."""
+    """Decoded images that the searches share."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -107,7 +108,7 @@ def test_a_cache_that_fills_the_disk_is_taken_away_and_the_next_one_is_whole(
 ) -> None:
     from synthetic import save_many
 
-    paths = save_many(tmp_path / "pictures", 40)
+    paths = save_many(tmp_path / "images", 40)
     monkeypatch.setattr(
         image_cache, "estimated_bytes", lambda *arguments: 0
     )  # another process fills it meanwhile
@@ -179,7 +180,7 @@ def starve(pid: int) -> None:
             resource.prlimit(worker.pid, resource.RLIMIT_AS, (size, size))
 
 
-def test_a_gpu_without_memory_for_one_picture_more_ends_in_torchs_own_error(
+def test_a_gpu_without_memory_for_one_image_more_ends_in_torchs_own_error(
     config: TrialConfig, splits: Splits, weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from carmodels.training import trainer
@@ -192,7 +193,7 @@ def test_a_gpu_without_memory_for_one_picture_more_ends_in_torchs_own_error(
         trainer.fit(replace(config, batch_size=8), splits, weights=weights)
 
 
-# Runs in each process of a search as it starts: a GPU on which pictures of 48 px do not fit.
+# Runs in each process of a search as it starts: a GPU on which images of 48 px do not fit.
 SMALL_GPU = """
 import importlib.abc, importlib.util, sys
 
@@ -246,7 +247,7 @@ def test_a_gpu_too_small_for_some_configurations_is_searched_with_the_others(
 
 
 class Stuck(list):
-    """Pictures of which one never comes."""
+    """Images of which one never comes."""
 
     def __getitem__(self, row: Any) -> Any:
         if int(row) == 3:
@@ -259,8 +260,8 @@ def test_a_loader_that_hangs_is_an_error_that_says_so(
 ) -> None:
     monkeypatch.setattr(loaders, "PATIENCE", 2.0)
     split = replace(splits.val, rows=np.arange(8), ids=splits.val.ids[:8], labels=splits.val.labels[:8])
-    pictures = Stuck([np.zeros((40, 40, 3), np.uint8)] * 8)
-    loader = Loader(pictures, split, image_size=32, batch_size=4, processes=1)
+    images = Stuck([np.zeros((40, 40, 3), np.uint8)] * 8)
+    loader = Loader(images, split, image_size=32, batch_size=4, processes=1)
     with pytest.raises(RuntimeError, match="timed out after 2"):
         list(loader.epoch(0))
 
@@ -269,33 +270,33 @@ def test_silence_is_allowed_in_measure_of_what_an_epoch_costs(config: TrialConfi
     def costs(seconds: float, answers: float = 0.0) -> Any:
         return SimpleNamespace(epoch=lambda config, number: seconds, answers=lambda config: answers)
 
-    assert Silence(None).allowed(config) == LONGEST_SILENCE
-    assert Silence(costs(1.0)).allowed(config) == watchdog.SHORTEST_SILENCE
-    assert Silence(costs(300.0)).allowed(config) == watchdog.MUCH_SLOWER * 300
-    assert Silence(costs(1e9)).allowed(config) == LONGEST_SILENCE
-    most = watchdog.SHORTEST_SILENCE + watchdog.ANSWERS_SLOWER * 2000
-    assert Silence(costs(1.0, answers=2000)).allowed(config) == most
+    assert Watchdog(None).allowed(config) == LONGEST_SILENCE
+    assert Watchdog(costs(1.0)).allowed(config) == watchdogs.SHORTEST_SILENCE
+    assert Watchdog(costs(300.0)).allowed(config) == watchdogs.MUCH_SLOWER * 300
+    assert Watchdog(costs(1e9)).allowed(config) == LONGEST_SILENCE
+    most = watchdogs.SHORTEST_SILENCE + watchdogs.ANSWERS_SLOWER * 2000
+    assert Watchdog(costs(1.0, answers=2000)).allowed(config) == most
 
 
 def test_a_worker_that_was_not_heard_of_is_killed_once_and_the_reason_kept(
     config: TrialConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed: list[object] = []
-    monkeypatch.setattr(watchdog.ray, "kill", killed.append)
-    monkeypatch.setattr(watchdog, "LONGEST_SILENCE", 0.0)
-    silence = Silence(None)
+    monkeypatch.setattr(watchdogs.ray, "kill", killed.append)
+    monkeypatch.setattr(watchdogs, "LONGEST_SILENCE", 0.0)
+    watchdog = Watchdog(None)
     hung, ends = (
         SimpleNamespace(trial_id=name, temporary_state=SimpleNamespace(ray_actor=f"actor {name}"))
         for name in "ab"
     )
     for trial in (hung, ends):
-        silence.heard(trial, config)
-    silence.forget(ends)
+        watchdog.heard(trial, config)
+    watchdog.forget(ends)
     time.sleep(0.01)
-    silence.end()
-    silence.end()
+    watchdog.end()
+    watchdog.end()
     assert killed == ["actor a"]
-    assert silence.ended == {"a": "no epoch ended in 0 s, its worker was hung"}
+    assert watchdog.ended == {"a": "no epoch ended in 0 s, its worker was hung"}
 
 
 # ---- the hub

@@ -22,7 +22,7 @@ from soak import PATIENCE, TRIALS, ended, environment, name_of, run, search_comm
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Decoded pictures that the rounds share."""
+    """Decoded images that the rounds share."""
     return tmp_path_factory.mktemp("cache")
 
 

@@ -26,8 +26,8 @@ import json, pickle, sys, time
 import ray
 from ray.tune import PlacementGroupFactory
 from ray.tune.schedulers import FIFOScheduler
-from tune.optim.searcher import Queue
-from tune.runtime.callbacks import Watch
+from tune.optim.searcher import QueueSearcher
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.runner import run_trials
 from tune.runtime.cluster import start_ray
 
@@ -48,10 +48,10 @@ completed = run_trials(
     stage="search",
     begun=time.time(),
     end=float("inf"),
-    search_alg=Queue(configs, metric="accuracy", mode="max"),
+    search_alg=QueueSearcher(configs, metric="accuracy", mode="max"),
     scheduler=Watching(),
     notes={},
-    watch=Watch(),
+    watch=ProgressCallback(),
     packing=packing if cpus else None,
 )
 ray.shutdown()

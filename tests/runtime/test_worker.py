@@ -18,7 +18,7 @@ from carmodels.records import Status, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from tune.runtime import worker
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Workers
 from tune.runtime.recorder import HOPELESS, Recorder
 
@@ -53,9 +53,9 @@ def test_a_finished_trial_reports_every_epoch_and_leaves_predictions_and_weights
     epochs = np.cumsum([r["seconds"] for r in seen])  # each its own; `elapsed` is what the clock goes by
     assert all(r["elapsed"] >= seconds for r, seconds in zip(seen, epochs, strict=True))
     trial = seen[-1]["config_id"]
-    assert [job.study.predictions(trial, split).ids for split in ("val", "audit", "test")] == [
+    assert [job.study.predictions(trial, split).ids for split in ("val", "holdout", "test")] == [
         job.splits.val.ids,
-        job.splits.audit.ids,
+        job.splits.holdout.ids,
         job.splits.test.ids,
     ]
     assert job.study.weights_file(trial).is_file()
@@ -100,7 +100,7 @@ def test_a_run_that_falls_short_of_one_before_it_leaves_that_one_s_files(
 def test_what_had_finished_before_is_not_said_to_run(study: Study, config: TrialConfig) -> None:
     done = TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 1.0, "the time was up after epoch 2 of 4")
     study.append(done)
-    recorder = Recorder(study, "fold", 0.0, {}, Watch())
+    recorder = Recorder(study, "fold", 0.0, {}, ProgressCallback())
     told(recorder, "a", config, [0.1])
     assert study.records() == [done]
     told(recorder, "b", replace(config, seed=5), [0.1])
@@ -157,7 +157,7 @@ def test_a_worker_that_dies_before_its_trial_is_said_to_run_is_known_by_it(
 
     seen: list[set[str]] = []
     recorder = Recorder(
-        study, "search", 0.0, {}, Watch(on_step=lambda r: seen.append({*r.running} - {*r.configs}))
+        study, "search", 0.0, {}, ProgressCallback(on_step=lambda r: seen.append({*r.running} - {*r.configs}))
     )
     again, lost = early("a", 1), early("b", 2)
     recorder.on_trial_recover(0, [], again)
@@ -174,7 +174,7 @@ def test_a_worker_that_dies_before_its_trial_is_said_to_run_is_known_by_it(
 
 
 def test_every_ending_has_its_row(study: Study, config: TrialConfig, tmp_path: Path) -> None:
-    recorder = Recorder(study, "search", 0.0, {"b": "rung at epoch 2"}, Watch())
+    recorder = Recorder(study, "search", 0.0, {"b": "rung at epoch 2"}, ProgressCallback())
     done, stopped, failed, cut, late = (
         told(recorder, name, replace(config, seed=number), [0.1, 0.3, 0.2])
         for number, name in enumerate("abcde")
@@ -201,7 +201,7 @@ def test_every_ending_has_its_row(study: Study, config: TrialConfig, tmp_path: P
 def test_a_trial_that_ray_gave_up_without_a_word_is_recorded_as_failed(
     study: Study, config: TrialConfig
 ) -> None:
-    recorder = Recorder(study, "search", 0.0, {}, Watch())
+    recorder = Recorder(study, "search", 0.0, {}, ProgressCallback())
     trial = told(recorder, "a", config, [])
     trial.status = "ERROR"
     recorder.close([trial], interrupted=False)
@@ -211,7 +211,7 @@ def test_a_trial_that_ray_gave_up_without_a_word_is_recorded_as_failed(
 def test_failures_in_a_row_end_the_run_and_a_success_starts_the_count_anew(
     study: Study, config: TrialConfig
 ) -> None:
-    recorder = Recorder(study, "search", 0.0, {}, Watch())
+    recorder = Recorder(study, "search", 0.0, {}, ProgressCallback())
     for number in range(2 * HOPELESS - 1):
         trial = told(recorder, str(number), replace(config, seed=number), [0.1])
         if number == HOPELESS - 1:

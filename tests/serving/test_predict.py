@@ -1,4 +1,4 @@
-"""A study's ensemble answers pictures as in the study, says when it is not sure, and leaves it as ONNX."""
+"""A study's ensemble answers images as in the study, says when it is not sure, and leaves it as ONNX."""
 
 from __future__ import annotations
 
@@ -24,8 +24,15 @@ import torch
 
 from carmodels.data.dataset import Splits
 from carmodels.ensembling.export import TOLERANCE
-from carmodels.ensembling.network import Ensemble, Recipe, decoded, occlusion, of_study, reopened
-from carmodels.evaluation.calibration import sure_from, with_temperature
+from carmodels.ensembling.network import (
+    Ensemble,
+    EnsembleSpec,
+    decoded,
+    load_ensemble,
+    load_exported,
+    occlusion,
+)
+from carmodels.evaluation.calibration import confidence_threshold, with_temperature
 from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.files import read_json, write_json
 from carmodels.models.classifier import save_weights
@@ -39,7 +46,7 @@ from tune.cli.options import guarded
 from tune.predict import parser, run
 from tune.reporting.mistakes import found_mistakes, overlay, thumbnail, write_thumbnails
 from tune.serving.drop_page import MOST_BYTES, Desk, _Visitor, render
-from tune.serving.inference import found_pictures, threshold
+from tune.serving.inference import found_images, threshold
 
 VIEWS = ["flip", "top_right", "darker"]
 TEMPERATURES = (0.8, 1.6)
@@ -51,9 +58,9 @@ CONFIGS = (
 
 @pytest.fixture(scope="module")
 def study(splits: Splits, weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """A study with an ensemble of two members and two views, and what it said of val and audit."""
+    """A study with an ensemble of two members and two views, and what it said of val and holdout."""
     study = Study(tmp_path_factory.mktemp("results") / "cars")
-    parts = (splits.train, splits.val, splits.audit)
+    parts = (splits.train, splits.val, splits.holdout)
     study.begin(
         {
             "command": "python tune/search.py --data 'my | cars'",
@@ -65,7 +72,7 @@ def study(splits: Splits, weights: Weights, tmp_path_factory: pytest.TempPathFac
             "classes": list(splits.classes),
             "class_names": list(splits.class_names),
             "max_size": 48,
-            "pictures": {part.name: len(part) for part in parts},
+            "images": {part.name: len(part) for part in parts},
             "excluded": [],
             "test_duplicates": [],
             "hardware": {"device": "a CPU"},
@@ -104,7 +111,7 @@ def study(splits: Splits, weights: Weights, tmp_path_factory: pytest.TempPathFac
             "temperature": 0.7,
             "tta": {"views": VIEWS, "sentence": "flips help"},
             "val": {"ensemble": 0.5, "single": {"trial_id": CONFIGS[0].id, "value": 0.5}},
-            "audit": {"ensemble": interval, "single": interval, "pictures": len(splits.audit), "looks": 1},
+            "holdout": {"ensemble": interval, "single": interval, "images": len(splits.holdout), "looks": 1},
         },
     )
     return study
@@ -112,34 +119,34 @@ def study(splits: Splits, weights: Weights, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def ensemble(study: Study) -> Ensemble:
-    return of_study(study)
+    return load_ensemble(study)
 
 
 @pytest.fixture(scope="module")
-def audit(study: Study) -> Predictions:
-    return study.predictions("ensemble", "audit")
+def holdout(study: Study) -> Predictions:
+    return study.predictions("ensemble", "holdout")
 
 
-def picture(drawn: Path, picture_id: str) -> Path:
-    return next((drawn / "train").rglob(picture_id))
+def image(drawn: Path, image_id: str) -> Path:
+    return next((drawn / "train").rglob(image_id))
 
 
 def answered(arguments: list[str]) -> int:
     return guarded(run, parser().parse_args(arguments))
 
 
-def test_pictures_are_answered_as_in_the_study(ensemble: Ensemble, audit: Predictions, drawn: Path) -> None:
-    pictures = [decoded(picture(drawn, i), 48) for i in audit.ids]
-    assert np.abs(ensemble.probabilities(pictures) - audit.probs).max() < 2e-3
-    one = ensemble.probabilities(pictures[:1])
-    assert np.abs(one - ensemble.probabilities(pictures)[:1]).max() < 1e-5
+def test_images_are_answered_as_in_the_study(ensemble: Ensemble, holdout: Predictions, drawn: Path) -> None:
+    images = [decoded(image(drawn, i), 48) for i in holdout.ids]
+    assert np.abs(ensemble.probabilities(images) - holdout.probs).max() < 2e-3
+    one = ensemble.probabilities(images[:1])
+    assert np.abs(one - ensemble.probabilities(images)[:1]).max() < 1e-5
 
 
-def test_where_memory_runs_out_pictures_are_answered_in_halves(
-    ensemble: Ensemble, audit: Predictions, drawn: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_memory_runs_out_images_are_answered_in_halves(
+    ensemble: Ensemble, holdout: Predictions, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures = [decoded(picture(drawn, name), 96) for name in audit.ids[:5]]
-    expected, forward = ensemble.probabilities(pictures), Ensemble.forward
+    images = [decoded(image(drawn, name), 96) for name in holdout.ids[:5]]
+    expected, forward = ensemble.probabilities(images), Ensemble.forward
 
     def small(self: Ensemble, *images: torch.Tensor) -> torch.Tensor:
         if len(images[0]) > 2:
@@ -147,43 +154,43 @@ def test_where_memory_runs_out_pictures_are_answered_in_halves(
         return forward(self, *images)
 
     monkeypatch.setattr(Ensemble, "forward", small)
-    np.testing.assert_allclose(ensemble.probabilities(pictures), expected, atol=1e-5)
+    np.testing.assert_allclose(ensemble.probabilities(images), expected, atol=1e-5)
 
 
 def test_answers_are_printed_and_written(
-    study: Study, audit: Predictions, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: Study, holdout: Predictions, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "mine", tmp_path / "answers.csv"
-    for name, picture_id in (("a, b.jpg", audit.ids[0]), ("deep/c.jpg", audit.ids[1])):
+    for name, image_id in (("a, b.jpg", holdout.ids[0]), ("deep/c.jpg", holdout.ids[1])):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture(drawn, picture_id), folder / name)
-    (folder / "broken.png").write_bytes(b"no picture")
+        shutil.copy(image(drawn, image_id), folder / name)
+    (folder / "broken.png").write_bytes(b"no image")
     assert answered([str(study.folder), str(folder), "--not-sure", "0", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "Left out: " in printed
-    assert "2 pictures, 0 of them 'not sure', 1 left out." in printed
+    assert "2 images, 0 of them 'not sure', 1 left out." in printed
     rows = list(csv.DictReader(out.read_text().splitlines()))
-    assert [Path(row["picture"]).name for row in rows] == ["a, b.jpg", "c.jpg"]
-    for row, expected in zip(rows, audit.probs, strict=False):
-        probs = [float(row[f"p_{name}"]) for name in audit.classes]
+    assert [Path(row["image"]).name for row in rows] == ["a, b.jpg", "c.jpg"]
+    for row, expected in zip(rows, holdout.probs, strict=False):
+        probs = [float(row[f"p_{name}"]) for name in holdout.classes]
         assert probs == pytest.approx(expected.tolist(), abs=2e-3)
-        assert row["class"] == audit.classes[int(np.argmax(probs))]
+        assert row["class"] == holdout.classes[int(np.argmax(probs))]
         assert row["sure"] == "yes"
 
 
 def test_a_name_that_is_not_utf8_leaves_the_other_answers_alone(
-    study: Study, audit: Predictions, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: Study, holdout: Predictions, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "mine", tmp_path / "answers.csv"
     folder.mkdir()
     for name in ("a.jpg", os.fsdecode(b"caf\xe9.jpg")):
-        shutil.copy(picture(drawn, audit.ids[0]), folder / name)
+        shutil.copy(image(drawn, holdout.ids[0]), folder / name)
     assert answered([str(study.folder), str(folder), "--not-sure", "0", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert r"caf\udce9.jpg' (its name is not UTF-8, as names must be here: rename it)." in printed
-    assert "1 pictures, 0 of them 'not sure', 1 left out." in printed
+    assert "1 images, 0 of them 'not sure', 1 left out." in printed
     rows = list(csv.DictReader(out.read_text(encoding="utf-8").splitlines()))
-    assert [Path(row["picture"]).name for row in rows] == ["a.jpg"]
+    assert [Path(row["image"]).name for row in rows] == ["a.jpg"]
 
 
 def test_what_is_asked_for_in_vain_is_one_line(
@@ -196,10 +203,10 @@ def test_what_is_asked_for_in_vain_is_one_line(
     other.mkdir()
     (other / "README.md").write_text("mine")
     for arguments, words in (
-        ([folder], "there is nothing to do: give pictures or folders, --export DIR or --serve"),
-        ([folder, "/no/such.jpg"], "/no/such.jpg does not exist: give pictures or folders of pictures"),
-        ([folder, str(empty)], f"{empty} holds no pictures (JPEG, PNG, WebP or BMP)"),
-        ([folder, "--out", "x.csv", "--serve"], "--out x.csv is for answers; give pictures or folders, too"),
+        ([folder], "there is nothing to do: give images or folders, --export DIR or --serve"),
+        ([folder, "/no/such.jpg"], "/no/such.jpg does not exist: give images or folders of images"),
+        ([folder, str(empty)], f"{empty} holds no images (JPEG, PNG, WebP or BMP)"),
+        ([folder, "--out", "x.csv", "--serve"], "--out x.csv is for answers; give images or folders, too"),
         ([folder, str(empty), "--port", "1"], "--port 1 is for --serve; add that or leave it out"),
         ([folder, "~no-one/x"], "'~no-one/x': there is no such home folder; write the path in full"),
         ([folder, "x", "--out", folder], f"--out {folder} must name a file in a folder that exists"),
@@ -207,7 +214,7 @@ def test_what_is_asked_for_in_vain_is_one_line(
             [folder, "--export", str(other)],
             f"--export {other} holds a README.md that is no model's; give another folder",
         ),
-        ([str(tmp_path), "x", "--not-sure", "0"], "x does not exist: give pictures or folders of pictures"),
+        ([str(tmp_path), "x", "--not-sure", "0"], "x does not exist: give images or folders of images"),
     ):
         assert answered(arguments) == 2
         assert capsys.readouterr().err == f"error: {words}\n"
@@ -221,7 +228,7 @@ def test_a_member_that_trials_jsonl_lost_is_named(study: Study, tmp_path: Path) 
     with pytest.raises(
         ValueError, match=rf"has lost {CONFIGS[0].id}, a member of ensemble\.json; bring a copy"
     ):
-        of_study(copy)
+        load_ensemble(copy)
 
 
 def test_the_confidence_is_the_least_that_makes_answers_right_so_often() -> None:
@@ -229,22 +236,22 @@ def test_the_confidence_is_the_least_that_makes_answers_right_so_often() -> None
     right = np.array([k < 30 or k % 2 == 0 for k in range(50)])  # surer than 0.69: all are right
     probs = np.column_stack([confidence, 1 - confidence])
     labels = np.where(right, 0, 1)
-    limit = sure_from(probs, labels, 0.97)
+    limit = confidence_threshold(probs, labels, 0.97)
     chosen = probs.max(1) >= limit
     assert right[chosen].mean() >= 0.97
     assert right[probs.max(1) >= limit - 0.011].mean() < 0.97 or chosen.sum() >= 31
-    assert sure_from(probs, labels, 0.5) == 0
-    assert math.isinf(sure_from(probs, 1 - labels, 0.97))
+    assert confidence_threshold(probs, labels, 0.5) == 0
+    assert math.isinf(confidence_threshold(probs, 1 - labels, 0.97))
 
 
-def test_below_the_confidence_nothing_is_answered(study: Study, audit: Predictions) -> None:
+def test_below_the_confidence_nothing_is_answered(study: Study, holdout: Predictions) -> None:
     never = threshold(study, 1.0)
     always = threshold(study, 0.0)
     assert always.confidence == 0
-    assert always.sure(audit.probs).all()
-    assert always.audit.unanswered == 0
-    assert always.sentence.startswith(f"Every picture is answered: on val {always.val.right}; on audit ")
-    assert never.sure(audit.probs).sum() == never.audit.pictures - never.audit.unanswered
+    assert always.sure(holdout.probs).all()
+    assert always.holdout.unanswered == 0
+    assert always.sentence.startswith(f"Every image is answered: on val {always.val.right}; on holdout ")
+    assert never.sure(holdout.probs).sum() == never.holdout.images - never.holdout.unanswered
     with pytest.raises(ValueError, match=r"--not-sure 1\.5 must be from 0"):
         threshold(study, 1.5)
 
@@ -257,9 +264,9 @@ def test_an_ensemble_leaves_the_study_and_works_without_it(
     said = re.search(r"onnxruntime is within (\S+) of torch", capsys.readouterr().out)
     assert said
     assert float(said[1]) <= TOLERANCE
-    shown = [decoded(path, 48) for path in found_pictures([drawn / "test_upload"])[:5]]
+    shown = [decoded(path, 48) for path in found_images([drawn / "test_upload"])[:5]]
     expected = ensemble.probabilities(shown)
-    assert np.abs(reopened(folder).probabilities(shown) - expected).max() < 1e-5
+    assert np.abs(load_exported(folder).probabilities(shown) - expected).max() < 1e-5
     card = (folder / "README.md").read_text()
     assert "my \\| cars" in card
     assert study.facts["fingerprint"] in card
@@ -277,7 +284,7 @@ def test_an_ensemble_leaves_the_study_and_works_without_it(
     ]
     (folder / "ensemble.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="is damaged or of another ensemble"):
-        reopened(folder)
+        load_exported(folder)
 
 
 def test_an_ensemble_of_before_there_were_temperatures_of_members_answers_as_it_did(
@@ -289,12 +296,12 @@ def test_an_ensemble_of_before_there_were_temperatures_of_members_answers_as_it_
     for member in results["members"]:
         del member["temperature"]
     old.ensemble_file.write_text(json.dumps(results))
-    found = of_study(old)
-    assert [member.temperature for member in found.recipe.members] == [1.0, 1.0]
-    described = found.recipe.to_dict()
+    found = load_ensemble(old)
+    assert [member.temperature for member in found.spec.members] == [1.0, 1.0]
+    described = found.spec.to_dict()
     for member in described["members"]:
         del member["temperature"]
-    assert Recipe.from_dict(described) == found.recipe
+    assert EnsembleSpec.from_dict(described) == found.spec
 
 
 def test_missing_weights_are_named_with_the_way_out(study: Study, tmp_path: Path) -> None:
@@ -302,8 +309,8 @@ def test_missing_weights_are_named_with_the_way_out(study: Study, tmp_path: Path
     shutil.copytree(study.folder, copy.folder)
     copy.weights_file(CONFIGS[1].id).unlink()
     with pytest.raises(ValueError, match=r"safetensors is missing: weights are not committed"):
-        of_study(copy)
-    for split, broken in (("val", False), ("audit", True)):
+        load_ensemble(copy)
+    for split, broken in (("val", False), ("holdout", True)):
         said = copy.predictions_file("ensemble", split)
         whole = said.read_bytes()
         said.write_bytes(whole[:50]) if broken else said.unlink()
@@ -313,14 +320,14 @@ def test_missing_weights_are_named_with_the_way_out(study: Study, tmp_path: Path
         said.write_bytes(whole)
     copy.ensemble_file.unlink()
     with pytest.raises(ValueError, match=r"python tune/ensemble\.py"):
-        of_study(copy)
+        load_ensemble(copy)
 
 
 class Red:
     """In the place of an ensemble: the first class is as likely as the top right corner is red."""
 
-    def probabilities(self, pictures: list[np.ndarray]) -> np.ndarray:
-        red = np.array([p[:24, 24:, 0].mean() / 255 for p in pictures])
+    def probabilities(self, images: list[np.ndarray]) -> np.ndarray:
+        red = np.array([p[:24, 24:, 0].mean() / 255 for p in images])
         return np.column_stack([red, 1 - red])
 
 
@@ -334,20 +341,20 @@ def test_what_speaks_for_a_class_is_where_hiding_takes_it_away() -> None:
     assert occlusion(model, image, 1) == pytest.approx(-found)
 
 
-def test_the_worst_mistakes_get_a_small_picture_and_a_map_each(
+def test_the_worst_mistakes_get_a_small_image_and_a_map_each(
     study: Study, ensemble: Ensemble, splits: Splits
 ) -> None:
     write_thumbnails(study, ensemble, splits, seconds=math.inf)
     found, thumbnails = found_mistakes(study), read_json(study.thumbnails_file)
     assert found is not None
     assert found.worst
-    assert list(thumbnails) == [mistake.picture for mistake in found.worst]
+    assert list(thumbnails) == [mistake.image for mistake in found.worst]
     rows = dict(zip(splits.val.ids, splits.val.rows.tolist(), strict=True))
     for mistake in found.worst:
-        picture = splits.images[rows[mistake.picture]]
-        assert thumbnails[mistake.picture] == {
-            "picture": thumbnail(picture),
-            "map": overlay(occlusion(ensemble, picture, mistake.column)),
+        image = splits.images[rows[mistake.image]]
+        assert thumbnails[mistake.image] == {
+            "image": thumbnail(image),
+            "map": overlay(occlusion(ensemble, image, mistake.column)),
         }
     results = read_json(study.ensemble_file)
     write_json(
@@ -379,26 +386,26 @@ def posted(url: str, content: bytes, **headers: str) -> tuple[int, dict[str, obj
             return refused.code, json.load(refused)
 
 
-def test_the_page_answers_a_picture_and_refuses_what_is_none(
-    address: str, audit: Predictions, drawn: Path
+def test_the_page_answers_a_image_and_refuses_what_is_none(
+    address: str, holdout: Predictions, drawn: Path
 ) -> None:
-    content = picture(drawn, audit.ids[0]).read_bytes()
+    content = image(drawn, holdout.ids[0]).read_bytes()
     status, found = posted(f"{address}/answer", content)
     assert status == 200
     first = found["classes"][0]  # type: ignore[index]
-    assert first["probability"] == pytest.approx(float(audit.probs[0].max()), abs=2e-3)
+    assert first["probability"] == pytest.approx(float(holdout.probs[0].max()), abs=2e-3)
     status, found = posted(f"{address}/parts", content)
     assert (status, np.shape(found["falls"])) == (200, (8, 8))
     assert posted(f"{address}/answer", b"GIF89a")[0] == 422
     assert posted(f"{address}/elsewhere", content)[0] == 404
     assert posted(f"{address}/answer", content, Host="evil.example")[0] == 403
     with urllib.request.urlopen(address, timeout=60) as reply:
-        assert "Drop a picture here" in reply.read().decode()
+        assert "Drop an image here" in reply.read().decode()
 
 
 @pytest.mark.parametrize("width", [1440, 390])
-def test_a_picture_dropped_on_the_page_is_named_with_what_spoke_for_it(
-    address: str, audit: Predictions, drawn: Path, browser: Any, width: int, tmp_path: Path
+def test_a_image_dropped_on_the_page_is_named_with_what_spoke_for_it(
+    address: str, holdout: Predictions, drawn: Path, browser: Any, width: int, tmp_path: Path
 ) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -407,7 +414,7 @@ def test_a_picture_dropped_on_the_page_is_named_with_what_spoke_for_it(
 
     browser.set_window_size(width, 1000)
     browser.get(address)
-    shown("file").send_keys(str(picture(drawn, audit.ids[0])))
+    shown("file").send_keys(str(image(drawn, holdout.ids[0])))
     WebDriverWait(browser, 60).until(lambda b: shown("switch").is_displayed())
     assert len(shown("classes").find_elements("css selector", "li")) == 5
     assert shown("answer").text == shown("classes").find_elements("css selector", "span")[0].text
@@ -417,7 +424,7 @@ def test_a_picture_dropped_on_the_page_is_named_with_what_spoke_for_it(
     assert not shown("map").is_displayed()
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     shown("file").send_keys(str(bad))
     WebDriverWait(browser, 60).until(lambda b: "This file is of no use" in shown("answer").text)
     large = tmp_path / "large.png"

@@ -102,7 +102,7 @@ def test_the_first_view_gives_what_the_frozen_backbone_gives(
         device=torch.device("cpu"),
         features=FeatureStore(tmp_path),
     )
-    run.model.set_open(0)
+    run.model.freeze_to(0)
     run.model.train()
     remembered = torch.cat([inputs for inputs, _ in run._remembered(run.features, 1)])
     with torch.inference_mode():
@@ -111,7 +111,7 @@ def test_the_first_view_gives_what_the_frozen_backbone_gives(
 
 
 @pytest.mark.parametrize("change", [{"mixup": 0.2, "unfreeze": "frozen"}, {"unfreeze": "full"}], ids=str)
-def test_where_pictures_are_needed_nothing_is_stored(
+def test_where_images_are_needed_nothing_is_stored(
     change: dict[str, object], config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path
 ) -> None:
     store = FeatureStore(tmp_path)

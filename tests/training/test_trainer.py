@@ -21,9 +21,9 @@ from carmodels.models.weights import Weights
 from carmodels.training import trainer
 from carmodels.training.config import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
 from carmodels.training.forward import in_parts, predict, view_size
-from carmodels.training.held_out import parted
+from carmodels.training.held_out import splits_for
 from carmodels.training.timing import training_seconds
-from carmodels.training.trainer import Fitted, Trainer, fit
+from carmodels.training.trainer import Trainer, TrainResult, fit
 
 
 def curve(history: tuple[EpochMetrics, ...]) -> list[tuple[float, ...]]:
@@ -136,7 +136,7 @@ def test_what_is_held_out_has_no_say_in_a_fold(
     one = replace(config, folds=3, fold=1, epochs=4, lr=2e-2, schedule=schedule)
     fitted = fit(one, splits, weights=weights)
     assert fitted.best.epoch == 4
-    held_out = parted(one, splits).val
+    held_out = splits_for(one, splits).val
     kept = predict(fitted.model, splits, held_out, config=one)
     assert accuracy(kept.probs, held_out.labels) == pytest.approx(fitted.best.value, abs=1e-6)
     with pytest.MonkeyPatch.context() as patch:
@@ -155,9 +155,9 @@ def test_a_last_run_learns_from_everything_and_has_no_score(
     config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
     last = replace(config, fold_in=True, schedule="plateau")
-    parts = parted(last, splits)
-    assert (len(parts.train), len(parts.val), len(parts.audit)) == (200, 0, 0)
-    assert set(parts.train.ids) == {*splits.train.ids, *splits.val.ids, *splits.audit.ids}
+    parts = splits_for(last, splits)
+    assert (len(parts.train), len(parts.val), len(parts.holdout)) == (200, 0, 0)
+    assert set(parts.train.ids) == {*splits.train.ids, *splits.val.ids, *splits.holdout.ids}
     fitted = fit(last, splits, weights=weights)
     assert fitted.ending == "schedule"
     assert fitted.best.epoch == 2
@@ -166,15 +166,15 @@ def test_a_last_run_learns_from_everything_and_has_no_score(
         assert np.isnan([epoch.val_loss, epoch.val_accuracy, epoch.value]).all()
 
 
-def test_growing_pictures_are_trained_on_at_each_size_and_tested_at_the_whole_one(
+def test_growing_images_are_trained_on_at_each_size_and_tested_at_the_whole_one(
     config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
-    growing = replace(config, image_size=48, start_size=16, epochs=4)
+    growing = replace(config, image_size=48, start_image_size=16, epochs=4)
     run = Trainer(growing, splits, weights=weights, device=torch.device("cpu"))
     sizes = [next(run.shown(number))[0].shape[-1] for number in range(1, 5)]
     assert sizes == [growing.shown_size(number) for number in range(1, 5)] == [16, 32, 32, 48]
     assert next(run.val_loader.epoch(0)).images.shape[-1] == 48
-    larger = replace(config, test_size=64)
+    larger = replace(config, eval_image_size=64)
     run = Trainer(larger, splits, weights=weights, device=torch.device("cpu"))
     assert next(run.val_loader.epoch(0)).images.shape[-1] == 64
     assert next(run.shown(1))[0].shape[-1] == 32
@@ -228,8 +228,8 @@ def test_what_a_strategy_keeps_frozen_does_not_move(
         {"lr": 1e-2},
         {"batch_size": 16},
         {"unfreeze": "frozen"},
-        {"start_size": 16},
-        {"test_size": 48},
+        {"start_image_size": 16},
+        {"eval_image_size": 48},
         {"folds": 2, "fold": 0},
     ],
     ids=str,
@@ -336,13 +336,13 @@ def test_cosine_warms_up_and_ends_at_zero_and_plateau_falls_when_val_loss_stays(
 
 
 @pytest.fixture(scope="module")
-def fitted(splits: Splits, weights: Weights) -> Fitted:
-    """A model that knows its pictures, for tests that only ask it."""
+def fitted(splits: Splits, weights: Weights) -> TrainResult:
+    """A model that knows its images, for tests that only ask it."""
     return fit(TrialConfig("test_resnet", image_size=48, epochs=4, lr=3e-3), splits, weights=weights)
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_every_view_keeps_ids_with_their_pictures(view: str, fitted: Fitted, splits: Splits) -> None:
+def test_every_view_keeps_ids_with_their_images(view: str, fitted: TrainResult, splits: Splits) -> None:
     shown = predict(fitted.model, splits, splits.val, config=fitted.config, view=view)
     assert shown.ids == splits.val.ids
     assert accuracy(shown.probs, splits.val.labels) > 0.25  # ten classes: a mix-up would be at chance
@@ -350,7 +350,7 @@ def test_every_view_keeps_ids_with_their_pictures(view: str, fitted: Fitted, spl
     np.testing.assert_array_equal(shown.probs, again.probs)
 
 
-def test_the_cost_of_a_picture_grows_with_its_size(
+def test_the_cost_of_a_image_grows_with_its_size(
     config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
     small, large = (
@@ -367,7 +367,7 @@ def gradients(run: Trainer, network: torch.nn.Module, batch: Batch) -> list[torc
 
 
 class Small(torch.nn.Module):
-    """A network on a device that holds the activations of `room` pictures."""
+    """A network on a device that holds the activations of `room` images."""
 
     def __init__(self, network: torch.nn.Module, room: int) -> None:
         super().__init__()
@@ -386,7 +386,7 @@ def test_where_memory_runs_out_a_batch_in_parts_has_the_gradients_of_the_whole(
     run = Trainer(replace(config, **changes), splits, weights=weights, device=torch.device("cpu"))
     if changes:
         run.loss.weight = torch.linspace(0.1, 3.0, len(splits.classes))
-    run.model.set_open(len(run.model.groups))
+    run.model.freeze_to(len(run.model.groups))
     batch = next(iter(run.train_loader.epoch(1)))
     whole = gradients(run, run.model, batch)
     parts = gradients(run, Small(run.model, room=9), batch)
@@ -398,7 +398,7 @@ def test_where_memory_runs_out_a_batch_in_parts_has_the_gradients_of_the_whole(
         gradients(run, Small(run.model, room=1), batch)
 
 
-def test_where_memory_runs_out_pictures_are_shown_in_halves() -> None:
+def test_where_memory_runs_out_images_are_shown_in_halves() -> None:
     images = torch.arange(12.0).reshape(6, 2)
     torch.testing.assert_close(in_parts(Small(torch.nn.Identity(), room=2), images), images)
     with pytest.raises(torch.OutOfMemoryError):

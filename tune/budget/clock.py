@@ -12,7 +12,7 @@ RETRAIN_SHARE = 0.88  # likewise for retraining; the rest is the ensemble's
 LEAST_MORE = 0.05  # of the time, for which the search goes on where later stages leave it
 WHOLE_SHARE = 0.97  # by when a stage has ended that is the last; what it leaves takes time, too
 UNCONFIRMED_SHARE = 0.08  # of the time, more for the search where nothing is run again
-STOPS_SHARE = 0.10  # of the time, less for the search where its stops are audited
+STOPS_SHARE = 0.10  # of the time, less for the search where its stops are judged_stops
 LATE_SHARE = 0.2  # of the retraining's time that trials may take which turn out slower than planned
 LATE_RETRAIN_SHARE = 0.3  # likewise of the ensemble's time, for retraining
 
@@ -59,13 +59,13 @@ class Clock:
         return replace(self, search=ends_search, confirm=ends_confirm, retrain=ends_retrain)
 
 
-def search_share(*, confirm: int, audit_stops: int) -> float:
+def search_share(*, confirm: int, check_stops: int) -> float:
     """By what share of the time the search has ended, with so many runs of the other stages asked for."""
-    return SEARCH_SHARE + (0 if confirm else UNCONFIRMED_SHARE) - (STOPS_SHARE if audit_stops else 0)
+    return SEARCH_SHARE + (0 if confirm else UNCONFIRMED_SHARE) - (STOPS_SHARE if check_stops else 0)
 
 
-def last_share(until: str, *, confirm: int, audit_stops: int) -> float:
+def last_share(until: str, *, confirm: int, check_stops: int) -> float:
     """`Clock.last` where nothing follows the stage `until`: it then has the time of those left out."""
-    searched = search_share(confirm=confirm, audit_stops=audit_stops) + (STOPS_SHARE if audit_stops else 0)
+    searched = search_share(confirm=confirm, check_stops=check_stops) + (STOPS_SHARE if check_stops else 0)
     ends = {"search": searched, "confirm": CONFIRM_SHARE if confirm else searched, "retrain": RETRAIN_SHARE}
     return ends[until] / WHOLE_SHARE if until in ends else 1.0

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from carmodels.catalog import UNFREEZE
-from carmodels.models.parameter_groups import open_groups
+from carmodels.models.parameter_groups import trainable_groups
 from carmodels.records import TrialRecord
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import VIEWS_KEPT
 
 SLOWER = 1.15  # times the seconds of its first run that a further one is given
-FORWARD_SHARE = 0.35  # of a training step that showing a picture to a network takes
+FORWARD_SHARE = 0.35  # of a training step that showing an image to a network takes
 GPU_SHARES = (1 / 4, 1 / 3, 1 / 2, 1.0)  # few, since Ray keeps a worker only for an equal request
 MEMORY_SPARE = 1.15  # of what was measured: the allocator's gaps, the moving average, other batch shapes
 CONTEXT_BYTES = 2**30  # what CUDA itself takes in each process, which the allocator does not see
@@ -31,28 +31,28 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Costs:
-    """What training on one picture takes, everything open, by backbone and image size."""
+    """What training on one image takes, everything open, by backbone and image size."""
 
     seconds: Mapping[str, Mapping[int, float]]  # per backbone, at the sizes that were measured
-    train: int  # pictures
+    train: int  # images
     val: int
     others: int = 0  # that a finished trial is shown once
     stored: bool = True  # whether what a frozen backbone says of a view is stored: it is, of pretrained ones
     memory: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # bytes on a GPU, likewise
     compiled: Mapping[str, Compiled] = field(default_factory=dict)  # per backbone, where it was tried
 
-    def picture(self, backbone: str, image_size: int) -> float:
-        """Seconds for one picture, linear in the area between measured sizes; infinite beyond memory."""
+    def image(self, backbone: str, image_size: int) -> float:
+        """Seconds for one image, linear in the area between measured sizes; infinite beyond memory."""
         return _between(self.seconds[backbone], image_size)
 
     def epoch(self, config: TrialConfig, number: int) -> float:
-        """Seconds of one epoch (the first is 1): less while the backbone is frozen, or pictures are small.
+        """Seconds of one epoch (the first is 1): less while the backbone is frozen, or images are small.
 
-        What a frozen one says of a view of the pictures may be stored, unless they are mixed.
+        What a frozen one says of a view of the images may be stored, unless they are mixed.
         """
-        area = (config.tested_size / config.image_size) ** 2  # of a val picture, in those that it learns from
+        area = (config.eval_size / config.image_size) ** 2  # of a val image, in those that it learns from
         val = FORWARD_SHARE * self.val * area
-        shown = (config.shown_size(number) / config.image_size) ** 2  # likewise of a training picture
+        shown = (config.shown_size(number) / config.image_size) ** 2  # likewise of a training image
         if _opened(config, number):
             train = self.train * shown
         elif self.stored and not (config.mixup or config.cutmix or config.continues):
@@ -60,13 +60,13 @@ class Costs:
             val *= number == 1
         else:
             train = FORWARD_SHARE * self.train * shown
-        pictures = train + val
-        return self.picture(config.backbone, config.image_size) * pictures if pictures else 0.0
+        images = train + val
+        return self.image(config.backbone, config.image_size) * images if images else 0.0
 
     def tested(self, config: TrialConfig) -> float:
-        """Seconds for a picture that a finished trial is shown."""
-        area = (config.tested_size / config.image_size) ** 2
-        return FORWARD_SHARE * area * self.picture(config.backbone, config.image_size)
+        """Seconds for an image that a finished trial is shown."""
+        area = (config.eval_size / config.image_size) ** 2
+        return FORWARD_SHARE * area * self.image(config.backbone, config.image_size)
 
     def answers(self, config: TrialConfig) -> float:
         """Seconds of what a finished trial is shown."""
@@ -88,7 +88,7 @@ class Costs:
     def pays_to_compile(self, config: TrialConfig) -> bool:
         """Whether torch.compile saves more over the whole schedule than it takes.
 
-        It starts anew whenever other layer groups learn or pictures grow, so gradual unfreezing seldom repays
+        It starts anew whenever other layer groups learn or images grow, so gradual unfreezing seldom repays
         it.
         """
         found = self.compiled.get(config.backbone)
@@ -113,7 +113,7 @@ def expected_seconds(record: TrialRecord, costs: Costs | None = None) -> float:
 def times_as_long(new: TrialConfig, old: TrialConfig, train: float = 1.0) -> float:
     """How many times as long the schedule of one takes as that of the other, of the same backbone and size.
 
-    `train`: how many times as many pictures it learns from. Without those of val, of which there are few.
+    `train`: how many times as many images it learns from. Without those of val, of which there are few.
     """
     one = Costs({old.backbone: {old.image_size: 1.0}}, train=1, val=0)
     return train * one.schedule(new) / one.schedule(old)
@@ -124,7 +124,7 @@ _MANY = 16  # about as many layer groups as a backbone has, and more than a sche
 
 def _opened(config: TrialConfig, number: int) -> int:
     """About how many layer groups learn in an epoch; 0 is exact."""
-    return open_groups(UNFREEZE[config.unfreeze], epoch=number, epochs=config.epochs, groups=_MANY)
+    return trainable_groups(UNFREEZE[config.unfreeze], epoch=number, epochs=config.epochs, groups=_MANY)
 
 
 def _between(measured: Mapping[int, float], image_size: int) -> float:

@@ -68,9 +68,9 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say where decoded pictures are kept."""
+    """The options that say where decoded images are kept."""
     add = parser.add_argument
-    add("--cache", metavar="DIR", help="where decoded pictures are kept (the user's cache folder)")
+    add("--cache", metavar="DIR", help="where decoded images are kept (the user's cache folder)")
     add(
         "--cache-limit",
         type=float,
@@ -92,7 +92,7 @@ def add_fold_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fold-in",
         action="store_true",
-        help="train the best a last time on all labelled pictures, audit too: a submission without a score",
+        help="train the best a last time on all labelled images, holdout too: a submission without a score",
     )
 
 
@@ -108,12 +108,12 @@ def add_cost_option(parser: argparse.ArgumentParser) -> None:
         "--max-seconds-per-1000",
         type=float,
         metavar="S",
-        help="most that the ensemble with its views may take a worker here for 1,000 pictures (no limit)",
+        help="most that the ensemble with its views may take a worker here for 1,000 images (no limit)",
     )
 
 
 def cost_limit(options: argparse.Namespace) -> float:
-    """What 1,000 pictures may take; infinite where nothing was said. ValueError for a limit that is none."""
+    """What 1,000 images may take; infinite where nothing was said. ValueError for a limit that is none."""
     given = options.max_seconds_per_1000
     if given is not None and not given > 0:
         raise ValueError(f"--max-seconds-per-1000 {given:g} must be above 0")

@@ -89,8 +89,8 @@ def _container_memory() -> float:
 
 def _loaded(space: Space, workers: Workers) -> float:
     """Bytes that loader processes hand over in shared memory: of each a batch of val, the larger ones."""
-    pictures = 2 * space.fixed.get("batch_size", TrialConfig.batch_size)
-    return float(workers.count * workers.processes * pictures * 3 * space.largest_size**2)
+    images = 2 * space.fixed.get("batch_size", TrialConfig.batch_size)
+    return float(workers.count * workers.processes * images * 3 * space.largest_size**2)
 
 
 def _other_rays() -> list[Finding]:

@@ -16,14 +16,14 @@ from carmodels.data.dataset import Splits, open_dataset
 from carmodels.files import write_whole
 from carmodels.models.weights import Weights
 from carmodels.study import Study
-from carmodels.training.held_out import parted
+from carmodels.training.held_out import splits_for
 from tune.budget.clock import Clock
 from tune.cli.options import MOST_CACHE, cache_folder
 from tune.cli.resources import check_machine, cluster_machines, share_out, this_machine
 from tune.monitor.prometheus import exported
 from tune.monitor.tensorboard import written
 from tune.monitor.terminal import Screen
-from tune.runtime.callbacks import Watch, together
+from tune.runtime.callbacks import ProgressCallback, combine_callbacks
 from tune.runtime.cluster import cluster_findings, start_ray
 from tune.runtime.findings import Finding
 from tune.runtime.job import Job, Workers
@@ -66,7 +66,7 @@ def open_data(data: Path, options: argparse.Namespace, max_size: int, seed: int,
             seed=seed,
             on_progress=on_progress,
             on_estimate=lambda size: screen.say(
-                f"Decoding the pictures, once for all trials at up to {max_size} px: "
+                f"Decoding the images, once for all trials at up to {max_size} px: "
                 f"about {size / 1e6:,.0f} MB in {cache_dir / 'images'}."
             ),
             on_damage=lambda damage: screen.say(f"Rebuilt: {damage.split(':')[0]}.", "yellow"),
@@ -86,7 +86,9 @@ def data_of(study: Study, options: argparse.Namespace, screen: Screen) -> Splits
     return splits
 
 
-def watched(job: Job, clock: Clock, trials: int | None, screen: Screen, *, inner: str = "") -> Watch:
+def watched(
+    job: Job, clock: Clock, trials: int | None, screen: Screen, *, inner: str = ""
+) -> ProgressCallback:
     """What looks on while the job's study runs: the screen, Ray's metrics and TensorBoard's curves.
 
     `inner` names a study inside the user's own.
@@ -95,15 +97,15 @@ def watched(job: Job, clock: Clock, trials: int | None, screen: Screen, *, inner
     metrics = exported(
         f"{study.folder.parent.name}/{inner}" if inner else study.folder.name,
         study.metric,
-        pictures=lambda config: len(parted(config, job.splits).train),
+        images=lambda config: len(splits_for(config, job.splits).train),
         clock=clock,
         records=study.records(),
     )
-    return together(screen.watch(study, clock, trials), metrics, written(study))
+    return combine_callbacks(screen.watch(study, clock, trials), metrics, written(study))
 
 
 @contextmanager
-def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
+def open_job(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
     """The job of a study that exists, with Ray running for it; ValueError where its data set has changed."""
     check_machine(options)
     splits, weights = data_of(study, options, screen), weights_of(study)
@@ -116,7 +118,7 @@ def reopened(study: Study, options: argparse.Namespace, screen: Screen) -> Itera
 
 
 @contextmanager
-def alone(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
+def open_job_without_ray(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
     """Likewise without Ray: one worker that has all cores and one GPU, if there is any, to itself."""
     splits, here = data_of(study, options, screen), this_machine()
     workers = Workers(1, here.cores, float(min(1, here.gpus)))

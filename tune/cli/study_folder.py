@@ -32,7 +32,7 @@ def earlier_studies(folders: Sequence[str], own: Study, metric: str) -> list[Stu
 def check_folder(study: Study, *, resume: bool, overwrite: bool) -> None:
     """Raises ValueError where the study's folder and --resume or --overwrite do not go together.
 
-    What is no study is left alone: it may be someone's pictures, which --overwrite would later delete.
+    What is no study is left alone: it may be someone's images, which --overwrite would later delete.
     """
     if not study.exists and (study.folder.is_file() or any(study.folder.glob("*"))):
         raise ValueError(
@@ -102,11 +102,11 @@ def begin(study: Study, facts: dict[str, Any], splits: Splits, earlier: Sequence
 
 
 def split_rows(splits: Splits) -> list[tuple[str, str, int]]:
-    """(split, id, class index or -1) of every picture."""
+    """(split, id, class index or -1) of every image."""
     return [
-        (split.name, picture, -1 if split.labels is None else int(split.labels[i]))
-        for split in (splits.train, splits.val, splits.audit, splits.test)
-        for i, picture in enumerate(split.ids)
+        (split.name, image, -1 if split.labels is None else int(split.labels[i]))
+        for split in (splits.train, splits.val, splits.holdout, splits.test)
+        for i, image in enumerate(split.ids)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The last stage: members, views and temperatures by val, one look at audit, ensemble.json and submission."""
+"""The last stage: members, views and temperatures by val, one score on holdout, ensemble.json, submission."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from carmodels.catalog import VIEWS
 from carmodels.ensembling.selection import Selection, select_ensemble
 from carmodels.evaluation.calibration import fit_temperature, with_temperature
-from carmodels.evaluation.intervals import hidden_score, paired_gain, score_interval
+from carmodels.evaluation.intervals import paired_gain, score_interval, score_prediction_interval
 from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.nested import Nested, nested_check
 from carmodels.evaluation.predictions import Predictions, blend
@@ -43,14 +43,14 @@ def ensemble(
     views: int = MOST_VIEWS,
     max_seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Choose members, views and temperatures on val, score once on audit, write ensemble and submission.
+    """Choose members, views and temperatures on val, score once on holdout, write ensemble and submission.
 
-    `max_seconds` is what all members with all views may take one worker for 1,000 pictures.
+    `max_seconds` is what all members with all views may take one worker for 1,000 images.
     """
     study, labels = job.study, job.study.labels("val")
     ready = _with_weights(study, say)
     trained = _trained(study, ready, top)
-    _restore(job, list({*trained, *(r for r in ready if r.is_recipe)}), say)
+    _restore(job, list({*trained, *(r for r in ready if r.is_baseline)}), say)
     paces = Paces(job)
     folds.restore(job)
     folds.gather(study)
@@ -102,7 +102,7 @@ def ensemble(
             "ensemble": METRICS[study.metric].score(blended["val"].aligned(list(labels)).probs, truth),
             "single": {"trial_id": single.trial_id, "value": single.value},
         },
-        "audit": _audit(study, study.metric, blended["audit"], single.trial_id),
+        "holdout": _holdout(study, study.metric, blended["holdout"], single.trial_id),
         **_submitted(job, blended),
     }
     study.thumbnails_file.unlink(missing_ok=True)  # of the mistakes of the ensemble before
@@ -114,16 +114,16 @@ def ensemble(
 def most_seconds(job: Job, folds: int = 0) -> float:
     """What the ensemble takes at most, by the costs of the dearest of the best trials; infinite without.
 
-    With `folds`, of which each member has so many models: only one of them sees a picture of val.
+    With `folds`, of which each member has so many models: only one of them sees an image of val.
     """
     study, splits, costs = job.study, job.splits, job.costs
     best = [r.config for r in study.leaderboard() if r.stage == "search"][:MOST_MEMBERS]
     if not best or costs is None:
         return math.inf
-    picture = max(costs.tested(config) for config in best)
-    later = (len(splits.audit) + len(splits.test)) * MOST_VIEWS * (folds or 1)
-    pictures = len(splits.val) * len(VIEWS) + later
-    return MOST_MEMBERS * (picture * pictures + _STARTS * _START) / job.workers.count
+    image = max(costs.tested(config) for config in best)
+    later = (len(splits.holdout) + len(splits.test)) * MOST_VIEWS * (folds or 1)
+    images = len(splits.val) * len(VIEWS) + later
+    return MOST_MEMBERS * (image * images + _STARTS * _START) / job.workers.count
 
 
 def _answers(
@@ -133,11 +133,11 @@ def _answers(
     splits, study = members.job.splits, members.job.study
     models = _models(members)
     found = {"val": members.blended("val", views)}
-    found |= {s.name: models.blended(s.name, views) for s in (splits.audit, splits.test) if len(s)}
+    found |= {s.name: models.blended(s.name, views) for s in (splits.holdout, splits.test) if len(s)}
     truth = np.array(list(labels.values()))
     temperature = fit_temperature(found["val"].aligned(list(labels)).probs, truth)
     if all(record.stage == FOLDS for record in members.weights):
-        # On val one model of each member answers, on other pictures the mean of all its folds, which is less
+        # On val one model of each member answers, on other images the mean of all its folds, which is less
         # sure: what fits the one does not fit the other. Each model has a temperature of its own already.
         temperature = 1.0
     blended = {split: with_temperature(predictions, temperature) for split, predictions in found.items()}
@@ -158,14 +158,14 @@ def _models(members: Members) -> Members:
 
 
 def _submitted(job: Job, blended: Mapping[str, Predictions]) -> dict[str, Any]:
-    """Write the submission, and say what it holds and is going to score; nothing without test pictures."""
+    """Write the submission, and say what it holds and is going to score; nothing without test images."""
     if "test" not in blended:
         return {}
     study, test = job.study, blended["test"]
     write_submission(test, study.submission_file, sample=job.splits.sample_file)
     return {
         "submission": _described(study, job.splits.class_names, test),
-        "hidden": _expected(study, study.metric, blended["audit"], len(test.ids)),
+        "hidden": _expected(study, study.metric, blended["holdout"], len(test.ids)),
     }
 
 
@@ -188,14 +188,14 @@ def _with_weights(study: Study, say: Say) -> list[TrialRecord]:
 
 
 def _affordable(records: Sequence[TrialRecord], paces: Paces, most: float) -> list[TrialRecord]:
-    """Those that take one worker at most so many seconds for 1,000 pictures."""
+    """Those that take one worker at most so many seconds for 1,000 images."""
     paces.measure(record.config for record in records)
     return [record for record in records if 1000 * paces.of(record.config) <= most]
 
 
 def _restore(job: Job, records: Sequence[TrialRecord], say: Say) -> None:
     """Make probabilities that are missing or damaged anew, from the weights."""
-    for split in ("val", "audit"):
+    for split in ("val", "holdout"):
         for file in Members(job, dict.fromkeys(records, 1.0), {}).show(split, ("plain",)):
             say(f"{file} was damaged, it is made anew from the weights.")
 
@@ -217,7 +217,7 @@ class Library:
     metric: str
     probs: Mapping[str, Predictions]  # by trial id, rows in the order of truth
     truth: np.ndarray  # (N,)
-    costs: Mapping[str, float]  # seconds for 1,000 pictures
+    costs: Mapping[str, float]  # seconds for 1,000 images
     max_cost: float
 
     @classmethod
@@ -245,7 +245,7 @@ class Library:
         return np.arange(len(self.truth))
 
     def choose(self, until: float) -> Chosen:
-        """The ensemble, or the best model alone where choosing one does not help on other pictures."""
+        """The ensemble, or the best model alone where choosing one does not help on other images."""
         found, check = self.select(self.all_rows), self.check(until)
         alone = {found.single: 1.0}
         return Chosen(
@@ -275,7 +275,7 @@ class Library:
         )
 
     def check(self, until: float) -> Nested:
-        """Whether choosing an ensemble on one half of the pictures beats the best one on the other."""
+        """Whether choosing an ensemble on one half of the images beats the best one on the other."""
 
         def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             tempered = self.tempered(rows)
@@ -342,26 +342,26 @@ def _described(study: Study, names: Sequence[str], test: Predictions) -> dict[st
     return {"file": study.submission_file.name, "rows": len(test.ids), "classes": given}
 
 
-def _audit(study: Study, metric: str, ensembled: Predictions, single: str) -> dict[str, Any]:
-    """The one look at audit: ensemble, best single trial and competitor's recipe, with 95 % intervals."""
-    labels = study.labels("audit")
+def _holdout(study: Study, metric: str, ensembled: Predictions, single: str) -> dict[str, Any]:
+    """The one look at holdout: ensemble, best single trial and baseline, with 95 % intervals."""
+    labels = study.labels("holdout")
     truth = np.array(list(labels.values()))
     probs = {"ensemble": ensembled.aligned(list(labels)).probs}
-    recipes = (r.trial_id for r in study.leaderboard() if r.is_recipe)
-    recipe = next((name for name in recipes if study.has_predictions(name, "audit")), None)
-    named = {"single": single} | ({"recipe": recipe} if recipe else {})
+    baselines = (r.trial_id for r in study.leaderboard() if r.is_baseline)
+    baseline = next((name for name in baselines if study.has_predictions(name, "holdout")), None)
+    named = {"single": single} | ({"baseline": baseline} if baseline else {})
     for name, trial_id in named.items():
-        probs[name], _ = study.answers(trial_id, "audit")
+        probs[name], _ = study.answers(trial_id, "holdout")
     scores: dict[str, Any] = {name: asdict(score_interval(metric, p, truth)) for name, p in probs.items()}
     for name in named:
         scores[f"gain_over_{name}"] = asdict(paired_gain(metric, probs["ensemble"], probs[name], truth))
-    looks = 1 + (read_json(study.ensemble_file)["audit"]["looks"] if study.ensemble_file.is_file() else 0)
-    return {**scores, "pictures": len(truth), "looks": looks}
+    looks = 1 + (read_json(study.ensemble_file)["holdout"]["looks"] if study.ensemble_file.is_file() else 0)
+    return {**scores, "images": len(truth), "looks": looks}
 
 
-def _expected(study: Study, metric: str, audit: Predictions, pictures: int) -> dict[str, Any]:
-    """What the submission is going to score: a 95 % prediction interval, from audit alone."""
-    labels = study.labels("audit")
+def _expected(study: Study, metric: str, holdout: Predictions, images: int) -> dict[str, Any]:
+    """What the submission is going to score: a 95 % prediction interval, from holdout alone."""
+    labels = study.labels("holdout")
     truth = np.array(list(labels.values()))
-    found = hidden_score(metric, audit.aligned(list(labels)).probs, truth, pictures)
-    return {**asdict(found), "pictures": pictures}
+    found = score_prediction_interval(metric, holdout.aligned(list(labels)).probs, truth, images)
+    return {**asdict(found), "images": images}

@@ -21,7 +21,7 @@ from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.costs import Costs, expected_seconds
 from tune.finalize.retraining import least_seconds
 from tune.optim.standings import CONTENDERS, TAIL, Field, judged, runs_of, without_seed
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.runner import run_trials
 
@@ -30,14 +30,14 @@ _ENDED = (Status.FINISHED, Status.DIVERGED, Status.FAILED)  # a seed that is use
 
 
 def next_rerun(
-    records: Sequence[TrialRecord], *, metric: str, pictures: int, pending: Sequence[TrialConfig] = ()
+    records: Sequence[TrialRecord], *, metric: str, images: int, pending: Sequence[TrialConfig] = ()
 ) -> TrialConfig | None:
     """The run from which most is to be gained; None where the best is told apart from its contenders.
 
     It follows from the records alone. Runs that are `pending` count as if they had come to what is expected
     of them.
     """
-    field = Field.of(runs_of(records), metric, pictures)
+    field = Field.of(runs_of(records), metric, images)
     if field is None:
         return None
     found = field.expecting(pending).posterior
@@ -96,12 +96,12 @@ class Reruns(Searcher):
         super().__init__(metric=study.metric, mode=METRICS[study.metric].mode)
         self._costs = costs
         self._study, self._most, self._end, self._notes = study, most, end, notes
-        self._pictures = len(study.labels("val"))
+        self._images = len(study.labels("val"))
         self._handed: list[TrialConfig] = []
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED
         config = self.next()
-        if config is None:  # what is running may yet change the picture
+        if config is None:  # what is running may yet change the image
             return None if self._pending() else Searcher.FINISHED
         first = self._first()[without_seed(config)]
         if time.time() + expected_seconds(first, self._costs) > self._end:
@@ -120,7 +120,7 @@ class Reruns(Searcher):
         cut_off = (r for r in records if r.stage == "confirm" and r.status in CUT_OFF)
         if begun := [r.config for r in cut_off if r.config not in pending]:
             return begun[0]  # as what is cut off in the search: no row stays without an end
-        return next_rerun(records, metric=self.metric, pictures=self._pictures, pending=pending)
+        return next_rerun(records, metric=self.metric, images=self._images, pending=pending)
 
     def _pending(self) -> list[TrialConfig]:
         ended = {r.trial_id for r in self._study.records() if r.status in _ENDED}
@@ -135,7 +135,7 @@ class Reruns(Searcher):
         """Nothing to learn: the records tell."""
 
 
-def confirm(job: Job, *, clock: Clock, watch: Watch, say: Say, most: int = RERUNS) -> bool:
+def confirm(job: Job, *, clock: Clock, watch: ProgressCallback, say: Say, most: int = RERUNS) -> bool:
     """Run the best few again with new seeds until it is clear who is best; False if interrupted."""
     notes: dict[str, str] = {}
     end, late = clock.at(clock.confirm), clock.late(clock.confirm, clock.retrain, LATE_SHARE)

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from carmodels.catalog import AUGMENTS, BACKBONES
-from carmodels.ensembling.network import Ensemble, of_study
+from carmodels.ensembling.network import Ensemble, load_ensemble
 from carmodels.ensembling.student import TAUGHT, soft_targets, taught
 from carmodels.evaluation.calibration import fit_temperature, with_temperature
 from carmodels.evaluation.intervals import paired_gain, score_interval
@@ -20,7 +20,7 @@ from carmodels.records import Status, TrialRecord
 from carmodels.space import space_of
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
-from carmodels.training.trainer import Fitted, fit
+from carmodels.training.trainer import TrainResult, fit
 from tune.finalize.retraining import epochs_of_space, opened
 from tune.finalize.views import prediction_seconds
 from tune.runtime.job import Job, Say
@@ -28,7 +28,7 @@ from tune.runtime.job import Job, Say
 STAGE = "student"
 LONGER = 4  # times the epochs of the study's trials: distillation goes on gaining (Beyer et al., 2022)
 VIEWS = 8  # epochs' worth of crops that the teacher is asked about
-_TIMED = 128  # pictures
+_TIMED = 128  # images
 _ROUNDS = 3  # of the two in turn, the fastest of which counts
 
 
@@ -42,10 +42,10 @@ def distil(
 ) -> dict[str, Any]:
     """Train a student on what the ensemble says of train; leaves its record, weights and student.json."""
     study, splits, device = job.study, job.splits, job.workers.device
-    teacher = of_study(study).to(device)
+    teacher = load_ensemble(study).to(device)
     config = _student(job, backbone, epochs, say)
     views = min(VIEWS, config.epochs)
-    say(f"The ensemble is shown train, {len(splits.train)} pictures in {views} crops each.")
+    say(f"The ensemble is shown train, {len(splits.train)} images in {views} crops each.")
     processes = job.workers.processes
     answers = taught(teacher, splits, config, views=views, device=device, processes=processes)
     val = study.predictions("ensemble", "val")
@@ -76,7 +76,7 @@ def distil(
     study.write_table()
     temperature = _answers(job, fitted, record)
     student_file = study.answer_file(STAGE)
-    looks = 1 + (read_json(student_file)["audit"]["looks"] if student_file.is_file() else 0)
+    looks = 1 + (read_json(student_file)["holdout"]["looks"] if student_file.is_file() else 0)
     results = {
         "metric": study.metric,
         "members": [
@@ -94,10 +94,10 @@ def distil(
         "tta": {"views": ["plain"], "sentence": "left out, the student is to be fast"},
         "taught": {"views": views, "temperature": softness, "share": TAUGHT},
         "val": _scores(study, "val"),
-        "audit": {**_audit(study), "looks": looks},
+        "holdout": {**_holdout(study), "looks": looks},
     }
     write_json(student_file, results)
-    results["speed"] = _speeds(job, teacher, of_study(study, STAGE).to(device))
+    results["speed"] = _speeds(job, teacher, load_ensemble(study, STAGE).to(device))
     write_json(student_file, results)
     return results
 
@@ -119,7 +119,7 @@ def _student(job: Job, backbone: str | None, epochs: int | None, say: Say) -> Tr
     seconds = {n: prediction_seconds(job, c, c.image_size) for n, c in configs.items()}
     name = min(seconds, key=lambda n: seconds[n])
     paces = ", ".join(f"{n} {1000 * s:.1f}" for n, s in sorted(seconds.items(), key=lambda item: item[1]))
-    say(f"Milliseconds a picture: {paces}.")
+    say(f"Milliseconds an image: {paces}.")
     say(f"The student is {configs[name].title}, {configs[name].epochs} epochs.")
     return configs[name]
 
@@ -144,8 +144,8 @@ def _configured(study: Study, backbone: str, epochs: int | None) -> TrialConfig:
         epochs=epochs or LONGER * (epochs_of_space(study) or like.epochs),
         unfreeze="full",
         layer_decay=opened(like).layer_decay,
-        start_size=0,  # the teacher is asked about crops at their full size and strength
-        test_size=0,
+        start_image_size=0,  # the teacher is asked about crops at their full size and strength
+        eval_image_size=0,
         schedule="cosine",
         augment=like.augment if AUGMENTS[like.augment].crop else "crop",
         label_smoothing=0.0,
@@ -155,7 +155,7 @@ def _configured(study: Study, backbone: str, epochs: int | None) -> TrialConfig:
     )
 
 
-def _record(study: Study, fitted: Fitted, seconds: float) -> TrialRecord:
+def _record(study: Study, fitted: TrainResult, seconds: float) -> TrialRecord:
     """The student's line in the study; its id says of which ensemble it is, too."""
     assert fitted.best is not None
     teacher = " ".join(f"{m['trial_id']} {m['weight']}" for m in read_json(study.ensemble_file)["members"])
@@ -174,11 +174,11 @@ def _record(study: Study, fitted: Fitted, seconds: float) -> TrialRecord:
     )
 
 
-def _answers(job: Job, fitted: Fitted, record: TrialRecord) -> float:
+def _answers(job: Job, fitted: TrainResult, record: TrialRecord) -> float:
     """Leave the student's probabilities, as they are and as it answers; the temperature between the two."""
     study, splits = job.study, job.splits
     temperature = 1.0
-    for split in (splits.val, splits.audit, splits.test):
+    for split in (splits.val, splits.holdout, splits.test):
         if not len(split):
             continue
         shown = job.predict(fitted.model, fitted.config, split)
@@ -196,28 +196,28 @@ def _scores(study: Study, split: str) -> dict[str, float]:
     return {name: metric.score(*study.answers(name, split)) for name in (STAGE, "ensemble")}
 
 
-def _audit(study: Study) -> dict[str, Any]:
+def _holdout(study: Study) -> dict[str, Any]:
     """What is kept, with 95 % intervals."""
-    student, truth = study.answers(STAGE, "audit")
-    ensemble, _ = study.answers("ensemble", "audit")
+    student, truth = study.answers(STAGE, "holdout")
+    ensemble, _ = study.answers("ensemble", "holdout")
     return {
         STAGE: asdict(score_interval(study.metric, student, truth)),
         "ensemble": asdict(score_interval(study.metric, ensemble, truth)),
         "gain_over_ensemble": asdict(paired_gain(study.metric, student, ensemble, truth)),
-        "pictures": len(truth),
+        "images": len(truth),
     }
 
 
 def _speeds(job: Job, teacher: Ensemble, student: Ensemble) -> dict[str, float]:
-    """Pictures a second that both answer here, from decoded pictures on, views included."""
+    """Images a second that both answer here, from decoded images on, views included."""
     rows = job.splits.val.rows[:_TIMED]
-    pictures = [job.splits.images[row] for row in rows]
+    images = [job.splits.images[row] for row in rows]
     both: Mapping[str, Ensemble] = {"ensemble": teacher, STAGE: student}
     taken: dict[str, list[float]] = {name: [] for name in both}
     for _ in range(1 + _ROUNDS):
         for name, network in both.items():
             started = time.monotonic()
-            network.probabilities(pictures)
+            network.probabilities(images)
             taken[name].append(time.monotonic() - started)
-    speeds = {name: len(pictures) / min(times[1:]) for name, times in taken.items()}
+    speeds = {name: len(images) / min(times[1:]) for name, times in taken.items()}
     return {**speeds, "ratio": speeds[STAGE] / speeds["ensemble"]}

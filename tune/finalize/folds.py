@@ -1,7 +1,7 @@
 """Folds: a configuration trained once for each part of train and val, which that run is then scored on.
 
-The models of all folds are one member of an ensemble: on train and val each picture has the answer of the
-model that has not seen it, on audit and test the mean of all. They are a record of their own in the study.
+The models of all folds are one member of an ensemble: on train and val each image has the answer of the
+model that has not seen it, on holdout and test the mean of all. They are a record of their own in the study.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from carmodels.models.classifier import weights_damage
 from carmodels.records import FOLD, FOLDS, Status, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
-from carmodels.training.held_out import parted
+from carmodels.training.held_out import splits_for
 from tune.optim.standings import judged
 from tune.runtime.job import Job, as_task
 
@@ -30,7 +30,7 @@ MOST_FOLDED = 3  # configurations
 
 
 def check_filled(splits: Splits, folds: int, seed: int) -> None:
-    """Raises ValueError where the pictures do not fill so many folds."""
+    """Raises ValueError where the images do not fill so many folds."""
     with_fold(splits, folds=folds, fold=0, seed=seed)
 
 
@@ -53,7 +53,7 @@ def runs_of(study: Study, config: TrialConfig) -> list[TrialRecord]:
 def gather(study: Study) -> list[TrialRecord]:
     """Write down each configuration whose folds are all finished, with its probabilities; those that are new.
 
-    Its value is that of val, as for other trials, from answers of models that have not seen a picture. It is
+    Its value is that of val, as for other trials, from answers of models that have not seen an image. It is
     new as well where one of its folds, cut short before, has been trained again since, or where its
     probabilities are missing or damaged.
     """
@@ -81,7 +81,7 @@ def restore(job: Job) -> None:
     """Make anew what finished folds with intact weights have said, where it was lost or damaged."""
     study, splits = job.study, job.splits
     runs = [r for r in study.records() if r.stage == FOLD and r.status is Status.FINISHED]
-    names = ["oof", *(name for name in ("audit", "test") if len(getattr(splits, name)))]
+    names = ["oof", *(name for name in ("holdout", "test") if len(getattr(splits, name)))]
     wanted = ((r, name) for r in runs if not weights_damage(study.weights_file(r.trial_id)) for name in names)
     lost = [(r, name) for r, name in wanted if not study.has_predictions(r.trial_id, name)]
     if not lost:
@@ -92,8 +92,8 @@ def restore(job: Job) -> None:
 
 
 def _said(job: Job, run: TrialRecord, name: str) -> Predictions:
-    pictures = parted(run.config, job.splits).val if name == "oof" else getattr(job.splits, name)
-    return job.predict_again(run, pictures, ("plain",))[0]
+    images = splits_for(run.config, job.splits).val if name == "oof" else getattr(job.splits, name)
+    return job.predict_again(run, images, ("plain",))[0]
 
 
 def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
@@ -104,7 +104,7 @@ def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
     oof = joined([study.predictions(r.trial_id, "oof") for r in runs]).aligned(list(labels))
     val = Predictions(tuple(on_val), oof.classes, oof.probs[[name in on_val for name in labels]])
     answers = {"oof": oof, "val": val}
-    for split in ("audit", "test"):
+    for split in ("holdout", "test"):
         if all(study.has_predictions(r.trial_id, split) for r in runs):
             answers[split] = blend([study.predictions(r.trial_id, split) for r in runs])
     for split, predictions in answers.items():
@@ -127,7 +127,7 @@ def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
 
 
 def joined(parts: Sequence[Predictions]) -> Predictions:
-    """Predictions of different pictures as one."""
+    """Predictions of different images as one."""
     ids = tuple(i for part in parts for i in part.ids)
     return Predictions(ids, parts[0].classes, np.concatenate([part.probs for part in parts]))
 
@@ -150,7 +150,7 @@ def judged_on(
     """The candidates of an ensemble, the split that it is chosen on, and the labels there.
 
     Where several configurations have folds, the best one, too, these alone, on all of train and val; else on
-    val, with what each picture's own fold says of it. `folded`: those that are ready and not too dear.
+    val, with what each image's own fold says of it. `folded`: those that are ready and not too dear.
     """
     parents, best = {parent_of(record) for record in folded}, judged(study)[:1]
     if len(parents) > 1 and best and best[0].record.trial_id in parents:
@@ -170,18 +170,18 @@ def models_of(study: Study, record: TrialRecord) -> list[TrialRecord]:
 
 def shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
     """What the models of all folds say of a split through each view: on val each of its own fold alone."""
-    pictures: Split = getattr(job.splits, split)
+    images: Split = getattr(job.splits, split)
     said = []
     for run in runs_of(job.study, record.config):
-        own = _held_out(job, run, pictures) if split == "val" else pictures
+        own = _held_out(job, run, images) if split == "val" else images
         if len(own):
             said.append(job.predict_again(run, own, views))
     if split == "val":
-        return [joined(parts).aligned(pictures.ids) for parts in zip(*said, strict=True)]
+        return [joined(parts).aligned(images.ids) for parts in zip(*said, strict=True)]
     return [blend(parts) for parts in zip(*said, strict=True)]
 
 
-def _held_out(job: Job, run: TrialRecord, pictures: Split) -> Split:
-    """Those of the pictures that one fold's model has not learnt from."""
-    held_out = set(parted(run.config, job.splits).val.ids)
-    return pictures.part(np.array([name in held_out for name in pictures.ids], bool))
+def _held_out(job: Job, run: TrialRecord, images: Split) -> Split:
+    """Those of the images that one fold's model has not learnt from."""
+    held_out = set(splits_for(run.config, job.splits).val.ids)
+    return images.part(np.array([name in held_out for name in images.ids], bool))

@@ -23,9 +23,9 @@ from carmodels.training.config import TrialConfig
 from tune.budget.clock import LATE_RETRAIN_SHARE, Clock
 from tune.budget.costs import SLOWER, Costs, expected_seconds, times_as_long
 from tune.finalize.folds import MOST_FOLDED, configs_of, gather, parent_of, ready, restore, runs_of, whole
-from tune.optim.searcher import Queue
+from tune.optim.searcher import QueueSearcher
 from tune.optim.standings import CONTENDERS, described, judged
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.runner import run_trials
 
@@ -85,7 +85,7 @@ AS_IN_THE_TRIAL = Way()
 
 
 def epochs_of_space(study: Study) -> int:
-    """Of a trial of the study, but for a recipe that was shortened; 0 where its space is not known."""
+    """Of a trial of the study, but for a baseline that was shortened; 0 where its space is not known."""
     space = space_of(study.facts)
     return int(space.fixed.get("epochs", 0)) if space else 0
 
@@ -118,7 +118,7 @@ class Room:
         return cls(max(0.0, end - time.time()), job.workers.count, job.costs, bool(job.workers.packed))
 
     def seconds(self, record: TrialRecord, config: TrialConfig, train: float = 1.0) -> float:
-        """What training it another way takes, on `train` times as many pictures, by the pace of the trial.
+        """What training it another way takes, on `train` times as many images, by the pace of the trial.
 
         That says little where its backbone was frozen, and is not any more, or where it shared a GPU.
         """
@@ -144,7 +144,7 @@ def retrain_all(
     job: Job,
     *,
     clock: Clock,
-    watch: Watch,
+    watch: ProgressCallback,
     say: Say,
     trial_id: str | None = None,
     seeds: int = SEEDS,
@@ -175,7 +175,7 @@ def retrain(
     job: Job,
     *,
     clock: Clock,
-    watch: Watch,
+    watch: ProgressCallback,
     say: Say,
     trial_id: str | None = None,
     seeds: int = SEEDS,
@@ -230,8 +230,8 @@ def most_seconds(job: Job, *, within: float = math.inf, folds: int = 0) -> float
     best = [standing.record for standing in judged(study)[:CONTENDERS]]
     each = max((room.seconds(r, way.of(r.config)[0]) for r in best), default=math.inf)
     runs = folds * MOST_FOLDED if folds else SEEDS + CONTENDERS - 1
-    pictures = 1 + len(splits.val) / len(splits.train) if folds else 1.0  # for each that a trial learns from
-    return each * pictures * math.ceil(runs / room.workers)
+    images = 1 + len(splits.val) / len(splits.train) if folds else 1.0  # for each that a trial learns from
+    return each * images * math.ceil(runs / room.workers)
 
 
 def least_seconds(job: Job) -> float:
@@ -250,7 +250,7 @@ def backbones(study: Study, trial_id: str | None = None) -> set[str]:
 
 def _alike(study: Study) -> list[TrialRecord]:
     """The best few that cannot be told apart from the best, which is the first of them."""
-    return [standing.record for standing in judged(study)[:CONTENDERS] if not standing.apart]
+    return [standing.record for standing in judged(study)[:CONTENDERS] if not standing.clearly_worse]
 
 
 def _has_time(study: Study, record: TrialRecord, seeds: int, way: Way, room: Room) -> bool:
@@ -267,7 +267,7 @@ def _train(
     notes: dict[str, str],
     clock: Clock,
     share: float,
-    watch: Watch,
+    watch: ProgressCallback,
 ) -> bool:
     """Train all of these side by side, each with a GPU of its own, until that share of the time is over.
 
@@ -282,7 +282,7 @@ def _train(
             stage=stage,
             begun=clock.begun,
             end=clock.late(share, 1.0, LATE_RETRAIN_SHARE),
-            search_alg=Queue(configs, metric=study.metric, mode=METRICS[study.metric].mode),
+            search_alg=QueueSearcher(configs, metric=study.metric, mode=METRICS[study.metric].mode),
             notes=notes,
             watch=watch,
         )
@@ -382,7 +382,7 @@ def _beside(
         busy = _loaded(busy, len(first), room.seconds(chosen, first[0]))
     for standing in judged(study) if math.isfinite(room.left) else ():
         record = standing.record
-        if record == chosen or standing.apart or len(found) == CONTENDERS - 1:
+        if record == chosen or standing.clearly_worse or len(found) == CONTENDERS - 1:
             continue
         one = replace(room, left=room.left - min(busy), workers=1)
         for config in _to_train(study, record, 1, way, one)[0]:
@@ -447,7 +447,7 @@ def retrain_folds(
     *,
     folds: int,
     clock: Clock,
-    watch: Watch,
+    watch: ProgressCallback,
     say: Say,
     trial_id: str | None = None,
     way: Way = AS_IN_THE_TRIAL,
@@ -456,8 +456,8 @@ def retrain_folds(
     """Train the best few configurations (or the named one) once a fold; False if interrupted.
 
     As many as the time holds, the best in any case where it holds one; where it holds none, new seeds take
-    their place. Folds that are there are not trained again, but for those that the clock cut short. Audit is
-    not touched.
+    their place. Folds that are there are not trained again, but for those that the clock cut short. Holdout
+    is not touched.
     """
     study, splits = job.study, job.splits
     way = way.inside(study)
@@ -488,7 +488,7 @@ def retrain_folds(
     )
     restore(job)
     for record in gather(study):
-        say(f"{record.trial_id}: {record.note} ({len(splits.train) + len(splits.val)} pictures).")
+        say(f"{record.trial_id}: {record.note} ({len(splits.train) + len(splits.val)} images).")
     study.write_table()
     own = [r for r in ready(study) if parent_of(r) == chosen[0].trial_id]
     if completed and not own and any(_fails(study, like, folds) for like in planned.values()):
@@ -609,34 +609,34 @@ def _loaded(busy: Sequence[float], runs: int, each: float) -> list[float]:
 def check_test(splits: Splits) -> None:
     """Raises ValueError where there is nothing that models could answer which learnt from everything."""
     if not len(splits.test):
-        raise ValueError("--fold-in: there are no test pictures to answer; leave it out")
+        raise ValueError("--fold-in: there are no test images to answer; leave it out")
 
 
 def retrain_on_everything(
     job: Job,
     *,
     clock: Clock,
-    watch: Watch,
+    watch: ProgressCallback,
     say: Say,
     trial_id: str | None = None,
     seeds: int = SEEDS,
     way: Way = AS_IN_THE_TRIAL,
 ) -> bool:
-    """Train the best (or the named) configuration on all labelled pictures, audit too; False if interrupted.
+    """Train the best (or the named) configuration on all labelled images, holdout too; False if interrupted.
 
-    What these models say of the test pictures is a submission of its own. No number goes with it: nothing is
+    What these models say of the test images is a submission of its own. No number goes with it: nothing is
     left that they have not learnt from.
     """
     study, splits = job.study, job.splits
     check_test(splits)
     chosen = _chosen(study, trial_id)
-    train = sum(len(s) for s in (splits.train, splits.val, splits.audit)) / len(splits.train)
+    train = sum(len(s) for s in (splits.train, splits.val, splits.holdout)) / len(splits.train)
     room = Room.until(clock.at(clock.retrain), job)
     missing, alike = _everything_to_train(study, chosen, seeds, way.inside(study), room, train)
     name = f"{chosen.config.title} ({chosen.trial_id})"
     if missing:
         difference = _difference(chosen.config, missing[0])
-        say(f"Training {name} on all labelled pictures, audit too, seeds: {len(missing)}; {difference}.")
+        say(f"Training {name} on all labelled images, holdout too, seeds: {len(missing)}; {difference}.")
     notes = {c.id: f"seed {c.seed} of {chosen.trial_id}, learns from everything" for c in missing}
     completed = _train(
         job, missing, stage=FOLD_IN, notes=notes, clock=clock, share=clock.retrain, watch=watch

@@ -74,7 +74,7 @@ def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> Tr
         return None
     config = group[0].config
     soup.val.save(study.predictions_file(name, "val"))
-    for split in (splits.audit, splits.test):
+    for split in (splits.holdout, splits.test):
         if len(split):
             job.predict(soup.model, config, split).save(study.predictions_file(name, split.name))
     save_weights(soup.model, study.weights_file(name))

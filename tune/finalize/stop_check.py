@@ -16,8 +16,8 @@ from carmodels.records import Status, TrialRecord
 from carmodels.study import Study
 from tune.budget.clock import STOPS_SHARE, Clock
 from tune.budget.costs import expected_seconds
-from tune.optim.searcher import Queue
-from tune.runtime.callbacks import Watch
+from tune.optim.searcher import QueueSearcher
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.runner import run_trials
 
@@ -80,7 +80,7 @@ def judge(
     )
 
 
-def audited(
+def judged_stops(
     chosen: Sequence[TrialRecord],
     finished: Mapping[str, TrialRecord],
     board: Sequence[TrialRecord],
@@ -106,9 +106,9 @@ def audited(
 
 
 def sentence(results: Mapping[str, Any]) -> str:
-    """What the audit of stops says, in words."""
+    """What the check of stops says, in words."""
     if not results["stopped"]:
-        return "No trial was stopped at a rung: there is no stop to audit."
+        return "No trial was stopped at a rung: there is no stop to holdout."
     text = f"Of {results['stopped']} trials stopped at a rung {results['drawn']} were drawn at random and "
     if not results["finished"]:
         return f"{text}none was finished: there was no time for it."
@@ -121,8 +121,8 @@ def sentence(results: Mapping[str, Any]) -> str:
     )
 
 
-def audit_stops(
-    job: Job, *, count: int, seed: int, clock: Clock, watching: Callable[[Study], Watch], say: Say
+def check_stops(
+    job: Job, *, count: int, seed: int, clock: Clock, watching: Callable[[Study], ProgressCallback], say: Say
 ) -> bool:
     """Finish `count` of the stopped trials after all and write what came of it; False if interrupted.
 
@@ -134,13 +134,13 @@ def audit_stops(
     done = {r.trial_id for r in inner.records() if r.status is Status.FINISHED}
     todo = {r.trial_id: r for r in chosen if r.trial_id not in done}
     end, costs = clock.at(clock.search + STOPS_SHARE), job.costs if job.workers.packed else None
-    say(f"Audit of stops: {len(chosen)} of {len(stopped)} trials stopped at a rung are finished after all.")
+    say(f"Check of stops: {len(chosen)} of {len(stopped)} trials stopped at a rung are finished after all.")
     completed = not todo or run_trials(
         replace(job, study=inner, workers=replace(job.workers, packed=0)),
-        stage="audit",
+        stage="stop_check",
         begun=clock.begun,
         end=end,
-        search_alg=Queue(
+        search_alg=QueueSearcher(
             [r.config for r in todo.values()],
             metric=study.metric,
             mode=METRICS[study.metric].mode,
@@ -153,6 +153,6 @@ def audit_stops(
         inner.weights_file(record.trial_id).unlink(missing_ok=True)  # nobody uses them
     finished = {r.trial_id: r for r in inner.leaderboard()}
     board = [r for r in study.leaderboard() if r.stage == "search"]
-    results = audited(chosen, finished, board, metric=study.metric, stopped=len(stopped))
+    results = judged_stops(chosen, finished, board, metric=study.metric, stopped=len(stopped))
     write_json(study.stops_file, results)
     return completed

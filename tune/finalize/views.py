@@ -1,4 +1,4 @@
-"""Test-time augmentation on probation: further views of each picture are kept only where they help on val."""
+"""Test-time augmentation on probation: further views of each image are kept only where they help on val."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from carmodels.training.forward import view_size
 from tune.finalize import folds
 from tune.runtime.job import Job, as_task
 
-MOST_VIEWS = 4  # a picture, the plain one included
+MOST_VIEWS = 4  # an image, the plain one included
 _HALF_PRECISION = 0.02  # by how much probabilities differ between two batch layouts on a GPU
 _ROUNDING = 1e-5
-_TIMED = 64  # pictures
-_JUDGING = 0.5  # of the time that is left: for showing val; the rest is for audit and test
+_TIMED = 64  # images
+_JUDGING = 0.5  # of the time that is left: for showing val; the rest is for holdout and test
 
 
 @dataclass(frozen=True)
 class Paces:
-    """What showing a picture to a model takes one worker here, in seconds, as measured; each shape once."""
+    """What showing an image to a model takes one worker here, in seconds, as measured; each shape once."""
 
     job: Job
     seconds: dict[tuple[str, int], float] = field(default_factory=dict)  # by backbone and size in pixels
 
     def of(self, config: TrialConfig, view: str = "plain") -> float:
-        """Seconds a picture, loading included."""
+        """Seconds an image, loading included."""
         models = config.folds or 1
         return models * self.seconds[self._key(config, view)]
 
@@ -60,9 +60,9 @@ class Paces:
 
 
 def prediction_seconds(job: Job, config: TrialConfig, size: int) -> float:
-    """The better of two passes over some pictures of val, after the network has warmed up on them."""
+    """The better of two passes over some images of val, after the network has warmed up on them."""
     job.workers.take()
-    config = replace(config, image_size=size, start_size=0, test_size=0)
+    config = replace(config, image_size=size, start_image_size=0, eval_image_size=0)
     model = build(config, classes=len(job.splits.classes), weights=Weights("none"))
     val = job.splits.val
     assert val.labels is not None
@@ -117,21 +117,21 @@ class Members:
     def repeats(self) -> bool:
         """Show val to the first member again: whether that gives what it left.
 
-        Where it does not, pictures and ids have come apart, or this is another kind of machine.
+        Where it does not, images and ids have come apart, or this is another kind of machine.
         """
         record = next(iter(self.weights))
         before = self.job.study.predictions(record.trial_id, "val")
         task = as_task(_shown, self.job.workers)
         again = ray.get(task.remote(self.job, record, "val", ("plain",)))[0].aligned(before.ids)
-        tolerance = _ROUNDING if record.stage == FOLDS else 0.0  # whose pictures come in other batches now
+        tolerance = _ROUNDING if record.stage == FOLDS else 0.0  # whose images come in other batches now
         if self.job.workers.gpus:
             tolerance = _HALF_PRECISION
         return np.allclose(again.probs, before.probs, rtol=0, atol=tolerance)
 
     def costs(self, paces: Paces, views: Iterable[str], *, on_val: bool = False) -> dict[str, float]:
-        """Seconds that all members together take for 1,000 pictures, by view.
+        """Seconds that all members together take for 1,000 images, by view.
 
-        On val each picture is shown to one model of folds alone.
+        On val each image is shown to one model of folds alone.
         """
         configs, views = [record.config for record in self.weights], tuple(views)
         paces.measure(configs, views)
@@ -152,8 +152,8 @@ class Verdict:
 
     views: tuple[str, ...]
     sentence: str
-    tried: tuple[dict[str, Any], ...] = ()  # by set of views: val, log loss, pictures set right and wrong
-    nested: dict[str, Any] | None = None  # what choosing them is worth on pictures that did not choose
+    tried: tuple[dict[str, Any], ...] = ()  # by set of views: val, log loss, images set right and wrong
+    nested: dict[str, Any] | None = None  # what choosing them is worth on images that did not choose
 
     @property
     def lines(self) -> list[str]:
@@ -180,9 +180,9 @@ def judge_views(
 ) -> Verdict:
     """Add views to the plain one on val, as far as `seconds` allow, each the one that helps most.
 
-    That is judged by log loss, which a few hundred pictures tell more surely than accuracy: views that it
+    That is judged by log loss, which a few hundred images tell more surely than accuracy: views that it
     chose on 297 of cars9 gained 3.2 points on the others, those that accuracy chose 2.3 (results/final). At
-    most `limit` views, which take all members at most `max_cost` seconds for 1,000 pictures. The best of so
+    most `limit` views, which take all members at most `max_cost` seconds for 1,000 images. The best of so
     many sets is partly the luckiest, so they are kept only where, chosen on one half of val, they help on the
     other by the study's metric.
     """
@@ -227,9 +227,9 @@ def _affordable(
     seconds: float,
     max_cost: float,
 ) -> tuple[int, dict[str, str]]:
-    """How many views a picture there is time for, and why views are left out that are not to be tried."""
+    """How many views an image there is time for, and why views are left out that are not to be tried."""
     splits, workers = job.splits, job.workers.count
-    later = (len(splits.audit) + len(splits.test)) * max(costs.values()) / 1000 / workers  # for each view
+    later = (len(splits.holdout) + len(splits.test)) * max(costs.values()) / 1000 / workers  # for each view
     most = min(limit, 1 + int(min((1 - _JUDGING) * seconds / later, limit))) if later else limit
     left, left_out = _JUDGING * seconds, {}
     for view in VIEWS:
@@ -238,7 +238,7 @@ def _affordable(
         takes = len(splits.val) * on_val[view] / 1000 / workers
         if costs["plain"] + costs[view] > max_cost:
             total = costs["plain"] + costs[view]
-            left_out[view] = f"with it 1,000 pictures would take {total:.1f} s, more than {max_cost:g} s"
+            left_out[view] = f"with it 1,000 images would take {total:.1f} s, more than {max_cost:g} s"
         elif most < 2 or takes > left:
             left_out[view] = f"it would take about {takes + later:.0f} s"
         else:
@@ -282,5 +282,5 @@ def _verdict(
     halves = f"chosen on one half of val it gains {check.gain:+.4f} on the other"
     if not check.helps:
         return ("plain",), f"left out {scores}, but {halves}"
-    counts = f"{found['set_right']} pictures set right, {found['set_wrong']} set wrong"
+    counts = f"{found['set_right']} images set right, {found['set_wrong']} set wrong"
     return views, f"kept {scores}, {counts}; {halves}"

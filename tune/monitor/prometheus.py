@@ -18,7 +18,7 @@ from carmodels.evaluation.metrics import METRICS
 from carmodels.records import FOLD, Status, TrialRecord
 from carmodels.training.config import EpochMetrics, TrialConfig
 from tune.budget.clock import Clock
-from tune.runtime.callbacks import RunState, Watch
+from tune.runtime.callbacks import ProgressCallback, RunState
 from tune.runtime.worker import trial_name
 
 REFRESH_SECONDS = 1.0  # between two times that all gauges are set
@@ -33,11 +33,11 @@ SERIES: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
     "carmodels_value": (Gauge, "the metric on val after the trial's last epoch", (*_TRIAL, "metric")),
     "carmodels_epoch": (Gauge, "epochs that the trial has run", _TRIAL),
     "carmodels_epochs_per_second": (Gauge, "of the trial's last epoch; 0: it has ended", _TRIAL),
-    "carmodels_pictures_per_second": (Gauge, "likewise, pictures trained on", _TRIAL),
+    "carmodels_images_per_second": (Gauge, "likewise, images trained on", _TRIAL),
     "carmodels_gpu_bytes": (Gauge, "most GPU memory the trial has taken; 0: it has ended", _TRIAL),
 }
 
-_WHILE_TRAINING = ("carmodels_epochs_per_second", "carmodels_pictures_per_second", "carmodels_gpu_bytes")
+_WHILE_TRAINING = ("carmodels_epochs_per_second", "carmodels_images_per_second", "carmodels_gpu_bytes")
 
 REASONS = {  # how a record's reason begins -> the tag, of which there are few
     "the time": "time",
@@ -64,25 +64,25 @@ def exported(
     study: str,
     metric: str,
     *,
-    pictures: Callable[[TrialConfig], int],
+    images: Callable[[TrialConfig], int],
     clock: Clock,
     records: Iterable[TrialRecord] = (),
-) -> Watch:
-    """A watch that exports what it is told; `pictures` says how many a configuration's epoch learns from.
+) -> ProgressCallback:
+    """A watch that exports what it is told; `images` says how many a configuration's epoch learns from.
 
     `records` are there already.
     """
-    exporter = _Exporter(study, metric, pictures, clock)
+    exporter = _Exporter(study, metric, images, clock)
     for record in records:
         exporter.on_finished(record)
-    return Watch(exporter.on_record, exporter.on_step, exporter.on_epoch)
+    return ProgressCallback(exporter.on_record, exporter.on_step, exporter.on_epoch)
 
 
 @dataclass
 class _Exporter:
     study: str
     metric: str
-    pictures: Callable[[TrialConfig], int]
+    images: Callable[[TrialConfig], int]
     clock: Clock
     _levels: dict[tuple[str, ...], tuple[dict[str, str], float]] = field(default_factory=dict)
     _refreshed: float = -math.inf  # time.monotonic()
@@ -93,7 +93,7 @@ class _Exporter:
         self._set("carmodels_epoch", epoch.epoch, tags)
         if epoch.seconds > 0:
             self._set("carmodels_epochs_per_second", 1 / epoch.seconds, tags)
-            self._set("carmodels_pictures_per_second", self.pictures(config) / epoch.seconds, tags)
+            self._set("carmodels_images_per_second", self.images(config) / epoch.seconds, tags)
         self._set("carmodels_gpu_bytes", gpu_bytes, tags)
 
     def on_record(self, record: TrialRecord) -> None:

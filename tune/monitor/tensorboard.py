@@ -10,11 +10,11 @@ from tensorboardX import SummaryWriter
 from carmodels.records import TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.worker import trial_name
 
 
-def written(study: Study) -> Watch:
+def written(study: Study) -> ProgressCallback:
     """A watch that writes each epoch as it is reported; a trial that runs again starts its curves anew."""
     writers: dict[str, SummaryWriter] = {}
 
@@ -39,4 +39,4 @@ def written(study: Study) -> Watch:
         if writer is not None:
             writer.close()
 
-    return Watch(on_record, on_epoch=on_epoch)
+    return ProgressCallback(on_record, on_epoch=on_epoch)

@@ -23,15 +23,15 @@ from tune.finalize import stop_check
 from tune.monitor import live
 from tune.optim import importance
 from tune.optim.standings import Standing, judged, leading, sentence
-from tune.runtime.callbacks import RunState, Watch
+from tune.runtime.callbacks import ProgressCallback, RunState
 
 QUIET_SECONDS = 60.0  # between two lines on how things stand, where the output is no terminal
 
-_AUDITED = {
+_SCORED_NAMES = {
     "ensemble": "ensemble",
     "single": "best single trial",
-    "recipe": "competitor's recipe",
-    "gain_over_recipe": "gain over the recipe",
+    "baseline": "baseline",
+    "gain_over_baseline": "gain over the baseline",
 }
 
 _COLOURS = {Status.FINISHED: "green", Status.STOPPED: "yellow", Status.FAILED: "red", Status.DIVERGED: "red"}
@@ -54,7 +54,7 @@ class Screen:
         """One line, whatever it holds; long ones are not cut."""
         self.console.print(text, style=style, markup=False)
 
-    def watch(self, study: Study, clock: Clock, trials: int | None) -> Watch:
+    def watch(self, study: Study, clock: Clock, trials: int | None) -> ProgressCallback:
         """What a run calls as trials end and time goes by."""
         metric = study.metric
         ended = {r.trial_id: r for r in study.records() if r.status not in CUT_OFF}
@@ -71,7 +71,7 @@ class Screen:
         def on_step(recorder: RunState) -> None:
             self._show(live.standing(ended.values(), recorder, metric, clock, trials))
 
-        return Watch(on_record, on_step)
+        return ProgressCallback(on_record, on_step)
 
     def _show(self, now: live.Standing) -> None:
         if self._alive:
@@ -91,7 +91,7 @@ class Screen:
 
     def decoding(self) -> tuple[Progress, Any]:
         """A progress bar for the data cache, and the function that moves it."""
-        columns = (TextColumn("Decoding pictures, once for all trials"), BarColumn(), TaskProgressColumn())
+        columns = (TextColumn("Decoding images, once for all trials"), BarColumn(), TaskProgressColumn())
         progress = Progress(*columns, console=self.console, transient=True, disable=not self._alive)
         task = progress.add_task("decode", total=None)
         return progress, lambda done, total: progress.update(task, completed=done, total=total)
@@ -106,7 +106,7 @@ class Screen:
             right = names[i] in {"rank", study.metric, "px", "lr", "epochs", "s"}
             table.add_column(names[i], justify="right" if right else "left", overflow="fold")
         for rank, record in enumerate(study.leaderboard(), start=1):
-            if rank <= rows or record.is_recipe:
+            if rank <= rows or record.is_baseline:
                 cells = (str(rank), *_cells(record))
                 table.add_row(*(cells[i] for i in shown))
         if table.rows:
@@ -167,22 +167,22 @@ class Screen:
         )
 
     def answer(self, results: dict[str, Any], study: Study) -> None:
-        """What the ensemble is made of and scores on audit, what searching gained, the submission's path."""
-        audit, shown = results["audit"], partial(interval_text, results["metric"])
+        """Members and holdout score of the ensemble, what searching gained, the submission's path."""
+        holdout, shown = results["holdout"], partial(interval_text, results["metric"])
         self._members(results)
-        self.say(f"{results['metric']} on audit ({audit['pictures']} pictures kept aside, 95 % intervals):")
-        for name, words in _AUDITED.items():
-            if name in audit:
-                self.say(f"  {words:<24}{shown(audit[name])}", "bold" if name == "ensemble" else "")
-        if "recipe" not in audit:
-            self.say("  The competitor's recipe did not finish: there is nothing to compare with.", "yellow")
-        if audit["looks"] > 1:
+        self.say(f"{results['metric']} on holdout ({holdout['images']} images kept aside, 95 % intervals):")
+        for name, words in _SCORED_NAMES.items():
+            if name in holdout:
+                self.say(f"  {words:<24}{shown(holdout[name])}", "bold" if name == "ensemble" else "")
+        if "baseline" not in holdout:
+            self.say("  The baseline did not finish: there is nothing to compare with.", "yellow")
+        if holdout["looks"] > 1:
             self.say(
-                f"  (audit was looked at {audit['looks']} times in this study: quote the first)", "yellow"
+                f"  (holdout was looked at {holdout['looks']} times in this study: quote the first)", "yellow"
             )
         if "hidden" in results:
             hidden = results["hidden"]
-            self.say(f"Expected on the {hidden['pictures']} hidden pictures, in 95 of 100: {shown(hidden)}.")
+            self.say(f"Expected on the {hidden['images']} hidden images, in 95 of 100: {shown(hidden)}.")
         if "submission" in results:
             given = ", ".join(f"{row['name']} {row['rows']}" for row in results["submission"]["classes"])
             self.say(f"Submission: {study.submission_file}, {results['submission']['rows']} rows: {given}.")
@@ -191,7 +191,7 @@ class Screen:
         """Who is in, with what each adds on val and takes."""
         cost = results["cost"]
         worker = cost["device"].upper() if cost["device"] != "cpu" else f"{cost['cores']} CPU cores"
-        title = f"Ensemble: {cost['seconds_per_1000']:.1f} s for 1,000 pictures on {worker}, views included"
+        title = f"Ensemble: {cost['seconds_per_1000']:.1f} s for 1,000 images on {worker}, views included"
         table = Table(title=title.replace("1 CPU cores", "1 CPU core"), title_justify="left")
         for name in ("weight", "trial", "model", "stage"):
             table.add_column(name, justify="right" if name == "weight" else "left")
@@ -237,7 +237,7 @@ def _standing_cells(standing: Standing, best: Standing) -> tuple[str, ...]:
         f"{standing.mean:.4f}",
         f"{estimate.value:.4f}",
         f"{estimate.low:.4f} to {estimate.high:.4f}",
-        "the best" if standing is best else "no" if standing.apart else "yes",
+        "the best" if standing is best else "no" if standing.clearly_worse else "yes",
     )
 
 

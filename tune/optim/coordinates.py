@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from carmodels.catalog import BACKBONES, UNFREEZE
-from carmodels.models.parameter_groups import open_groups
+from carmodels.models.parameter_groups import trainable_groups
 from carmodels.presets import SPACES
 from carmodels.space import Choice, Dimension, Range, Space
 from carmodels.training.config import TrialConfig
@@ -73,7 +73,7 @@ class Coordinates:
     def trends(self, x: np.ndarray) -> np.ndarray:
         """(N, D) places -> (N, T): what is expected of them beforehand, in standard deviations, by cause.
 
-        Larger networks and pictures are better, as is letting the backbone learn. Of learning rates and their
+        Larger networks and images are better, as is letting the backbone learn. Of learning rates and their
         decay over the layers the best lies inside the range, or the part of it that a preset for networks of
         such size has, where exactly being open: a bend down to the ends, and a tilt, whose coefficient may as
         well be below 0. Each has the mean 0 over its coordinate.
@@ -156,5 +156,5 @@ def _reach(layer_decay: float) -> float:
 def _learning(unfreeze: str, epochs: int) -> float:
     """The share of the backbone that learns, a mean over the schedule."""
     numbers = range(1, epochs + 1)
-    opened = [open_groups(UNFREEZE[unfreeze], epoch=n, epochs=epochs, groups=_GROUPS) for n in numbers]
+    opened = [trainable_groups(UNFREEZE[unfreeze], epoch=n, epochs=epochs, groups=_GROUPS) for n in numbers]
     return sum(opened) / (_GROUPS * epochs)

@@ -109,7 +109,7 @@ def importances(records: Sequence[TrialRecord], space: Space, metric: str) -> Im
     drew it, weighted by how many of the best are among them.
 
     Small samples always differ somehow; `chance` says by how much, from shuffles of the order (as Altmann et
-    al., 2010, do for forests). Trials with a note (the recipe, which differs in more than the space) and
+    al., 2010, do for forests). Trials with a note (the baseline, which differs in more than the space) and
     those that failed are left out.
     """
     trials = [t for r in _ranked(records, metric) if (t := learned(r, space)) is not None]
@@ -144,7 +144,7 @@ def _ranked(records: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
         value = math.inf if record.value is None else sign * record.value
         return standing.index(record.status), -epochs, value
 
-    own = (r for r in records if r.stage == "search" and not r.is_recipe)
+    own = (r for r in records if r.stage == "search" and not r.is_baseline)
     return sorted((r for r in own if r.status in standing), key=key)
 
 

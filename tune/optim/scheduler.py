@@ -28,7 +28,7 @@ class Deadline:
 class Scheduler(AsyncHyperBandScheduler):
     """ASHA (Li et al., 2020) with reasons for its stops, a clock, and trials that always run to their end.
 
-    Those that do are no peers of others at a rung: the competitor's recipe is ahead of better trials in its
+    Those that do are no peers of others at a rung: the baseline is ahead of better trials in its
     fourth epoch, and would have the first ones stopped (results/search/NOTES.md).
 
     A result that carries `status` is a trial's last and is never stopped. Ray calls this object in the driver

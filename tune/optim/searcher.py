@@ -24,7 +24,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", message="Define-by-run function")  # Ray times the sampler with it
 
 
-class Queue(Searcher):
+class QueueSearcher(Searcher):
     """Hands out a list of configurations, then ends; before that at one that no longer fits into the time."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Queue(Searcher):
         """Nothing to learn."""
 
 
-class Draws(OptunaSearch):
+class OptunaSearcher(OptunaSearch):
     """OptunaSearch over a `Space`: a queue that goes first, a limit, an end of drawing, no trial twice.
 
     Optuna is told what happened: a stopped trial is pruned (with its intermediate values), a diverged one

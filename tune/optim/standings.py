@@ -41,7 +41,7 @@ class Standing:
     chance: float  # that it is better than the best one; of the best one itself 0.5
 
     @property
-    def apart(self) -> bool:
+    def clearly_worse(self) -> bool:
         """Whether it can be told apart from the best one: the 95 % interval of their gap leaves out 0."""
         return self.chance < TAIL
 
@@ -87,25 +87,25 @@ def without_seed(config: TrialConfig) -> TrialConfig:
     return replace(config, seed=0)
 
 
-def noise(values: Sequence[np.ndarray], metric: str, pictures: int) -> float:
+def noise(values: Sequence[np.ndarray], metric: str, images: int) -> float:
     """Standard deviation of a run's value, from repeats, (runs,) each, and what is known beforehand.
 
-    At least, and beforehand, that of a score on so many val pictures (for accuracy the binomial one), at the
-    level of the best few. Seeds alone give less on the same pictures: half its variance where a model is
-    calibrated (Jordan, 2023), 0.51 in the repeats of results/curves. The rest is for the pictures: the best
+    At least, and beforehand, that of a score on so many val images (for accuracy the binomial one), at the
+    level of the best few. Seeds alone give less on the same images: half its variance where a model is
+    calibrated (Jordan, 2023), 0.51 in the repeats of results/curves. The rest is for the images: the best
     one is wanted for others than these.
     """
-    floor = _of_pictures(np.array([v.mean() for v in values]), metric, pictures) ** 2
+    floor = _of_images(np.array([v.mean() for v in values]), metric, images) ** 2
     squares = sum(float(((v - v.mean()) ** 2).sum()) for v in values)
     repeats = sum(len(v) - 1 for v in values)
     return math.sqrt(max(floor, (_PRIOR_RUNS * floor + squares) / (_PRIOR_RUNS + repeats)))
 
 
-def _of_pictures(means: np.ndarray, metric: str, pictures: int) -> float:
-    """Standard deviation of a score on so many pictures, at the level of the best few of (J,)."""
+def _of_images(means: np.ndarray, metric: str, images: int) -> float:
+    """Standard deviation of a score on so many images, at the level of the best few of (J,)."""
     order = np.argsort(METRICS[metric].gain(np.zeros(len(means)), means))
     level = float(means[order[:CONTENDERS]].mean())
-    return max(METRICS[metric].spread(level) / math.sqrt(pictures), 1 / pictures)
+    return max(METRICS[metric].spread(level) / math.sqrt(images), 1 / images)
 
 
 def posterior(means: np.ndarray, runs: np.ndarray, sd: float) -> Posterior:
@@ -153,21 +153,21 @@ class Field:
     noise: float
 
     @classmethod
-    def of(cls, found: Runs, metric: str, pictures: int) -> Field | None:
+    def of(cls, found: Runs, metric: str, images: int) -> Field | None:
         """None where there is nothing to compare.
 
         What lies further below the median than the best one lies above it, and by more than the noise, or
         diverged with a seed, is of another kind (a schedule that never took off) and stands for itself.
         """
-        if not found or not pictures:
+        if not found or not images:
             return None
         values = [np.array([float(r.value or 0) for r in runs]) for runs in found.values()]
         raw = np.array([v.mean() for v in values])
         means = raw if METRICS[metric].mode == "max" else -raw
-        alike = means >= 2 * np.median(means) - means.max() - 2 * _of_pictures(raw, metric, pictures)
+        alike = means >= 2 * np.median(means) - means.max() - 2 * _of_images(raw, metric, images)
         steady = np.array([all(r.status is Status.FINISHED for r in runs) for runs in found.values()])
         alike = alike & steady if (alike & steady).any() else alike
-        sd = noise([v for v, is_alike in zip(values, alike, strict=True) if is_alike], metric, pictures)
+        sd = noise([v for v, is_alike in zip(values, alike, strict=True) if is_alike], metric, images)
         first = [runs[0] for runs in found.values()]
         return cls(first, means, np.array([len(v) for v in values]), alike, sd)
 
@@ -191,9 +191,9 @@ class Field:
         return replace(self, means=means, runs=self.runs + more)
 
 
-def standings(records: Iterable[TrialRecord], *, metric: str, pictures: int) -> list[Standing]:
-    """Every configuration by its posterior mean, best first; `pictures` are those of val."""
-    field = Field.of(runs_of(records), metric, pictures)
+def standings(records: Iterable[TrialRecord], *, metric: str, images: int) -> list[Standing]:
+    """Every configuration by its posterior mean, best first; `images` are those of val."""
+    field = Field.of(runs_of(records), metric, images)
     if field is None:
         return []
     found = field.posterior
@@ -220,7 +220,7 @@ def _estimate(mean: float, sd: float, metric: str) -> Interval:
 
 def judged(study: Study) -> list[Standing]:
     """The standings of a study."""
-    return standings(study.records(), metric=study.metric, pictures=len(study.labels("val")))
+    return standings(study.records(), metric=study.metric, images=len(study.labels("val")))
 
 
 def leading(found: Sequence[Standing]) -> list[Standing]:
@@ -237,7 +237,7 @@ def described(found: Sequence[Standing]) -> list[dict[str, Any]]:
             "runs": s.runs,
             "mean": s.mean,
             "estimate": asdict(s.estimate),
-            "told_apart": s.apart,
+            "clearly_worse": s.clearly_worse,
             "chance_to_be_better": s.chance,
         }
         for s in leading(found)
@@ -247,7 +247,7 @@ def described(found: Sequence[Standing]) -> list[dict[str, Any]]:
 def sentence(found: Sequence[Standing]) -> str:
     """Who is best, and who cannot be told apart from it."""
     best, others = found[0], found[1:]
-    equal = [s for s in others if not s.apart]
+    equal = [s for s in others if not s.clearly_worse]
     named = [s for s in leading(found) if s in equal]
     text = f"The best is {_named(best)}, by {_times(best.runs)}. "
     if not others:

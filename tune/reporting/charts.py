@@ -1,4 +1,4 @@
-"""The report's pictures of a study, as Vega-Lite specifications; none of them reads a file."""
+"""The report's images of a study, as Vega-Lite specifications; none of them reads a file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from carmodels.training.config import EpochMetrics
 from tune.optim.importance import Importance
 
 Chart = dict[str, Any]  # a Vega-Lite specification
-MOST_CURVES = 150  # in one picture; of more, the finished ones and an even choice of the others
+MOST_CURVES = 150  # in one image; of more, the finished ones and an even choice of the others
 HEIGHT = 300  # pixels
 _AS_SEARCHED, _BY_CHANCE = "as searched", "in random order, mean"
 _BEYOND = 0.05  # of an axis, past its ends
-_ORDERS = 200  # random orders behind the picture of what chance would have found
+_ORDERS = 200  # random orders behind the image of what chance would have found
 
 # Okabe and Ito (2008): told apart with any kind of colour vision, on light and on dark
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933"]
@@ -270,7 +270,7 @@ def confusion(counts: np.ndarray, names: Sequence[str], shown: Sequence[int]) ->
         {
             "truth": names[i],
             "answer": names[j],
-            "pictures": int(counts[i, j]),
+            "images": int(counts[i, j]),
             "share": float(shares[i, j]),
         }
         for i, j in itertools.product(shown, shown)
@@ -280,13 +280,13 @@ def confusion(counts: np.ndarray, names: Sequence[str], shown: Sequence[int]) ->
     base = alt.Chart(pd.DataFrame(rows)).encode(
         x=alt.X("answer:N", scale=alt.Scale(domain=list(names)), axis=alt.Axis(labelAngle=-40)),
         y=alt.Y("truth:N", scale=alt.Scale(domain=list(names))),
-        tooltip=["truth:N", "answer:N", "pictures:Q", alt.Tooltip("share:Q", format=".1%")],
+        tooltip=["truth:N", "answer:N", "images:Q", alt.Tooltip("share:Q", format=".1%")],
     )
     # the colour's strength says how much, so that the ground shows through on light and on dark
     strength = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 1], range=[0.12, 1]), legend=None)
     cells = base.mark_rect(color=COLOURS[0]).encode(opacity=strength)
     text = base.mark_text(fontSize=11).encode(
-        text="pictures:Q",
+        text="images:Q",
         color=alt.condition("datum.share > 0.5", alt.value("white"), alt.value("currentColor")),
     )
     side = max(HEIGHT, 24 * len(names))
@@ -302,7 +302,7 @@ def recall(rows: Sequence[Mapping[str, Any]]) -> Chart:
             alt.Tooltip("recall:Q", format=".1%"),
             alt.Tooltip("low:Q", format=".1%"),
             alt.Tooltip("high:Q", format=".1%"),
-            "pictures:Q",
+            "images:Q",
         ],
     )
     x = alt.X("low:Q", title="recall", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%"))
@@ -325,12 +325,12 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> Chart:
         color=_colour("when:N", "", list(dict.fromkeys(row["when"] for row in bins))),
         tooltip=[
             "when:N",
-            "pictures:Q",
+            "images:Q",
             alt.Tooltip("confidence:Q", format=".2f"),
             alt.Tooltip("right:Q", format=".2f"),
         ],
     )
-    size = alt.Size("pictures:Q", scale=alt.Scale(range=[15, 250]), legend=None)  # few prove little
+    size = alt.Size("images:Q", scale=alt.Scale(range=[15, 250]), legend=None)  # few prove little
     lines, dots = found.mark_line(opacity=0.5), found.mark_circle(opacity=1).encode(size=size)
     return _spec((ideal + lines + dots).properties(width="container", height=HEIGHT))
 
@@ -363,7 +363,7 @@ def rivals(studies: Mapping[str, Sequence[TrialRecord]], metric: str) -> Chart:
 
 
 def scores(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
-    """A dot a score on audit, with its interval, of each study's ensemble, single trial and recipe."""
+    """A dot a score on holdout, with its interval, of each study's ensemble, single trial and baseline."""
     names = list(dict.fromkeys(row["study"] for row in rows))
     what = list(dict.fromkeys(row["what"] for row in rows))
     base = alt.Chart(pd.DataFrame(rows)).encode(
@@ -376,7 +376,7 @@ def scores(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
             *(alt.Tooltip(f"{v}:Q", format=".4f") for v in ("value", "low", "high")),
         ],
     )
-    x = alt.X("low:Q", title=f"{metric} on audit, 95 % interval", scale=alt.Scale(zero=False))
+    x = alt.X("low:Q", title=f"{metric} on holdout, 95 % interval", scale=alt.Scale(zero=False))
     lines = base.mark_rule(strokeWidth=2, opacity=0.6).encode(x=x, x2="high:Q")
     dots = base.mark_circle(size=90, opacity=1).encode(x="value:Q")
     return _spec((lines + dots).properties(width="container", height=30 + 24 * len(rows)))

@@ -19,7 +19,7 @@ from tune.reporting import charts
 from tune.reporting.page import counts, refuse_empty, rendered
 
 PAGE = "compare.html"
-_SCORED = {"ensemble": "ensemble", "single": "best single trial", "recipe": "competitor's recipe"}
+_SCORED = {"ensemble": "ensemble", "single": "best single trial", "baseline": "baseline"}
 _OWN = ("data", "split", "seed", "metric")  # fields of a configuration that are settings of its study
 
 # of study.json: what says how the search was made, in the order it is shown
@@ -66,13 +66,13 @@ def render(studies: Sequence[Study], refresh: int = 0) -> str:
     settings, alike = differing([_settings(side) for side in sides])
     config, same_config = differing([_config(side.best) for side in sides])
     by_name = {side.name: side.searched for side in sides}
-    audited = _audited(sides)
+    judged_stops = _scored_sides(sides)
     drawn = {
         "rivals": charts.rivals(by_name, metric),
         "spent": charts.spent({s.name: s.records for s in sides}),
     }
-    if audited:
-        drawn["scores"] = charts.scores(audited, metric)
+    if judged_stops:
+        drawn["scores"] = charts.scores(judged_stops, metric)
     return rendered(
         "compare.html",
         title=f"{', '.join(side.name for side in sides)} · {metric}",
@@ -130,74 +130,74 @@ def names(folders: Sequence[Path]) -> list[str]:
 def _headline(side: Side, metric: str) -> tuple[str, str, str]:
     """A study's score, its interval and what it is."""
     if side.results:
-        found = side.results["audit"]["ensemble"]
+        found = side.results["holdout"]["ensemble"]
         return (
             score_text(metric, found["value"]),
             range_text(metric, found),
-            f"{side.name}, ensemble on audit",
+            f"{side.name}, ensemble on holdout",
         )
     value = score_text(metric, side.best.value) if side.best else NOTHING
     return value, "", f"{side.name}, best on val so far"
 
 
-def _audited(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """A row for each score on audit."""
+def _scored_sides(sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """A row for each score on holdout."""
     return [
-        {"study": side.name, "what": words, **side.results["audit"][name]}
+        {"study": side.name, "what": words, **side.results["holdout"][name]}
         for side in sides
         if side.results
         for name, words in _SCORED.items()
-        if name in side.results["audit"]
+        if name in side.results["holdout"]
     ]
 
 
 def verdict(first: Side, other: Side, metric: str) -> str:
-    """Whether one study's ensemble is better than another's, by the same pictures of audit if they are."""
+    """Whether one study's ensemble is better than another's, by the same images of holdout if they are."""
     pair = f"{first.name} over {other.name}"
     if not (first.results and other.results):
         return f"{pair}: not both have an ensemble yet."
     if first.facts["split_hash"] != other.facts["split_hash"]:
-        return f"{pair}: their pictures or splits differ, the scores on audit are not of the same pictures."
+        return f"{pair}: their images or splits differ, the scores on holdout are not of the same images."
     found = _gain(first.study, other.study, metric)
     if found is None:
-        return f"{pair}: the probabilities on audit are not both there, only the scores can be compared."
+        return f"{pair}: the probabilities on holdout are not both there, only the scores can be compared."
     value, ends = gain_text(metric, asdict(found))
     told = found.low > 0 or found.high < 0
     better = first.name if found.value > 0 else other.name
     words = f"{better} is better" if told else "the two cannot be told apart"
     return (
-        f"{pair}: {value} points ({ends}) on the same {len(first.study.labels('audit'))} pictures; {words}."
+        f"{pair}: {value} points ({ends}) on the same {len(first.study.labels('holdout'))} images; {words}."
     )
 
 
 def _gain(first: Study, other: Study, metric: str) -> Interval | None:
-    """Of one ensemble over another on the audit they share; None where probabilities are missing."""
-    if not all(study.predictions_file("ensemble", "audit").is_file() for study in (first, other)):
+    """Of one ensemble over another on the holdout they share; None where probabilities are missing."""
+    if not all(study.predictions_file("ensemble", "holdout").is_file() for study in (first, other)):
         return None
-    mine, truth = first.answers("ensemble", "audit")
-    theirs = other.predictions("ensemble", "audit").aligned(list(first.labels("audit"))).probs
+    mine, truth = first.answers("ensemble", "holdout")
+    theirs = other.predictions("ensemble", "holdout").aligned(list(first.labels("holdout"))).probs
     return paired_gain(metric, mine, theirs, truth)
 
 
 def _outcomes(sides: Sequence[Side], metric: str) -> Rows:
     """What the studies came to and what they cost; rows that none can fill are left out."""
-    found = [_audit_rows(side, metric) | _other_rows(side, metric) for side in sides]
+    found = [_holdout_rows(side, metric) | _other_rows(side, metric) for side in sides]
     rows = {name: [of[name] for of in found] for name in found[0]}
     return {name: cells for name, cells in rows.items() if set(cells) != {NOTHING}}
 
 
-def _audit_rows(side: Side, metric: str) -> dict[str, str]:
-    """Scores on audit and what they promise."""
-    results = side.results or {"audit": {}}
-    audit = results["audit"]
+def _holdout_rows(side: Side, metric: str) -> dict[str, str]:
+    """Scores on holdout and what they promise."""
+    results = side.results or {"holdout": {}}
+    holdout = results["holdout"]
     found = {
-        f"{words} on audit": interval_text(metric, audit[name]) if name in audit else NOTHING
+        f"{words} on holdout": interval_text(metric, holdout[name]) if name in holdout else NOTHING
         for name, words in _SCORED.items()
     }
-    gain = gain_text(metric, audit["gain_over_recipe"]) if "gain_over_recipe" in audit else ()
-    found["gain over the recipe, points"] = f"{gain[0]} ({gain[1]})" if gain else NOTHING
+    gain = gain_text(metric, holdout["gain_over_baseline"]) if "gain_over_baseline" in holdout else ()
+    found["gain over the baseline, points"] = f"{gain[0]} ({gain[1]})" if gain else NOTHING
     hidden = interval_text(metric, results["hidden"]) if "hidden" in results else NOTHING
-    found["expected on the hidden pictures"] = hidden
+    found["expected on the hidden images"] = hidden
     return found
 
 

@@ -28,9 +28,9 @@ _LEAST = 0.01  # of probability, below which a map stays faint
 
 @dataclass(frozen=True)
 class Mistake:
-    """A picture that is answered wrongly."""
+    """An image that is answered wrongly."""
 
-    picture: str  # its id
+    image: str  # its id
     column: int  # of the answer
     answer: str
     truth: str
@@ -58,7 +58,7 @@ def found_mistakes(study: Study) -> Mistakes | None:
     order = wrong[np.argsort(-probs[wrong].max(axis=1), kind="stable")][:MOST].tolist()
     worst = [
         Mistake(
-            picture=ids[k],
+            image=ids[k],
             column=int(told[k]),
             answer=names[told[k]],
             truth=names[truth[k]],
@@ -71,63 +71,63 @@ def found_mistakes(study: Study) -> Mistakes | None:
 
 
 def write_thumbnails(study: Study, ensemble: Ensemble, splits: Splits, *, seconds: float = SECONDS) -> None:
-    """Small pictures of the worst mistakes, each with a map of what spoke for the answer, for the report.
+    """Small images of the worst mistakes, each with a map of what spoke for the answer, for the report.
 
     There are maps as far as `seconds` reach, but none of an ensemble of folds: all but one of its models have
-    learnt the picture, and would be asked, too.
+    learnt the image, and would be asked, too.
     """
     if any(member["stage"] == FOLD for member in read_json(study.ensemble_file)["members"]):
         seconds = 0.0
     found = found_mistakes(study)
     worst = found.worst if found else ()
     row_of = dict(zip(splits.val.ids, splits.val.rows.tolist(), strict=True))
-    pictures = [splits.images[row_of[mistake.picture]] for mistake in worst]
-    maps = _maps(ensemble, pictures, [mistake.column for mistake in worst], seconds)
+    images = [splits.images[row_of[mistake.image]] for mistake in worst]
+    maps = _maps(ensemble, images, [mistake.column for mistake in worst], seconds)
     write_json(
         study.thumbnails_file,
         {
-            mistake.picture: {"picture": thumbnail(picture), "map": None if falls is None else overlay(falls)}
-            for mistake, picture, falls in zip(worst, pictures, maps, strict=True)
+            mistake.image: {"image": thumbnail(image), "map": None if falls is None else overlay(falls)}
+            for mistake, image, falls in zip(worst, images, maps, strict=True)
         },
     )
 
 
 def _maps(
-    ensemble: Ensemble, pictures: Sequence[np.ndarray], columns: Sequence[int], seconds: float
+    ensemble: Ensemble, images: Sequence[np.ndarray], columns: Sequence[int], seconds: float
 ) -> list[np.ndarray | None]:
-    """A map for each picture; None for those that the time does not hold."""
+    """A map for each image; None for those that the time does not hold."""
     end = time.monotonic() + seconds
-    if not pictures or seconds <= 0:
-        return [None for _ in pictures]
-    expected = _expected(ensemble, pictures[0])
+    if not images or seconds <= 0:
+        return [None for _ in images]
+    expected = _expected(ensemble, images[0])
     maps: list[np.ndarray | None] = []
-    for picture, column in zip(pictures, columns, strict=True):
+    for image, column in zip(images, columns, strict=True):
         started = time.monotonic()
         if started + expected > end:
             maps.append(None)
             continue
-        maps.append(occlusion(ensemble, picture, column))
+        maps.append(occlusion(ensemble, image, column))
         expected = time.monotonic() - started
     return maps
 
 
-def _expected(ensemble: Ensemble, picture: np.ndarray) -> float:
+def _expected(ensemble: Ensemble, image: np.ndarray) -> float:
     """Seconds that a map takes, from a row of its looks; the first look is slower and does not count."""
-    ensemble.probabilities([picture])
+    ensemble.probabilities([image])
     started = time.monotonic()
-    ensemble.probabilities([picture] * _ROW)
+    ensemble.probabilities([image] * _ROW)
     return SQUARES / _ROW * (time.monotonic() - started)
 
 
-def thumbnail(picture: np.ndarray) -> str:
+def thumbnail(image: np.ndarray) -> str:
     """(H, W, 3) uint8 -> a JPEG whose longer side is at most `SIDE`, as a data URL."""
-    image = Image.fromarray(picture)
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return _data_url(image, "jpeg", quality=80)
+    small = Image.fromarray(image)
+    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return _data_url(small, "jpeg", quality=80)
 
 
 def overlay(falls: np.ndarray) -> str:
-    """A map as `occlusion` gives it -> a PNG of a pixel a cell, to lie over the picture, as a data URL.
+    """A map as `occlusion` gives it -> a PNG of a pixel a cell, to lie over the image, as a data URL.
 
     Orange spoke for the answer, blue against it; the more, the less transparent.
     """

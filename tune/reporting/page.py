@@ -30,13 +30,13 @@ from tune.reporting.charts import Chart
 from tune.reporting.mistakes import found_mistakes
 
 MOST_ROWS = 1000  # of the table of trials; the CSV has them all
-MOST_CLASSES = 30  # in the pictures of confusion and recall: those least often recognised
-BINS = 10  # of confidence, in the picture of calibration
+MOST_CLASSES = 30  # in the images of confusion and recall: those least often recognised
+BINS = 10  # of confidence, in the image of calibration
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: a picture, with what to look for in it."""
+    """A part of the page: an image, with what to look for in it."""
 
     name: str
     title: str
@@ -62,10 +62,10 @@ def render(study: Study, refresh: int = 0) -> str:
     space, metric = space_of(facts), facts["metric"]
     rows, columns = table(study)
     standings = judged(study)
-    finished = any(r.stage == "search" and r.status is Status.FINISHED and not r.is_recipe for r in records)
+    finished = any(r.stage == "search" and r.status is Status.FINISHED and not r.is_baseline for r in records)
     mattered = importances(records, space, metric) if space is not None else None
-    pictures = sections(study, records, space, results)
-    drawn = {section.name: section.chart for section in pictures}
+    images = sections(study, records, space, results)
+    drawn = {section.name: section.chart for section in images}
     if mattered and mattered.dimensions:
         drawn["importance"] = charts.importance(mattered.dimensions)
     found_stops = read_json(study.stops_file) if study.stops_file.is_file() else None
@@ -81,7 +81,7 @@ def render(study: Study, refresh: int = 0) -> str:
         counts=counts(records),
         rows=rows,
         columns=columns,
-        sections=pictures,
+        sections=images,
         charts=drawn,
         importances=mattered,
         caveat=CAVEAT,
@@ -155,20 +155,20 @@ def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> li
             [(score_text(metric, board[0].value), "", f"{metric} on val, best trial so far")] if board else []
         )
         return [*best, cost]
-    audit = results["audit"]
+    holdout = results["holdout"]
 
     def scored(found: Mapping[str, float], words: str) -> tuple[str, str, str]:
         return score_text(metric, found["value"]), range_text(metric, found), words
 
-    found = [scored(audit["ensemble"], f"{metric} of the ensemble on audit")]
-    if "gain_over_recipe" in audit:
+    found = [scored(holdout["ensemble"], f"{metric} of the ensemble on holdout")]
+    if "gain_over_baseline" in holdout:
         found.append(
-            (*gain_text(metric, audit["gain_over_recipe"]), "points over the competitor's recipe, on audit")
+            (*gain_text(metric, holdout["gain_over_baseline"]), "points over the baseline, on holdout")
         )
     if "hidden" in results:
         hidden = results["hidden"]
-        found.append(scored(hidden, f"{metric} expected on the {hidden['pictures']} hidden pictures"))
-    return [*found, scored(audit["single"], "best single trial, on audit"), cost]
+        found.append(scored(hidden, f"{metric} expected on the {hidden['images']} hidden images"))
+    return [*found, scored(holdout["single"], "best single trial, on holdout"), cost]
 
 
 def table(study: Study) -> tuple[list[dict[str, str]], list[str]]:
@@ -183,7 +183,7 @@ def table(study: Study) -> tuple[list[dict[str, str]], list[str]]:
 def sections(
     study: Study, records: Sequence[TrialRecord], space: Space | None, results: Mapping[str, Any] | None
 ) -> list[Section]:
-    """The pictures that there is something to draw for."""
+    """The images that there is something to draw for."""
     metric = study.metric
     found = []
     on_val = [r for r in records if r.stage not in (FOLD, FOLD_IN)]
@@ -229,27 +229,27 @@ def sections(
 
 def answers(study: Study, results: Mapping[str, Any] | None) -> list[Section]:
     """How the ensemble does, class by class and by confidence; nothing before there is one."""
-    path = study.predictions_file("ensemble", "audit")
+    path = study.predictions_file("ensemble", "holdout")
     if results is None or not path.is_file():
         return []
     names = study.facts["class_names"]
-    labels = study.labels("audit")
-    audit = study.predictions("ensemble", "audit").aligned(list(labels))
+    labels = study.labels("holdout")
+    holdout = study.predictions("ensemble", "holdout").aligned(list(labels))
     truth = np.array(list(labels.values()))
-    before = with_temperature(audit, 1 / results["temperature"])
+    before = with_temperature(holdout, 1 / results["temperature"])
     bins = [
         {"when": when, **row}
-        for when, probs in (("before the temperature", before.probs), ("after", audit.probs))
+        for when, probs in (("before the temperature", before.probs), ("after", holdout.probs))
         for row in reliability(probs, truth)
     ]
     return [
-        *by_class(audit.probs, truth, names),
+        *by_class(holdout.probs, truth, names),
         Section(
             "calibration",
             "Calibration",
-            "Of answers given with so much confidence, the share that is right, on audit; large dots: many "
-            f"pictures. Temperature {results['temperature']:.2f}, fitted on val: log loss "
-            f"{log_loss(before.probs, truth):.3f} before, {log_loss(audit.probs, truth):.3f} after.",
+            "Of answers given with so much confidence, the share that is right, on holdout; large dots: many "
+            f"images. Temperature {results['temperature']:.2f}, fitted on val: log loss "
+            f"{log_loss(before.probs, truth):.3f} before, {log_loss(holdout.probs, truth):.3f} after.",
             charts.calibration(bins),
         ),
     ]
@@ -270,13 +270,13 @@ def by_class(probs: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> list
         Section(
             "confusion",
             "Confusion",
-            f"The ensemble on audit: a row a class as it is, a column as it was answered.{some}",
+            f"The ensemble on holdout: a row a class as it is, a column as it was answered.{some}",
             charts.confusion(confused, names, shown),
         ),
         Section(
             "recall",
             "Recall by class",
-            f"Of a class's pictures in audit, the share that is answered rightly, with its 95 % interval. "
+            f"Of a class's images in holdout, the share that is answered rightly, with its 95 % interval. "
             f"Least often recognised: {worst}.{some}",
             charts.recall(recalls),
         ),
@@ -289,9 +289,9 @@ def recall(confused: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
     The least often recognised ones first.
     """
     found = []
-    for k, pictures in enumerate(confused.sum(axis=1).tolist()):
-        if pictures:
-            share = share_interval(int(confused[k, k]), pictures)
+    for k, images in enumerate(confused.sum(axis=1).tolist()):
+        if images:
+            share = share_interval(int(confused[k, k]), images)
             found.append(
                 {
                     "column": k,
@@ -299,10 +299,10 @@ def recall(confused: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
                     "recall": share.value,
                     "low": share.low,
                     "high": share.high,
-                    "pictures": pictures,
+                    "images": images,
                 }
             )
-    return sorted(found, key=lambda row: (row["recall"], -row["pictures"]))
+    return sorted(found, key=lambda row: (row["recall"], -row["images"]))
 
 
 def reliability(probs: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
@@ -313,7 +313,7 @@ def reliability(probs: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]
         {
             "confidence": float(confidence[places == k].mean()),
             "right": float(right[places == k].mean()),
-            "pictures": int((places == k).sum()),
+            "images": int((places == k).sum()),
         }
         for k in range(BINS)
         if (places == k).any()

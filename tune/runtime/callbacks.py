@@ -32,7 +32,7 @@ class RunState(Protocol):
 
 
 @dataclass
-class Watch:
+class ProgressCallback:
     """Called after each epoch, at each trial's end, and on every step of Ray's loop."""
 
     on_record: Callable[[TrialRecord], None] = lambda record: None
@@ -40,7 +40,7 @@ class Watch:
     on_epoch: Callable[[str, TrialConfig, EpochMetrics, int], None] = lambda *epoch: None
 
 
-def together(*watches: Watch) -> Watch:
+def combine_callbacks(*watches: ProgressCallback) -> ProgressCallback:
     """One callback that passes everything on to all of them, in their order."""
 
     def on_record(record: TrialRecord) -> None:
@@ -55,4 +55,4 @@ def together(*watches: Watch) -> Watch:
         for watch in watches:
             watch.on_epoch(stage, config, epoch, gpu_bytes)
 
-    return Watch(on_record, on_step, on_epoch)
+    return ProgressCallback(on_record, on_step, on_epoch)

@@ -50,7 +50,7 @@ def shared_memory_findings(loaded: float = 0.0) -> list[Finding]:
         enough = math.ceil((SHARED_MEMORY + 2 * loaded) / GB)
         return [
             Finding(
-                f"/dev/shm has {free / GB:.2f} GB free, loader processes hand over pictures there and need "
+                f"/dev/shm has {free / GB:.2f} GB free, loader processes hand over images there and need "
                 f"{loaded / GB:.2f} GB; in a container: --shm-size={enough}g",
                 fatal=True,
             )

@@ -70,25 +70,25 @@ class Job:
     until: float = math.inf  # time.time() by which a trial ends of itself, with the best epoch it has
 
     def predict(
-        self, model: Classifier, config: TrialConfig, pictures: Split, view: str = "plain"
+        self, model: Classifier, config: TrialConfig, images: Split, view: str = "plain"
     ) -> Predictions:
-        """A trained model's probabilities for the pictures, seen through a view, in this process."""
+        """A trained model's probabilities for the images, seen through a view, in this process."""
         return predict(
             model,
             self.splits,
-            pictures,
+            images,
             config=config,
             view=view,
             device=self.workers.device,
             processes=self.workers.processes,
         )
 
-    def predict_again(self, run: TrialRecord, pictures: Split, views: Sequence[str]) -> list[Predictions]:
+    def predict_again(self, run: TrialRecord, images: Split, views: Sequence[str]) -> list[Predictions]:
         """The same from the weights that a run has left, view by view, with a worker's share of the cores."""
         self.workers.take()
         weights = self.study.weights_file(run.trial_id)
         model = load_weights(run.config, weights, classes=len(self.splits.classes))
-        return [self.predict(model, run.config, pictures, view) for view in views]
+        return [self.predict(model, run.config, images, view) for view in views]
 
 
 def as_task(function: Callable[..., Any], workers: Workers) -> Any:

@@ -97,7 +97,7 @@ def costs_of(job: Job, space: Space) -> Costs:
         seconds={b: {int(size): value for size, value in m["seconds"].items()} for b, m in of.items()},
         train=len(job.splits.train),
         val=len(job.splits.val),
-        others=len(job.splits.audit) + len(job.splits.test),
+        others=len(job.splits.holdout) + len(job.splits.test),
         stored=job.weights.source != "none",
         memory={b: {int(size): value for size, value in m["bytes"].items()} for b, m in of.items()},
         compiled={b: Compiled(**m["compiled"]) for b, m in of.items() if m["compiled"]},
@@ -123,7 +123,7 @@ def _of(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _untried(measured: Mapping[str, Any], job: Job, configs: Sequence[TrialConfig]) -> bool:
-    """Whether torch.compile was not tried, as it could not pay with fewer pictures or epochs, and may now."""
+    """Whether torch.compile was not tried, as it could not pay with fewer images or epochs, and may now."""
     slowest = max(measured["seconds"].values(), default=0.0)
     return measured["compiled"] is None and _may_pay_to_compile(slowest, job, configs[0])
 

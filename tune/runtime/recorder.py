@@ -13,8 +13,8 @@ from ray.tune import Callback
 from carmodels.records import Status, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
-from tune.runtime.callbacks import Watch
-from tune.runtime.watchdog import Silence
+from tune.runtime.callbacks import ProgressCallback
+from tune.runtime.watchdog import Watchdog
 from tune.runtime.worker import finished_before
 
 HOPELESS = 10  # failed trials in a row, beyond those side by side, that end a run
@@ -36,13 +36,13 @@ class Recorder(NotPickled, Callback):
     stage: str
     begun: float  # time.time() at the stage's start; earlier where it was gone on with
     reasons: dict[str, str]  # Ray's trial id -> why the scheduler stopped it
-    watch: Watch
+    watch: ProgressCallback
     notes: dict[str, str] = field(default_factory=dict)  # config id -> note
     running: dict[str, list[EpochMetrics]] = field(default_factory=dict)  # Ray's trial id -> epochs so far
     configs: dict[str, TrialConfig] = field(default_factory=dict)
     recorded: set[str] = field(default_factory=set)
     retried: dict[str, str] = field(default_factory=dict)  # Ray's trial id -> what its first attempt died of
-    silence: Silence = field(default_factory=lambda: Silence(None))
+    watchdog: Watchdog = field(default_factory=lambda: Watchdog(None))
     most_failures: int = HOPELESS
     failures: int = 0  # in a row
     last_failure: str = ""
@@ -55,7 +55,7 @@ class Recorder(NotPickled, Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Write down that it runs, so that it is run again should this process die."""
         self._begun(trial)
-        self.silence.heard(trial, self.configs[trial.trial_id])
+        self.watchdog.heard(trial, self.configs[trial.trial_id])
 
     def _begun(self, trial: Any) -> None:
         """Know of it, once. A worker that dies early ends a trial whose start Ray has not told."""
@@ -77,7 +77,7 @@ class Recorder(NotPickled, Callback):
     ) -> None:
         epoch = EpochMetrics(**{name: result[name] for name in EpochMetrics.__dataclass_fields__})
         self.running[trial.trial_id].append(epoch)
-        self.silence.heard(trial, self.configs[trial.trial_id])
+        self.watchdog.heard(trial, self.configs[trial.trial_id])
         self.watch.on_epoch(self.stage, self.configs[trial.trial_id], epoch, result.get("gpu_bytes", 0))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -92,12 +92,12 @@ class Recorder(NotPickled, Callback):
         self._write(trial, Status.FAILED, self._cause(trial))
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.silence.end()
+        self.watchdog.end()
         self.watch.on_step(self)
 
     def _cause(self, trial: Any) -> str:
         """What its worker ended with, in words."""
-        return self.silence.ended.pop(trial.trial_id, "") or _last_line(trial)
+        return self.watchdog.ended.pop(trial.trial_id, "") or _last_line(trial)
 
     def close(self, trials: list[Any], interrupted: bool) -> None:
         """Write down the trials that the end of the run cut off."""
@@ -119,7 +119,7 @@ class Recorder(NotPickled, Callback):
             reason += f" (begun anew, first ended by: {self.retried[trial.trial_id]})"
         record = self._record(trial, status, reason, value)
         self.recorded.add(trial.trial_id)
-        self.silence.forget(trial)
+        self.watchdog.forget(trial)
         if status is Status.FAILED:
             self.failures, self.last_failure = self.failures + 1, reason
         elif status is not Status.INTERRUPTED:

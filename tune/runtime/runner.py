@@ -27,10 +27,10 @@ from ray.tune.search import Searcher
 
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job
 from tune.runtime.recorder import HOPELESS, NotPickled, Recorder
-from tune.runtime.watchdog import Silence
+from tune.runtime.watchdog import Watchdog
 from tune.runtime.worker import train_trial, trial_name
 
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial ended with is in its record
@@ -59,7 +59,7 @@ class Interrupts:
                 signal.signal(number, handler)
 
 
-class _Ender(NotPickled, Stopper):
+class DeadlineStopper(NotPickled, Stopper):
     """Ends the whole run when the time is up or the user says so."""
 
     def __init__(self, end: float, interrupts: Interrupts, recorder: Recorder) -> None:
@@ -81,7 +81,7 @@ def run_trials(
     search_alg: Searcher,
     scheduler: TrialScheduler | None = None,
     notes: dict[str, str],
-    watch: Watch,
+    watch: ProgressCallback,
     packing: Callable[[dict[str, Any]], PlacementGroupFactory] | None = None,
 ) -> bool:
     """Run what the searcher hands out until it has no more or the time is `end`; False if interrupted.
@@ -98,7 +98,7 @@ def run_trials(
         reasons,
         watch,
         notes,
-        silence=Silence(job.costs),
+        watchdog=Watchdog(job.costs),
         most_failures=HOPELESS + job.workers.at_once,
     )
     resources = packing or {"cpu": job.workers.cpus, "gpu": job.workers.gpus}
@@ -118,7 +118,7 @@ def run_trials(
         run_config=RunConfig(
             name=f"{stage}-{int(time.time())}",
             storage_path=str(job.study.ray_folder),
-            stop=_Ender(end, interrupts, recorder),
+            stop=DeadlineStopper(end, interrupts, recorder),
             callbacks=[recorder],
             failure_config=FailureConfig(max_failures=RETRIES),
             verbose=0,

@@ -11,22 +11,22 @@ import optuna
 
 from carmodels.evaluation.metrics import METRICS
 from carmodels.presets import baseline
-from carmodels.records import CUT_OFF, RECIPE, Status, TrialRecord
+from carmodels.records import BASELINE, CUT_OFF, Status, TrialRecord
 from carmodels.space import Space
 from carmodels.study import Study
 from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.plan import Plan, make_plan
 from tune.optim.optuna_records import useful
 from tune.optim.scheduler import Deadline, Scheduler, grace_period
-from tune.optim.searcher import Draws
+from tune.optim.searcher import OptunaSearcher
 from tune.optim.standings import CONTENDERS, judged
-from tune.runtime.callbacks import Watch
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.packing import Packing
 from tune.runtime.profiling import shared_gpu_bytes
 from tune.runtime.runner import run_trials
 
-BASELINE_SHARE = 0.2  # of the search's core-time that the competitor's recipe may take
+BASELINE_SHARE = 0.2  # of the search's core-time that the baseline may take
 
 
 def search(
@@ -37,7 +37,7 @@ def search(
     trials: int | None,
     clock: Clock,
     seed: int,
-    watch: Watch,
+    watch: ProgressCallback,
     say: Say,
     resumed: bool = True,
 ) -> bool:
@@ -65,12 +65,10 @@ def search(
     notes = {r.trial_id: r.note for r in records if r.note}
     queue = [r.config for r in again]
     if not notes:
-        recipe, changed = plan.affordable(
-            replace(baseline(space), **stamp), space.image_sizes, BASELINE_SHARE
-        )
-        queue.insert(0, recipe)
-        notes[recipe.id] = RECIPE + changed
-        say(f"First trial: {notes[recipe.id]}: {recipe.title}, {recipe.epochs} epochs.")
+        first, changed = plan.affordable(replace(baseline(space), **stamp), space.image_sizes, BASELINE_SHARE)
+        queue.insert(0, first)
+        notes[first.id] = BASELINE + changed
+        say(f"First trial: {notes[first.id]}: {first.title}, {first.epochs} epochs.")
     if math.isfinite(end):
         say(f"The time for searching buys about {plan.trials(space, grace)} trials.")
     if records and resumed:
@@ -88,7 +86,7 @@ def search(
     for folder, found in earlier.items() if resumed else ():
         say(f"Warm start: {len(useful(found, space))} of {len(found)} trials of {folder} are of this space.")
     study.optuna_file.unlink(missing_ok=True)  # it repeats what trials.jsonl says, and is rebuilt from that
-    draws = Draws(
+    draws = OptunaSearcher(
         space,
         stamp=stamp,
         metric=metric,
@@ -97,7 +95,7 @@ def search(
         limit=trials,
         fits=plan.fits,
         queue=queue,
-        optional={r.trial_id for r in again if r.by_the_clock and not r.is_recipe},
+        optional={r.trial_id for r in again if r.by_the_clock and not r.is_baseline},
         known=known,
         earlier=list(earlier.values()),
         storage=optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}"),
@@ -131,7 +129,7 @@ def _with_time_for_what_follows(plan: Plan, study: Study, clock: Clock) -> Plan:
 def _to_run_again(record: TrialRecord, plan: Plan) -> bool:
     """Whether a trial of an earlier run is queued once more.
 
-    It was cut off, or stopped for want of time that there is now, or is the recipe, unfinished.
+    It was cut off, or stopped for want of time that there is now, or is the baseline, unfinished.
     """
     cut_off = record.status in CUT_OFF or (record.by_the_clock and plan.fits(record.config))
-    return cut_off or (record.is_recipe and record.status in (Status.STOPPED, Status.FAILED))
+    return cut_off or (record.is_baseline and record.status in (Status.STOPPED, Status.FAILED))

@@ -17,7 +17,7 @@ ANSWERS_SLOWER = 5.0  # likewise for what a finished trial is shown: times what 
 
 
 @dataclass
-class Silence:
+class Watchdog:
     """Ends workers that were not heard of for too long: of a hung loader, disk or GPU nothing else is seen.
 
     `costs` say what an epoch should take; without them a trial may be silent for LONGEST_SILENCE.

@@ -17,8 +17,8 @@ from carmodels.records import Status, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.features import FeatureStore
-from carmodels.training.held_out import parted
-from carmodels.training.trainer import Fitted, fit
+from carmodels.training.held_out import splits_for
+from carmodels.training.trainer import TrainResult, fit
 from tune.runtime.job import Job, Workers
 
 
@@ -103,7 +103,7 @@ def _own(workers: Workers) -> Workers:
     return Workers(1, int(granted["CPU"]), granted.get("GPU", 0.0))
 
 
-def _verdict(fitted: Fitted) -> tuple[Status, str]:
+def _verdict(fitted: TrainResult) -> tuple[Status, str]:
     last = fitted.history[-1].epoch
     if fitted.ending == "diverged":
         return Status.DIVERGED, f"the loss was not finite in epoch {last}"
@@ -119,17 +119,17 @@ def finished_before(study: Study, trial_id: str) -> TrialRecord | None:
     return next((r for r in study.records() if r.trial_id == trial_id and r.status is Status.FINISHED), None)
 
 
-def _falls_short(fitted: Fitted, study: Study) -> bool:
+def _falls_short(fitted: TrainResult, study: Study) -> bool:
     """Whether the clock cut it short before it came as far as a run before it, whose files then stay."""
     before = finished_before(study, fitted.config.id) if fitted.ending == "time" else None
     return before is not None and len(fitted.history) < before.epochs_run
 
 
-def _leave(fitted: Fitted, job: Job) -> None:
+def _leave(fitted: TrainResult, job: Job) -> None:
     """Write a finished trial's probabilities of what it did not learn from, and its weights."""
-    splits = parted(fitted.config, job.splits)
+    splits = splits_for(fitted.config, job.splits)
     job.study.forget_predictions(fitted.config.id)  # those of an earlier run of it
-    for split in (splits.val, splits.audit, splits.test):
+    for split in (splits.val, splits.holdout, splits.test):
         if len(split):
             predictions = job.predict(fitted.model, fitted.config, split)
             predictions.save(job.study.predictions_file(fitted.config.id, split.name))

@@ -1,4 +1,4 @@
-"""A local page to drop a picture on: its class, how sure that is, and which parts of it spoke for it."""
+"""A local page to drop an image on: its class, how sure that is, and which parts of it spoke for it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from tune.serving import local_page
 from tune.serving.inference import Threshold
 
 PORT = 8771
-MOST_BYTES = 40_000_000  # of a picture
+MOST_BYTES = 40_000_000  # of an image
 MOST_CLASSES = 5  # that the page lists
 
 
 @dataclass(frozen=True)
 class Desk:
-    """The ensemble behind the page; one picture at a time."""
+    """The ensemble behind the page; one image at a time."""
 
     ensemble: Ensemble
     limit: Threshold
     turn: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, content: bytes) -> dict[str, Any]:
-        """The likeliest classes of a picture, the first one first; ValueError for a file that is none."""
+        """The likeliest classes of an image, the first one first; ValueError for a file that is none."""
         with self.turn:
             probs = self.ensemble.probabilities([self._opened(content)])[0]
-        names = self.ensemble.recipe.class_names
+        names = self.ensemble.spec.class_names
         order = np.argsort(-probs, kind="stable")[:MOST_CLASSES].tolist()
         return {
             "sure": bool(self.limit.sure(probs[None])[0]),
@@ -45,23 +45,23 @@ class Desk:
         }
 
     def parts(self, content: bytes) -> dict[str, Any]:
-        """By how much the likeliest class loses where a part of the picture is hidden, row by row."""
+        """By how much the likeliest class loses where a part of the image is hidden, row by row."""
         with self.turn:
-            picture = self._opened(content)
-            column = int(self.ensemble.probabilities([picture])[0].argmax())
-            return {"falls": occlusion(self.ensemble, picture, column).tolist()}
+            image = self._opened(content)
+            column = int(self.ensemble.probabilities([image])[0].argmax())
+            return {"falls": occlusion(self.ensemble, image, column).tolist()}
 
     def _opened(self, content: bytes) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "picture"
+            path = Path(folder) / "image"
             path.write_bytes(content)
-            return decoded(path, self.ensemble.recipe.max_size)
+            return decoded(path, self.ensemble.spec.max_size)
 
 
 def serve(study: Study, ensemble: Ensemble, limit: Threshold, port: int, say: Callable[[str], None]) -> int:
-    """Show the page on this machine alone, until Ctrl-C; pictures are kept nowhere."""
+    """Show the page on this machine alone, until Ctrl-C; images are kept nowhere."""
     visitor = partial(_Visitor, Desk(ensemble, limit), render(study, limit))
-    return local_page.serve(visitor, port, "Drop pictures on", say)
+    return local_page.serve(visitor, port, "Drop images on", say)
 
 
 def render(study: Study, limit: Threshold) -> str:
@@ -98,10 +98,10 @@ class _Visitor(local_page.LocalPage):
         if not self.from_here:
             self._refuse(HTTPStatus.FORBIDDEN, "this page is for its own address")
         elif self.path not in jobs:
-            self._refuse(HTTPStatus.NOT_FOUND, "pictures go to /answer or /parts")
+            self._refuse(HTTPStatus.NOT_FOUND, "images go to /answer or /parts")
         elif not length.isdecimal() or int(length) > MOST_BYTES:
             self._refuse(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a picture may have {MOST_BYTES // 10**6} MB at most"
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an image may have {MOST_BYTES // 10**6} MB at most"
             )
         else:
             try:

@@ -1,4 +1,4 @@
-"""What an ensemble says of pictures, and when it had better say nothing."""
+"""What an ensemble says of images, and when it had better say nothing."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-from carmodels.data.layout import picture_names
-from carmodels.ensembling.network import Ensemble, Recipe, decoded
-from carmodels.evaluation.calibration import FEWEST_ANSWERED, answered, sure_from
+from carmodels.data.layout import image_names
+from carmodels.ensembling.network import Ensemble, EnsembleSpec, decoded
+from carmodels.evaluation.calibration import FEWEST_ANSWERED, confidence_threshold, selective_accuracy
 from carmodels.evaluation.intervals import Interval
 from carmodels.files import csv_text, write_whole
 from carmodels.study import Study
 
 ACCURACY = 0.95  # that answers are to have, where a user does not say
 NOT_SURE = "not sure"
-_AT_ONCE = 64  # pictures in memory
+_AT_ONCE = 64  # images in memory
 
 
 @dataclass(frozen=True)
 class Given:
-    """What became of a split's pictures where answers are given from some confidence on."""
+    """What became of a split's images where answers are given from some confidence on."""
 
-    pictures: int
+    images: int
     unanswered: int
     accuracy: Interval | None  # of the answers; None where there are none
 
@@ -43,18 +43,18 @@ class Given:
     @property
     def sentence(self) -> str:
         """In words."""
-        left = f"{self.unanswered} of {self.pictures} pictures are left unanswered"
+        left = f"{self.unanswered} of {self.images} images are left unanswered"
         return f"{left}, of the others {self.right}" if self.right else left
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """From which confidence on answers are given, as chosen on val; audit, which chose nothing, tests it."""
+    """The confidence from which answers are given: chosen on val, tested on holdout."""
 
     wanted: float  # accuracy of the answers
     confidence: float  # infinite where val's answers are not that good at any
     val: Given
-    audit: Given
+    holdout: Given
 
     def sure(self, probs: np.ndarray) -> np.ndarray:
         """probs (N, C) -> (N,) whether the answer is given."""
@@ -70,10 +70,10 @@ class Threshold:
                 f"{self.wanted:.0%} of cases; a lower --not-sure gives answers."
             )
         if not self.confidence:
-            return f"Every picture is answered: on val {self.val.right}; on audit {self.audit.right}."
+            return f"Every image is answered: on val {self.val.right}; on holdout {self.holdout.right}."
         return (
             f"Below a confidence of {self.confidence:.2f} the answer is {NOT_SURE!r}, so that of the others "
-            f"{self.wanted:.0%} are right. On val {self.val.sentence}; on audit {self.audit.sentence}."
+            f"{self.wanted:.0%} are right. On val {self.val.sentence}; on holdout {self.holdout.sentence}."
         )
 
 
@@ -81,13 +81,13 @@ def threshold(study: Study, wanted: float, answer: str = "ensemble") -> Threshol
     """The smallest confidence from which on so many of val's answers are right; ValueError for no share."""
     if not 0 <= wanted <= 1:
         raise ValueError(f"--not-sure {wanted:g} must be from 0 (always answer) to 1")
-    looked = {split: _said(study, answer, split) for split in ("val", "audit")}
-    confidence = sure_from(*looked["val"], wanted)
+    looked = {split: _said(study, answer, split) for split in ("val", "holdout")}
+    confidence = confidence_threshold(*looked["val"], wanted)
     given = {
         split: Given(
             len(labels),
             int((probs.max(axis=1) < confidence).sum()),
-            answered(probs, labels, confidence),
+            selective_accuracy(probs, labels, confidence),
         )
         for split, (probs, labels) in looked.items()
     }
@@ -107,9 +107,9 @@ def _said(study: Study, answer: str, split: str) -> tuple[np.ndarray, np.ndarray
 
 @dataclass(frozen=True)
 class Answer:
-    """What an ensemble says of one picture."""
+    """What an ensemble says of one image."""
 
-    picture: str
+    image: str
     column: int  # of the likeliest class
     sure: bool
     probs: np.ndarray  # (C,)
@@ -121,43 +121,43 @@ class Answer:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A picture that there is no answer to."""
+    """An image that there is no answer to."""
 
-    picture: str  # its name, quoted, with escapes for what cannot be shown
+    image: str  # its name, quoted, with escapes for what cannot be shown
     reason: str
 
 
-def found_pictures(paths: Sequence[Path]) -> list[Path]:
-    """The files, and the pictures at any depth below the folders; ValueError for a path without any."""
+def found_images(paths: Sequence[Path]) -> list[Path]:
+    """The files, and the images at any depth below the folders; ValueError for a path without any."""
     found: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise ValueError(f"{path} does not exist: give pictures or folders of pictures")
-        inside = [path / name for name in picture_names(path)] if path.is_dir() else [path]
+            raise ValueError(f"{path} does not exist: give images or folders of images")
+        inside = [path / name for name in image_names(path)] if path.is_dir() else [path]
         if not inside:
-            raise ValueError(f"{path} holds no pictures (JPEG, PNG, WebP or BMP)")
+            raise ValueError(f"{path} holds no images (JPEG, PNG, WebP or BMP)")
         found += inside
     return list(dict.fromkeys(found))
 
 
 def answers(ensemble: Ensemble, paths: Sequence[Path], limit: Threshold) -> Iterator[Answer | Unreadable]:
-    """One for each picture, in order; some dozens are in memory at a time."""
+    """One for each image, in order; some dozens are in memory at a time."""
     for start in range(0, len(paths), _AT_ONCE):
         part = paths[start : start + _AT_ONCE]
-        read = _read(part, ensemble.recipe.max_size)
-        good = [picture for picture in read if isinstance(picture, np.ndarray)]
-        probs = ensemble.probabilities(good) if good else np.empty((0, len(ensemble.recipe.classes)))
+        read = _read(part, ensemble.spec.max_size)
+        good = [image for image in read if isinstance(image, np.ndarray)]
+        probs = ensemble.probabilities(good) if good else np.empty((0, len(ensemble.spec.classes)))
         rows = iter(zip(probs, limit.sure(probs).tolist() if good else [], strict=True))
-        for path, picture in zip(part, read, strict=True):
-            if isinstance(picture, str):
-                yield Unreadable(repr(str(path)), picture)
+        for path, image in zip(part, read, strict=True):
+            if isinstance(image, str):
+                yield Unreadable(repr(str(path)), image)
             else:
                 row, sure = next(rows)
                 yield Answer(str(path), int(row.argmax()), sure, row)
 
 
 def _read(paths: Sequence[Path], max_size: int) -> list[np.ndarray | str]:
-    """Each picture, or why there is none."""
+    """Each image, or why there is none."""
 
     def one(path: Path) -> np.ndarray | str:
         try:
@@ -174,14 +174,14 @@ def _read(paths: Sequence[Path], max_size: int) -> list[np.ndarray | str]:
         return list(pool.map(one, paths))
 
 
-def write_answers(found: Sequence[Answer], recipe: Recipe, path: Path) -> None:
-    """A CSV, whole or not at all: picture, class, name, confidence, sure, and a column for each class."""
-    header = ["picture", "class", "name", "confidence", "sure", *(f"p_{name}" for name in recipe.classes)]
+def write_answers(found: Sequence[Answer], spec: EnsembleSpec, path: Path) -> None:
+    """A CSV, whole or not at all: image, class, name, confidence, sure, and a column for each class."""
+    header = ["image", "class", "name", "confidence", "sure", *(f"p_{name}" for name in spec.classes)]
     rows = [
         [
-            answer.picture,
-            recipe.classes[answer.column],
-            recipe.class_names[answer.column],
+            answer.image,
+            spec.classes[answer.column],
+            spec.class_names[answer.column],
             f"{answer.confidence:.6f}",
             "yes" if answer.sure else "no",
             *(f"{p:.6f}" for p in answer.probs),

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from carmodels.ensembling.network import EXPORTED, Recipe
+from carmodels.ensembling.network import EXPORTED, EnsembleSpec
 from carmodels.files import read_json, write_whole
 from carmodels.formatting import interval_text, score_text
 from carmodels.study import Study
@@ -15,7 +15,7 @@ from tune.serving.inference import Threshold
 
 
 def write_card(
-    study: Study, answer: str, recipe: Recipe, limit: Threshold, difference: float, folder: Path
+    study: Study, answer: str, spec: EnsembleSpec, limit: Threshold, difference: float, folder: Path
 ) -> None:
     """README.md of an exported ensemble or student: what it is of, what it is worth, how to use it."""
     facts, results = study.facts, read_json(study.answer_file(answer))
@@ -25,10 +25,10 @@ def write_card(
         answer=answer,
         facts=facts,
         results=results,
-        recipe=recipe,
+        spec=spec,
         limit=limit,
         difference=difference,
-        recalls=recalls(study, answer, recipe),
+        recalls=recalls(study, answer, spec),
         score=lambda value: score_text(metric, value),
         interval=lambda found: interval_text(metric, found),
     )
@@ -49,13 +49,13 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def recalls(study: Study, answer: str, recipe: Recipe) -> list[tuple[str, str, int, float]]:
-    """(class, name, pictures, share recognised) on audit, least recognised first."""
-    probs, truth = study.answers(answer, "audit")
+def recalls(study: Study, answer: str, spec: EnsembleSpec) -> list[tuple[str, str, int, float]]:
+    """(class, name, images, share recognised) on holdout, least recognised first."""
+    probs, truth = study.answers(answer, "holdout")
     guessed = probs.argmax(axis=1)
     rows = [
-        (name, recipe.class_names[k], int((truth == k).sum()), float((guessed == k)[truth == k].mean()))
-        for k, name in enumerate(recipe.classes)
+        (name, spec.class_names[k], int((truth == k).sum()), float((guessed == k)[truth == k].mean()))
+        for k, name in enumerate(spec.classes)
         if (truth == k).any()
     ]
     return sorted(rows, key=lambda row: row[-1])
