@@ -79,7 +79,7 @@ class Unfreeze:
 UNFREEZE: dict[str, Unfreeze] = {
     "frozen": Unfreeze(head_only_epochs=None),
     "full": Unfreeze(head_only_epochs=0),
-    "once": Unfreeze(head_only_epochs=2),
+    "head_first": Unfreeze(head_only_epochs=2),  # LP-FT (Kumar et al., 2022), with heads of any depth
     "gradual": Unfreeze(head_only_epochs=1, all_open_at=0.5),
 }
 

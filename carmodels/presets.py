@@ -32,7 +32,7 @@ def baseline(space: Space) -> TrialConfig:
             "lr": 1e-3,
             "weight_decay": 0.0,
             "layer_decay": 1.0,
-            "unfreeze": "once",
+            "unfreeze": "head_first",
             "schedule": "plateau",
             "augment": "shift",
             "label_smoothing": 0.0,
@@ -52,7 +52,7 @@ SPACES: dict[str, Space] = {
         dimensions={
             "backbone": Choice(("test_efficientnet", "test_resnet")),
             "image_size": Choice((32, 48, 64, 96)),
-            "unfreeze": Choice(("frozen", "full", "once", "gradual")),
+            "unfreeze": Choice(("frozen", "full", "head_first", "gradual")),
             "lr": Range(2e-4, 2e-2, log=True),
             "head_depth": Choice((0, 1, 2)),
             "dropout": Range(0.0, 0.5, when=("head_depth", HEADED)),
@@ -77,7 +77,7 @@ SPACES: dict[str, Space] = {
                 )
             ),
             "image_size": Choice((64, 96, 128, 160, 192)),
-            "unfreeze": Choice(("frozen", "full", "once", "gradual")),
+            "unfreeze": Choice(("frozen", "full", "head_first", "gradual")),
             "lr": Range(3e-4, 2e-2, log=True),
             "head_depth": Choice((0, 1, 2)),
             "dropout": Range(0.0, 0.5, when=("head_depth", HEADED)),
@@ -107,7 +107,7 @@ SPACES: dict[str, Space] = {
                 )
             ),
             "image_size": Choice((224, 288, 352, 416)),
-            "unfreeze": Choice(("frozen", "full", "once", "gradual")),
+            "unfreeze": Choice(("frozen", "full", "head_first", "gradual")),
             "lr": Range(3e-5, 3e-3, log=True),
             "head_depth": Choice((0, 1, 2)),
             "dropout": Range(0.0, 0.5, when=("head_depth", HEADED)),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
-from carmodels.training.config import NAMES, OWNED, SETTABLE, TrialConfig, parse
+from carmodels.training.config import FIELDS, NAMES, TrialConfig, parse
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,6 @@ class Space:
             n: d for n, d in self.dimensions.items() if d.when is None or values.get(d.when[0]) in d.when[1]
         }
 
-    def params(self, config: TrialConfig) -> dict[str, Any] | None:
-        """What a draw of this space was that gave a configuration; None where it cannot have drawn it."""
-        values = vars(config)
-        params = {name: values[name] for name in self.drawn(values)}
-        owned = {name: values[name] for name in OWNED}
-        within = all(_holds(self.dimensions[name], value) for name, value in params.items())
-        return params if within and config == TrialConfig(**{**self.fixed, **params, **owned}) else None
-
     def with_backbones(self, keep: tuple[str, ...]) -> Space:
         """The space with only these backbones, in the catalog's order. Raises ValueError if none is left."""
         options = tuple(b for b in self.backbones if b in keep)
@@ -96,7 +88,7 @@ class Space:
         Raises ValueError for an unknown name, a value of the wrong type or one that no configuration accepts.
         """
         name, _, written = text.partition("=")
-        if name not in SETTABLE or not written:
+        if name not in FIELDS or not written:
             raise ValueError(
                 f"--set {text}: expected NAME=V, NAME=V1,V2 or NAME=LOW:HIGH with NAME one of {NAMES}"
             )
@@ -146,17 +138,8 @@ class Space:
         return self
 
 
-_SIZES = (
-    "image_size",
-    "start_image_size",
-    "eval_image_size",
-)  # what one may be hangs on the others and on the backbone
-
-
-def _holds(dimension: Dimension, value: Any) -> bool:
-    if isinstance(dimension, Choice):
-        return value in dimension.options
-    return dimension.low <= value <= dimension.high
+# what one may be hangs on the others and on the backbone
+_SIZES = ("image_size", "start_image_size", "eval_image_size")
 
 
 def _dimension(values: Mapping[str, Any]) -> Dimension:
@@ -174,30 +157,7 @@ def _try_value(space: Space, name: str, value: Any, source: str) -> None:
         raise ValueError(f"{source}: {error}") from None
 
 
-class ParamSuggester(Protocol):
-    """The part of an Optuna trial that a draw needs."""
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
-
-
-def suggest(trial: ParamSuggester, space: Space) -> dict[str, Any]:
-    """Draw a configuration's fields; a dimension whose condition does not hold is not drawn.
-
-    Returns the fixed values; with Ray's OptunaSearch the drawn ones are added by it.
-    """
-    values: dict[str, Any] = dict(space.fixed)
-    for name, dimension in space.dimensions.items():
-        if dimension.when is not None and values.get(dimension.when[0]) not in dimension.when[1]:
-            continue
-        if isinstance(dimension, Choice):
-            values[name] = trial.suggest_categorical(name, dimension.options)
-        else:
-            values[name] = trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
-    return values
-
-
-OPEN = ("full", "once", "gradual")
+OPEN = ("full", "head_first", "gradual")
 HEADED = (1, 2, 3)
 
 _WHEN = {  # where a dimension makes a difference, for one that its space does not have

@@ -18,7 +18,9 @@ from carmodels.catalog import BACKBONES
 from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.predictions import Predictions
 from carmodels.files import append_line, csv_text, read_json, write_json, write_whole
-from carmodels.records import CUT_OFF, FOLD, Status, TrialRecord
+from carmodels.records import CUT_OFF, FOLD, State, TrialRecord
+
+VERSION = "0.2"  # of what a study's files hold: raise it whenever an older study could be misread
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ class Study:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """Write study.json."""
-        write_json(self.folder / "study.json", facts)
+        """Write study.json, with the version of this project's files."""
+        write_json(self.folder / "study.json", {"version": VERSION, **facts})
 
     def write_splits(self, splits: Iterable[tuple[str, str, int]]) -> None:
         """Write splits.csv from rows of (split, id, class index or -1)."""
@@ -159,13 +161,19 @@ class Study:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """study.json. Raises ValueError naming the folder where there is none."""
+        """study.json. Raises ValueError where there is none, or one of another version."""
         path = self.folder / "study.json"
         if not path.is_file():
             raise ValueError(
                 f"{self.folder} is no study: it holds no study.json; give a folder under results/"
             )
-        return read_json(path)
+        facts = read_json(path)
+        if facts.get("version") != VERSION:
+            raise ValueError(
+                f"{self.folder} was made by version {facts.get('version', '0.1')} of this project, this is "
+                f"{VERSION}: use that version, or begin another study"
+            )
+        return facts
 
     @property
     def metric(self) -> str:
@@ -237,7 +245,7 @@ class Study:
     def leaderboard(self) -> list[TrialRecord]:
         """Finished trials that have a value on val, best first; a single fold has one on other images."""
         sign = -1 if METRICS[self.metric].mode == "max" else 1
-        finished = (r for r in self.records() if r.status is Status.FINISHED and r.stage != FOLD)
+        finished = (r for r in self.records() if r.state is State.COMPLETE and r.stage != FOLD)
         ranked = [(sign * r.value, r) for r in finished if r.value is not None]
         return [record for _, record in sorted(ranked, key=lambda pair: pair[0])]
 
@@ -272,7 +280,7 @@ class Study:
         finished = self.leaderboard()
         ranked = {r.trial_id for r in finished}
         others = sorted(
-            (r for r in self.records() if r.trial_id not in ranked), key=lambda r: (r.status, r.at)
+            (r for r in self.records() if r.trial_id not in ranked), key=lambda r: (r.state, r.at)
         )
         rows = [_table_row(rank, r) for rank, r in enumerate(finished, start=1)]
         return rows + [_table_row(None, r) for r in others]
@@ -280,7 +288,7 @@ class Study:
     def write_table(self) -> None:
         """Write trials.csv, the table."""
         rows = self.table()
-        names = tuple(rows[0]) if rows else ("rank", "trial_id", "status")
+        names = tuple(rows[0]) if rows else ("rank", "trial_id", "state")
         _write_csv(self.table_file, names, (tuple(row.values()) for row in rows))
 
     def keep_weights(self, count: int, *, also: Iterable[str] = ()) -> None:
@@ -291,7 +299,7 @@ class Study:
         best = [r.trial_id for r in self.leaderboard() if r.stage == "search"][:count]
         kept = {*best, *also, *self._members()}
         for record in self.records():
-            ended = record.stage == "search" and record.status not in CUT_OFF
+            ended = record.stage == "search" and record.state not in CUT_OFF
             if ended and record.trial_id not in kept:
                 self.weights_file(record.trial_id).unlink(missing_ok=True)
 
@@ -329,14 +337,15 @@ def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
     best = None
     if record.curve and value is not None:
         best = min(record.curve, key=lambda epoch: abs(epoch.value - value))
-    config = asdict(record.config)
-    for name in ("data", "split"):
-        config.pop(name)
+    origin = asdict(record.origin)
+    for name in ("data", "split", "metric"):  # the study's, in study.json
+        origin.pop(name)
     return {
         "rank": rank or "",
         "trial_id": record.trial_id,
         "stage": record.stage,
-        "status": str(record.status),
+        "state": str(record.state),
+        "cause": record.cause or "",
         "value": "" if value is None else round(value, 5),
         "val_accuracy": round(best.val_accuracy, 5) if best else "",
         "val_loss": round(best.val_loss, 5) if best else "",
@@ -344,7 +353,11 @@ def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
         "epochs_run": record.epochs_run,
         "seconds": round(record.seconds, 1),
         "parameters_millions": BACKBONES[record.config.backbone].millions,
-        **config,
+        **asdict(record.config),
+        **origin,
+        "cut_short": record.cut_short,
+        "baseline": record.baseline,
+        "repeats": record.repeats,
         "note": record.note,
         "reason": record.reason,
     }

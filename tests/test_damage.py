@@ -19,9 +19,10 @@ from carmodels.evaluation.predictions import Predictions
 from carmodels.files import read_json, write_json
 from carmodels.models.classifier import build, load_weights, save_weights, weights_damage
 from carmodels.models.weights import Weights
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import fit
 from tune.finalize import blending, soups, views
 from tune.finalize.views import Members
@@ -40,20 +41,21 @@ def cut(path: Path, share: float) -> None:
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
-    """With three finished trials in its files."""
+    """With three complete trials in its files."""
     made = Study(tmp_path / "study")
     rows = [("val", f"{number}.jpg", number % 2) for number in range(6)]
     made.begin({"metric": "accuracy", "images": {"val": 6, "test": 1}}, [*rows, ("test", "t.jpg", -1)])
     config = TrialConfig(backbone="test_resnet", image_size=32, epochs=2)
     for seed in range(3):
-        made.append(ended(replace(config, seed=seed)))
+        made.append(ended(Run(config, Origin(seed=seed))))
     made.write_table()
     return made
 
 
-def ended(config: TrialConfig) -> TrialRecord:
+def ended(run: Run) -> TrialRecord:
     curve = (EpochMetrics(1, 1.0, 1.0, 0.5, 0.5, 1.0),)
-    return TrialRecord(config.id, config, Status.FINISHED, 1, 0.5, 1.0, "ran its 1 epochs", curve=curve)
+    said = "ran its 1 epochs"
+    return TrialRecord(run.id, run.config, State.COMPLETE, 1, 0.5, 1.0, said, origin=run.origin, curve=curve)
 
 
 @pytest.mark.parametrize("share", KEPT)
@@ -71,7 +73,7 @@ def test_a_file_of_a_study_cut_short_is_named(
     name: str, read: Callable[[Study], object], share: float, study: Study
 ) -> None:
     write_json(study.ensemble_file, {"members": ["a", "b"]})
-    write_json(study.earlier_file, {"b": [ended(TrialConfig("test_resnet", 32, 2)).to_json()]})
+    write_json(study.earlier_file, {"b": [ended(Run(TrialConfig("test_resnet", 32, 2))).to_json()]})
     Predictions(("x", "y"), ("0", "1"), np.full((2, 2), 0.5)).save(study.predictions_file("a", "val"))
     read(study)
     cut(study.folder / name, share)
@@ -114,7 +116,7 @@ def test_weights_cut_short_are_noticed_and_named(share: float, tmp_path: Path) -
 
 @pytest.mark.parametrize("share", KEPT)
 @pytest.mark.parametrize("name", ["index.json", "pixels.bin"])
-def test_a_image_cache_cut_short_is_named_and_rebuilt(name: str, share: float, tmp_path: Path) -> None:
+def test_an_image_cache_cut_short_is_named_and_rebuilt(name: str, share: float, tmp_path: Path) -> None:
     paths = save_many(tmp_path / "images", 5)
     before = [image.copy() for image in open_images(paths, tmp_path / "cache", 16, None)]
     cut(tmp_path / "cache" / name, share)
@@ -141,7 +143,7 @@ def test_remembered_digests_cut_short_are_computed_again(share: float, tmp_path:
 def left(study: Study, config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path) -> Job:
     """A trial has left its probabilities and weights; Ray's tasks run in this process."""
     job = Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
-    _leave(fit(replace(config, epochs=1), splits, weights=weights), job)
+    _leave(fit(Run(replace(config, epochs=1)), splits, weights=weights), job)
     return job
 
 
@@ -151,7 +153,7 @@ def test_damaged_probabilities_are_made_anew_from_the_weights(
 ) -> None:
     monkeypatch.setattr(views, "as_task", lambda function, workers: SimpleNamespace(remote=function))
     monkeypatch.setattr(views.ray, "get", lambda made: made)
-    record = ended(replace(config, epochs=1))
+    record = ended(Run(replace(config, epochs=1)))
     path = left.study.predictions_file(record.trial_id, "val")
     before = left.study.predictions(record.trial_id, "val")
     members = Members(left, {record: 1.0}, {})
@@ -162,7 +164,7 @@ def test_damaged_probabilities_are_made_anew_from_the_weights(
 
 
 def test_damaged_weights_stay_out_of_the_ensemble_by_name(left: Job, config: TrialConfig) -> None:
-    record, said = ended(replace(config, epochs=1)), list[str]()
+    record, said = ended(Run(replace(config, epochs=1))), list[str]()
     left.study.append(record)
     assert blending._with_weights(left.study, said.append) == [record]
     path = left.study.weights_file(record.trial_id)
@@ -181,7 +183,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ingredients(left: Job, config: TrialConfig) -> tuple[TrialRecord, TrialRecord, str]:
     """Two runs, and the name of their soup, whose weights are there."""
-    record = ended(replace(config, epochs=1))
+    record = ended(Run(replace(config, epochs=1)))
     other = replace(record, trial_id="other")
     name = soups.soup_id([record, other])
     save_weights(build(config, classes=3, weights=Weights("none")), left.study.weights_file(name))
@@ -193,9 +195,9 @@ def test_a_soup_that_the_clock_cut_short_is_tried_again_where_there_is_time(
     left: Job, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record, other, name = ingredients(left, config)
-    old = replace(record, trial_id=name, stage=soups.STAGE, reason=f"of 2 of 9, {soups._CUT} after 2 of them")
+    old = replace(record, trial_id=name, stage=soups.STAGE, reason="of 2 of 9", cut_short=True)
     left.study.append(old)
-    new = replace(old, reason="of 3 of 9", value=0.7)
+    new = replace(old, reason="of 3 of 9", cut_short=False, value=0.7)
     monkeypatch.setattr(soups, "_cook", lambda job, name, *more: new)
     assert soups.cook(left, [record, other], until=0.0) == [old]
     assert soups.cook(left, [record, other], until=time.time() + 99) == [new]

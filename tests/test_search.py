@@ -34,7 +34,7 @@ from carmodels.evaluation.calibration import with_temperature
 from carmodels.files import read_json
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
-from carmodels.records import BASELINE, Status
+from carmodels.records import BASELINE, State
 from carmodels.study import Study
 from tune import search
 from tune.budget import clock
@@ -299,7 +299,7 @@ def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place
     assert best["standings"][0]["trial_id"] == best["trial_id"] == judged(study)[0].record.trial_id
     assert sorted(run["seed"] for run in best["retrained"].values()) == [1, 2, 3]
     lines = [json.loads(line) for line in study.trials_file.read_text().splitlines()]
-    finished = [row["trial_id"] for row in lines if row["status"] == Status.FINISHED]
+    finished = [row["trial_id"] for row in lines if row["status"] == State.COMPLETE]
     assert len(finished) == len(set(finished))
     reruns = [r for r in study.records() if r.stage == "confirm"]
     trial = next(r for r in study.records() if r.trial_id == best["trial_id"])
@@ -325,14 +325,14 @@ def test_a_search_that_was_cut_off_among_its_reruns_goes_on_there(place: Place) 
     reruns = [r for r in before if r.stage == "confirm"]
     if not reruns:
         pytest.skip("the best stood out by far")
-    study.append(replace(reruns[-1], status=Status.INTERRUPTED, value=None))
+    study.append(replace(reruns[-1], state=State.INTERRUPTED, value=None))
     options = ("--trials", "6", "--study", "cars", "--resume", "--until", "confirm", "--confirm", "2")
     result = place.run(place.search(*options))
     assert result.returncode == 0, result.stderr
     after = {r.trial_id: r for r in study.records()}
     assert set(after) == {r.trial_id for r in before}
     again = after[reruns[-1].trial_id]
-    assert (again.status, again.stage, again.value) == (Status.FINISHED, "confirm", reruns[-1].value)
+    assert (again.status, again.stage, again.value) == (State.COMPLETE, "confirm", reruns[-1].value)
     assert all(after[r.trial_id] == r for r in before if r.trial_id != again.trial_id)
 
 
@@ -485,15 +485,15 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
         env=environment(),
     )
     deadline = time.time() + 200
-    while time.time() < deadline and not any(r.status is Status.FINISHED for r in study.records()):
+    while time.time() < deadline and not any(r.state is State.COMPLETE for r in study.records()):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 130, output + errors
     assert "--resume goes on" in output
     assert "Traceback" not in errors
-    cut = {r.trial_id for r in study.records() if r.status is Status.INTERRUPTED}
-    kept = {r.trial_id: r for r in study.records() if r.status is not Status.INTERRUPTED}
+    cut = {r.trial_id for r in study.records() if r.state is State.INTERRUPTED}
+    kept = {r.trial_id: r for r in study.records() if r.state is not State.INTERRUPTED}
     assert 0 < len(kept) < 5
     before = max(r.at for r in study.records())
     assert study.table_file.is_file()
@@ -508,7 +508,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     assert len(records) == 5
     assert {i: records[i] for i in kept} == kept
     assert {i for i, r in records.items() if r.at > before} == set(records) - set(kept)
-    assert not [r for r in records.values() if r.status is Status.INTERRUPTED]
+    assert not [r for r in records.values() if r.state is State.INTERRUPTED]
 
 
 def test_a_plain_tree_without_test_images_and_a_metric_to_minimise(place: Place) -> None:

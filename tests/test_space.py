@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields, replace
+from typing import Any
 
 import optuna
 import pytest
 
 from carmodels.catalog import BACKBONES
 from carmodels.presets import SPACES, baseline
-from carmodels.space import Choice, Range, Space, suggest
+from carmodels.space import Choice, Range, Space
+from carmodels.study import VERSION
 from carmodels.training.config import TrialConfig
+from carmodels.training.run import Origin, Run
 from tune.cli.study_folder import describe_space
+from tune.optim.optuna_records import suggest
 
 CONFIG = TrialConfig(backbone="lcnet_035", image_size=64, epochs=4)
 
 
-def draw(space: Space, count: int, seed: int = 0) -> list[dict[str, object]]:
+def draw(space: Space, count: int, seed: int = 0) -> list[dict[str, Any]]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     return [suggest(study.ask(), space) for _ in range(count)]
 
@@ -45,22 +49,27 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
         "clip_norm": 0.0,
         "class_weights": True,
         "patience": 2,
+        "start_image_size": 32,
+        "eval_image_size": 96,
+    }
+    from_elsewhere = {
         "metric": "log_loss",
         "seed": 1,
         "data": "x",
         "split": "y",
-        "head_seed": 3,
         "folds": 3,
         "fold_in": True,
-        "start_image_size": 32,
-        "eval_image_size": 96,
+        "head_seed": 3,
         "continues": "0123456789ab",
     }
-    assert {*other, "fold"} == {f.name for f in fields(TrialConfig)}
-    ids = {replace(CONFIG, **{name: value}).id for name, value in other.items()}
-    ids |= {replace(CONFIG, folds=3, fold=fold).id for fold in range(3)}
-    assert len(ids | {CONFIG.id}) == len(other) + 3 + 1
-    assert TrialConfig.from_dict(asdict(CONFIG)).id == CONFIG.id
+    assert {*other} == {f.name for f in fields(TrialConfig)}
+    assert {*from_elsewhere, "fold"} == {f.name for f in fields(Origin)}
+    run = Run(CONFIG)
+    ids = {run.with_config(**{name: value}).id for name, value in other.items()}
+    ids |= {run.with_origin(**{name: value}).id for name, value in from_elsewhere.items()}
+    ids |= {run.with_origin(folds=3, fold=fold).id for fold in range(3)}
+    assert len(ids | {run.id}) == len(other) + len(from_elsewhere) + 3 + 1
+    assert Run.from_dict(json.loads(json.dumps(run.to_dict()))).id == run.id
 
 
 @pytest.mark.parametrize(
@@ -69,7 +78,7 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
         ({"backbone": "resnet_5000"}, "backbone='resnet_5000' is not known; choose from"),
         (
             {"unfreeze": "sometimes"},
-            "unfreeze='sometimes' is not known; choose from frozen, full, once, gradual",
+            "unfreeze='sometimes' is not known; choose from frozen, full, head_first, gradual",
         ),
         ({"lr": -1.0}, "lr=-1.0 must be a number from 1e-08 to 10"),
         ({"lr": float("nan")}, "lr=nan must be a number"),
@@ -86,6 +95,18 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
             {"backbone": "swin_tiny_patch4_window7_224", "eval_image_size": 96},
             "eval_image_size=96: swin_tiny_patch4_window7_224 is built for one size; leave it out",
         ),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric": "luck"}, "metric='luck' is not known; choose from accuracy, log_loss, macro_f1"),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0"),
         ({"fold": 0}, "fold=0 of folds=0: there must be 2 folds or more, the first is fold 0"),
         ({"folds": 1, "fold": 0}, "fold=0 of folds=1: there must be 2 folds or more"),
         ({"folds": 3, "fold": 3}, "fold=3 of folds=3: there must be 2 folds or more"),
@@ -94,16 +115,23 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
             {"fold_in": True, "continues": "0123456789ab"},
             "continues='0123456789ab': that run has learnt from what is held out here",
         ),
-        ({"fold_in": True, "patience": 2}, "patience=2: what is held out must not end training"),
     ],
 )
-def test_a_wrong_value_is_refused_by_name(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        replace(CONFIG, **change)
+def test_a_wrong_origin_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Origin(**change)
 
 
-def test_fields_that_came_later_leave_the_ids_of_earlier_studies_alone() -> None:
-    assert TrialConfig("lcnet_035", image_size=64, epochs=4).id == "30d6a5703ae1"
+@pytest.mark.parametrize("origin", [Origin(fold_in=True), Origin(folds=3, fold=0)], ids=str)
+def test_what_is_held_out_does_not_end_training(origin: Origin) -> None:
+    with pytest.raises(ValueError, match="patience=2: what is held out must not end training"):
+        Run(replace(CONFIG, patience=2), origin)
+
+
+def test_ids_change_with_the_version_of_a_study_alone() -> None:
+    """A new field, or another default, is another id: a study made before it would not find its trials."""
+    run = Run(TrialConfig("lcnet_035", image_size=64, epochs=4))
+    assert (VERSION, run.id) == ("0.2", "e6dab0b083b3")
 
 
 def test_images_grow_in_steps_to_their_whole_size_and_augmentation_with_them() -> None:
@@ -122,6 +150,8 @@ def test_images_grow_in_steps_to_their_whole_size_and_augmentation_with_them() -
 def test_a_misspelt_key_is_refused() -> None:
     with pytest.raises(ValueError, match="configuration key='learning_rate' is not known"):
         TrialConfig.from_dict({**asdict(CONFIG), "learning_rate": 1e-3})
+    with pytest.raises(ValueError, match="origin key='sead' is not known; choose from metric, seed"):
+        Run.from_dict({"config": asdict(CONFIG), "origin": {"sead": 1}})
 
 
 @pytest.mark.parametrize("preset", SPACES)
@@ -146,7 +176,7 @@ def test_the_competitors_baseline_is_in_reach_of_every_preset(preset: str) -> No
     assert (reference.optimizer, reference.lr, reference.unfreeze, reference.schedule) == (
         "adam",
         1e-3,
-        "once",
+        "head_first",
         "plateau",
     )
     assert (reference.head_depth, reference.augment, reference.patience) == (1, "shift", 0)
@@ -246,7 +276,7 @@ def test_a_space_comes_back_from_what_study_json_says_of_it(preset: str) -> None
         ({"fixed": {"epochs": 0}}, "epochs=0 must be a whole number"),
     ],
 )
-def test_what_is_no_space_is_refused(change: dict[str, object], message: str) -> None:
+def test_what_is_no_space_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"the space of study.json: .*{message}"):
         Space.from_dict({**describe_space(SPACES["demo"]), **change})
 

@@ -9,22 +9,39 @@ from pathlib import Path
 import pytest
 
 from carmodels.files import write_json
-from carmodels.records import Status, TrialRecord
-from carmodels.study import Study
+from carmodels.records import Cause, State, TrialRecord
+from carmodels.study import VERSION, Study
 from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.run import Origin, Run
 
 CONFIG = TrialConfig(backbone="lcnet_035", image_size=64, epochs=4)
 
 
 def record(
-    seed: int, value: float | None, status: Status = Status.FINISHED, stage: str = "search"
+    seed: int,
+    value: float | None,
+    state: State = State.COMPLETE,
+    cause: Cause | None = None,
+    stage: str = "search",
 ) -> TrialRecord:
-    config = replace(CONFIG, seed=seed)
+    run = Run(CONFIG, Origin(seed=seed))
     curve = (
         EpochMetrics(1, 1.0, 0.9, 0.1, 0.1, 2.0),
         EpochMetrics(2, 0.8, 0.7, value or 0.0, value or 0.0, 2.0),
     )
-    return TrialRecord(config.id, config, status, 2, value, 4.0, "ran its 2 epochs", stage=stage, curve=curve)
+    return TrialRecord(
+        run.id,
+        run.config,
+        state,
+        2,
+        value,
+        4.0,
+        "ran its 2 epochs",
+        cause=cause,
+        stage=stage,
+        origin=run.origin,
+        curve=curve,
+    )
 
 
 @pytest.fixture
@@ -39,13 +56,18 @@ def study(tmp_path: Path) -> Study:
 def test_a_record_comes_back_as_it_was(study: Study) -> None:
     study.append(record(1, 0.5))
     assert study.records() == [record(1, 0.5)]
+    failed = replace(record(2, None, State.FAILED, Cause.DIVERGED), repeats="0123456789ab", baseline=True)
+    soup = replace(record(3, 0.6), cut_short=True, ingredients=("a", "b"))
+    study.append(failed)
+    study.append(soup)
+    assert study.records()[1:] == [failed, soup]
 
 
 def test_the_last_line_of_a_trial_wins(study: Study) -> None:
-    study.append(record(1, 0.4, Status.INTERRUPTED))
+    study.append(record(1, 0.4, State.INTERRUPTED))
     study.append(record(2, 0.6))
     study.append(record(1, 0.5))
-    assert [(r.config.seed, r.value) for r in study.records()] == [(2, 0.6), (1, 0.5)]
+    assert [(r.origin.seed, r.value) for r in study.records()] == [(2, 0.6), (1, 0.5)]
 
 
 @pytest.mark.parametrize("kept", [1, 40, 200])
@@ -54,38 +76,44 @@ def test_a_torn_last_line_is_skipped_and_named_and_the_next_append_is_whole(stud
     study.append(record(2, 0.6))
     lines = study.trials_file.read_bytes().splitlines(keepends=True)
     study.trials_file.write_bytes(lines[0] + lines[1][:kept])
-    assert [r.config.seed for r in study.records()] == [1]
+    assert [r.origin.seed for r in study.records()] == [1]
     assert study.damaged_lines() == [2]
     study.append(record(3, 0.7))
-    assert [r.config.seed for r in study.records()] == [1, 3]
+    assert [r.origin.seed for r in study.records()] == [1, 3]
 
 
 @pytest.mark.parametrize(("metric", "best"), [("accuracy", 2), ("log_loss", 1)])
-def test_the_leaderboard_holds_finished_trials_best_first(tmp_path: Path, metric: str, best: int) -> None:
+def test_the_leaderboard_holds_complete_trials_best_first(tmp_path: Path, metric: str, best: int) -> None:
     study = Study(tmp_path / metric)
     study.begin({"metric": metric}, [])
     for r in (
         record(1, 0.5),
         record(2, 0.6),
-        record(3, 0.99, Status.STOPPED),
-        record(4, None, Status.DIVERGED),
+        record(3, 0.99, State.PRUNED),
+        record(4, None, State.FAILED, Cause.DIVERGED),
     ):
         study.append(r)
     board = study.leaderboard()
-    assert board[0].config.seed == best
+    assert board[0].origin.seed == best
     assert len(board) == 2
 
 
 def test_the_table_has_a_row_a_trial_and_a_column_a_hyperparameter(study: Study) -> None:
-    for r in (record(3, 0.9, Status.STOPPED), record(1, 0.5), record(2, 0.6), record(4, None, Status.FAILED)):
+    for r in (
+        record(3, 0.9, State.PRUNED),
+        record(1, 0.5),
+        record(2, 0.6),
+        record(4, None, State.FAILED, Cause.OUT_OF_MEMORY),
+    ):
         study.append(r)
     study.write_table()
     with study.table_file.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [r["seed"] for r in rows[:2]] == ["2", "1"]
     assert [r["rank"] for r in rows] == ["1", "2", "", ""]
-    assert {r["status"] for r in rows[2:]} == {"stopped", "failed"}
-    assert {f.name for f in fields(TrialConfig)} - {"data", "split"} <= set(rows[0])
+    assert {(r["state"], r["cause"]) for r in rows[2:]} == {("pruned", ""), ("failed", "out_of_memory")}
+    assert {f.name for f in fields(TrialConfig)} <= set(rows[0])
+    assert {f.name for f in fields(Origin)} - {"data", "split", "metric"} <= set(rows[0])
     assert rows[0]["best_epoch"] == "2"
     assert rows[0]["reason"] == "ran its 2 epochs"
 
@@ -94,7 +122,7 @@ def test_only_the_best_trials_of_the_search_keep_their_weights(study: Study) -> 
     for seed, stage in ((1, "search"), (2, "search"), (3, "search"), (4, "retrain")):
         study.append(record(seed, seed / 10, stage=stage))
         study.weights_file(record(seed, None).trial_id).write_bytes(b"w")
-    study.append(replace(record(5, None), status=Status.RUNNING))  # it has written them, and is to say so
+    study.append(replace(record(5, None), state=State.RUNNING))  # it has written them, and is to say so
     study.weights_file(record(5, None).trial_id).write_bytes(b"w")
     study.keep_weights(1, also=[record(1, None).trial_id])
     kept = [seed for seed in (1, 2, 3, 4, 5) if study.weights_file(record(seed, None).trial_id).is_file()]
@@ -124,6 +152,15 @@ def test_labels_come_back_by_id(study: Study) -> None:
 def test_a_folder_that_is_no_study_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no study: it holds no study\.json"):
         _ = Study(tmp_path).facts
+
+
+@pytest.mark.parametrize(("written", "said"), [({}, "0.1"), ({"version": "0.9"}, "0.9")])
+def test_a_study_of_another_version_is_refused(study: Study, written: dict[str, str], said: str) -> None:
+    assert study.facts["metric"] == "accuracy"
+    write_json(study.folder / "study.json", {"metric": "accuracy", **written})
+    message = f"was made by version {said} of this project, this is {VERSION}: use that version, or begin"
+    with pytest.raises(ValueError, match=message):
+        _ = study.facts
 
 
 def test_a_damaged_file_is_named(study: Study) -> None:

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     """Export, answer, serve: whatever was asked for, in this order."""
     _check(options)
     study = Study(user_path(options.study))
-    paths = found_images([user_path(p) if str(p).startswith("~") else p for p in options.thumbnails])
+    paths = found_images([user_path(p) if str(p).startswith("~") else p for p in options.images])
     answer = "student" if options.student else "ensemble"
     ensemble, limit = load_ensemble(study, answer), threshold(study, options.not_sure, answer)
     screen.say(limit.sentence)
@@ -77,9 +77,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if not (options.thumbnails or options.export or options.serve):
+    if not (options.images or options.export or options.serve):
         raise ValueError("there is nothing to do: give images or folders, --export DIR or --serve")
-    if options.out and not options.thumbnails:
+    if options.out and not options.images:
         raise ValueError(f"--out {options.out} is for answers; give images or folders, too")
     out_file(options)
     if options.port is not None and not options.serve:

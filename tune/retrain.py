@@ -14,7 +14,7 @@ from pathlib import Path
 from carmodels.files import user_path
 from carmodels.models.backbones import fetch_weights
 from carmodels.models.weights import Weights
-from carmodels.records import Status
+from carmodels.records import State
 from carmodels.study import Study
 from carmodels.training.config import setting
 from tune.budget.clock import Clock
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     screen.rest()
     screen.table(study)
     made = [r for r in study.records() if r not in before]
-    if made and all(r.status is Status.FAILED for r in made):
+    if made and all(r.state is State.FAILED and not r.diverged for r in made):
         raise ValueError(f"none of {len(made)} runs has finished, the last one failed by: {made[-1].reason}")
     return 0 if completed else 130
 

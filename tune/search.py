@@ -37,6 +37,7 @@ from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.space import Space
 from carmodels.study import Study
+from carmodels.training.run import Origin
 from tune.budget.clock import STOPS_SHARE, Clock, last_share, search_share
 from tune.budget.plan import TRIAL_SHARE
 from tune.cli import resources, session
@@ -228,12 +229,12 @@ def go(
     screen: Screen,
 ) -> int:
     """The stages, one after the other, up to --until."""
-    stamp = {
-        "seed": options.seed,
-        "metric": options.metric,
-        "data": job.splits.fingerprint,
-        "split": job.splits.split_hash,
-    }
+    origin = Origin(
+        metric=options.metric,
+        seed=options.seed,
+        data=job.splits.fingerprint,
+        split=job.splits.split_hash,
+    )
     if math.isfinite(clock.seconds) or job.workers.packed:
         job = replace(job, costs=costs_of(job, space))
     watch = session.watched(job, clock, trials, screen)
@@ -241,7 +242,7 @@ def go(
         search_stage.search,
         job,
         space,
-        stamp=stamp,
+        origin=origin,
         trials=trials,
         seed=options.seed,
         watch=watch,

@@ -18,8 +18,8 @@ from carmodels.evaluation.metrics import METRICS, log_loss
 from carmodels.evaluation.predictions import Predictions
 from carmodels.models.classifier import Classifier, build
 from carmodels.models.weights import Weights
-from carmodels.training.config import TrialConfig
 from carmodels.training.forward import autocast, predict
+from carmodels.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Ingredient:
     """A trained model that may go into a soup."""
 
     trial_id: str
-    config: TrialConfig
+    run: Run
     weights: Path
     val: Predictions
 
@@ -42,17 +42,18 @@ class Soup:
     tried: int  # models that it was tried from: fewer than were given where the time was up
 
 
-def kind(config: TrialConfig) -> Hashable | None:
+def kind(run: Run) -> Hashable | None:
     """What models must share for the mean of their weights to be a model; None: no soup for it.
 
     Backbone, head, size and initial weights: from other initial weights training ends in another valley
     (Neyshabur et al., 2020). Frozen backbones are left out, as their means are those of a linear model's
     outputs, which an ensemble has as well; so are models of folds, which have learnt from each other's val.
     """
-    if UNFREEZE[config.unfreeze].head_only_epochs is None or config.fold is not None:
+    config, origin = run.config, run.origin
+    if UNFREEZE[config.unfreeze].head_only_epochs is None or origin.fold is not None:
         return None
     sizes = (config.image_size, config.eval_image_size)
-    return (config.backbone, *sizes, config.head, config.head_depth, config.init_seed)
+    return (config.backbone, *sizes, config.head, config.head_depth, origin.init_seed)
 
 
 def greedy_soup(
@@ -71,7 +72,7 @@ def greedy_soup(
     """
     assert splits.val.labels is not None
     labels = splits.val.labels
-    metric = METRICS[ingredients[0].config.metric]
+    metric = METRICS[ingredients[0].run.origin.metric]
 
     def worth(val: Predictions) -> tuple[float, float]:
         probs = val.aligned(splits.val.ids).probs
@@ -91,11 +92,12 @@ def greedy_soup(
 
 
 def _mixed(ingredients: Sequence[Ingredient], splits: Splits, device: str, processes: int) -> Soup:
-    config = ingredients[0].config
+    run = ingredients[0].run
+    config = run.config
     model = build(config, classes=len(splits.classes), weights=Weights("none"))
     model.load_state_dict(mean_state([ingredient.weights for ingredient in ingredients]))
     model = model.to(device).to(memory_format=torch.channels_last)
-    refresh_statistics(model, config, splits, device=device, processes=processes)
+    refresh_statistics(model, run, splits, device=device, processes=processes)
     val = predict(model, splits, splits.val, config=config, device=device, processes=processes)
     return Soup(tuple(ingredients), model, val, len(ingredients))
 
@@ -111,20 +113,21 @@ def mean_state(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
 
 
 def refresh_statistics(
-    model: Classifier, config: TrialConfig, splits: Splits, *, device: str, processes: int = 0
+    model: Classifier, run: Run, splits: Splits, *, device: str, processes: int = 0
 ) -> None:
     """Set BatchNorm's means and variances anew by a pass over train, varied as in training.
 
     Those of the ingredients are of other weights (Izmailov et al., 2018). In networks without BatchNorm
     nothing happens.
     """
+    config = run.config
     loader = Loader(
         splits.images,
         splits.train,
         image_size=config.image_size,
         batch_size=config.batch_size,
         augment=AUGMENTS[config.augment],
-        seed=config.seed,
+        seed=run.origin.seed,
         processes=processes,
         shuffle=True,
         drop_last=len(splits.train) > config.batch_size,

@@ -14,8 +14,8 @@ from carmodels.data.loader import Loader
 from carmodels.ensembling.network import Ensemble
 from carmodels.evaluation.calibration import tempered
 from carmodels.models.classifier import Classifier
-from carmodels.training.config import TrialConfig
 from carmodels.training.forward import autocast
+from carmodels.training.run import Run
 
 TAUGHT = 0.7  # of a target is the teacher's, the rest the label's
 _SOFTEST = 20.0
@@ -26,7 +26,7 @@ _AT_ONCE = 64  # images
 def taught(
     teacher: Ensemble,
     splits: Splits,
-    config: TrialConfig,
+    run: Run,
     *,
     views: int,
     device: str = "cpu",
@@ -45,8 +45,8 @@ def taught(
             splits.train,
             image_size=shape.size,
             batch_size=_AT_ONCE,
-            augment=AUGMENTS[config.augment],
-            seed=config.seed,
+            augment=AUGMENTS[run.config.augment],
+            seed=run.origin.seed,
             processes=processes,
         )
         for shape in plain.spec.inputs

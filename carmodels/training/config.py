@@ -1,12 +1,10 @@
-"""What a trial is made of (`TrialConfig`) and what an epoch gives (`EpochMetrics`)."""
+"""Hyperparameters of a trial (`TrialConfig`) and the metrics of an epoch (`EpochMetrics`)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from carmodels.catalog import AUGMENTS, BACKBONES, HEADS, SCHEDULES, UNFREEZE
@@ -20,7 +18,7 @@ _SIZE_STEP = 16  # pixels
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """Everything that decides a trial's weights, and nothing else. Checked when made (ValueError)."""
+    """The hyperparameters of a trial, and nothing else. Checked when made (ValueError)."""
 
     backbone: str
     image_size: int  # side, pixels
@@ -43,40 +41,24 @@ class TrialConfig:
     clip_norm: float = 1.0  # largest norm of the gradient, 0: off
     class_weights: bool = False  # weigh the loss by inverse class frequency
     patience: int = 0  # epochs without a better metric before training ends, 0: off
-    metric: str = "accuracy"  # chooses the epoch whose weights are kept
-    seed: int = 0
-    data: str = ""  # fingerprint of the data set
-    split: str = ""  # hash of the split
-    fold: int | None = None  # of `folds`, which one is held out; None: the models of all of them together
-    head_seed: int | None = None  # of the head's initial weights; None: `seed`
-    folds: int = 0  # into which train and val together are cut, by `seed`; 0: the study's own train and val
-    fold_in: bool = False  # learns from all labelled images, holdout too, so that none is left to score it
-    start_image_size: int = (
-        0  # side in the first epoch, pixels, from where it grows; 0: image_size, as stored outputs
-    )
-    eval_image_size: int = 0  # side of the images it is tested on, pixels; 0: image_size
-    continues: str = (
-        ""  # trial_id of the run whose weights it starts from; empty: pretrained ones, a new head
-    )
+    start_image_size: int = 0  # side in the first epoch, pixels, from where it grows; 0: image_size
+    eval_image_size: int = 0  # side of the images it is evaluated on, pixels; 0: image_size
 
     def __post_init__(self) -> None:
         for name, known in _ROWS.items():
-            _check_member(name, getattr(self, name), known)
+            check_member(name, getattr(self, name), known)
         for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
             kinds = int if _TYPES[name] == "int" else int | float
             if not isinstance(value, kinds) or not low <= value <= high:
                 what = "whole number" if kinds is int else "number"
                 raise ValueError(f"{name}={value!r} must be a {what} from {low:g} to {high:g}")
-        if not (self.head_seed is None or (isinstance(self.head_seed, int) and self.head_seed >= 0)):
-            raise ValueError(f"head_seed={self.head_seed!r} must be None or a whole number from 0")
         multiple = BACKBONES[self.backbone].multiple
         if self.image_size % multiple:
             raise ValueError(
                 f"image_size={self.image_size} must be a multiple of {multiple} for {self.backbone}"
             )
         self._check_sizes()
-        self._check_held_out()
 
     def _check_sizes(self) -> None:
         row, smallest = BACKBONES[self.backbone], BOUNDS["image_size"][0]
@@ -92,28 +74,6 @@ class TrialConfig:
             raise ValueError(
                 f"start_image_size={self.start_image_size} must be at most image_size={self.image_size}"
             )
-
-    def _check_held_out(self) -> None:
-        if self.folds == 1 or self.fold not in (None, *range(self.folds)):
-            raise ValueError(
-                f"fold={self.fold} of folds={self.folds}: there must be 2 folds or more, the first is fold 0"
-            )
-        if self.folds and self.fold_in:
-            raise ValueError(f"folds={self.folds}: with fold_in nothing is held out; leave one of them out")
-        if self.blind and self.continues:
-            raise ValueError(
-                f"continues={self.continues!r}: that run has learnt from what is held out here, or had it to "
-                "be chosen by; leave it out with folds and fold_in"
-            )
-        if self.blind and self.patience:
-            raise ValueError(
-                f"patience={self.patience}: what is held out must not end training; leave it out with folds"
-            )
-
-    @property
-    def blind(self) -> bool:
-        """Whether what is held out has no say in training: the last epoch is kept, whatever it scores."""
-        return self.folds > 0 or self.fold_in
 
     @property
     def eval_size(self) -> int:
@@ -140,21 +100,6 @@ class TrialConfig:
         return FIRST_STRENGTH + self.grown(epoch) * (1 - FIRST_STRENGTH)
 
     @property
-    def init_seed(self) -> int:
-        """The seed of the head's initial weights."""
-        return self.seed if self.head_seed is None else self.head_seed
-
-    @property
-    def id(self) -> str:
-        """12 hex digits of the content: equal for equal draws, and the name of every file a trial leaves.
-
-        A field of `_LATER` is left out where it has its default: studies made before it keep their ids.
-        """
-        said = {n: v for n, v in asdict(self).items() if n not in _LATER or v != _LATER[n]}
-        content = json.dumps(said, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
-
-    @property
     def title(self) -> str:
         """Short name for people: backbone, size, head and strategy."""
         return f"{self.backbone} {self.image_size}px head{self.head_depth} {self.unfreeze}"
@@ -163,7 +108,7 @@ class TrialConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrialConfig:
         """Raises ValueError for a key that is no field."""
         for name in values:
-            _check_member("configuration key", name, _FIELDS)
+            check_member("configuration key", name, FIELDS)
         return cls(**values)
 
 
@@ -180,16 +125,7 @@ class EpochMetrics:
     ending: str = ""  # why this was the last epoch: schedule, patience, time or diverged
 
 
-_FIELDS = tuple(f.name for f in fields(TrialConfig))
-
-_LATER: dict[str, object] = {  # fields that came after the first studies, with their defaults
-    "head_seed": None,
-    "folds": 0,
-    "fold_in": False,
-    "start_image_size": 0,
-    "eval_image_size": 0,
-    "continues": "",
-}
+FIELDS = tuple(f.name for f in fields(TrialConfig))
 
 _ROWS: dict[str, tuple[str, ...]] = {
     "backbone": tuple(BACKBONES),
@@ -198,7 +134,6 @@ _ROWS: dict[str, tuple[str, ...]] = {
     "schedule": tuple(SCHEDULES),
     "augment": tuple(AUGMENTS),
     "optimizer": OPTIMIZERS,
-    "metric": METRIC_NAMES,
 }
 
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -216,22 +151,17 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "ema": (0.0, 0.99999),
     "clip_norm": (0.0, 1e6),
     "patience": (0, 10_000),
-    "seed": (0, 2**31 - 1),
-    "folds": (0, 100),
     "start_image_size": (0, 2048),
     "eval_image_size": (0, 2048),
 }
 
 
-def _check_member(name: str, value: object, known: tuple[str, ...]) -> None:
+def check_member(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}={value!r} is not known; choose from {', '.join(known)}")
 
 
-# set by the search itself
-OWNED = ("seed", "data", "split", "fold", "head_seed", "folds", "fold_in", "metric")
-SETTABLE = tuple(name for name in _FIELDS if name not in (*OWNED, "continues"))
-NAMES = ", ".join(SETTABLE)
+NAMES = ", ".join(FIELDS)
 _TYPES = {f.name: str(f.type) for f in fields(TrialConfig)}
 
 
@@ -252,6 +182,6 @@ def parse(name: str, text: str) -> Any:
 def setting(text: str) -> tuple[str, Any]:
     """A field of a configuration and its value from `NAME=V`; ValueError as for an override."""
     name, _, written = text.partition("=")
-    if name not in SETTABLE or not written:
+    if name not in FIELDS or not written:
         raise ValueError(f"--set {text}: expected NAME=V with NAME one of {NAMES}")
     return name, parse(name, written)

@@ -11,6 +11,7 @@ import torch
 from carmodels.data.dataset import Splits
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
 from carmodels.training.trainer import Trainer
 
 
@@ -28,21 +29,21 @@ def training_seconds(
     Their median; with loader processes, which work ahead at first, the mean of the later ones.
     """
     steps = 4 + 6 * processes
-    run = Trainer(
-        replace(config, unfreeze="full", start_image_size=0),
+    trainer = Trainer(
+        Run(replace(config, unfreeze="full", start_image_size=0)),
         splits,
         weights=weights,
         device=torch.device(device),
         processes=processes,
         compiled=compiled,
     )
-    run.model.freeze_to(len(run.model.groups))
-    run.model.train()
-    shown = run.shown(1)
+    trainer.model.freeze_to(len(trainer.model.groups))
+    trainer.model.train()
+    shown = trainer.shown(1)
     taken: list[float] = []
-    for _ in range(min(steps, len(run.train_loader))):
+    for _ in range(min(steps, len(trainer.train_loader))):
         started = time.monotonic()
         images, labels = next(shown)
-        float(run.step(images, labels))
+        float(trainer.step(images, labels))
         taken.append((time.monotonic() - started) / len(labels))
     return float(np.mean(taken[len(taken) // 2 :]) if processes else np.median(taken[1:] or taken))

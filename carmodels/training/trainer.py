@@ -29,6 +29,7 @@ from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.features import VIEWS_KEPT, FeatureStore
 from carmodels.training.forward import autocast, has_bf16, in_parts, predict_probs
 from carmodels.training.held_out import splits_for
+from carmodels.training.run import Run
 from carmodels.training.schedule import LearningRate
 
 
@@ -36,7 +37,7 @@ from carmodels.training.schedule import LearningRate
 class TrainResult:
     """A trained model, with the weights of its best epoch, or of its last where val had no say."""
 
-    config: TrialConfig
+    run: Run
     model: Classifier
     history: tuple[EpochMetrics, ...]
     best: EpochMetrics | None  # the epoch that was kept; None where the first one already diverged
@@ -48,7 +49,7 @@ class TrainResult:
 
 
 def fit(
-    config: TrialConfig,
+    run: Run,
     splits: Splits,
     *,
     weights: Weights,
@@ -78,11 +79,11 @@ def fit(
     wrote to the file `start`, and with the first step of its schedule (a warm restart, Loshchilov and Hutter,
     2017).
     """
-    if bool(config.continues) != (start is not None):
-        raise ValueError(f"continues={config.continues!r}, start={start}: one takes the other")
-    run = Trainer(
-        config,
-        splits_for(config, splits),
+    if bool(run.origin.continues) != (start is not None):
+        raise ValueError(f"continues={run.origin.continues!r}, start={start}: one takes the other")
+    trainer = Trainer(
+        run,
+        splits_for(run.origin, splits),
         weights=weights,
         device=torch.device(device),
         processes=processes,
@@ -94,16 +95,16 @@ def fit(
     history: list[EpochMetrics] = []
     best: EpochMetrics | None = None
     best_state: dict[str, torch.Tensor] = {}
-    for epoch in range(1, config.epochs + 1):
+    for epoch in range(1, run.config.epochs + 1):
         started = time.monotonic()
-        train_loss, probs = run.epoch(epoch)
-        metrics = _measure(config, epoch, train_loss, probs, run.val_labels, time.monotonic() - started)
-        if not metrics.ending and _to_keep(config, metrics, best):
+        train_loss, probs = trainer.epoch(epoch)
+        metrics = _measure(run, epoch, train_loss, probs, trainer.val_labels, time.monotonic() - started)
+        if not metrics.ending and _to_keep(run, metrics, best):
             best = metrics
             best_state = {
-                name: value.detach().cpu().clone() for name, value in run.tested.state_dict().items()
+                name: value.detach().cpu().clone() for name, value in trainer.tested.state_dict().items()
             }
-        ending = _ending(config, metrics, best)
+        ending = _ending(run, metrics, best)
         if not ending and time.time() + metrics.seconds > until:
             ending = "time"
         metrics = replace(metrics, ending=ending)
@@ -112,30 +113,30 @@ def fit(
         if metrics.ending:
             break
     if best_state:
-        run.model.load_state_dict(best_state)
-    return TrainResult(config, run.model, tuple(history), best)
+        trainer.model.load_state_dict(best_state)
+    return TrainResult(run, trainer.model, tuple(history), best)
 
 
-def _to_keep(config: TrialConfig, metrics: EpochMetrics, best: EpochMetrics | None) -> bool:
-    if config.blind or best is None:
+def _to_keep(run: Run, metrics: EpochMetrics, best: EpochMetrics | None) -> bool:
+    if run.origin.keeps_last_epoch or best is None:
         return True
-    return METRICS[config.metric].gain(metrics.value, best.value) > 0
+    return METRICS[run.origin.metric].gain(metrics.value, best.value) > 0
 
 
-def _ending(config: TrialConfig, metrics: EpochMetrics, best: EpochMetrics | None) -> str:
+def _ending(run: Run, metrics: EpochMetrics, best: EpochMetrics | None) -> str:
     if metrics.ending:
         return metrics.ending
-    if metrics.epoch == config.epochs:
+    if metrics.epoch == run.config.epochs:
         return "schedule"
-    late = best is not None and metrics.epoch - best.epoch >= config.patience
-    return "patience" if config.patience and late else ""
+    late = best is not None and metrics.epoch - best.epoch >= run.config.patience
+    return "patience" if run.config.patience and late else ""
 
 
 def _measure(
-    config: TrialConfig, epoch: int, train_loss: float, probs: np.ndarray, labels: np.ndarray, seconds: float
+    run: Run, epoch: int, train_loss: float, probs: np.ndarray, labels: np.ndarray, seconds: float
 ) -> EpochMetrics:
-    metric = METRICS[config.metric]
-    if config.fold_in and math.isfinite(train_loss):
+    metric = METRICS[run.origin.metric]
+    if run.origin.fold_in and math.isfinite(train_loss):
         return EpochMetrics(epoch, train_loss, math.nan, math.nan, math.nan, seconds)
     if not (math.isfinite(train_loss) and np.isfinite(probs).all()):
         certain_and_wrong = metric.score(np.array([[0.0, 1.0]]), np.array([0]))
@@ -149,7 +150,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrialConfig,
+        run: Run,
         splits: Splits,
         *,
         weights: Weights,
@@ -160,15 +161,22 @@ class Trainer:
         targets: np.ndarray | None = None,
         start: Path | None = None,
     ) -> None:
-        torch.manual_seed(config.init_seed)
-        self.config, self.device, self.splits, self.processes = config, device, splits, processes
+        config, origin = run.config, run.origin
+        torch.manual_seed(origin.init_seed)
+        self.config, self.origin, self.device, self.splits, self.processes = (
+            config,
+            origin,
+            device,
+            splits,
+            processes,
+        )
         self.weights = weights
         if start is None:
             self.model = build(config, classes=len(splits.classes), weights=weights).to(device)
         else:
             self.model = load_weights(config, start, classes=len(splits.classes)).to(device)
-        if config.head_seed is not None:
-            torch.manual_seed(config.seed)
+        if origin.head_seed is not None:
+            torch.manual_seed(origin.seed)
         self.model = self.model.to(memory_format=torch.channels_last)
         self.network: nn.Module = cast(nn.Module, torch.compile(self.model)) if compiled else self.model
         # With timm's warm-up of the decay: short schedules would average the first weights otherwise.
@@ -181,7 +189,7 @@ class Trainer:
             image_size=config.image_size,
             batch_size=config.batch_size,
             augment=AUGMENTS[config.augment],
-            seed=config.seed,
+            seed=origin.seed,
             processes=processes,
             shuffle=True,
             drop_last=len(splits.train) > config.batch_size,
@@ -240,7 +248,9 @@ class Trainer:
         else:
             probs = self._remembered_val(stored)
         if np.isfinite(probs).all():
-            self.schedule.epoch_ended(train_loss if self.config.blind else log_loss(probs, self.val_labels))
+            self.schedule.epoch_ended(
+                train_loss if self.origin.keeps_last_epoch else log_loss(probs, self.val_labels)
+            )
         return train_loss, probs
 
     @cached_property

@@ -29,12 +29,12 @@ from carmodels.study import Study
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "results" / "final"
-MODELS = ("ensemble", "single", "trial", "recipe")
+MODELS = ("ensemble", "single", "trial", "baseline")
 COMPARED = (  # and the target
     ("ensemble", "trial", 0.0),
     ("ensemble", "single", None),
-    ("ensemble", "recipe", 3.0),
-    ("trial", "recipe", None),
+    ("ensemble", "baseline", 3.0),
+    ("trial", "baseline", None),
 )
 RESAMPLES = 10_000
 
@@ -95,11 +95,11 @@ def run(seed: int, options: argparse.Namespace, folder: Path) -> pd.DataFrame:
     study = Study(folder / "study")
     labels = study.labels("holdout")
     ranked = study.leaderboard()
-    recipe = next((r.trial_id for r in ranked if r.is_baseline), None)
+    reference = next((r.trial_id for r in ranked if r.baseline), None)
     trial = next(r.trial_id for r in ranked if r.stage == "search")
     single = read_json(study.ensemble_file)["val"]["single"]["trial_id"]
     found = pd.DataFrame({"seed": seed, "hours": options.hours, "id": list(labels)})
-    for model, name in zip(MODELS, ("ensemble", single, trial, recipe), strict=True):
+    for model, name in zip(MODELS, ("ensemble", single, trial, reference), strict=True):
         if name is None:
             found[model] = np.nan
             continue

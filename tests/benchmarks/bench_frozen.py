@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import FeatureStore
+from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import TrainResult, fit
 
 from table import Row, as_in_a_worker, finish
@@ -51,28 +51,25 @@ def main() -> None:
     rows: list[Row] = []
     for name, config in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            rows += compare(
-                name, [replace(config, seed=seed) for seed in seeds], splits, weights, Path(folder)
-            )
+            runs = [Run(config, Origin(seed=seed)) for seed in seeds]
+            rows += compare(name, runs, splits, weights, Path(folder))
     finish("bench_frozen", rows)
 
 
-def compare(
-    name: str, configs: list[TrialConfig], splits: Splits, weights: Weights, folder: Path
-) -> list[Row]:
+def compare(name: str, runs: list[Run], splits: Splits, weights: Weights, folder: Path) -> list[Row]:
     """Seconds of all epochs, and accuracy, of one configuration over its seeds."""
     store = FeatureStore(folder)
-    first = seconds(fit(configs[0], splits, weights=weights, features=store))
+    first = seconds(fit(runs[0], splits, weights=weights, features=store))
     ours: list[TrainResult] = []
     theirs: list[TrainResult] = []
-    for config in configs:
-        theirs.append(fit(config, splits, weights=weights))
-        ours.append(fit(config, splits, weights=weights, features=store))
-    with_store, without = ([seconds(f) for f in run] for run in (ours, theirs))
+    for run in runs:
+        theirs.append(fit(run, splits, weights=weights))
+        ours.append(fit(run, splits, weights=weights, features=store))
+    with_store, without = ([seconds(f) for f in side] for side in (ours, theirs))
     gained = np.array([o.best.value - t.best.value for o, t in zip(ours, theirs, strict=True)])
     half = scipy.stats.t.ppf(0.975, len(gained) - 1) * gained.std(ddof=1) / len(gained) ** 0.5
-    n = len(configs)
-    means = [float(np.mean([f.best.value for f in run])) for run in (ours, theirs)]
+    n = len(runs)
+    means = [float(np.mean([f.best.value for f in side])) for side in (ours, theirs)]
     ratio = float(np.median(np.array(without) / np.array(with_store)))
     difference = f"{gained.mean():+.4f} ± {half:.4f}"
     return [

@@ -30,6 +30,7 @@ from carmodels.data.dataset import Splits, open_dataset
 from carmodels.data.loader import Loader
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
 from carmodels.training.trainer import Trainer
 
 from table import Row, as_in_a_worker, finish
@@ -113,32 +114,32 @@ def steps(folder: Path, splits: Splits) -> list[Row]:
     rows = []
     for name in BACKBONES:
         config = TrialConfig(name, image_size=SIZE, epochs=4, batch_size=BATCH, augment="color", lr=1e-4)
-        run = Trainer(
-            config,
+        trainer = Trainer(
+            Run(config),
             splits,
             weights=Weights("none"),
             device=torch.device("cuda"),
             processes=PROCESSES,
         )
-        run.model.freeze_to(len(run.model.groups))
-        run.model.train()
-        held = [(x.cuda(), y.cuda()) for x, y in islice(run.shown(1), 8)]
-        from_memory = rate(run, (held[n % len(held)] for n in range(STEPS)))
-        from_loader = rate(run, islice(run.shown(2), STEPS))
+        trainer.model.freeze_to(len(trainer.model.groups))
+        trainer.model.train()
+        held = [(x.cuda(), y.cuda()) for x, y in islice(trainer.shown(1), 8)]
+        from_memory = rate(trainer, (held[n % len(held)] for n in range(STEPS)))
+        from_loader = rate(trainer, islice(trainer.shown(2), STEPS))
         rows.append(Row(name, from_loader, from_memory, from_loader / from_memory, 0.95, 1, "steps/s"))
-        del run, held
+        del trainer, held
         torch.cuda.empty_cache()
     return rows
 
 
-def rate(run: Trainer, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def rate(trainer: Trainer, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Steps a second after a few to warm up."""
     started, counted = 0.0, 0
     for number, (images, labels) in enumerate(batches):
         if number == WARM:
             torch.cuda.synchronize()
             started = time.monotonic()
-        run.step(images, labels)
+        trainer.step(images, labels)
         counted += number >= WARM
     torch.cuda.synchronize()
     return counted / (time.monotonic() - started)

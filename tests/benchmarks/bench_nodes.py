@@ -25,11 +25,12 @@ from ray.tune import report
 
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
-from carmodels.records import Status, TrialRecord
-from carmodels.space import suggest
+from carmodels.records import State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
-from tune.optim.scheduler import Deadline, Scheduler
+from carmodels.training.run import Origin, Run
+from tune.optim.optuna_records import suggest
+from tune.optim.scheduler import AshaScheduler, Deadline
 from tune.optim.searcher import OptunaSearcher
 from tune.runtime import worker
 from tune.runtime.callbacks import ProgressCallback
@@ -44,7 +45,8 @@ NODES, SLOTS = (1, 2, 4), 1
 EPOCHS, SECONDS = 4, 2.0  # of a sleeping trial, and of each of its epochs
 ROUNDS = 6  # trials of each worker
 ENDED, RUNNING, RESULTS = (100, 1000), 1000, 100
-STAMP = {"seed": 0, "metric": "accuracy", "data": "", "split": ""}
+ORIGIN = Origin()
+LAST = {"state": State.COMPLETE, "cause": None, "cut_short": False, "reason": "ran"}  # of a last report
 SPACE = replace(SPACES["cpu"], fixed={**SPACES["cpu"].fixed, "epochs": EPOCHS})
 
 
@@ -64,13 +66,13 @@ def main() -> None:
 
 def sleeping(values: dict[str, Any], job: Job) -> None:
     """In the place of a trial's training: the same reports, and nothing to do in between."""
-    config = TrialConfig.from_dict(values)
+    run = Run.from_dict(values)
     for number in range(1, EPOCHS + 1):
         time.sleep(SECONDS)
-        value = 1 - math.exp(-number * config.lr**0.3)
+        value = 1 - math.exp(-number * run.config.lr**0.3)
         epoch = EpochMetrics(number, 1.0, 1.0, value, value, SECONDS)
-        last = {"status": "finished", "reason": "slept", "best_value": value} if number == EPOCHS else {}
-        ids = {"config_id": config.id, "elapsed": number * SECONDS}
+        last = {**LAST, "best_value": value} if number == EPOCHS else {}
+        ids = {"run_id": run.id, "elapsed": number * SECONDS}
         report({"accuracy": value, **ids, **asdict(epoch), **last})
 
 
@@ -95,7 +97,7 @@ def scaling(nodes: int) -> list[Row]:
             end=math.inf,
             search_alg=draws,
             scheduler=scheduler,
-            notes={},
+            roles={},
             watch=ProgressCallback(),
         )
         records = study.records()
@@ -122,16 +124,16 @@ def driver(ended: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         study = begin(Path(folder))
         at_random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-        configs = [
-            TrialConfig.from_dict({**suggest(at_random.ask(), SPACE), **STAMP})
+        runs = [
+            Run(TrialConfig.from_dict(suggest(at_random.ask(), SPACE)), ORIGIN)
             for _ in range(ended + RUNNING)
         ]
-        known = [record(config) for config in configs[:ended]]
+        known = [record(run) for run in runs[:ended]]
         for one in known:
             study.append(one)
         scheduler, recorder = judging(), Recorder(study, "search", 0.0, {}, ProgressCallback())
         scheduler.replay(known)
-        draws = drawing(study, limit=None, queue=configs[ended:], known=known)
+        draws = drawing(study, limit=None, queue=runs[ended:], known=known)
         running = [begin_trial(number, draws, recorder, scheduler) for number in range(RUNNING)]
         parts: dict[str, float] = {}
         each = running[:RESULTS]
@@ -146,11 +148,7 @@ def driver(ended: int) -> dict[str, float]:
         )
         result(parts, "a result: recorder", each, lambda t: recorder.on_trial_result(0, [], t, t.last_result))
         for trial in each:
-            trial.last_result |= {
-                "status": "finished",
-                "reason": "ran",
-                "best_value": trial.last_result["accuracy"],
-            }
+            trial.last_result |= {**LAST, "best_value": trial.last_result["accuracy"]}
         few = each[:10]
         result(
             parts,
@@ -178,16 +176,16 @@ def result(parts: dict[str, float], name: str, some: list[Any], call: Callable[[
     parts[name] = (time.process_time() - started) / len(some)
 
 
-def begin_trial(number: int, draws: OptunaSearcher, recorder: Recorder, scheduler: Scheduler) -> Any:
+def begin_trial(number: int, draws: OptunaSearcher, recorder: Recorder, scheduler: AshaScheduler) -> Any:
     """A trial of Ray's that runs, as far as the parts look at it, with its first result."""
     name = f"t{number}"
-    config = draws.suggest(name)
-    assert isinstance(config, dict)
-    trial: Any = SimpleNamespace(trial_id=name, config=config, last_result=None, error_file=None)
+    values = draws.suggest(name)
+    assert isinstance(values, dict)
+    trial: Any = SimpleNamespace(trial_id=name, config=values, last_result=None, error_file=None)
     recorder.on_trial_start(0, [], trial)
     scheduler.on_trial_add(None, trial)
     value = number / RUNNING
-    ids = {"config_id": TrialConfig.from_dict(config).id, "elapsed": 1.0}
+    ids = {"run_id": Run.from_dict(values).id, "elapsed": 1.0}
     trial.last_result = {"accuracy": value, **ids, **asdict(EpochMetrics(1, 1.0, 1.0, value, value, 1.0))}
     return trial
 
@@ -205,7 +203,7 @@ def drawing(study: Study, **more: Any) -> OptunaSearcher:
     storage = optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}")
     return OptunaSearcher(
         SPACE,
-        stamp=STAMP,
+        origin=ORIGIN,
         metric="accuracy",
         mode="max",
         seed=0,
@@ -215,9 +213,9 @@ def drawing(study: Study, **more: Any) -> OptunaSearcher:
     )
 
 
-def judging(protected: tuple[str, ...] = ()) -> Scheduler:
+def judging(protected: tuple[str, ...] = ()) -> AshaScheduler:
     never = Deadline(draw_until=math.inf, end=math.inf)
-    return Scheduler(
+    return AshaScheduler(
         metric="accuracy",
         mode="max",
         epochs=EPOCHS,
@@ -227,10 +225,20 @@ def judging(protected: tuple[str, ...] = ()) -> Scheduler:
     )
 
 
-def record(config: TrialConfig) -> TrialRecord:
-    values = [1 - math.exp(-number * config.lr**0.3) for number in range(1, EPOCHS + 1)]
+def record(run: Run) -> TrialRecord:
+    values = [1 - math.exp(-number * run.config.lr**0.3) for number in range(1, EPOCHS + 1)]
     curve = tuple(EpochMetrics(n, 1.0, 1.0, v, v, 1.0) for n, v in enumerate(values, start=1))
-    return TrialRecord(config.id, config, Status.FINISHED, EPOCHS, values[-1], EPOCHS, "ran", curve=curve)
+    return TrialRecord(
+        run.id,
+        run.config,
+        State.COMPLETE,
+        EPOCHS,
+        values[-1],
+        EPOCHS,
+        "ran",
+        origin=run.origin,
+        curve=curve,
+    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.space import Space
 from carmodels.study import Study
+from carmodels.training.run import Origin
 from tune import search
 from tune.budget.clock import SEARCH_SHARE, Clock
 from tune.runtime import search_stage
@@ -72,12 +73,11 @@ def measure(
         study.begin({"metric": "accuracy", "hardware": {}}, [])
         start_ray(address=None, cores=WORKERS, gpus=0)
         job = Job(study, splits, weights, Workers(WORKERS, 1, 0.0), Path(folder) / "cache")
-        stamp = {"seed": 0, "metric": "accuracy", "data": splits.fingerprint, "split": splits.split_hash}
         started = time.time()
         search_stage.search(
             replace(job, costs=costs_of(job, space)),
             space,
-            stamp=stamp,
+            origin=Origin(data=splits.fingerprint, split=splits.split_hash),
             trials=trials,
             clock=Clock(started, seconds),
             seed=0,

@@ -32,11 +32,11 @@ from rich.table import Table
 from carmodels.data.dataset import open_dataset
 from carmodels.evaluation.intervals import Interval, share_interval
 from carmodels.files import read_json
-from carmodels.records import Status
+from carmodels.records import State
 from carmodels.study import Study
 from tune import search
 from tune.finalize import confirmation, retraining
-from tune.optim.scheduler import Deadline, Scheduler
+from tune.optim.scheduler import AshaScheduler, Deadline
 from tune.optim.searcher import OptunaSearcher
 from tune.runtime import search_stage
 
@@ -47,7 +47,7 @@ SPACE = (  # the tutorial's; it has three backbones, those of `--weights`
     "image_size=96,128,160",
     "lr=1e-5:1e-2",
     "head_depth=0,1,2",
-    "unfreeze=frozen,full,once,gradual",
+    "unfreeze=frozen,full,head_first,gradual",
     "dropout=0.25",
     "layer_decay=1.0",
     "augment=color",
@@ -103,7 +103,7 @@ def run(arm: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[
     images = holdout["images"]
     return {
         "trials": len(records),
-        "whole": sum(r.status is Status.FINISHED for r in records),
+        "whole": sum(r.state is State.COMPLETE for r in records),
         "images": images,
         **{f"{name} right": round(holdout[name]["value"] * images) for name in MODELS},
     }
@@ -144,7 +144,7 @@ def run_tutorial(seed: int, options: argparse.Namespace, folder: Path) -> dict[s
 
 
 class TutorialSearcher(OptunaSearcher):
-    """TPE as Ray's tutorials use it, with no recipe first."""
+    """TPE as Ray's tutorials use it, with no baseline first."""
 
     def __init__(self, *arguments: Any, seed: int, **named: Any) -> None:
         super().__init__(*arguments, seed=seed, **{**named, "queue": (), "fits": lambda config: True})
@@ -154,7 +154,7 @@ class TutorialSearcher(OptunaSearcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """A stopped trial is told as complete with its last value, as Ray's OptunaSearch does."""
-        stopped = bool(result) and not error and not (result or {}).get("status")
+        stopped = bool(result) and not error and not (result or {}).get("state")
         if stopped and trial_id in self._ot_trials and result and self.metric in result:
             self.on_trial_result(trial_id, result)
             self._tell(trial_id, result[self.metric])
@@ -162,7 +162,7 @@ class TutorialSearcher(OptunaSearcher):
             super().on_trial_complete(trial_id, result, error)
 
 
-class TutorialScheduler(Scheduler):
+class TutorialScheduler(AshaScheduler):
     """ASHA with the tutorials' grace period, no clock, nobody protected."""
 
     def __init__(self, **named: Any) -> None:
@@ -173,7 +173,7 @@ class TutorialScheduler(Scheduler):
 def search_as_the_tutorial(arguments: list[str]) -> int:
     """`tune/search.py` with that search, and no stage but the ensemble after it."""
     search_stage.OptunaSearcher = TutorialSearcher  # type: ignore[misc]
-    search_stage.Scheduler = TutorialScheduler  # type: ignore[misc]
+    search_stage.AshaScheduler = TutorialScheduler  # type: ignore[misc]
     search.search_share = lambda **asked: SEARCH_SHARE
     confirmation.LATE_SHARE = 0.0  # no stage follows whose time a slow trial could have
     retraining.retrain_all = lambda *given, **named: True

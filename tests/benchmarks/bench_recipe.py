@@ -1,4 +1,4 @@
-"""nice python tests/benchmarks/bench_baseline.py --data ../shared/data/cars9 --weights ../shared/weights
+"""nice python tests/benchmarks/bench_recipe.py --data ../shared/data/cars9 --weights ../shared/weights
 
 Whether retraining a trial's winner in another way makes it better: one change each, on out-of-fold
 predictions of all labelled images (three folds, so that as many are learnt from as in a study), every seed
@@ -40,6 +40,7 @@ from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict
 from carmodels.training.held_out import splits_for
+from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import Trainer
 
 from table import as_in_a_worker, asked, measured_on
@@ -52,18 +53,19 @@ EMA = "moving average"
 RESAMPLES = 4000
 
 # What won in results/cars9, as a small backbone that can be trained a hundred times.
-BASE = TrialConfig(
-    "mobilenetv2_035",
-    image_size=80,
-    epochs=8,
-    lr=7.3e-3,
-    layer_decay=0.51,
-    label_smoothing=0.1,
-    ema=0.998,
-    folds=FOLDS,
-    fold=0,
+BASE = Run(
+    TrialConfig(
+        "mobilenetv2_035",
+        image_size=80,
+        epochs=8,
+        lr=7.3e-3,
+        layer_decay=0.51,
+        label_smoothing=0.1,
+        ema=0.998,
+    ),
+    Origin(folds=FOLDS, fold=0),
 )
-DEMO = replace(BASE, backbone="test_resnet", epochs=2, lr=3e-3)
+DEMO = BASE.with_config(backbone="test_resnet", epochs=2, lr=3e-3)
 
 
 # What wins where there is little time, and the same with the layer decay of the base.
@@ -80,15 +82,21 @@ class Variant:
     larger: tuple[str, ...] = ()  # how images are answered besides
     order: int = 0  # which random order of the images, another one for each
     onward: str = ""  # the variant from whose weights, of the same seed and fold, it goes on
+    head_seed: int | None = None  # of a new head
 
     @property
     def looks(self) -> tuple[str, ...]:
         """How the held-out images are answered, the plain way first."""
         return ("plain", *(() if self.order else (EMA,)), *self.larger)
 
-    def name(self, config: TrialConfig) -> str:
+    def of(self, base: Run, seed: int, fold: int) -> Run:
+        """Its run on a fold."""
+        changed = base.with_config(**self.change)
+        return changed.with_origin(seed=seed, fold=fold, head_seed=self.head_seed)
+
+    def name(self, run: Run) -> str:
         """Of the files of its run."""
-        return config.id + ("-onward" if self.onward else "") + (f"-{self.order}" if self.order else "")
+        return run.id + ("-onward" if self.onward else "") + (f"-{self.order}" if self.order else "")
 
 
 # Means of the answers of several variants' models, against those of one.
@@ -107,8 +115,8 @@ VARIANTS = {
     "goes on as long again, another order": Variant({}, order=2, onward="base"),
     "goes on half as long": Variant({"epochs": 4}, order=3, onward="base"),
     "goes on twice as long": Variant({"epochs": 16}, "goes on as long again", order=1, onward="base"),
-    "a new model": Variant({"head_seed": 101}, order=1),
-    "another new model": Variant({"head_seed": 102}, order=2),
+    "a new model": Variant({}, order=1, head_seed=101),
+    "another new model": Variant({}, order=2, head_seed=102),
     "2 times as long": Variant({"epochs": 16}, larger=tuple(LARGER)),
     "progressive from 48 px, as much time": Variant({"start_image_size": 48, "epochs": 11}),
     "2 times as long, strong augmentation": Variant({"epochs": 16, "augment": "strong"}, "2 times as long"),
@@ -132,7 +140,7 @@ VARIANTS = {
     ),
     "opened, a new model at a third of the rate": Variant({**OPENED, "lr": 5e-3}, "opened, a new model"),
     "opened, a new model, two epochs of the head first": Variant(
-        {**OPENED, "unfreeze": "once"}, "opened, a new model"
+        {**OPENED, "unfreeze": "head_first"}, "opened, a new model"
     ),
 }
 
@@ -180,14 +188,15 @@ def main() -> None:
     weights = Weights.parse(options.weights or str(DEMO_WEIGHTS))
     place = Place(data.absolute(), weights, cache)
     splits = place.splits()
-    base = replace(BASE if options.data else DEMO, data=splits.fingerprint, split=splits.split_hash)
+    base = BASE if options.data else DEMO
+    base = base.with_origin(data=splits.fingerprint, split=splits.split_hash)
     place.folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    for config, variant in [] if options.only_table else planned(base, range(options.seeds)):
-        done = place.seconds_file(variant.name(config))
+    for run, variant in [] if options.only_table else planned(base, range(options.seeds)):
+        done = place.seconds_file(variant.name(run))
         with suppress(Timeout), FileLock(f"{done}.lock", timeout=0):  # another process has it
             if not done.is_file():
-                said = run(base, config, variant, place)
+                said = train(base, run, variant, place)
                 print(f"{time.monotonic() - begun:6.0f} s  {said}", flush=True)
     found = rows(base, splits, place, options.seeds)
     show(found)
@@ -195,20 +204,20 @@ def main() -> None:
         write(found)
 
 
-def configured(base: TrialConfig, variant: Variant, seed: int) -> list[TrialConfig]:
-    """A configuration a fold."""
-    return [replace(base, **variant.change, seed=seed, fold=fold) for fold in range(FOLDS)]
+def runs_of(base: Run, variant: Variant, seed: int) -> list[Run]:
+    """A run a fold."""
+    return [variant.of(base, seed, fold) for fold in range(FOLDS)]
 
 
-def planned(base: TrialConfig, seeds: range) -> Iterator[tuple[TrialConfig, Variant]]:
+def planned(base: Run, seeds: range) -> Iterator[tuple[Run, Variant]]:
     """Every run, those that tell most first."""
     for variant in VARIANTS.values():
         for seed in seeds:
-            for config in configured(base, variant, seed):
-                yield config, variant
+            for run in runs_of(base, variant, seed):
+                yield run, variant
 
 
-def run(base: TrialConfig, config: TrialConfig, variant: Variant, place: Place) -> str:
+def train(base: Run, run: Run, variant: Variant, place: Place) -> str:
     """Train one fold and keep what it says of the images that were held out.
 
     As `fit` trains with a moving average, but the weights that are averaged, those of training without one,
@@ -216,14 +225,14 @@ def run(base: TrialConfig, config: TrialConfig, variant: Variant, place: Place) 
     """
     torch.set_num_threads(1)
     splits = place.splits()
-    start = parent(base, config, variant, place)
-    began, parts = time.process_time(), splits_for(config, splits)
-    training = through(config, variant, place, parts, start)
+    start = parent(base, run, variant, place)
+    began, parts = time.process_time(), splits_for(run.origin, splits)
+    training = through(run, variant, place, parts, start)
     seconds = time.process_time() - began
-    name, model = variant.name(config), training.model
+    name, model = variant.name(run), training.model
 
     def keep(shown: str, model: Classifier, size: int = 0) -> None:
-        answers = predict(model, splits, parts.val, config=replace(config, eval_image_size=size))
+        answers = predict(model, splits, parts.val, config=replace(run.config, eval_image_size=size))
         answers.save(place.file(name, shown))
 
     keep("plain", model)
@@ -233,38 +242,38 @@ def run(base: TrialConfig, config: TrialConfig, variant: Variant, place: Place) 
         if shown in variant.looks:
             keep(shown, model, size)
     if TUNED in variant.looks:
-        tune(model, config, parts, max(LARGER.values()))
+        tune(model, run, parts, max(LARGER.values()))
         keep(TUNED, model, max(LARGER.values()))
     write_whole(place.seconds_file(name), json.dumps({"cpu_seconds": seconds}))
-    return f"seed {config.seed}, fold {config.fold}, {config.epochs} epochs: {seconds:.0f} s"
+    origin = run.origin
+    return f"seed {origin.seed}, fold {origin.fold}, {run.config.epochs} epochs: {seconds:.0f} s"
 
 
-def through(
-    config: TrialConfig, variant: Variant, place: Place, parts: Splits, start: Path | None
-) -> Trainer:
+def through(run: Run, variant: Variant, place: Place, parts: Splits, start: Path | None) -> Trainer:
     """The whole schedule; orders of images follow from the numbers of the epochs."""
     unseen = replace(parts, val=parts.val.part(np.arange(len(parts.val)) == 0))
-    training = Trainer(config, unseen, weights=place.weights, device=torch.device("cpu"), start=start)
-    for epoch in range(1, config.epochs + 1):
+    training = Trainer(run, unseen, weights=place.weights, device=torch.device("cpu"), start=start)
+    for epoch in range(1, run.config.epochs + 1):
         training.epoch(epoch + 100 * variant.order)
     return training
 
 
-def parent(base: TrialConfig, config: TrialConfig, variant: Variant, place: Place) -> Path | None:
+def parent(base: Run, run: Run, variant: Variant, place: Place) -> Path | None:
     """The weights that it goes on from, of the same fold; None for a new model."""
     if not variant.onward:
         return None
-    change = VARIANTS[variant.onward].change
-    earlier = replace(base, **change, seed=config.seed, fold=config.fold)
+    assert run.origin.fold is not None
+    earlier = VARIANTS[variant.onward].of(base, run.origin.seed, run.origin.fold)
     path = place.weights_file(earlier.id)
     if not path.is_file():
-        parts = splits_for(earlier, place.splits())
+        parts = splits_for(earlier.origin, place.splits())
         save_weights(through(earlier, VARIANTS[variant.onward], place, parts, None).model, path)
     return path
 
 
-def tune(model: Classifier, config: TrialConfig, splits: Splits, size: int) -> None:
+def tune(model: Classifier, run: Run, splits: Splits, size: int) -> None:
     """An epoch of classifier and BatchNorm alone, whole images of the test size (Touvron et al., 2019)."""
+    config = run.config
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     learning = [p for m in (*norms, model.head) for p in m.parameters()]
     model.requires_grad_(False)
@@ -277,7 +286,7 @@ def tune(model: Classifier, config: TrialConfig, splits: Splits, size: int) -> N
         image_size=size,
         batch_size=config.batch_size,
         augment=flipped,
-        seed=config.seed,
+        seed=run.origin.seed,
         shuffle=True,
         drop_last=True,
     )
@@ -297,13 +306,11 @@ def tune(model: Classifier, config: TrialConfig, splits: Splits, size: int) -> N
 Known = dict[int, np.ndarray]  # by seed, (N, C) out-of-fold probabilities of all labelled images
 
 
-def out_of_fold(
-    base: TrialConfig, variant: Variant, shown: str, splits: Splits, place: Place, seeds: int
-) -> Known:
+def out_of_fold(base: Run, variant: Variant, shown: str, splits: Splits, place: Place, seeds: int) -> Known:
     """Of the seeds whose folds are all there."""
     found: Known = {}
     for seed in range(seeds):
-        files = [place.file(variant.name(config), shown) for config in configured(base, variant, seed)]
+        files = [place.file(variant.name(run), shown) for run in runs_of(base, variant, seed)]
         if all(file.is_file() for file in files):
             parts = [Predictions.load(file) for file in files]
             ids = tuple(i for part in parts for i in part.ids)
@@ -312,7 +319,7 @@ def out_of_fold(
     return found
 
 
-def rows(base: TrialConfig, splits: Splits, place: Place, seeds: int) -> list[dict[str, Any]]:
+def rows(base: Run, splits: Splits, place: Place, seeds: int) -> list[dict[str, Any]]:
     """A row for each variant, and for each larger size it was shown, as far as there are runs."""
     found: dict[str, Known] = {}
     table = []
@@ -360,10 +367,10 @@ def gained(new: Known, old: Known, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def cost(base: TrialConfig, variant: Variant, place: Place, seeds: int) -> str:
+def cost(base: Run, variant: Variant, place: Place, seeds: int) -> str:
     """CPU seconds of a run, mean."""
-    configs = [config for seed in range(seeds) for config in configured(base, variant, seed)]
-    files = [place.seconds_file(variant.name(config)) for config in configs]
+    runs = [run for seed in range(seeds) for run in runs_of(base, variant, seed)]
+    files = [place.seconds_file(variant.name(run)) for run in runs]
     taken = [json.loads(file.read_text())["cpu_seconds"] for file in files if file.is_file()]
     return f"{np.mean(taken):.1f}"
 
@@ -379,7 +386,7 @@ def write(found: list[dict[str, Any]]) -> None:
 
 def show(found: list[dict[str, Any]]) -> None:
     """On the screen."""
-    table = Shown(title="bench_baseline", title_justify="left")
+    table = Shown(title="bench_recipe", title_justify="left")
     for column in found[0] if found else ():
         table.add_column(column)
     for row in found:

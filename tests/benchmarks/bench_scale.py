@@ -24,10 +24,11 @@ from carmodels.catalog import AUGMENTS
 from carmodels.data.dataset import Splits, open_dataset
 from carmodels.data.loader import Loader
 from carmodels.presets import SPACES
-from carmodels.records import Status, TrialRecord
-from carmodels.space import suggest
+from carmodels.records import State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.run import Origin, Run
+from tune.optim.optuna_records import suggest
 from tune.optim.searcher import OptunaSearcher
 
 from table import Row, finish
@@ -128,13 +129,12 @@ def driver(folder: Path, count: int) -> float:
     drawing = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     study = Study(folder)
     study.begin({"metric": "accuracy"}, [])
-    stamp = {"seed": 0, "metric": "accuracy", "data": "", "split": ""}
-    records = [_record(drawing, stamp, rng) for _ in range(count)]
+    records = [_record(drawing, rng) for _ in range(count)]
     for record in records:
         study.append(record)
     draws = OptunaSearcher(
         SPACES["cpu"],
-        stamp=stamp,
+        origin=Origin(),
         metric="accuracy",
         mode="max",
         seed=0,
@@ -145,17 +145,17 @@ def driver(folder: Path, count: int) -> float:
     started, rounds = time.monotonic(), 5
     for number in range(rounds):
         assert isinstance(draws.suggest(f"t{number}"), dict)
-        study.append(_record(drawing, stamp, rng))
+        study.append(_record(drawing, rng))
         study.write_table()
         study.keep_weights(12)
     return (time.monotonic() - started) / rounds
 
 
-def _record(drawing: optuna.Study, stamp: dict[str, object], rng: np.random.Generator) -> TrialRecord:
-    config = TrialConfig.from_dict({**suggest(drawing.ask(), SPACES["cpu"]), **stamp})
+def _record(drawing: optuna.Study, rng: np.random.Generator) -> TrialRecord:
+    run = Run(TrialConfig.from_dict(suggest(drawing.ask(), SPACES["cpu"])))
     curve = tuple(EpochMetrics(n, 1.0, 1.0, v, v, 1.0) for n, v in enumerate(rng.random(8).tolist(), start=1))
     best = max(e.value for e in curve)
-    return TrialRecord(config.id, config, Status.FINISHED, 8, best, 8.0, "ran its 8 epochs", curve=curve)
+    return TrialRecord(run.id, run.config, State.COMPLETE, 8, best, 8.0, "ran its 8 epochs", curve=curve)
 
 
 if __name__ == "__main__":

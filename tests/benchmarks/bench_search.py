@@ -17,7 +17,6 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,21 +42,22 @@ from simulation import Clock, Seen, simulate, simulated
 from surrogate import BACKBONES, Curves, Surrogate, errors, repeat_noise
 
 from carmodels.presets import SPACES, baseline
-from carmodels.space import Space, suggest
+from carmodels.space import Space
 from carmodels.training.config import TrialConfig
+from carmodels.training.run import Origin, Run
 from tune.budget.plan import TRIAL_SHARE, Plan
-from tune.optim.scheduler import Deadline, Scheduler, grace_period
+from tune.optim.optuna_records import suggest
+from tune.optim.scheduler import AshaScheduler, Deadline, grace_period
 from tune.optim.searcher import OptunaSearcher
 from tune.runtime.search_stage import BASELINE_SHARE
 
 FOLDER = Path(__file__).parents[2] / "results"
 WORKERS, BUDGET = 2, 3600.0  # seconds, of two cores
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1.0)
-STAMP = {"seed": 0, "metric": "accuracy", "data": "", "split": ""}
 METRIC, EPOCHS = "accuracy", 8
 _MANY = 20_000  # random configurations, whose best stands for the best there is
 
-OURS = ("ours", "ours, no recipe")
+OURS = ("ours", "ours, no baseline")
 Method = Callable[..., tuple[Searcher, TrialScheduler]]  # of seed, surrogate, space and clock
 
 
@@ -182,7 +182,6 @@ def one(
         searcher,
         scheduler,
         surrogate,
-        stamp=STAMP,
         metric=METRIC,
         budget=budget,
         workers=WORKERS,
@@ -198,7 +197,7 @@ def one(
 def held(seen: Sequence[Seen], *, finished_only: bool) -> list[tuple[float, float]]:
     """(time, noise-free accuracy) of the model that is best by what was observed, whenever it changes.
 
-    Our searches keep the weights of finished trials alone.
+    Our searches keep the weights of complete trials alone.
     """
     found: list[tuple[float, float]] = []
     best = -1.0
@@ -259,27 +258,29 @@ def ours(
     share: float = TRIAL_SHARE,
     baseline_first: bool = True,
 ) -> tuple[Searcher, TrialScheduler]:
-    """The searcher and the scheduler of a search, as `stages.search` makes them, the recipe first."""
+    """The searcher and the scheduler of a search, as `search_stage.search` makes them, the baseline first."""
     plan = Plan(surrogate.curves.costs(), budget, WORKERS, longest=share * budget)
     with simulated(clock):
-        recipe, _ = plan.affordable(replace(baseline(space), **STAMP), space.image_sizes, BASELINE_SHARE)
+        config, _ = plan.affordable(baseline(space), space.image_sizes, BASELINE_SHARE)
+    origin = Origin(metric=METRIC)
+    first = Run(config, origin)
     searcher = OptunaSearcher(
         space,
-        stamp=STAMP,
+        origin=origin,
         metric=METRIC,
         mode="max",
         seed=seed,
         limit=None,
         fits=plan.fits,
-        queue=[recipe] if baseline_first else [],
+        queue=[first] if baseline_first else [],
     )
-    scheduler = Scheduler(
+    scheduler = AshaScheduler(
         metric=METRIC,
         mode="max",
         epochs=EPOCHS,
         grace_period=grace_period(EPOCHS),
         deadline=Deadline(draw_until=budget, end=budget),
-        protect={recipe.id},
+        protect={first.id},
     )
     return searcher, scheduler
 

@@ -39,6 +39,7 @@ from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
+from carmodels.training.run import Origin, Run
 from tune.optim.searcher import QueueSearcher
 from tune.runtime import runner, worker
 from tune.runtime.callbacks import ProgressCallback
@@ -91,8 +92,8 @@ def compare(case: Case, causes: bool = True) -> list[Row]:
     workers = Workers(1, max(1, joblib.cpu_count()), 1.0) if case.gpus else Workers(WORKERS, 1, 0.0)
     weights = Weights.parse(case.weights)
     splits = open_dataset(case.data, cache_dir=user_cache_path("carmodels"), max_size=max(case.sizes))
-    configs = drawn(case, splits, weights)
-    stops = {c.id: stop for c, stop in zip(configs, stopped_at(len(configs)), strict=True)}
+    runs = drawn(case, splits, weights)
+    stops = {run.id: stop for run, stop in zip(runs, stopped_at(len(runs)), strict=True)}
     files = by_row(case.data, splits)
     images = {
         part.name: ([files[row] for row in part.rows.tolist()], part.labels.tolist())
@@ -107,14 +108,14 @@ def compare(case: Case, causes: bool = True) -> list[Row]:
     }
     ours, theirs = [], []
     for _ in range(case.runs):
-        theirs.append(run_theirs(configs, stops, images, weights, workers))
-        ours.append(run_ours(configs, stops, splits, weights, workers))
-    hourly = [3600 * len(configs) / float(np.median(seconds)) for seconds in (ours, theirs)]
+        theirs.append(run_theirs(runs, stops, images, weights, workers))
+        ours.append(run_ours(runs, stops, splits, weights, workers))
+    hourly = [3600 * len(runs) / float(np.median(seconds)) for seconds in (ours, theirs)]
     ratio = float(np.median(np.array(theirs) / np.array(ours)))
-    rows = [Row(f"{case.name}, {len(configs)} trials", *hourly, ratio, case.target, case.runs, "trials/h")]
+    rows = [Row(f"{case.name}, {len(runs)} trials", *hourly, ratio, case.target, case.runs, "trials/h")]
     for name, changed in less.items() if causes else ():
-        seconds = run_ours(configs, stops, weights=weights, workers=workers, **{"splits": splits, **changed})
-        hourly_less = 3600 * len(configs) / seconds
+        seconds = run_ours(runs, stops, weights=weights, workers=workers, **{"splits": splits, **changed})
+        hourly_less = 3600 * len(runs) / seconds
         rows.append(
             Row(
                 f"{case.name}: ours {name}",
@@ -129,8 +130,8 @@ def compare(case: Case, causes: bool = True) -> list[Row]:
     return rows
 
 
-def drawn(case: Case, splits: Splits, weights: Weights) -> list[TrialConfig]:
-    """Configurations with every backbone, size and strategy about equally often."""
+def drawn(case: Case, splits: Splits, weights: Weights) -> list[Run]:
+    """Runs with every backbone, size and strategy about equally often."""
     rng = np.random.default_rng(0)
     space = SPACES[case.preset]
     backbones = case.backbones or [b for b in space.backbones if weights.has(b)]
@@ -142,11 +143,12 @@ def drawn(case: Case, splits: Splits, weights: Weights) -> list[TrialConfig]:
         evenly(backbones),
         evenly(case.sizes),
         evenly((0, 1, 2)),
-        evenly(("frozen", "full", "once", "gradual")),
+        evenly(("frozen", "full", "head_first", "gradual")),
         (10 ** rng.uniform(-4, -2, case.configs)).round(6).tolist(),
         strict=True,
     )
-    return [
+    origin = Origin(data=splits.fingerprint, split=splits.split_hash)
+    configs = (
         TrialConfig(
             backbone=backbone,
             image_size=size,
@@ -155,11 +157,10 @@ def drawn(case: Case, splits: Splits, weights: Weights) -> list[TrialConfig]:
             unfreeze=unfreeze,
             lr=lr,
             **SHARED,
-            data=splits.fingerprint,
-            split=splits.split_hash,
         )
         for backbone, size, depth, unfreeze, lr in columns
-    ]
+    )
+    return [Run(config, origin) for config in configs]
 
 
 def stopped_at(count: int) -> list[int]:
@@ -172,12 +173,11 @@ class StopAt(FIFOScheduler):
 
     def __init__(self, stops: dict[str, int]) -> None:
         super().__init__()
-        self._stops = stops
-        self.reasons: dict[str, str] = {}
+        self._last = stops
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        stop = self._stops[trial.config.get("config_id") or TrialConfig.from_dict(trial.config).id]
-        ends_itself = result.get("status") or result["epoch"] == EPOCHS
+        stop = self._last[trial.config.get("run_id") or Run.from_dict(trial.config).id]
+        ends_itself = result.get("state") or result["epoch"] == EPOCHS
         stops = result["epoch"] >= stop and not ends_itself
         return TrialScheduler.STOP if stops else TrialScheduler.CONTINUE
 
@@ -212,7 +212,7 @@ def ray_here(environment: dict[str, str], workers: Workers) -> Iterator[None]:
 
 
 def run_theirs(
-    configs: Sequence[TrialConfig],
+    runs: Sequence[Run],
     stops: dict[str, int],
     images: dict[str, tutorial.Images],
     weights: Weights,
@@ -221,14 +221,14 @@ def run_theirs(
     """Seconds for all configurations."""
     listed = [
         {
-            "config_id": c.id,
-            "backbone": c.backbone,
-            "size": c.image_size,
-            "head_depth": c.head_depth,
-            "lr": c.lr,
-            "unfreeze": c.unfreeze,
+            "run_id": run.id,
+            "backbone": run.config.backbone,
+            "size": run.config.image_size,
+            "head_depth": run.config.head_depth,
+            "lr": run.config.lr,
+            "unfreeze": run.config.unfreeze,
         }
-        for c in configs
+        for run in runs
     ]
     function = with_parameters(tutorial.train, images=images, weights=weights.source, epochs=EPOCHS)
     with tempfile.TemporaryDirectory() as folder, ray_here({}, workers):
@@ -250,13 +250,13 @@ def run_theirs(
             ),
         ).fit()
         seconds = time.monotonic() - started
-        ran = {r.config["config_id"]: r.metrics["epoch"] for r in results}
+        ran = {r.config["run_id"]: r.metrics["epoch"] for r in results}
     assert ran == stops, "the tutorial's trials did not stop where they should"
     return seconds
 
 
 def run_ours(
-    configs: Sequence[TrialConfig],
+    runs: Sequence[Run],
     stops: dict[str, int],
     splits: Splits,
     weights: Weights,
@@ -279,9 +279,9 @@ def run_ours(
             stage="search",
             begun=time.time(),
             end=float("inf"),
-            search_alg=QueueSearcher(configs, metric="accuracy", mode="max"),
+            search_alg=QueueSearcher(runs, metric="accuracy", mode="max"),
             scheduler=StopAt(stops),
-            notes={},
+            roles={},
             watch=ProgressCallback(),
         )
         seconds = time.monotonic() - started

@@ -38,6 +38,7 @@ from carmodels.models.classifier import Classifier
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict
+from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import fit
 
 from table import FOLDER, as_in_a_worker, asked, processor
@@ -97,7 +98,7 @@ def main() -> None:
     torch.set_num_threads(1)
     (PLACE / "predictions").mkdir(parents=True, exist_ok=True)
     shown = [
-        out_of_fold(replace(config, seed=seed), splits, everything, weights, options.folds)
+        out_of_fold(Run(config, Origin(seed=seed)), splits, everything, weights, options.folds)
         for seed in range(options.seeds)
     ]
     stacks = {view: np.stack([one[view] for one in shown]) for view in (*VIEWS, *RANDOM)}
@@ -119,23 +120,23 @@ def joined(splits: Splits) -> Split:
 
 
 def out_of_fold(
-    config: TrialConfig, splits: Splits, everything: Split, weights: Weights, folds: int
+    run: Run, splits: Splits, everything: Split, weights: Weights, folds: int
 ) -> dict[str, np.ndarray]:
     """(N, C) for each view: every image is shown to the model that has not learnt from its fold."""
     found: dict[str, list[Predictions]] = {view: [] for view in (*VIEWS, *RANDOM)}
-    for fold, (learns, held_out) in enumerate(halved(everything, splits, folds, config.seed)):
+    for fold, (learns, held_out) in enumerate(halved(everything, splits, folds, run.origin.seed)):
         paths = {
-            view: PLACE / "predictions" / f"views-{config.id}-{splits.fingerprint}-{fold}of{folds}.{view}.npz"
+            view: PLACE / "predictions" / f"views-{run.id}-{splits.fingerprint}-{fold}of{folds}.{view}.npz"
             for view in found
         }
         missing = [view for view, path in paths.items() if not path.is_file()]
         images = part(everything, held_out, "held out")
         if missing:
             started = time.monotonic()
-            model = trained(config, splits, part(everything, learns, "train"), weights)
+            model = trained(run, splits, part(everything, learns, "train"), weights)
             for view in missing:
-                shown_to(model, splits, images, config, view).save(paths[view])
-            print(f"seed {config.seed}, fold {fold}: {time.monotonic() - started:.0f} s", flush=True)
+                shown_to(model, splits, images, run, view).save(paths[view])
+            print(f"seed {run.origin.seed}, fold {fold}: {time.monotonic() - started:.0f} s", flush=True)
         for view, path in paths.items():
             found[view].append(Predictions.load(path).aligned(images.ids))
     return {view: joined_rows(parts, everything.ids) for view, parts in found.items()}
@@ -147,11 +148,11 @@ def halved(images: Split, splits: Splits, folds: int, seed: int) -> Iterator[tup
     yield from folder.split(images.rows, images.labels, splits.images.groups[images.rows])
 
 
-def trained(config: TrialConfig, splits: Splits, images: Split, weights: Weights) -> Classifier:
+def trained(run: Run, splits: Splits, images: Split, weights: Weights) -> Classifier:
     """A model that learns from nine tenths of the images and takes its epoch by the rest."""
-    learns, val = next(halved(images, splits, 10, config.seed))
+    learns, val = next(halved(images, splits, 10, run.origin.seed))
     inner = replace(splits, train=part(images, learns, "train"), val=part(images, val, "val"))
-    return fit(config, inner, weights=weights).model
+    return fit(run, inner, weights=weights).model
 
 
 def part(split: Split, chosen: np.ndarray, name: str) -> Split:
@@ -161,17 +162,17 @@ def part(split: Split, chosen: np.ndarray, name: str) -> Split:
     return Split(name, ids, split.labels[chosen], split.rows[chosen])
 
 
-def shown_to(model: Classifier, splits: Splits, images: Split, config: TrialConfig, view: str) -> Predictions:
+def shown_to(model: Classifier, splits: Splits, images: Split, run: Run, view: str) -> Predictions:
     """What a model says of the images, seen through a row of VIEWS or varied at random."""
     if view in VIEWS:
-        return predict(model, splits, images, config=config, view=view)
+        return predict(model, splits, images, config=run.config, view=view)
     loader = Loader(
         splits.images,
         images,
-        image_size=config.image_size,
+        image_size=run.config.image_size,
         batch_size=64,
         augment=AUGMENTS["shift"],
-        seed=config.seed,
+        seed=run.origin.seed,
     )
     model.eval()
     with torch.inference_mode():

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,10 +31,12 @@ from carmodels.data.dataset import Splits, open_dataset
 from carmodels.files import append_line
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
-from carmodels.space import Space, suggest
+from carmodels.space import Space
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.features import FeatureStore
+from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import fit
+from tune.optim.optuna_records import suggest
 
 from table import as_in_a_worker
 
@@ -116,11 +118,10 @@ def planned(configs: Sequence[TrialConfig]) -> Iterator[tuple[int, int]]:
 
 
 def write_configs(path: Path, configs: Sequence[TrialConfig]) -> None:
-    """One row a configuration: its number in the design, and every field that the space decides."""
+    """One row a configuration: its number in the design, and every field."""
     rows = [{"config_id": number, **asdict(config)} for number, config in enumerate(configs)]
     with path.open("w", newline="", encoding="utf-8") as file:
-        names = [name for name in rows[0] if name not in ("seed", "data", "split", "fold")]
-        writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -175,8 +176,9 @@ def run(
         seconds.append(now - clock[0] - filling[0])
         clock[0], filling[0] = now, 0.0
 
-    config = replace(config, seed=seed, data=splits.fingerprint, split=splits.split_hash)
-    fitted = fit(config, splits, weights=weights, features=_TimedStore(folder, on_fill), on_epoch=on_epoch)
+    origin = Origin(seed=seed, data=splits.fingerprint, split=splits.split_hash)
+    store = _TimedStore(folder, on_fill)
+    fitted = fit(Run(config, origin), splits, weights=weights, features=store, on_epoch=on_epoch)
     lines = [
         f"{number},{seed},{e.epoch},{e.val_accuracy:.5f},{e.val_loss:.5f},{taken:.2f}"
         for e, taken in zip(fitted.history, seconds, strict=True)

@@ -1,4 +1,4 @@
-"""python tune/pretrain_demo.py
+"""python tests/benchmarks/pretrain_demo.py
 
 Pretrains the demo's two small backbones on drawn vehicles that are in none of the demo's classes, and writes
 carmodels/demo/weights/<timm name>.safetensors (float16, without a classifier); prints one line an epoch. What
@@ -93,7 +93,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("carmodels/demo/weights"))
     parser.add_argument("--shapes", type=int, default=60, help="vehicles to tell apart")
-    parser.add_argument("--thumbnails", type=int, default=120, help="of each shape")
+    parser.add_argument("--images", type=int, default=120, help="of each shape")
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=4e-3, help="highest of the one-cycle schedule")

@@ -22,8 +22,10 @@ from surrogate import Surrogate
 
 from carmodels.catalog import UNFREEZE
 from carmodels.models.parameter_groups import trainable_groups
+from carmodels.records import State
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import VIEWS_KEPT
+from carmodels.training.run import Run
 from tune.budget import plan
 from tune.optim import scheduler
 
@@ -126,7 +128,6 @@ def simulate(
     scheduling: TrialScheduler,
     surrogate: Surrogate,
     *,
-    stamp: dict[str, Any],
     metric: str,
     budget: float,
     workers: int,
@@ -148,7 +149,8 @@ def simulate(
 
     def run(trial: Trial) -> Iterator[float | None]:
         """Yields the moments at which the trial reports, and handles each report when it is resumed then."""
-        config = TrialConfig.from_dict({**trial.config, **stamp})
+        drawn = _run_of(trial.config)
+        config = drawn.config
         mean, seconds = surrogate.of(config)
         values = surrogate.sample(mean, rng)
         number, spent = int(trial.trial_id[1:]), 0.0
@@ -162,13 +164,13 @@ def simulate(
                 metric: float(values[epoch - 1]),
                 "epoch": epoch,
                 "training_iteration": epoch,
-                "config_id": config.id,
+                "run_id": drawn.id,
                 "elapsed": spent,
                 "done": last,
             }
             if last:
-                result |= {"status": "finished", "best_value": float(values.max())}
                 best = int(values.argmax())
+                result |= {"state": State.COMPLETE, "best_value": float(values[best])}
                 seen.append(Seen(clock.now, float(values[best]), float(mean[best]), True, number))
             else:
                 seen.append(Seen(clock.now, float(values[epoch - 1]), float(mean[epoch - 1]), False, number))
@@ -195,6 +197,11 @@ def simulate(
                 break
             proceed(trial)
     return seen
+
+
+def _run_of(values: dict[str, Any]) -> Run:
+    """What a searcher drew: ours draw runs, Ray's own the fields of a configuration."""
+    return Run.from_dict(values) if "origin" in values else Run(TrialConfig.from_dict(values))
 
 
 def _filling(surrogate: Surrogate, config: TrialConfig, epoch: int, stored: set[tuple[Any, ...]]) -> float:

@@ -42,6 +42,7 @@ class Curves:
         configs = {}
         for row in _rows(path.with_name(f"{path.stem}-configs.csv")):
             number = int(row.pop("config_id"))
+            row.pop("metric", None)  # what the curves were recorded by, the same for all
             configs[number] = TrialConfig.from_dict({k: cast[types[k]](v) for k, v in row.items()})
         found: dict[tuple[int, int], dict[int, tuple[float, float]]] = defaultdict(dict)
         for row in _rows(path):
@@ -145,13 +146,12 @@ class Surrogate:
 
     def of(self, config: TrialConfig) -> tuple[np.ndarray, np.ndarray]:
         """(epochs,) mean accuracy on val, and (epochs,) seconds, of a configuration."""
-        plain = replace(config, seed=0, data="", split="", metric="accuracy")
-        if plain not in self._known:
-            self._known[plain] = (
-                self.means([plain])[0],
-                np.exp(self._seconds.predict(epochs(plain))),
+        if config not in self._known:
+            self._known[config] = (
+                self.means([config])[0],
+                np.exp(self._seconds.predict(epochs(config))),
             )
-        return self._known[plain]
+        return self._known[config]
 
     def means(self, configs: Sequence[TrialConfig]) -> np.ndarray:
         """(N, epochs) mean accuracies on val."""

@@ -83,7 +83,7 @@ def train(config: dict[str, Any], images: dict[str, Images], weights: str, epoch
         plan = {
             "frozen": 0,
             "full": 1,
-            "once": 0 if epoch <= 2 else 1,
+            "head_first": 0 if epoch <= 2 else 1,
             "gradual": min(1, (epoch - 1) / 4),
         }[config["unfreeze"]]
         for k, child in enumerate(children):

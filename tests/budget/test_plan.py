@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,6 +17,7 @@ from carmodels.presets import SPACES, baseline
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import VIEWS_KEPT
+from carmodels.training.run import Run
 from tune.budget.costs import CONTEXT_BYTES, FORWARD_SHARE, MEMORY_SPARE, Compiled, Costs, times_as_long
 from tune.budget.plan import Plan, _alive
 from tune.runtime import profiling
@@ -38,7 +39,9 @@ def test_cost_between_two_measured_sizes_goes_with_the_area() -> None:
     assert COSTS.image("test_resnet", 64) == pytest.approx(0.001 + 0.008 * (64**2 - 32**2) / (96**2 - 32**2))
 
 
-@pytest.mark.parametrize(("strategy", "head_only"), [("frozen", 8), ("full", 0), ("once", 2), ("gradual", 1)])
+@pytest.mark.parametrize(
+    ("strategy", "head_only"), [("frozen", 8), ("full", 0), ("head_first", 2), ("gradual", 1)]
+)
 def test_frozen_epochs_cost_a_forward_pass_for_what_is_not_stored_yet(strategy: str, head_only: int) -> None:
     config = replace(BASELINE, unfreeze=strategy)
     train, val = 0.009 * FORWARD_SHARE * 700, 0.009 * FORWARD_SHARE * 100
@@ -193,7 +196,7 @@ def test_a_trial_asks_for_the_smallest_share_of_a_gpu_that_holds_it(
     needed = MEMORY_SPARE * SHARED.memory["test_resnet"][image_size] + CONTEXT_BYTES
     assert needed <= share * gpu_gigabytes * GB or share == 1
     packing = Packing(SHARED, gpu_gigabytes * GB, cpus=16)
-    assert packing(asdict(config)).required_resources == {"CPU": int(16 * share), "GPU": share}
+    assert packing(Run(config).to_dict()).required_resources == {"CPU": int(16 * share), "GPU": share}
 
 
 def test_what_was_not_measured_gets_a_whole_gpu() -> None:

@@ -30,7 +30,7 @@ from PIL import Image
 from carmodels.data.dataset import open_dataset
 from carmodels.evaluation.predictions import Predictions
 from carmodels.models.weights import Weights
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.study import Study
 from carmodels.submission import write_submission
 from carmodels.training.config import TrialConfig
@@ -336,7 +336,7 @@ def in_study(name: str, content: bytes) -> Spoil:
 
     def spoil(place: Place) -> None:
         config = TrialConfig("test_resnet", image_size=32, epochs=2)
-        place.study.append(TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 4.0, "ran its 2 epochs"))
+        place.study.append(TrialRecord(config.id, config, State.COMPLETE, 2, 0.5, 4.0, "ran its 2 epochs"))
         (place.study.folder / name).write_bytes(content)
 
     return spoil

@@ -97,7 +97,7 @@ def test_a_broken_image_is_told_from_an_empty_a_missing_and_another_kind(tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_image_with_damaged_exif_is_read_as_it_is_stored(tmp_path: Path, kind: str) -> None:
+def test_an_image_with_damaged_exif_is_read_as_it_is_stored(tmp_path: Path, kind: str) -> None:
     draw(0).save(tmp_path / "plain", format=kind, dpi=(300, 300))
     draw(0).save(tmp_path / "odd", format=kind, dpi=(300, 300), exif=b"Exif\0\0" + bytes(40))
     plain, odd = (np.asarray(read_image(tmp_path / name)) for name in ("plain", "odd"))
@@ -120,7 +120,7 @@ def test_damaged_bytes_raise_nothing_but_value_errors(tmp_path: Path) -> None:
                 assert read_image(tmp_path / "damaged").mode == "RGB"
 
 
-def test_a_image_of_more_than_178_megapixels_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_image_of_more_than_178_megapixels_is_refused_by_name(tmp_path: Path) -> None:
     Image.new("1", (20_000, 9_000)).save(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match=r"bomb.png' is too large: .*180000000 pixels"):
         read_image(tmp_path / "bomb.png")

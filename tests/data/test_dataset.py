@@ -593,7 +593,7 @@ def test_the_test_split_has_no_labels(splits: Splits) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 60), (10, 60), (10, 12), (24, 24)])
-def test_squash_keeps_the_mean_whether_it_shrinks_or_grows(height: int, width: int) -> None:
+def test_resize_keeps_the_mean_whether_it_shrinks_or_grows(height: int, width: int) -> None:
     image = np.asarray(draw(0, width, height))
     found = resize(image, 24)
     assert found.shape == (24, 24, 3)

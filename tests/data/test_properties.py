@@ -166,7 +166,10 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FIELDS = st.fixed_dictionaries(
-    {}, optional=dict.fromkeys(("trial_id", "config", "status", "epochs_run", "curve", "value"), JSON)
+    {},
+    optional=dict.fromkeys(
+        ("trial_id", "config", "origin", "state", "cause", "epochs_run", "curve", "value"), JSON
+    ),
 )
 
 

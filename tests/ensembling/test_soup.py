@@ -20,10 +20,11 @@ from carmodels.evaluation.metrics import accuracy, log_loss
 from carmodels.files import write_json
 from carmodels.models.classifier import build, load_weights, save_weights
 from carmodels.models.weights import Weights
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict
+from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import fit
 from tune.finalize import soups
 from tune.runtime.job import Job, Workers
@@ -39,23 +40,40 @@ def ingredients(
     folder = tmp_path_factory.mktemp("weights")
     found = []
     for seed in range(3):
-        config = replace(CONFIG, seed=seed, head_seed=0)
-        model = fit(config, splits, weights=weights).model
+        run = Run(CONFIG, Origin(seed=seed, head_seed=0))
+        model = fit(run, splits, weights=weights).model
         save_weights(model, folder / f"{seed}.safetensors")
-        val = predict(model, splits, splits.val, config=config)
-        found.append(Ingredient(str(seed), config, folder / f"{seed}.safetensors", val))
+        val = predict(model, splits, splits.val, config=CONFIG)
+        found.append(Ingredient(str(seed), run, folder / f"{seed}.safetensors", val))
     return sorted(found, key=lambda i: -accuracy(i.val.probs, splits.val.labels))
 
 
+def retrained(run: Run) -> TrialRecord:
+    return TrialRecord(
+        run.id, run.config, State.COMPLETE, 4, 0.5, 1.0, "ran", stage="retrain", origin=run.origin
+    )
+
+
 def test_what_can_be_averaged_has_backbone_head_size_and_start_in_common() -> None:
-    same = kind(CONFIG)
+    run = Run(CONFIG)
+    same = kind(run)
     assert same is not None
-    for alike in ({"lr": 1e-3}, {"augment": "color"}, {"seed": 4, "head_seed": 0}, {"unfreeze": "once"}):
-        assert kind(replace(CONFIG, **alike)) == same
-    for other in ({"seed": 1}, {"image_size": 32}, {"head_depth": 1}, {"backbone": "test_efficientnet"}):
-        assert kind(replace(CONFIG, **other)) not in (None, same)
-    assert kind(replace(CONFIG, unfreeze="frozen")) is None
-    assert kind(replace(CONFIG, folds=3, fold=0)) is None
+    for alike in (
+        run.with_config(lr=1e-3),
+        run.with_config(augment="color"),
+        run.with_origin(seed=4, head_seed=0),
+        run.with_config(unfreeze="head_first"),
+    ):
+        assert kind(alike) == same
+    for other in (
+        run.with_origin(seed=1),
+        run.with_config(image_size=32),
+        run.with_config(head_depth=1),
+        run.with_config(backbone="test_efficientnet"),
+    ):
+        assert kind(other) not in (None, same)
+    assert kind(run.with_config(unfreeze="frozen")) is None
+    assert kind(run.with_origin(folds=3, fold=0)) is None
 
 
 def test_the_mean_of_the_weights_is_taken_number_by_number(ingredients: list[Ingredient]) -> None:
@@ -74,15 +92,15 @@ def test_statistics_are_those_of_train_under_the_weights_in_hand(
 ) -> None:
     """A model whose weights are one model's finds that model's answers again, whatever statistics it had."""
     one = ingredients[0]
-    model = load_weights(one.config, one.weights, classes=10)
+    model = load_weights(one.run.config, one.weights, classes=10)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms
     for norm in norms:
         norm.running_mean.fill_(3.0)
         norm.running_var.fill_(9.0)
-    spoilt = predict(model, splits, splits.val, config=one.config)
-    refresh_statistics(model, one.config, splits, device="cpu")
-    again = predict(model, splits, splits.val, config=one.config)
+    spoilt = predict(model, splits, splits.val, config=one.run.config)
+    refresh_statistics(model, one.run, splits, device="cpu")
+    again = predict(model, splits, splits.val, config=one.run.config)
     labels = splits.val.labels
     assert log_loss(spoilt.probs, labels) > log_loss(one.val.probs, labels) + 0.5
     assert np.abs(again.probs - one.val.probs).mean() < 0.1
@@ -111,7 +129,7 @@ def test_copies_of_a_poor_model_make_a_soup_and_strangers_do_not(
     """The same weights twice are the same model; those from another start spoil it."""
     one = ingredients[0]
     copy = replace(one, trial_id="copy")
-    model = build(one.config, classes=10, weights=Weights("none"))
+    model = build(one.run.config, classes=10, weights=Weights("none"))
     save_weights(model, tmp_path / "stranger.safetensors")
     stranger = replace(one, trial_id="stranger", weights=tmp_path / "stranger.safetensors")
     unsure = replace(one.val, probs=np.full_like(one.val.probs, 0.1))
@@ -137,20 +155,22 @@ def test_a_soup_says_of_how_many_models_the_time_held_a_try(
     study.begin({"metric": "accuracy"}, [])
     group = []
     for seed in range(3):  # one and the same model, said to be poor
-        config = replace(CONFIG, seed=seed, head_seed=0)
-        group.append(TrialRecord(config.id, config, Status.FINISHED, 4, 0.5, 1.0, "ran", stage="retrain"))
-        shutil.copy(ingredients[0].weights, study.weights_file(config.id))
+        run = Run(CONFIG, Origin(seed=seed, head_seed=0))
+        group.append(retrained(run))
+        shutil.copy(ingredients[0].weights, study.weights_file(run.id))
         unsure = replace(ingredients[0].val, probs=np.full_like(ingredients[0].val.probs, 0.1))
-        unsure.save(study.predictions_file(config.id, "val"))
+        unsure.save(study.predictions_file(run.id, "val"))
     job = Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
     whole = soups._cook(job, "whole", group, math.inf)
     assert whole is not None
     assert whole.reason.endswith(" models of 3")
+    assert whole.whole
     moments = iter([0.0, 2.0])  # the time is up before the third is tried
     monkeypatch.setattr("carmodels.ensembling.soup.time", SimpleNamespace(time=lambda: next(moments)))
     cut = soups._cook(job, "cut", group, 1.0)
     assert cut is not None
     assert cut.reason == "the mean of the weights of 2 models of 3, the time was up after 2 of them"
+    assert cut.cut_short
 
 
 def test_a_soup_is_a_record_with_weights_and_answers_of_its_own(
@@ -161,21 +181,21 @@ def test_a_soup_is_a_record_with_weights_and_answers_of_its_own(
     study.begin({**facts, "max_size": 48}, [])
     group = []
     for ingredient in ingredients:
-        record = TrialRecord(
-            ingredient.config.id, ingredient.config, Status.FINISHED, 4, 0.5, 1.0, "ran", stage="retrain"
-        )
+        record = retrained(ingredient.run)
         group.append(record)
         shutil.copy(ingredient.weights, study.weights_file(record.trial_id))
         unsure = replace(ingredient.val, probs=np.full_like(ingredient.val.probs, 0.1))
         unsure.save(study.predictions_file(record.trial_id, "val"))
-    assert soups._kinds([*group, replace(group[0], config=replace(CONFIG, seed=9))]) == [group]
+    assert soups._kinds([*group, replace(group[0], origin=Origin(seed=9))]) == [group]
     assert soups._kinds(group[:1]) == []
     name = soups.soup_id(group)
     assert name != soups.soup_id(group[::-1])
     job = Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
     record = soups._cook(job, name, group, math.inf)
     assert record is not None
-    assert (record.trial_id, record.stage, record.status) == (name, "soup", Status.FINISHED)
+    assert (record.trial_id, record.stage, record.state) == (name, "soup", State.COMPLETE)
+    assert len(record.ingredients) > 1
+    assert set(record.ingredients) <= {r.trial_id for r in group}
     study.append(record)
     assert study.leaderboard()[0].trial_id in {name, *(r.trial_id for r in group)}
     write_json(

@@ -16,9 +16,10 @@ from carmodels.ensembling.selection import Selection, select_ensemble
 from carmodels.evaluation.metrics import accuracy, log_loss
 from carmodels.evaluation.nested import Nested
 from carmodels.evaluation.predictions import Predictions
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
 from tune.budget.costs import Costs
 from tune.finalize.blending import Library, _sentence, most_seconds
 from tune.finalize.views import MOST_VIEWS
@@ -54,7 +55,7 @@ def test_an_ensemble_takes_at_most_what_all_members_take_to_be_shown_everything(
     assert math.isinf(most_seconds(job))
     for size, value in ((32, 0.9), (64, 0.8)):
         config = TrialConfig("test_resnet", image_size=size, epochs=2)
-        study.append(TrialRecord(config.id, config, Status.FINISHED, 2, value, 1.0, "ran"))
+        study.append(TrialRecord(Run(config).id, config, State.COMPLETE, 2, value, 1.0, "ran"))
     images = 100 * len(VIEWS) + 500 * MOST_VIEWS
     assert most_seconds(job) >= 8 * 0.35 * 0.04 * images / 2
     assert most_seconds(job) == pytest.approx(8 * (0.35 * 0.04 * images + 50) / 2)

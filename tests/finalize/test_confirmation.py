@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from ray.tune.search import Searcher
 from scipy.stats import multivariate_normal
 
 from carmodels.evaluation.metrics import METRICS
-from carmodels.records import Status, TrialRecord
+from carmodels.records import Cause, Role, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.run import Origin, Run
 from tune.budget.costs import SLOWER
 from tune.finalize.confirmation import Reruns, knowledge_gradient, most_seconds, next_rerun
 from tune.optim.standings import (
@@ -35,11 +37,16 @@ from tune.optim.standings import (
 IMAGES = 250
 
 
-def run(lr: float, value: float, seed: int = 0, stage: str = "search", **more: object) -> TrialRecord:
-    """A finished run of the configuration with this learning rate."""
-    config = TrialConfig("test_resnet", image_size=32, epochs=4, lr=lr, seed=seed)
-    record = TrialRecord(config.id, config, Status.FINISHED, 4, value, 8.0, "ran", stage=stage)
-    return replace(record, **more)
+def of(run: Run, value: float | None, stage: str, **more: Any) -> TrialRecord:
+    """The record of a run, complete unless told otherwise."""
+    record = TrialRecord(run.id, run.config, State.COMPLETE, 4, value, 8.0, "ran", stage=stage)
+    return replace(record, origin=run.origin, **more)
+
+
+def run(lr: float, value: float | None, seed: int = 0, stage: str = "search", **more: Any) -> TrialRecord:
+    """A run of the configuration with this learning rate."""
+    config = TrialConfig("test_resnet", image_size=32, epochs=4, lr=lr)
+    return of(Run(config, Origin(seed=seed)), value, stage, **more)
 
 
 def field(*values: float) -> list[TrialRecord]:
@@ -168,14 +175,13 @@ def test_the_noise_is_the_binomial_one_until_repeats_show_more() -> None:
 
 def test_runs_are_those_of_the_same_schedule_to_its_end_in_search_and_reruns() -> None:
     first, again = run(0.001, 0.9), run(0.001, 0.8, seed=1, stage="confirm")
-    cut = (EpochMetrics(1, 1.0, 1.0, 0.5, 0.5, 2.0, "time"),)
-    shorter = replace(first.config, seed=4, epochs=2)
+    shorter = first.run.with_config(epochs=2).with_origin(seed=4)
     others = [
-        run(0.001, 0.5, seed=2, stage="confirm", curve=cut),
+        run(0.001, 0.5, seed=2, stage="confirm", cut_short=True),
         run(0.001, 0.6, seed=3, stage="retrain"),
-        replace(run(0.001, 0.7, stage="confirm"), trial_id=shorter.id, config=shorter),
-        run(0.002, 0.9, status=Status.STOPPED),
-        run(0.003, 0.9, status=Status.INTERRUPTED, stage="confirm"),
+        of(shorter, 0.7, "confirm"),
+        run(0.002, 0.9, state=State.PRUNED),
+        run(0.003, 0.9, state=State.INTERRUPTED, stage="confirm"),
     ]
     assert list(runs_of([again, *others, first]).values()) == [[first, again]]
 
@@ -223,7 +229,8 @@ def _gap_sd(one: Standing, other: Standing) -> float:
 def test_a_configuration_that_diverges_with_new_seeds_is_not_the_best() -> None:
     worst = (EpochMetrics(2, math.nan, math.nan, 0.0, 0.0, 2.0, "diverged"),)
     records = field(0.95, 0.93, 0.92)
-    failed = [run(0.001, 0.0, s, "confirm", status=Status.DIVERGED, curve=worst) for s in (1, 2)]
+    diverged: dict[str, Any] = {"state": State.FAILED, "cause": Cause.DIVERGED, "curve": worst}
+    failed = [run(0.001, 0.0, s, "confirm", **diverged) for s in (1, 2)]
     lucky = [*records, *(replace(record, value=None) for record in failed)]
     found = standings(lucky, metric="accuracy", images=IMAGES)
     assert found[0].record == records[1]
@@ -239,7 +246,7 @@ def test_a_configuration_that_diverges_with_new_seeds_is_not_the_best() -> None:
     gaps = [(s.estimate.value - ahead.estimate.value) / _gap_sd(ahead, s) for s in others]
     assert [s.chance for s in others] == pytest.approx([NormalDist().cdf(gap) for gap in gaps])
     poor = field(0.90, 0.85, 0.10)  # the only steady one is of another kind
-    poor += [replace(run(n / 1000, 0.0, 1, "confirm"), status=Status.DIVERGED, curve=worst) for n in (1, 2)]
+    poor += [run(n / 1000, 0.0, 1, "confirm", **diverged) for n in (1, 2)]
     assert len(standings(poor, metric="accuracy", images=IMAGES)) == 3
 
 
@@ -257,7 +264,7 @@ def test_an_interval_ends_where_the_metric_does() -> None:
     assert standings(field(0.004, 0.006), metric="log_loss", images=5)[0].estimate.low == 0.0
 
 
-def test_without_a_finished_trial_or_images_there_is_no_standing() -> None:
+def test_without_a_complete_trial_or_images_there_is_no_standing() -> None:
     assert standings([], metric="accuracy", images=IMAGES) == []
     assert standings(field(0.9), metric="accuracy", images=0) == []
     assert next_rerun([], metric="accuracy", images=IMAGES) is None
@@ -269,7 +276,7 @@ def test_reruns_take_at_most_as_many_runs_of_the_dearest_of_the_best(tmp_path: P
     assert math.isinf(most_seconds(study, 2, most=6))
     assert most_seconds(study, 2, most=0) == 0
     for record in field(0.9, 0.89, 0.88, 0.87, 0.5):
-        study.append(replace(record, seconds=1000.0 if record.value == 0.5 else 100 * record.value))
+        study.append(replace(record, seconds=1000.0 if record.value == 0.5 else 100 * (record.value or 0)))
     assert most_seconds(study, 2, most=6) == pytest.approx(3.5 * SLOWER * 90)
     assert most_seconds(study, 4, most=6) == pytest.approx(2.5 * SLOWER * 90)
 
@@ -294,19 +301,20 @@ def test_the_sentence_names_the_best_and_those_that_cannot_be_told_apart() -> No
 # ---- which run is next
 
 
-def again(records: list[TrialRecord], **more: object) -> TrialConfig | None:
+def again(records: list[TrialRecord], **more: Any) -> Run | None:
     return next_rerun(records, metric="accuracy", images=IMAGES, **more)
 
 
 def test_the_close_pair_is_run_again_and_not_what_is_far_behind() -> None:
     records = field(0.92, 0.80, 0.915, 0.79)
     for seed in range(1, 7):
-        config = again(records)
-        assert config is not None
-        assert config.lr in (0.001, 0.003)
-        value = 0.92 if config.lr == 0.001 else 0.915
-        records.append(run(config.lr, value, config.seed, "confirm"))
-        assert seed > 1 or config.lr == 0.001  # of equals the best first: its runs are its retrained models
+        rerun = again(records)
+        assert rerun is not None
+        lr = rerun.config.lr
+        assert lr in (0.001, 0.003)
+        value = 0.92 if lr == 0.001 else 0.915
+        records.append(run(lr, value, rerun.origin.seed, "confirm"))
+        assert seed > 1 or lr == 0.001  # of equals the best first: its runs are its retrained models
     counts = [len(runs) for runs in runs_of(records).values()]
     assert counts == [4, 1, 4, 1]
 
@@ -317,35 +325,34 @@ def test_nothing_runs_again_once_the_best_is_told_apart() -> None:
 
 
 def test_where_less_is_better_the_two_lowest_are_the_close_pair() -> None:
-    config = next_rerun(field(1.5, 0.30, 1.4, 0.31), metric="log_loss", images=IMAGES)
-    assert config is not None
-    assert config.lr == 0.002
+    rerun = next_rerun(field(1.5, 0.30, 1.4, 0.31), metric="log_loss", images=IMAGES)
+    assert rerun is not None
+    assert rerun.config.lr == 0.002
 
 
 def test_the_next_run_follows_from_the_records_alone() -> None:
     records = field(0.92, 0.91, 0.90, 0.915)
     assert again(records) == again(list(records))
-    cut_off = run(0.001, 0.5, 1, "confirm", status=Status.INTERRUPTED)
+    cut_off = run(0.001, 0.5, 1, "confirm", state=State.INTERRUPTED)
     assert again([*records, cut_off]) == again(records)
 
 
 def test_a_seed_that_was_used_is_not_used_again() -> None:
     records = field(0.92, 0.91)
-    config = again(records)
-    assert config is not None
-    assert config == replace(records[0].config, seed=1)
-    for number, stage in enumerate(("retrain", "confirm"), start=1):
-        status = Status.FINISHED if stage == "retrain" else Status.FAILED
-        records.append(run(0.001, 0.9, number, stage, status=status))
+    rerun = again(records)
+    assert rerun is not None
+    assert rerun == records[0].run.with_origin(seed=1)
+    records.append(run(0.001, 0.9, 1, "retrain"))
+    records.append(run(0.001, 0.9, 2, "confirm", state=State.FAILED, cause=Cause.ERROR))
     later = again(records)
-    assert later == replace(records[0].config, seed=3)
-    both = [replace(r.config, seed=3) for r in records[:2]]
+    assert later == records[0].run.with_origin(seed=3)
+    both = [r.run.with_origin(seed=3) for r in records[:2]]
     next_one = again(records, pending=both)
     assert next_one is not None
-    assert next_one.seed == (4 if next_one.lr == 0.001 else 1)
-    twice = again(field(0.92, 0.91), pending=[replace(r.config, seed=1) for r in records[:2]])
+    assert next_one.origin.seed == (4 if next_one.config.lr == 0.001 else 1)
+    twice = again(field(0.92, 0.91), pending=[r.run.with_origin(seed=1) for r in records[:2]])
     assert twice is not None
-    assert twice.seed == 2
+    assert twice.origin.seed == 2
 
 
 def test_what_is_running_counts_as_what_is_expected_of_it() -> None:
@@ -354,7 +361,7 @@ def test_what_is_running_counts_as_what_is_expected_of_it() -> None:
     assert first is not None
     second = again(records, pending=[first])
     assert second is not None
-    assert (first.lr, second.lr) == (0.001, 0.002)
+    assert (first.config.lr, second.config.lr) == (0.001, 0.002)
 
 
 def test_the_gain_of_a_run_is_that_of_brute_force() -> None:
@@ -380,11 +387,11 @@ def test_six_runs_halve_what_the_choice_falls_short_of_the_best() -> None:
         records = field(*np.clip(rng.normal(worth, sd), 0, 1))
         chosen = [max(records, key=lambda r: r.value or 0)]
         for _ in range(6):
-            config = next_rerun(records, metric="accuracy", images=images)
-            if config is None:
+            rerun = next_rerun(records, metric="accuracy", images=images)
+            if rerun is None:
                 break
-            value = float(rng.normal(worth[round(1000 * config.lr) - 1], sd))
-            records.append(run(config.lr, value, config.seed, "confirm"))
+            value = float(rng.normal(worth[round(1000 * rerun.config.lr) - 1], sd))
+            records.append(run(rerun.config.lr, value, rerun.origin.seed, "confirm"))
         chosen.append(standings(records, metric="accuracy", images=images)[0].record)
         short[:, number] = [worth.max() - worth[round(1000 * r.config.lr) - 1] for r in chosen]
     before, after = short.mean(axis=1)
@@ -403,43 +410,50 @@ def study(tmp_path: Path) -> Study:
     return study
 
 
-def made(study: Study, most: int = 3, end: float = float("inf")) -> tuple[Reruns, dict[str, str]]:
-    notes: dict[str, str] = {}
-    return Reruns(study, most=most, end=end, notes=notes), notes
+def made(study: Study, most: int = 3, end: float = float("inf")) -> tuple[Reruns, dict[str, Role]]:
+    roles: dict[str, Role] = {}
+    return Reruns(study, most=most, end=end, roles=roles), roles
 
 
-def ended(study: Study, values: object, value: float | None = 0.9, status: Status = Status.FINISHED) -> None:
+def ended(study: Study, values: object, value: float | None = 0.9, **more: Any) -> None:
     assert isinstance(values, dict)
-    config = TrialConfig.from_dict(values)
-    study.append(TrialRecord(config.id, config, status, 4, value, 8.0, "", stage="confirm"))
+    study.append(of(Run.from_dict(values), value, "confirm", **more))
 
 
-def test_reruns_come_one_by_one_up_to_the_cap_each_with_a_note(study: Study) -> None:
-    reruns, notes = made(study)
+def test_reruns_come_one_by_one_up_to_the_cap_each_with_its_role(study: Study) -> None:
+    reruns, roles = made(study)
     handed = []
     for _ in range(3):
         handed.append(reruns.suggest("x"))
         ended(study, handed[-1])
     assert reruns.suggest("x") == Searcher.FINISHED
     first = study.records()[0]
-    assert next(iter(notes.values())) == f"seed 1 of {first.trial_id}"
-    assert len(notes) == 3
+    role = Role(repeats=first.trial_id, note=f"seed 1 of {first.trial_id}")
+    assert next(iter(roles.items())) == (first.run.with_origin(seed=1).id, role)
+    assert len(roles) == 3
     resumed, _ = made(study)
     assert resumed.suggest("x") == Searcher.FINISHED
     assert isinstance(made(study, most=4)[0].suggest("x"), dict)
 
 
 def test_an_interrupted_rerun_goes_first_and_one_that_failed_is_not_tried_again(study: Study) -> None:
-    cut_off = run(0.002, 0.5, 1, "confirm", status=Status.INTERRUPTED)
+    cut_off = run(0.002, 0.5, 1, "confirm", state=State.INTERRUPTED)
     study.append(cut_off)
     reruns, _ = made(study)
-    assert reruns.suggest("x") == asdict(cut_off.config)
+    assert reruns.suggest("x") == cut_off.run.to_dict()
     first = reruns.suggest("x")
-    assert first == asdict(replace(study.records()[0].config, seed=1))
-    ended(study, first, None, Status.FAILED)
-    ended(study, asdict(cut_off.config), None, Status.FAILED)
+    assert first == study.records()[0].run.with_origin(seed=1).to_dict()
+    failed: dict[str, Any] = {"state": State.FAILED, "cause": Cause.ERROR}
+    ended(study, first, None, **failed)
+    ended(study, cut_off.run.to_dict(), None, **failed)
     other = made(study)[0].suggest("x")
-    assert other == asdict(replace(study.records()[0].config, seed=2))
+    assert other == study.records()[0].run.with_origin(seed=2).to_dict()
+
+
+def test_a_rerun_that_was_lost_with_its_machine_is_tried_again(study: Study) -> None:
+    lost = run(0.002, None, 1, "confirm", state=State.FAILED, cause=Cause.MACHINE)
+    study.append(lost)
+    assert made(study)[0].suggest("x") == lost.run.to_dict()
 
 
 def test_with_the_cap_running_the_searcher_waits_and_does_not_end(study: Study) -> None:

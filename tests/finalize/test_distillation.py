@@ -20,10 +20,11 @@ from carmodels.evaluation.predictions import blend
 from carmodels.files import read_json, write_json
 from carmodels.models.classifier import save_weights
 from carmodels.models.weights import Weights
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict
+from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import fit
 from tune import predict as answering
 from tune.cli.options import guarded
@@ -54,22 +55,22 @@ def study(drawn: Path, splits: Splits, weights: Weights, tmp_path_factory: pytes
         "max_size": 48,
     }
     study.begin(facts, [(s.name, i, int(k)) for s in parts for i, k in zip(s.ids, s.labels, strict=True)])
-    models = [fit(config, splits, weights=weights).model for config in CONFIGS]
+    models = [fit(Run(config), splits, weights=weights).model for config in CONFIGS]
     for value, config, model in zip((0.6, 0.5), CONFIGS, models, strict=True):
-        save_weights(model, study.weights_file(config.id))
-        study.append(TrialRecord(config.id, config, Status.FINISHED, config.epochs, value, 1.0, "ran"))
+        save_weights(model, study.weights_file(Run(config).id))
+        study.append(TrialRecord(Run(config).id, config, State.COMPLETE, config.epochs, value, 1.0, "ran"))
     for split in parts[1:]:
         shown = [predict(m, splits, split, config=c) for c, m in zip(CONFIGS, models, strict=True)]
         blend(shown).save(study.predictions_file("ensemble", split.name))
-    members = [{"trial_id": c.id, "weight": 0.5, "temperature": 1.0} for c in CONFIGS]
+    members = [{"trial_id": Run(c).id, "weight": 0.5, "temperature": 1.0} for c in CONFIGS]
     write_json(study.ensemble_file, {"members": members, "temperature": 1.0, "tta": {"views": ["plain"]}})
     return study
 
 
 def test_the_teacher_is_shown_the_crops_that_the_student_sees(study: Study, splits: Splits) -> None:
-    config = TrialConfig("test_resnet", image_size=32, epochs=4, seed=5, augment="color")
+    run = Run(TrialConfig("test_resnet", image_size=32, epochs=4, augment="color"), Origin(seed=5))
     teacher = load_ensemble(study)
-    answers = taught(teacher, splits, config, views=2)
+    answers = taught(teacher, splits, run, views=2)
     assert answers.shape == (2, len(splits.train), 10)
     np.testing.assert_allclose(answers.sum(axis=2), 1, rtol=1e-5)
     assert np.abs(answers[0] - answers[1]).mean() > 1e-3
@@ -111,21 +112,26 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
         patch.setattr(distillation, "prediction_seconds", lambda job, config, size: seconds[config.backbone])
         fastest = distillation._student(job, None, None, said.append)
         named = distillation._student(job, "test_resnet", 7, said.append)
-    assert (fastest.backbone, fastest.image_size, fastest.epochs) == ("test_efficientnet", 32, 8)
-    assert (named.backbone, named.image_size, named.epochs) == ("test_resnet", 48, 7)
+    for student, expected in ((fastest, ("test_efficientnet", 32, 8)), (named, ("test_resnet", 48, 7))):
+        config = student.config
+        assert (config.backbone, config.image_size, config.epochs) == expected
     assert said[0] == "Milliseconds an image: test_efficientnet 1.0, test_resnet 2.0."
     assert distillation._backbones(job) == [name for name in BACKBONES if name.startswith("test_")]
     with pytest.raises(ValueError, match=r"--backbone resnet50: there are weights for test_"):
         distillation._student(job, "resnet50", None, said.append)
-    frozen = replace(CONFIGS[1], unfreeze="frozen", augment="none", mixup=0.2, image_size=48, seed=1)
-    study.append(TrialRecord(frozen.id, frozen, Status.FINISHED, 2, 0.9, 1.0, "ran"))
-    onward = replace(
-        frozen, unfreeze="full", mixup=0.0, continues=frozen.id
-    )  # better, and not what is copied
-    study.append(TrialRecord(onward.id, onward, Status.FINISHED, 2, 0.95, 1.0, "ran", stage="retrain"))
-    like = distillation._configured(study, "test_efficientnet", 3)
-    assert (like.unfreeze, like.augment, like.mixup, like.image_size) == ("full", "crop", 0.0, 48)
-    assert (like.continues, like.layer_decay) == ("", 0.5)
+    config = replace(CONFIGS[1], unfreeze="frozen", augment="none", mixup=0.2, image_size=48)
+    frozen = Run(config, Origin(seed=1))
+    onward = frozen.with_config(unfreeze="full", mixup=0.0).with_origin(continues=frozen.id)
+    for like, value, stage in ((frozen, 0.9, "search"), (onward, 0.95, "retrain")):  # the best is not copied
+        study.append(
+            TrialRecord(
+                like.id, like.config, State.COMPLETE, 2, value, 1.0, "ran", stage=stage, origin=like.origin
+            )
+        )
+    student = distillation._configured(study, "test_efficientnet", 3)
+    config = student.config
+    assert (config.unfreeze, config.augment, config.mixup, config.image_size) == ("full", "crop", 0.0, 48)
+    assert (student.origin.continues, config.layer_decay) == ("", 0.5)
 
 
 def test_a_student_is_trained_longer_than_the_space_says_and_not_than_a_shortened_baseline(
@@ -136,9 +142,9 @@ def test_a_student_is_trained_longer_than_the_space_says_and_not_than_a_shortene
     for facts, epochs in (({}, 12), ({"space": {"dimensions": {}, "fixed": fixed}}, 24)):
         other.begin({**study.facts, **facts, "images": {}}, [])
         config = CONFIGS[0]  # 3 epochs
-        other.append(TrialRecord(config.id, config, Status.FINISHED, 3, 0.6, 1.0, "ran"))
-        assert distillation._configured(other, "test_resnet", None).epochs == epochs
-        assert distillation._configured(other, "test_resnet", 7).epochs == 7
+        other.append(TrialRecord(Run(config).id, config, State.COMPLETE, 3, 0.6, 1.0, "ran"))
+        assert distillation._configured(other, "test_resnet", None).config.epochs == epochs
+        assert distillation._configured(other, "test_resnet", 7).config.epochs == 7
 
 
 def test_a_study_is_distilled_and_the_student_answers(
@@ -154,7 +160,7 @@ def test_a_study_is_distilled_and_the_student_answers(
     results = read_json(study.answer_file("student"))
     (member,) = results["members"]
     record = next(r for r in study.records() if r.trial_id == member["trial_id"])
-    assert (record.stage, record.epochs_run, record.trial_id == record.config.id) == ("student", 8, False)
+    assert (record.stage, record.epochs_run, record.trial_id == record.run.id) == ("student", 8, False)
     assert results["holdout"]["student"]["value"] > 0.25  # ten classes
     assert results["speed"]["ratio"] == results["speed"]["student"] / results["speed"]["ensemble"]
     assert results["holdout"]["looks"] == 1

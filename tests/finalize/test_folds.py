@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +21,12 @@ from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.files import write_whole
 from carmodels.models.classifier import load_weights
 from carmodels.models.weights import Weights
-from carmodels.records import FOLD, FOLD_IN, FOLDS, Status, TrialRecord
+from carmodels.records import FOLD, FOLD_IN, FOLDS, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict
 from carmodels.training.held_out import splits_for
+from carmodels.training.run import Origin, Run
 from tune.finalize import folds
 from tune.finalize.blending import Library, _affordable, _answers
 from tune.finalize.views import Members, Paces
@@ -81,14 +82,24 @@ def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
     return Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
 
 
-def trained(config: TrialConfig, job: Job, stage: str, monkeypatch: pytest.MonkeyPatch) -> TrialRecord:
+def trained(run: Run, job: Job, stage: str, monkeypatch: pytest.MonkeyPatch) -> TrialRecord:
     """A trial's record, its reports collected in place of Ray."""
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(worker, "report", seen.append)
-    worker.train_trial(asdict(config), job)
+    worker.train_trial(run.to_dict(), job)
     value = recorder._finite(seen[-1]["best_value"])
-    status = Status(seen[-1]["status"])
-    record = TrialRecord(config.id, config, status, 2, value, 1.0, "ran", stage, "fold of abc")
+    record = TrialRecord(
+        run.id,
+        run.config,
+        State(seen[-1]["state"]),
+        2,
+        value,
+        1.0,
+        "ran",
+        stage=stage,
+        repeats="abc",
+        origin=run.origin,
+    )
     job.study.append(record)
     return record
 
@@ -97,23 +108,24 @@ def test_the_models_of_all_folds_answer_what_they_have_not_seen(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, splits = job.study, job.splits
-    configs = folds.configs_of(replace(config, patience=3, image_size=48), 2)
-    first = trained(configs[0], job, FOLD, monkeypatch)
+    runs = folds.folds_of(Run(replace(config, patience=3, image_size=48)), 2)
+    first = trained(runs[0], job, FOLD, monkeypatch)
     assert folds.gather(study) == []
-    second = trained(configs[1], job, FOLD, monkeypatch)
+    second = trained(runs[1], job, FOLD, monkeypatch)
     [record] = folds.gather(study)
     assert folds.gather(study) == []
-    assert (record.trial_id, record.stage) == (folds.whole(configs[0]).id, FOLDS)
+    assert (record.trial_id, record.stage) == (folds.all_folds(runs[0]).id, FOLDS)
     assert folds.ready(study) == study.leaderboard() == [record]  # a fold's own value is no value on val
     labels = study.labels("train") | study.labels("val")
     oof = study.predictions(record.trial_id, "oof").aligned(list(labels))
     for one in (first, second):
         model = load_weights(one.config, study.weights_file(one.trial_id), classes=10)
-        held_out = splits_for(one.config, splits).val
+        held_out = splits_for(one.origin, splits).val
         said = predict(model, splits, held_out, config=one.config).probs
         rows = [list(labels).index(name) for name in held_out.ids]
         np.testing.assert_allclose(oof.probs[rows], said, atol=1e-6)
     score = accuracy(oof.probs, np.array(list(labels.values())))
+    assert (record.repeats, record.origin.folds, record.origin.fold) == ("abc", 2, None)
     assert record.note == f"2 folds of abc; out of fold on train and val {score:.4f}"
     val = study.predictions(record.trial_id, "val").aligned(splits.val.ids)
     assert record.value == pytest.approx(accuracy(val.probs, splits.val.labels))
@@ -134,7 +146,7 @@ def test_the_models_of_all_folds_answer_what_they_have_not_seen(
 def test_a_model_that_learnt_from_everything_answers_the_test_images_alone(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = trained(replace(config, fold_in=True), job, FOLD_IN, monkeypatch)
+    record = trained(Run(config, Origin(fold_in=True)), job, FOLD_IN, monkeypatch)
     assert record.value is None
     assert job.study.leaderboard() == []
     left = [p.name for p in (job.study.folder / "predictions").iterdir()]
@@ -143,19 +155,33 @@ def test_a_model_that_learnt_from_everything_answers_the_test_images_alone(
     assert job.study.records() == [record]
 
 
+def complete(run: Run, value: float, *, stage: str = "search", repeats: str = "") -> TrialRecord:
+    return TrialRecord(
+        run.id,
+        run.config,
+        State.COMPLETE,
+        2,
+        value,
+        1.0,
+        "ran",
+        stage=stage,
+        repeats=repeats,
+        origin=run.origin,
+    )
+
+
 def answers(study: Study, config: TrialConfig, value: float) -> TrialRecord:
     """A configuration whose folds are there, with probabilities of its own."""
-    study.append(TrialRecord(config.id, config, Status.FINISHED, 2, value, 1.0, "ran"))
-    for one in folds.configs_of(config, 2):
-        study.append(TrialRecord(one.id, one, Status.FINISHED, 2, value, 1.0, "ran", FOLD))
+    run = Run(config)
+    study.append(complete(run, value))
+    for one in folds.folds_of(run, 2):
+        study.append(complete(one, value, stage=FOLD, repeats=run.id))
         write_whole(study.weights_file(one.id), save({"x": torch.zeros(1)}))
     ids = tuple(study.labels("train") | study.labels("val"))
     oof = Predictions(ids, ("0", "1"), np.full((len(ids), 2), 0.5, np.float32))
-    oof.save(study.predictions_file(folds.whole(one).id, "oof"))
-    note = f"2 folds of {config.id}; out of fold"
-    record = TrialRecord(
-        folds.whole(one).id, folds.whole(one), Status.FINISHED, 2, value, 0.0, "", FOLDS, note
-    )
+    together = folds.all_folds(one)
+    oof.save(study.predictions_file(together.id, "oof"))
+    record = complete(together, value, stage=FOLDS, repeats=run.id)
     study.append(record)
     return record
 
@@ -164,7 +190,7 @@ def test_an_ensemble_is_chosen_out_of_fold_where_all_candidates_have_folds(
     config: TrialConfig, job: Job
 ) -> None:
     study = job.study
-    plain = TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 1.0, "ran")
+    plain = complete(Run(config), 0.5)
 
     def judged() -> tuple[list[TrialRecord], str, dict[str, int]]:
         return folds.judged_on(study, [plain], folds.ready(study))
@@ -175,7 +201,7 @@ def test_an_ensemble_is_chosen_out_of_fold_where_all_candidates_have_folds(
     better = answers(study, replace(config, lr=1e-2), 0.6)
     candidates, on, labels = judged()
     assert (candidates, on) == ([better, one], "oof")
-    study.weights_file(folds.runs_of(study, better.config)[0].trial_id).write_bytes(b"cut")
+    study.weights_file(folds.fold_records(study, better.run)[0].trial_id).write_bytes(b"cut")
     assert judged()[0] == [plain, one]
     assert set(labels) == {*job.splits.train.ids, *job.splits.val.ids}
 
@@ -183,8 +209,7 @@ def test_an_ensemble_is_chosen_out_of_fold_where_all_candidates_have_folds(
 def test_folds_of_what_is_no_longer_the_best_do_not_shut_it_out(config: TrialConfig, job: Job) -> None:
     study = job.study
     both = [answers(study, replace(config, lr=1e-2), 0.6), answers(study, config, 0.4)]
-    found = replace(config, lr=2e-2)
-    better = TrialRecord(found.id, found, Status.FINISHED, 2, 0.9, 1.0, "ran")
+    better = complete(Run(replace(config, lr=2e-2)), 0.9)
     study.append(better)
     candidates, on, _ = folds.judged_on(study, [better], folds.ready(study))
     assert (candidates, on) == ([better, *both], "val")
@@ -194,9 +219,7 @@ def test_folds_of_one_configuration_in_two_lengths_are_not_several(config: Trial
     study = job.study
     longer = answers(study, replace(config, epochs=4), 0.5)
     one = answers(study, config, 0.6)
-    parent = one.note.split()[3]
-    longer = replace(longer, note=f"2 folds of {parent} out of fold")
-    study.append(longer)
+    study.append(replace(longer, repeats=one.repeats))
     assert folds.judged_on(study, [], folds.ready(study))[1] == "val"
 
 
@@ -204,7 +227,7 @@ def test_probabilities_of_folds_that_were_lost_are_gathered_anew(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = job.study
-    for one in folds.configs_of(config, 2):
+    for one in folds.folds_of(Run(config), 2):
         trained(one, job, FOLD, monkeypatch)
     [record] = folds.gather(study)
     file = study.predictions_file(record.trial_id, "oof")
@@ -219,14 +242,14 @@ def test_folds_that_are_too_dear_leave_the_choice_to_single_models(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = job.study
-    plain = TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 1.0, "ran")
+    plain = complete(Run(config), 0.5)
     study.append(plain)
     Predictions(tuple(study.labels("val")), ("0", "1"), np.full((len(job.splits.val), 2), 0.5)).save(
         study.predictions_file(plain.trial_id, "val")
     )
     both = [answers(study, replace(config, lr=1e-2), 0.6), answers(study, config, 0.4)]
     paces = Paces(job, {("test_resnet", 32): 0.004})  # 4 s for 1,000 images, folds 8 s
-    monkeypatch.setattr(Paces, "measure", lambda self, configs, views=(): None)
+    monkeypatch.setattr(Paces, "measure", lambda self, runs, views=(): None)
     for most, expected in ((9.0, (both, "oof")), (5.0, ([plain], "val"))):
         folded = _affordable(folds.ready(study), paces, most)
         candidates, on, labels = folds.judged_on(study, [plain], folded)
@@ -240,12 +263,12 @@ def test_folds_that_were_trained_again_are_gathered_anew(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = job.study
-    first, second = (trained(one, job, FOLD, monkeypatch) for one in folds.configs_of(config, 2))
+    first, second = (trained(one, job, FOLD, monkeypatch) for one in folds.folds_of(Run(config), 2))
     [old] = folds.gather(study)
     assert folds.gather(study) == []
     flipped = study.predictions_file(old.trial_id, "val", "flip")
     write_whole(flipped, b"of the models before")
-    study.append(replace(first, status=Status.RUNNING))
+    study.append(replace(first, state=State.RUNNING))
     assert folds.gather(study) == folds.ready(study) == []  # one of two models is no member
     unsure = study.predictions(first.trial_id, "oof")
     replace(unsure, probs=np.full_like(unsure.probs, 0.1)).save(study.predictions_file(first.trial_id, "oof"))
@@ -266,7 +289,7 @@ def test_what_folds_have_said_and_lost_is_made_anew_from_their_weights(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = job.study
-    first, _ = (trained(one, job, FOLD, monkeypatch) for one in folds.configs_of(config, 2))
+    first, _ = (trained(one, job, FOLD, monkeypatch) for one in folds.folds_of(Run(config), 2))
     [record] = folds.gather(study)
     files = [study.predictions_file(first.trial_id, name) for name in ("oof", "holdout")]
     files.append(study.predictions_file(record.trial_id, "oof"))
@@ -305,7 +328,7 @@ def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_m
     for lr, weight in ((1e-2, 0.75), (1e-3, 0.25)):
         record = answers(study, replace(config, lr=lr), 0.5)
         weights[record] = weight
-        for one in (record, *folds.runs_of(study, record.config)):
+        for one in (record, *folds.fold_records(study, record.run)):
             for split in ("val", "holdout", "test"):
                 said(one.trial_id, split)
     given = {r.trial_id: t for r, t in zip(weights, (2.0, 0.5), strict=True)}
@@ -316,10 +339,10 @@ def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_m
     expected = sum(
         weight / 2 * tempered(study.predictions(run.trial_id, "holdout").probs, given[record.trial_id])
         for record, weight in weights.items()
-        for run in folds.runs_of(study, record.config)
+        for run in folds.fold_records(study, record.run)
     )
     np.testing.assert_allclose(blended["holdout"].probs, expected, atol=1e-6)
-    plain = TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 1.0, "ran")
+    plain = complete(Run(config), 0.5)
     for split in ("val", "holdout", "test"):
         said(plain.trial_id, split)
     mixed = Members(job, {**weights, plain: 1.0}, {**given, plain.trial_id: 1.0})

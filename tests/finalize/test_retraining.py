@@ -16,9 +16,10 @@ from safetensors.torch import save
 
 from carmodels.evaluation.predictions import Predictions
 from carmodels.files import read_json, write_json, write_whole
-from carmodels.records import BASELINE, FOLD, FOLD_IN, Status, TrialRecord
+from carmodels.records import FOLD, FOLD_IN, Cause, State, TrialRecord
 from carmodels.study import Study
-from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.config import TrialConfig
+from carmodels.training.run import Origin, Run
 from tune.budget.clock import Clock
 from tune.budget.costs import SLOWER, Costs, expected_seconds
 from tune.budget.plan import Plan
@@ -43,9 +44,16 @@ from tune.runtime.search_stage import _to_run_again, _with_time_for_what_follows
 
 
 def run(lr: float, value: float, seed: int = 0, stage: str = "search", epochs: int = 8) -> TrialRecord:
-    """A finished run at 10 s an epoch."""
-    config = TrialConfig("test_resnet", image_size=32, epochs=epochs, lr=lr, seed=seed)
-    return TrialRecord(config.id, config, Status.FINISHED, epochs, value, 10.0 * epochs, "ran", stage=stage)
+    """A complete run at 10 s an epoch."""
+    config = TrialConfig("test_resnet", image_size=32, epochs=epochs, lr=lr)
+    one, seconds = Run(config, Origin(seed=seed)), 10.0 * epochs
+    record = TrialRecord(one.id, config, State.COMPLETE, epochs, value, seconds, "ran", stage=stage)
+    return replace(record, origin=one.origin)
+
+
+def of(run: Run, like: TrialRecord, **more: Any) -> TrialRecord:
+    """The record of a run that went as another one did."""
+    return replace(like, trial_id=run.id, config=run.config, origin=run.origin, **more)
 
 
 LUCKY, STEADY = run(1e-3, 0.93), run(2e-3, 0.92)
@@ -67,24 +75,26 @@ def study(tmp_path: Path) -> Study:
 
 
 @pytest.mark.parametrize(
-    ("status", "reason", "note", "seconds", "again"),
+    ("end", "baseline", "seconds", "again"),
     [
-        (Status.STOPPED, "the time for searching was up after epoch 7 of 8", "", 90, True),
-        (Status.STOPPED, "the time for searching was up after epoch 7 of 8", "", 70, False),
-        (Status.STOPPED, "rung at epoch 4: 0.5 against a cut-off of 0.6, rank 2 of 2", "", 90, False),
-        (Status.STOPPED, "the time was up", BASELINE, 70, True),
-        (Status.INTERRUPTED, "interrupted", "", 70, True),
-        (Status.RUNNING, "", "", 70, True),
-        (Status.FAILED, "CUDA out of memory", "", 90, False),
-        (Status.FINISHED, "ran its 8 epochs", "", 90, False),
+        ((State.OUT_OF_TIME, None), False, 90, True),
+        ((State.OUT_OF_TIME, None), False, 70, False),
+        ((State.PRUNED, None), False, 90, False),
+        ((State.OUT_OF_TIME, None), True, 70, True),
+        ((State.INTERRUPTED, None), False, 70, True),
+        ((State.RUNNING, None), False, 70, True),
+        ((State.FAILED, Cause.OUT_OF_MEMORY), False, 90, False),
+        ((State.FAILED, Cause.MACHINE), False, 70, True),
+        ((State.COMPLETE, None), False, 90, False),
     ],
 )
 def test_a_resumed_search_runs_again_what_was_cut_off_and_what_there_is_time_for_now(
-    status: Status, reason: str, note: str, seconds: float, again: bool
+    end: tuple[State, Cause | None], baseline: bool, seconds: float, again: bool
 ) -> None:
     costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 80 s
     plan = Plan(costs, time.time() + seconds, 1)
-    assert _to_run_again(replace(LUCKY, status=status, reason=reason, note=note), plan) == again
+    state, cause = end
+    assert _to_run_again(replace(LUCKY, state=state, cause=cause, baseline=baseline), plan) == again
 
 
 def test_a_longer_search_draws_nothing_that_later_stages_have_no_time_for(study: Study) -> None:
@@ -137,8 +147,8 @@ def test_reruns_leave_retraining_the_time_for_its_shortest_run(
 def test_where_the_best_takes_too_long_the_next_that_is_as_good_is_retrained(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained: list[TrialConfig] = []
-    monkeypatch.setattr(retraining, "_train", lambda job, configs, **more: trained.extend(configs) or True)
+    trained: list[Run] = []
+    monkeypatch.setattr(retraining, "_train", lambda job, runs, **more: trained.extend(runs) or True)
     slow = replace(run(4e-3, 0.935), seconds=800.0)
     study.append(slow)
     job = Job(study, None, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
@@ -183,10 +193,10 @@ def test_retraining_does_not_change_who_is_retrained_when_it_goes_on(study: Stud
 
 def to_train(study: Study, seconds: float = math.inf, epochs: int | None = None) -> tuple[list[int], int]:
     """Seeds, and epochs of each, that two workers have in a job with so many seconds left for retraining."""
-    configs, like = _to_train(study, LUCKY, 3, Way(epochs), Room(seconds, 2))
-    assert all(c == replace(like, seed=c.seed) for c in configs)
-    assert replace(LUCKY.config, epochs=like.epochs, head_seed=0) == like
-    return [c.seed for c in configs], like.epochs
+    runs, like = _to_train(study, LUCKY, 3, Way(epochs), Room(seconds, 2))
+    assert all(r == like.with_origin(seed=r.origin.seed) for r in runs)
+    assert LUCKY.run.with_config(epochs=like.config.epochs).with_origin(head_seed=0) == like
+    return [r.origin.seed for r in runs], like.config.epochs
 
 
 def test_only_seeds_that_have_not_run_are_trained(study: Study) -> None:
@@ -224,13 +234,14 @@ def left_weights(study: Study, *records: TrialRecord) -> None:
 
 def onward(study: Study, seconds: float = math.inf, **way: Any) -> tuple[list[tuple[int, str]], int]:
     """Seeds with the runs they go on from, and epochs, on two workers."""
-    configs, like = _to_train(study, LUCKY, 3, Way(**way), Room(seconds, 2))
-    starts = {r.trial_id: r.config.init_seed for r in study.records()} | {"": 0}
-    for config in configs:
-        own = {"seed": config.seed, "continues": config.continues, "epochs": like.epochs}
-        own["head_seed"] = starts[config.continues]  # the run's own head, by which soups know what mixes
-        assert config == replace(LUCKY.config, **own)
-    return [(c.seed, c.continues) for c in configs], like.epochs
+    runs, like = _to_train(study, LUCKY, 3, Way(**way), Room(seconds, 2))
+    starts = {r.trial_id: r.origin.init_seed for r in study.records()} | {"": 0}
+    for one in runs:
+        own = {"seed": one.origin.seed, "continues": one.origin.continues}
+        head_seed = starts[one.origin.continues]  # the run's own head, by which soups know what mixes
+        expected = LUCKY.run.with_config(epochs=like.config.epochs)
+        assert one == expected.with_origin(**own, head_seed=head_seed)
+    return [(r.origin.seed, r.origin.continues) for r in runs], like.config.epochs
 
 
 def test_for_want_of_time_training_goes_on_from_the_runs_that_left_weights_in_turn(study: Study) -> None:
@@ -253,9 +264,10 @@ def test_for_want_of_time_training_goes_on_from_the_runs_that_left_weights_in_tu
     assert onward(study, goes_on=True, epochs=5) == (both, 5)
     assert onward(study, epochs=5) == ([(1, ""), (2, ""), (3, "")], 5)
     deeper, like = _to_train(study, LUCKY, 3, Way(changes={"head_depth": 1}), Room(math.inf, 2))
-    assert ([c.continues for c in deeper], like.epochs) == ([""] * 3, 16)  # the weights have another head
-    done = replace(LUCKY.config, seed=1, head_seed=0, continues=LUCKY.trial_id)
-    study.append(replace(run(1e-3, 0.95, 1, "retrain"), trial_id=done.id, config=done))
+    assert [r.origin.continues for r in deeper] == [""] * 3  # the weights have another head
+    assert like.config.epochs == 16
+    done = LUCKY.run.with_origin(seed=1, head_seed=0, continues=LUCKY.trial_id)
+    study.append(of(done, run(1e-3, 0.95, 1, "retrain")))
     assert onward(study, 100) == (both[1:], 8)
     assert onward(study, 70) == ([], 8)
     study.weights_file(again.trial_id).write_bytes(b"cut")
@@ -263,18 +275,18 @@ def test_for_want_of_time_training_goes_on_from_the_runs_that_left_weights_in_tu
 
 
 def test_a_frozen_backbone_is_opened_at_what_that_costs_here(study: Study) -> None:
-    frozen = replace(LUCKY.config, unfreeze="frozen")
-    record = replace(LUCKY, trial_id=frozen.id, config=frozen, seconds=2.0)  # its outputs were stored
+    frozen = LUCKY.run.with_config(unfreeze="frozen")
+    record = of(frozen, LUCKY, seconds=2.0)  # its outputs were stored
     study.append(record)
-    opened = replace(frozen, unfreeze="full", layer_decay=0.5)
-    assert Way().of(frozen) == [replace(opened, epochs=16), opened]
+    opened = frozen.with_config(unfreeze="full", layer_decay=0.5)
+    assert Way().of(frozen) == [opened.with_config(epochs=16), opened]
     assert Way(changes={"unfreeze": "frozen"}).of(frozen)[1] == frozen
     costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 10 s an epoch
 
     def trained(seconds: float) -> tuple[list[str], int]:
-        configs, like = _to_train(study, record, 3, Way(), Room(seconds, 2, costs))
-        assert {(c.unfreeze, c.layer_decay) for c in configs} <= {("full", 0.5)}
-        return [c.continues for c in configs], like.epochs
+        runs, like = _to_train(study, record, 3, Way(), Room(seconds, 2, costs))
+        assert {(r.config.unfreeze, r.config.layer_decay) for r in runs} <= {("full", 0.5)}
+        return [r.origin.continues for r in runs], like.config.epochs
 
     assert trained(190) == ([""] * 2, 16)
     assert trained(100) == ([""] * 2, 8)
@@ -283,7 +295,7 @@ def test_a_frozen_backbone_is_opened_at_what_that_costs_here(study: Study) -> No
     assert trained(100) == ([record.trial_id] * 2, 8)
     assert trained(60) == ([record.trial_id] * 2, 5)
     assert trained(40) == ([], 8)
-    assert Room(100, 2, costs).seconds(record, frozen) == pytest.approx(2 * SLOWER)
+    assert Room(100, 2, costs).seconds(record, frozen.config) == pytest.approx(2 * SLOWER)
 
 
 def test_what_time_retraining_leaves_goes_to_the_next_best(study: Study) -> None:
@@ -291,10 +303,10 @@ def test_what_time_retraining_leaves_goes_to_the_next_best(study: Study) -> None
     left_weights(study, LUCKY, STEADY)
 
     def beside(seconds: float, workers: int = 2) -> list[tuple[float, int, str]]:
-        configs, _ = _to_train(study, LUCKY, 3, Way(), Room(seconds, workers))
-        found = _beside(study, LUCKY, configs, Way(), Room(seconds, workers))
-        assert all(record.config.lr == config.lr for config, record in found.items())
-        return [(c.lr, c.epochs, c.continues) for c in found]
+        runs, _ = _to_train(study, LUCKY, 3, Way(), Room(seconds, workers))
+        found = _beside(study, LUCKY, runs, Way(), Room(seconds, workers))
+        assert all(record.config.lr == one.config.lr for one, record in found.items())
+        return [(r.config.lr, r.config.epochs, r.origin.continues) for r in found]
 
     third = (3e-3, 16, "")  # without weights
     assert beside(math.inf) == []  # all that was asked for is trained, and that is all
@@ -308,10 +320,10 @@ def test_what_time_retraining_leaves_goes_to_the_next_best(study: Study) -> None
 
 
 def test_going_on_all_of_the_backbone_is_open() -> None:
-    config = replace(LUCKY.config, unfreeze="gradual")
-    *_, like = Way(changes={"ema": 0.998}).onward(config, "parent")
-    assert like == replace(config, unfreeze="full", ema=0.998, continues="parent")
-    words = _announced(replace(LUCKY, config=config), 2, 0, like)
+    gradual = LUCKY.run.with_config(unfreeze="gradual")
+    *_, like = Way(changes={"ema": 0.998}).onward(gradual, "parent")
+    assert like == gradual.with_config(unfreeze="full", ema=0.998).with_origin(continues="parent")
+    words = _announced(replace(LUCKY, config=gradual.config), 2, 0, like)
     assert words.endswith(
         "new seeds: 2; 8 epochs more each, on from its weights, unfreeze full instead of gradual, "
         "ema 0.998 instead of 0.0."
@@ -319,8 +331,8 @@ def test_going_on_all_of_the_backbone_is_open() -> None:
 
 
 def cut(record: TrialRecord) -> TrialRecord:
-    """The same, its time up after an epoch."""
-    return replace(record, curve=(EpochMetrics(1, 1.0, 1.0, 0.9, 0.9, 10.0, "time"),))
+    """The same, its time up before its last epoch."""
+    return replace(record, cut_short=True)
 
 
 def test_what_the_clock_cut_short_does_not_stand_for_a_whole_run(study: Study) -> None:
@@ -342,7 +354,7 @@ def test_the_best_is_written_down_as_what_was_trained(study: Study) -> None:
     assert said == ["Retraining is left out: the time that is left does not hold one run of it."]
     best = read_json(study.best_file)
     assert best["retrained"] == {}
-    assert TrialConfig.from_dict(best["config"]) == LUCKY.config
+    assert Run.from_dict(best) == LUCKY.run
 
 
 def test_nothing_is_left_of_time_that_is_over(study: Study) -> None:
@@ -361,16 +373,15 @@ def test_what_shared_a_gpu_is_planned_by_what_it_takes_alone() -> None:
 def test_a_soup_is_no_run_of_its_configuration(study: Study) -> None:
     study.append(replace(run(1e-3, 0.95, 2), trial_id="soup", stage="soup"))
     assert to_train(study, epochs=8) == ([1, 2, 3], 8)
-    retrained = replace(LUCKY.config, seed=2, head_seed=0)
-    study.append(replace(run(1e-3, 0.9, 2, "retrain"), trial_id=retrained.id, config=retrained))
+    retrained = LUCKY.run.with_origin(seed=2, head_seed=0)
+    study.append(of(retrained, run(1e-3, 0.9, 2, "retrain")))
     assert to_train(study, epochs=8) == ([1, 3], 8)
 
 
 @pytest.mark.usefixtures("longer")
 def test_whole_longer_runs_get_no_shorter_ones_beside_them(study: Study) -> None:
     assert to_train(study, 110) == ([1, 2], 8)
-    longer = replace(run(1e-3, 0.95, 1, "retrain", epochs=16), note="seed 1")
-    study.append(longer)
+    study.append(run(1e-3, 0.95, 1, "retrain", epochs=16))
     assert to_train(study, 110) == ([], 16)
 
 
@@ -387,7 +398,8 @@ def test_shorter_runs_of_earlier_are_not_made_again(study: Study) -> None:
 def test_seeds_that_diverged_are_used_up_and_runs_without_weights_are_not_there(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study.append(replace(run(1e-3, 0.0, 1, "retrain"), status=Status.DIVERGED, value=None))
+    diverged: dict[str, Any] = {"state": State.FAILED, "cause": Cause.DIVERGED, "value": None}
+    study.append(replace(run(1e-3, 0.0, 1, "retrain"), **diverged))
     gone = run(1e-3, 0.9, 2, "retrain")
     study.append(gone)
     assert to_train(study, epochs=8) == ([3], 8)
@@ -404,7 +416,7 @@ def test_a_shorter_schedule_is_only_for_want_of_a_whole_one(study: Study) -> Non
 
 def test_what_retraining_does_is_said() -> None:
     name = f"{LUCKY.config.title} ({LUCKY.trial_id})"
-    same = LUCKY.config
+    same = LUCKY.run
     assert _announced(LUCKY, 3, 0, same) == f"Retraining {name}, new seeds: 3; 8 epochs each."
     there = f"Retraining {name}, new seeds: 1, 2 more are there; 8 epochs each."
     assert _announced(LUCKY, 1, 2, same) == there
@@ -420,7 +432,7 @@ def test_what_retraining_does_is_said() -> None:
 def over_folds(study: Study, seconds: float, chosen: tuple[TrialRecord, ...]) -> list[tuple[float, int]]:
     """Learning rate and epochs of what is trained over four folds on two workers, on as many images."""
     planned = _folds_to_train(study, chosen, 4, Way(), Room(seconds, 2), train=1.0)
-    return [(like.lr, like.epochs) for like in planned.values()]
+    return [(like.config.lr, like.config.epochs) for like in planned.values()]
 
 
 @pytest.mark.usefixtures("longer")
@@ -446,8 +458,8 @@ def test_new_seeds_take_the_place_of_folds_that_do_not_fit(
     job = Job(study, splits, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
     trained: list[tuple[str, int, int]] = []
 
-    def collect(job: Job, configs: list[TrialConfig], *, stage: str, **_: object) -> bool:
-        trained.extend((stage, config.seed, config.epochs) for config in configs)
+    def collect(job: Job, runs: list[Run], *, stage: str, **_: object) -> bool:
+        trained.extend((stage, r.origin.seed, r.config.epochs) for r in runs)
         return True
 
     monkeypatch.setattr(retraining, "_train", collect)
@@ -460,28 +472,26 @@ def test_new_seeds_take_the_place_of_folds_that_do_not_fit(
 
 @pytest.mark.usefixtures("longer")
 def test_folds_that_were_begun_are_gone_on_with(study: Study) -> None:
-    begun = replace(LUCKY.config, folds=4, fold=2)
-    study.append(replace(LUCKY, trial_id=begun.id, config=begun, stage="fold"))
+    begun = LUCKY.run.with_origin(folds=4, fold=2)
+    study.append(of(begun, LUCKY, stage="fold"))
     assert over_folds(study, math.inf, (LUCKY,)) == [(1e-3, 8)]
     assert over_folds(study, 140, (LUCKY,)) == []
-    shorter = replace(STEADY.config, folds=4, fold=0, epochs=5)
-    study.append(replace(STEADY, trial_id=shorter.id, config=shorter, stage="fold"))
+    shorter = STEADY.run.with_config(epochs=5).with_origin(folds=4, fold=0)
+    study.append(of(shorter, STEADY, stage="fold"))
     assert over_folds(study, 200, (STEADY,)) == [(2e-3, 5)]
     assert over_folds(study, math.inf, (STEADY,)) == [(2e-3, 5)]
     for fold in (1, 2, 3):
-        other = replace(shorter, fold=fold)
-        study.append(replace(STEADY, trial_id=other.id, config=other, stage="fold"))
+        study.append(of(shorter.with_origin(fold=fold), STEADY, stage="fold"))
     assert over_folds(study, math.inf, (STEADY,)) == [(2e-3, 16)]
     assert LUCKY in study.leaderboard()
     assert begun.id not in {r.trial_id for r in study.leaderboard()}
 
 
-def left_folds(study: Study, like: TrialConfig, *, cut_short: int) -> list[TrialRecord]:
+def left_folds(study: Study, like: Run, *, cut_short: int) -> list[TrialRecord]:
     """All four folds of it, the first so many of which the clock cut short."""
     found = []
     for fold in range(4):
-        config = replace(like, folds=4, fold=fold)
-        record = replace(LUCKY, trial_id=config.id, config=config, stage=FOLD)
+        record = of(like.with_origin(folds=4, fold=fold), LUCKY, stage=FOLD)
         found.append(cut(record) if fold < cut_short else record)
         study.append(found[-1])
     return found
@@ -491,7 +501,7 @@ def test_folds_that_are_all_there_are_not_left_out_for_new_seeds(
     study: Study, training: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retraining, "gather", lambda study: [])
-    left_folds(study, LUCKY.config, cut_short=1)
+    left_folds(study, LUCKY.run, cut_short=1)
     said: list[str] = []
     over = Clock(time.time() - 10, 1.0)
     assert retrain_folds(a_job(study), folds=4, clock=over, watch=ProgressCallback(), say=said.append)
@@ -500,22 +510,19 @@ def test_folds_that_are_all_there_are_not_left_out_for_new_seeds(
 
 @pytest.mark.usefixtures("longer")
 def test_folds_that_the_clock_cut_short_are_trained_again_where_there_is_time(study: Study) -> None:
-    first, *_ = left_folds(study, LUCKY.config, cut_short=1)
-    assert _missing_folds(study, LUCKY.config, 4) == [first.config]
+    first, *_ = left_folds(study, LUCKY.run, cut_short=1)
+    assert _missing_folds(study, LUCKY.run, 4) == [first.run]
     assert over_folds(study, 100, (LUCKY,)) == [(1e-3, 8)]
     assert over_folds(study, 60, (LUCKY,)) == []  # what there is will do
-    left_folds(study, STEADY.config, cut_short=4)
+    left_folds(study, STEADY.run, cut_short=4)
     assert over_folds(study, 190, (STEADY,)) == [(2e-3, 8)]
     assert over_folds(study, 140, (STEADY,)) == []
     longer = replace(run(4e-3, 0.9), trial_id="longer")
-    left_folds(study, replace(longer.config, epochs=16), cut_short=1)
-    for seconds in (
-        50,
-        100,
-        150,
-    ):  # not enough for the one that was cut: no shorter ones beside those there are
+    left_folds(study, longer.run.with_config(epochs=16), cut_short=1)
+    # not enough for the one that was cut: no shorter ones beside those there are
+    for seconds in (50, 100, 150):
         assert over_folds(study, seconds, (longer,)) == []
-    shorter = replace(STEADY.config, epochs=6)  # planned so, and whole
+    shorter = STEADY.run.with_config(epochs=6)  # planned so, and whole
     left_folds(study, shorter, cut_short=0)
     assert _missing_folds(study, shorter, 4) == []
 
@@ -528,17 +535,19 @@ def a_job(study: Study) -> Job:
 
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """In the place of training: `asked` holds the configurations, all of which get the status `ends`."""
-    told = SimpleNamespace(asked=[], ends=Status.FINISHED)
+    """In the place of training: `asked` holds the runs, all of which get the state `ends` and `cause`."""
+    told = SimpleNamespace(asked=[], ends=State.COMPLETE, cause=None)
 
     def run_trials(job: Job, *, stage: str, search_alg: Any, **more: Any) -> bool:
-        for config in search_alg._configs:
-            told.asked.append(config)
-            job.study.append(TrialRecord(config.id, config, told.ends, 1, 0.5, 1.0, "ran", stage))
-            if stage == FOLD_IN and told.ends is Status.FINISHED:
+        for one in search_alg._runs:
+            told.asked.append(one)
+            record = of(one, LUCKY, state=told.ends, cause=told.cause, stage=stage)
+            role = more["roles"][one.id]
+            job.study.append(replace(record, epochs_run=1, value=0.5, seconds=1.0, repeats=role.repeats))
+            if stage == FOLD_IN and told.ends is State.COMPLETE:
                 answer = Predictions(("a", "b"), ("0", "1"), np.eye(2))
-                answer.save(job.study.predictions_file(config.id, "test"))
-        return told.ends is not Status.INTERRUPTED
+                answer.save(job.study.predictions_file(one.id, "test"))
+        return told.ends is not State.INTERRUPTED
 
     monkeypatch.setattr(retraining, "run_trials", run_trials)
     return told
@@ -552,7 +561,7 @@ def test_a_model_of_everything_that_the_clock_cut_short_is_trained_again(
     unbounded, over = Clock(time.time()), Clock(time.time() - 10, 1.0)
     assert retrain_on_everything(a_job(study), clock=unbounded, **common)
     first, *others = training.asked
-    assert [c.seed for c in (first, *others)] == [1, 2, 3]
+    assert [r.origin.seed for r in (first, *others)] == [1, 2, 3]
     done = {r.trial_id: r for r in study.records()}
     study.append(cut(done[first.id]))
     study.fold_in_file.unlink()
@@ -560,11 +569,11 @@ def test_a_model_of_everything_that_the_clock_cut_short_is_trained_again(
     assert retrain_on_everything(a_job(study), clock=over, **common)
     assert training.asked == []
     assert "the mean of 2 models that learnt from everything" in said[-1]  # the whole ones
-    training.ends = Status.INTERRUPTED
+    training.ends = State.INTERRUPTED
     assert not retrain_on_everything(a_job(study), clock=unbounded, **common)
     assert training.asked == [first]
     assert {r.trial_id: r for r in study.records()}[first.id] == cut(done[first.id])
-    training.ends = Status.FINISHED
+    training.ends = State.COMPLETE
     assert retrain_on_everything(a_job(study), clock=unbounded, **common)
     assert training.asked == [first, first]
     assert retrain_on_everything(a_job(study), clock=unbounded, **common)
@@ -578,7 +587,7 @@ def test_shorter_models_of_everything_are_used_and_not_made_again(
     common: dict[str, Any] = {"watch": ProgressCallback(), "say": said.append}
     little = {"clock": Clock(time.time(), 120, retrain=1.0), **common}
     assert retrain_on_everything(a_job(study), **little)
-    made = [(c.seed, c.epochs) for c in training.asked]
+    made = [(r.origin.seed, r.config.epochs) for r in training.asked]
     assert [seed for seed, _ in made] == [1, 2]
     assert all(4 <= epochs < 8 for _, epochs in made)
     study.fold_in_file.unlink()
@@ -596,7 +605,7 @@ def test_models_of_everything_whose_answers_are_lost_or_damaged_are_made_anew(
     common: dict[str, Any] = {"clock": Clock(time.time()), "watch": ProgressCallback(), "say": said.append}
     assert retrain_on_everything(a_job(study), way=Way(epochs=8), **common)
     first, second, _ = training.asked
-    files = [study.predictions_file(config.id, "test") for config in (first, second)]
+    files = [study.predictions_file(one.id, "test") for one in (first, second)]
     files[0].unlink()
     files[1].write_bytes(files[1].read_bytes()[:50])
     training.asked.clear()
@@ -609,11 +618,13 @@ def test_new_seeds_take_the_place_of_folds_of_which_one_diverges(
     study: Study, training: SimpleNamespace
 ) -> None:
     said: list[str] = []
-    training.ends = Status.DIVERGED
+    training.ends, training.cause = State.FAILED, Cause.DIVERGED
     common: dict[str, Any] = {"clock": Clock(time.time()), "watch": ProgressCallback(), "say": said.append}
     assert retrain_folds(a_job(study), folds=4, trial_id=LUCKY.trial_id, **common)
     assert said[1].startswith("A fold diverged")
-    assert [c.folds for c in training.asked] == [4] * 4 + [0] * 3
+    assert [r.origin.folds for r in training.asked] == [4] * 4 + [0] * 3
+    made = [r for r in study.records() if r.stage != "search"]
+    assert [r.repeats for r in made] == [LUCKY.trial_id] * 7
     training.asked.clear()
     assert retrain_folds(a_job(study), folds=4, trial_id=LUCKY.trial_id, way=Way(epochs=16), **common)
     assert training.asked == []  # they would diverge again
@@ -630,14 +641,14 @@ def test_where_nothing_learns_from_everything_that_is_said(study: Study, trainin
 def test_a_runner_up_that_does_not_take_a_change_is_left_out_and_the_best_is_not(
     study: Study, training: SimpleNamespace
 ) -> None:
-    training.ends = Status.STOPPED  # there is nothing to gather
-    large = replace(LUCKY.config, image_size=64, lr=4e-3)
-    study.append(replace(LUCKY, trial_id=large.id, config=large, value=0.95))
+    training.ends = State.PRUNED  # there is nothing to gather
+    large = LUCKY.run.with_config(image_size=64, lr=4e-3)
+    study.append(of(large, LUCKY, value=0.95))
     said: list[str] = []
     common: dict[str, Any] = {"clock": Clock(time.time()), "watch": ProgressCallback(), "say": said.append}
     way = Way(epochs=8, changes={"start_image_size": 48})
     assert retrain_folds(a_job(study), folds=2, way=way, **common)
-    assert {c.image_size for c in training.asked} == {64}
+    assert {r.config.image_size for r in training.asked} == {64}
     left_out = f"{LUCKY.config.title} ({LUCKY.trial_id}) is left out: start_image_size=48 must be at most"
     assert any(line.startswith(left_out) for line in said)
     with pytest.raises(ValueError, match="start_image_size=48 must be at most image_size=32"):
@@ -653,23 +664,23 @@ def test_a_schedule_that_the_search_had_shortened_is_trained_at_the_length_of_th
     way, short = Way().inside(study), run(4e-3, 0.95, epochs=5)
     study.append(short)
 
-    def lengths(configs: list[TrialConfig]) -> list[tuple[int, str]]:
-        return [(c.epochs, c.continues) for c in configs]
+    def lengths(runs: list[Run]) -> list[tuple[int, str]]:
+        return [(r.config.epochs, r.origin.continues) for r in runs]
 
-    assert lengths(way.of(short.config)) == [(16, ""), (10, ""), (8, ""), (5, "")]
-    assert lengths(way.of(LUCKY.config)) == [(16, ""), (8, "")]
+    assert lengths(way.of(short.run)) == [(16, ""), (10, ""), (8, ""), (5, "")]
+    assert lengths(way.of(LUCKY.run)) == [(16, ""), (8, "")]
     every = [(epochs, "it") for epochs in range(16, 7, -1)]
-    assert lengths(way.all_of(short.config, ["it"])) == every
-    assert lengths(way.all_of(LUCKY.config, ["it"])) == every
-    assert lengths(Way(epochs=3).inside(study).of(short.config)) == [(3, "")]
+    assert lengths(way.all_of(short.run, ["it"])) == every
+    assert lengths(way.all_of(LUCKY.run, ["it"])) == every
+    assert lengths(Way(epochs=3).inside(study).of(short.run)) == [(3, "")]
     for seconds, epochs in ((190, 16), (120, 10), (100, 8), (60, 5)):  # 10 s an epoch, given 11.5
-        assert _to_train(study, short, 2, way, Room(seconds, 2))[1].epochs == epochs
+        assert _to_train(study, short, 2, way, Room(seconds, 2))[1].config.epochs == epochs
 
 
 def test_without_a_limit_of_time_nothing_takes_the_place_of_the_best(
     study: Study, training: SimpleNamespace
 ) -> None:
-    training.ends = Status.DIVERGED
+    training.ends, training.cause = State.FAILED, Cause.DIVERGED
     common: dict[str, Any] = {"clock": Clock(time.time()), "watch": ProgressCallback(), "way": Way(epochs=8)}
     for diverged in (False, True):  # the second time all seeds of the best have
         said: list[str] = []

@@ -1,4 +1,4 @@
-"""Stopped trials are drawn at random, finished apart from the rest, and judged by what came of them."""
+"""Pruned trials are drawn at random, finished apart from the rest, and judged by what came of them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import pytest
 from carmodels.data.dataset import Splits
 from carmodels.files import read_json
 from carmodels.models.weights import Weights
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import fit
 from tune.finalize.stop_check import at_rungs, drawn, judge, judged_stops, sentence
 from tune.runtime.job import Job, Workers
@@ -27,42 +28,40 @@ ROOT = Path(__file__).parents[2]
 RUNG = "rung at epoch 2: 0.5000 against a cut-off of 0.6000, rank 3 of 4"
 
 
-def record(number: int, value: float, status: Status = Status.STOPPED, reason: str = RUNG) -> TrialRecord:
-    config = TrialConfig("test_resnet", image_size=32, epochs=8, lr=number / 1000)
-    epochs = 8 if status is Status.FINISHED else 2
-    return TrialRecord(config.id, config, status, epochs, value, 3.0 * epochs, reason)
+def record(number: int, value: float, state: State = State.PRUNED, reason: str = RUNG) -> TrialRecord:
+    run = Run(TrialConfig("test_resnet", image_size=32, epochs=8, lr=number / 1000), Origin(seed=number))
+    epochs = 8 if state is State.COMPLETE else 2
+    return TrialRecord(run.id, run.config, state, epochs, value, 3.0 * epochs, reason, origin=run.origin)
 
 
-STOPPED = [record(n, 0.5) for n in range(1, 13)]
+PRUNED = [record(n, 0.5) for n in range(1, 13)]
 VALUES = (0.9, 0.89, 0.8, 0.79, 0.7)  # their mean is 0.816
-BOARD = [record(n, value, Status.FINISHED) for n, value in enumerate(VALUES, start=21)]
+BOARD = [record(n, value, State.COMPLETE) for n, value in enumerate(VALUES, start=21)]
 
 
-def finished(value: float, number: int = 1) -> TrialRecord:
+def complete(value: float, number: int = 1) -> TrialRecord:
     curve = tuple(EpochMetrics(n, 1.0, 1.0, value, value, float(n)) for n in range(1, 9))  # n seconds
-    return replace(
-        record(number, value, Status.FINISHED, "ran its 8 epochs"), stage="stop_check", curve=curve
-    )
+    return replace(record(number, value, State.COMPLETE, "ran its 8 epochs"), stage="stop_check", curve=curve)
 
 
-def test_only_what_the_scheduler_stopped_in_the_search_is_drawn_from() -> None:
+def test_only_what_the_scheduler_pruned_in_the_search_is_drawn_from() -> None:
     others = [
-        record(31, 0.5, reason="the time for searching was up after epoch 2 of 8"),
-        record(32, 0.5, reason="the time was up"),
-        record(33, 0.5, Status.INTERRUPTED),
+        record(31, 0.5, State.OUT_OF_TIME, "the time for searching was up after epoch 2 of 8"),
+        record(32, 0.5, State.OUT_OF_TIME, "the time was up"),
+        record(33, 0.5, State.INTERRUPTED),
         replace(record(34, 0.5), stage="retrain"),
         *BOARD,
     ]
-    assert at_rungs([*STOPPED, *others]) == STOPPED
+    assert at_rungs([*PRUNED, *others]) == PRUNED
 
 
 def test_a_draw_is_random_by_its_seed_and_leads_a_larger_one() -> None:
-    assert drawn(STOPPED, 4, 0) == drawn(list(reversed(STOPPED)), 4, 0)
-    assert drawn(STOPPED, 6, 0)[:4] == drawn(STOPPED, 4, 0)
-    assert drawn(STOPPED, 4, 0) != drawn(STOPPED, 4, 1)
-    assert len(drawn(STOPPED, 50, 0)) == len(STOPPED)
-    counts = Counter(r.trial_id for seed in range(600) for r in drawn(STOPPED, 4, seed))
-    assert all(150 < counts[r.trial_id] < 250 for r in STOPPED)  # 200 expected, standard deviation 12
+    assert drawn(PRUNED, 4, 0) == drawn(list(reversed(PRUNED)), 4, 0)
+    assert drawn(PRUNED, 6, 0)[:4] == drawn(PRUNED, 4, 0)
+    assert drawn(PRUNED, 4, 0) != drawn(PRUNED, 4, 1)
+    assert len(drawn(PRUNED, 50, 0)) == len(PRUNED)
+    counts = Counter(r.trial_id for seed in range(600) for r in drawn(PRUNED, 4, seed))
+    assert all(150 < counts[r.trial_id] < 250 for r in PRUNED)  # 200 expected, standard deviation 12
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_a_draw_is_random_by_its_seed_and_leads_a_larger_one() -> None:
 def test_a_stop_is_wrong_where_the_trial_would_have_been_the_best(
     value: float, over_best: float, verdict: str
 ) -> None:
-    found = judge(STOPPED[0], finished(value), BOARD, "accuracy")
+    found = judge(PRUNED[0], complete(value), BOARD, "accuracy")
     assert found is not None
     assert (found.verdict, found.over_best) == (verdict, pytest.approx(over_best))
     assert found.seconds_saved == 3 + 4 + 5 + 6 + 7 + 8
@@ -81,15 +80,15 @@ def test_a_stop_is_wrong_where_the_trial_would_have_been_the_best(
 
 @pytest.mark.parametrize(("value", "verdict"), [(0.69, "wrong"), (0.75, "debatable"), (0.81, "right")])
 def test_where_less_is_better_the_verdicts_turn_round(value: float, verdict: str) -> None:
-    found = judge(STOPPED[0], finished(value), BOARD, "log_loss")
+    found = judge(PRUNED[0], complete(value), BOARD, "log_loss")
     assert found is not None
     assert found.verdict == verdict
     assert found.over_best == pytest.approx(0.7 - value)
 
 
-def test_an_holdout_counts_its_verdicts_and_says_how_sure_they_are() -> None:
-    chosen = STOPPED[:4]
-    done = {f.trial_id: f for f in (finished(0.95, 1), finished(0.85, 2), finished(0.6, 3))}
+def test_a_check_counts_its_verdicts_and_says_how_sure_they_are() -> None:
+    chosen = PRUNED[:4]
+    done = {f.trial_id: f for f in (complete(0.95, 1), complete(0.85, 2), complete(0.6, 3))}
     results = judged_stops(chosen, done, BOARD, metric="accuracy", stopped=12)
     assert [row["verdict"] for row in results["trials"]] == ["wrong", "debatable", "right"]
     assert (results["drawn"], results["finished"], results["seconds_saved"]) == (4, 3, 99.0)
@@ -101,11 +100,9 @@ def test_an_holdout_counts_its_verdicts_and_says_how_sure_they_are() -> None:
     )
 
 
-def test_an_holdout_without_stops_or_time_says_so() -> None:
-    assert "there is no stop to holdout" in sentence(
-        judged_stops([], {}, BOARD, metric="accuracy", stopped=0)
-    )
-    late = judged_stops(STOPPED[:2], {}, BOARD, metric="accuracy", stopped=12)
+def test_a_check_without_stops_or_time_says_so() -> None:
+    assert "there is no stop to check" in sentence(judged_stops([], {}, BOARD, metric="accuracy", stopped=0))
+    late = judged_stops(PRUNED[:2], {}, BOARD, metric="accuracy", stopped=12)
     assert sentence(late).endswith("none was finished: there was no time for it.")
 
 
@@ -114,10 +111,10 @@ def test_the_study_of_stops_has_its_own_trials_and_the_same_data(tmp_path: Path)
     data = tmp_path / "images"
     facts = {"metric": "accuracy", "data": study.relative(data), "weights": "hub"}
     study.begin(facts, [("val", "a.jpg", 1), ("test", "b.jpg", -1)])
-    study.append(STOPPED[0])
+    study.append(PRUNED[0])
     inner = study.begin_stops()
-    inner.append(finished(0.95))
-    assert [r.status for r in study.records()] == [Status.STOPPED]
+    inner.append(complete(0.95))
+    assert [r.state for r in study.records()] == [State.PRUNED]
     assert study.leaderboard() == []
     assert inner.resolved(inner.facts["data"]) == data
     assert inner.facts["weights"] == "hub"
@@ -149,8 +146,8 @@ print(json.dumps([completed, watched]))
 """
 
 
-def holdout(job: Job, seconds: float) -> list[str]:
-    """What the script above prints, which finishes two stopped trials in so many seconds of a job."""
+def checked(job: Job, seconds: float) -> list[str]:
+    """What the script above prints, which finishes two pruned trials in so many seconds of a job."""
     asked = job.study.folder / "asked.pickle"
     asked.write_bytes(pickle.dumps((job, seconds)))
     command = [sys.executable, "-c", SCRIPT, str(asked)]
@@ -169,27 +166,27 @@ def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
     return Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
 
 
-def test_stopped_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of_it(job: Job) -> None:
+def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of_it(job: Job) -> None:
     study = job.study
     first, second = drawn(at_rungs(study.records()), 2, 0)
     study.begin_stops().append(
-        replace(first, status=Status.FINISHED, epochs_run=8, value=0.95, stage="stop_check")
+        replace(first, state=State.COMPLETE, epochs_run=8, value=0.95, stage="stop_check")
     )
     before = study.trials_file.read_bytes()
-    printed = holdout(job, math.inf)
+    printed = checked(job, math.inf)
     assert printed[0].endswith("2 of 2 trials stopped at a rung are finished after all.")
     assert json.loads(printed[-1]) == [True, [str(study.stops.folder)]]
     assert study.trials_file.read_bytes() == before
     assert not list((study.folder / "predictions").iterdir())
     done, now = study.stops.records()
-    assert (done.trial_id, done.value) == (first.trial_id, 0.95)  # of an holdout that was interrupted
-    assert (now.trial_id, now.status, now.stage, now.epochs_run) == (
+    assert (done.trial_id, done.value) == (first.trial_id, 0.95)  # of a check that was interrupted
+    assert (now.trial_id, now.state, now.stage, now.epochs_run) == (
         second.trial_id,
-        Status.FINISHED,
-        "holdout",
+        State.COMPLETE,
+        "stop_check",
         8,
     )
-    alone = fit(second.config, job.splits, weights=job.weights)
+    alone = fit(second.run, job.splits, weights=job.weights)
     assert [e.value for e in now.curve] == [e.value for e in alone.history]
     assert not list((study.stops.folder / "weights").iterdir())
     results = read_json(study.stops_file)
@@ -197,7 +194,7 @@ def test_stopped_trials_are_finished_with_their_own_seed_and_nobody_else_hears_o
     assert (results["stopped"], results["wrong"]) == (2, 1)
 
 
-def test_an_holdout_does_not_begin_what_it_has_no_time_for(job: Job) -> None:
-    holdout(job, 30.0)  # 0.72 of them are the search's and its own; 8 epochs take 28 s, by the first two
+def test_a_check_does_not_begin_what_it_has_no_time_for(job: Job) -> None:
+    checked(job, 30.0)  # 0.72 of them are the search's and its own; 8 epochs take 28 s, by the first two
     assert job.study.stops.records() == []
     assert read_json(job.study.stops_file)["finished"] == 0

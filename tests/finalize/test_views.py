@@ -20,9 +20,10 @@ from carmodels.data.splits import Split
 from carmodels.evaluation.metrics import accuracy
 from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.models.weights import Weights
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict, view_size
+from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import TrainResult, fit
 from tune.finalize.views import Members, Paces, Verdict, judge_views
 from tune.runtime.job import Job
@@ -34,7 +35,7 @@ RANDOM_VIEWS = 10
 def fitted(splits: Splits, weights: Weights) -> TrainResult:
     """Trained as the competitor trains: on random flips and small shifts."""
     config = TrialConfig("test_resnet", image_size=48, epochs=6, lr=3e-3, augment="shift")
-    return fit(config, splits, weights=weights)
+    return fit(Run(config), splits, weights=weights)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def random_views(
     loader = Loader(
         splits.images,
         unseen,
-        image_size=fitted.config.image_size,
+        image_size=fitted.run.config.image_size,
         batch_size=64,
         augment=AUGMENTS["shift"],
         shuffle=shuffle,
@@ -69,7 +70,7 @@ def random_views(
 def test_the_competitors_ten_random_views_do_not_collapse_here(
     fitted: TrainResult, splits: Splits, unseen: Split
 ) -> None:
-    plain = predict(fitted.model, splits, unseen, config=fitted.config)
+    plain = predict(fitted.model, splits, unseen, config=fitted.run.config)
     views = [
         Predictions(tuple(unseen.ids[row] for row in rows), splits.classes, probs)
         for rows, probs in random_views(fitted, splits, unseen, shuffle=True)
@@ -221,10 +222,10 @@ def test_val_is_shown_to_one_model_of_folds_alone_which_leaves_time_for_more_vie
 
 
 def test_folds_cost_what_all_their_models_do_but_on_val(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Paces, "measure", lambda self, configs, views=(): None)
+    monkeypatch.setattr(Paces, "measure", lambda self, runs, views=(): None)
     single = TrialConfig("test_resnet", image_size=32, epochs=2)
-    configs = (single, replace(single, folds=3))
-    records = [TrialRecord(c.id, c, Status.FINISHED, 2, 0.5, 1.0, "") for c in configs]
+    runs = (Run(single), Run(single, Origin(folds=3)))
+    records = [TrialRecord(r.id, single, State.COMPLETE, 2, 0.5, 1.0, "", origin=r.origin) for r in runs]
     job = cast(Job, None)
     members, paces = Members(job, dict.fromkeys(records, 0.5), {}), Paces(job, {("test_resnet", 32): 0.002})
     assert members.costs(paces, ["flip"]) == {"flip": pytest.approx(8.0)}

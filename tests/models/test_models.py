@@ -21,6 +21,7 @@ from carmodels.models.parameter_groups import optimizer_groups, trainable_groups
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict, view_size
+from carmodels.training.run import Run
 from carmodels.training.trainer import fit
 
 from hub import Hub, fetch_from
@@ -64,7 +65,7 @@ def test_images_are_normalised_as_the_backbone_was_trained(config: TrialConfig) 
     [
         ("frozen", [0, 0, 0, 0, 0, 0, 0, 0]),
         ("full", [6, 6, 6, 6, 6, 6, 6, 6]),
-        ("once", [0, 0, 6, 6, 6, 6, 6, 6]),
+        ("head_first", [0, 0, 6, 6, 6, 6, 6, 6]),
         ("gradual", [0, 2, 4, 6, 6, 6, 6, 6]),
     ],
 )
@@ -207,9 +208,9 @@ def test_hub_weights_are_fetched_once_through_timms_own_download(tmp_path: Path)
 def test_saved_weights_give_the_same_probabilities(
     config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path
 ) -> None:
-    fitted = fit(replace(config, epochs=1, head_depth=1), splits, weights=weights)
+    fitted = fit(Run(replace(config, epochs=1, head_depth=1)), splits, weights=weights)
     save_weights(fitted.model, tmp_path / "w.safetensors")
-    loaded = load_weights(fitted.config, tmp_path / "w.safetensors", classes=len(splits.classes))
+    loaded = load_weights(fitted.run.config, tmp_path / "w.safetensors", classes=len(splits.classes))
     one, other = (predict(m, splits, splits.val, config=config) for m in (fitted.model, loaded))
     assert torch.equal(torch.tensor(one.probs), torch.tensor(other.probs))
 

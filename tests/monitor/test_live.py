@@ -5,31 +5,31 @@ from __future__ import annotations
 import io
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from carmodels.formatting import duration
-from carmodels.records import Status, TrialRecord
+from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.run import Run
 from tune.budget.clock import Clock
 from tune.monitor.live import View, line, sparkline, standing
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.recorder import Recorder
 
-CONFIG = TrialConfig("mobilenetv2_100", image_size=160, epochs=8, unfreeze="gradual")
+RUN = Run(TrialConfig("mobilenetv2_100", image_size=160, epochs=8, unfreeze="gradual"))
 
 
 def epochs(*values: float) -> list[EpochMetrics]:
     return [EpochMetrics(e, 1.0, 1.0, v, v, 2.5) for e, v in enumerate(values, 1)]
 
 
-def ended(seed: int, status: Status, value: float | None) -> TrialRecord:
-    config = replace(CONFIG, seed=seed)
-    return TrialRecord(config.id, config, status, 3, value, 9.0, "")
+def ended(seed: int, state: State, value: float | None, cause: Cause | None = None) -> TrialRecord:
+    run = RUN.with_origin(seed=seed)
+    return TrialRecord(run.id, run.config, state, 3, value, 9.0, "", cause=cause, origin=run.origin)
 
 
 @pytest.fixture
@@ -37,16 +37,16 @@ def recorder(tmp_path: Path) -> Recorder:
     """Two trials run, one of them in its first epoch."""
     recorder = Recorder(Study(tmp_path), "search", 0.0, {}, ProgressCallback())
     recorder.running = {"a": epochs(0.1, 0.5, 0.7), "b": []}
-    recorder.configs = {"a": CONFIG, "b": replace(CONFIG, image_size=96)}
+    recorder.runs = {"a": RUN, "b": RUN.with_config(image_size=96)}
     return recorder
 
 
 ENDED = [
-    ended(1, Status.FINISHED, 0.61),
-    ended(2, Status.FINISHED, 0.83),
-    ended(3, Status.STOPPED, 0.9),
-    ended(4, Status.FAILED, None),
-    ended(5, Status.DIVERGED, None),
+    ended(1, State.COMPLETE, 0.61),
+    ended(2, State.COMPLETE, 0.83),
+    ended(3, State.PRUNED, 0.9),
+    ended(4, State.FAILED, None, Cause.ERROR),
+    ended(5, State.FAILED, None, Cause.DIVERGED),
 ]
 
 
@@ -78,7 +78,7 @@ def test_the_view_fits_the_terminal_and_names_what_runs(recorder: Recorder, widt
 
 def test_more_trials_than_lines_are_counted(recorder: Recorder) -> None:
     recorder.running = {str(i): epochs(0.5) for i in range(30)}
-    recorder.configs = {str(i): replace(CONFIG, seed=i) for i in range(30)}
+    recorder.runs = {str(i): RUN.with_origin(seed=i) for i in range(30)}
     text = shown(recorder, 100, height=17)
     assert "and 20 more" in text
     assert len(text.splitlines()) <= 17
@@ -107,6 +107,13 @@ def test_a_resumed_search_is_as_fast_as_the_trials_since_it_began(recorder: Reco
     recorder.recorded = {"5"}
     now = standing(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)
     assert line(now).endswith("30 s used, 8 min left")
+
+
+def test_trials_that_ran_out_of_time_are_stopped_ones_too(recorder: Recorder) -> None:
+    late = ended(6, State.OUT_OF_TIME, 0.95)
+    now = standing([*ENDED, late], recorder, "accuracy", Clock(time.time()), 20)
+    assert now.stopped == 2
+    assert now.best == ENDED[1]
 
 
 def test_a_metric_to_minimise_has_its_lowest_as_the_best(recorder: Recorder) -> None:

@@ -15,16 +15,16 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.util.metrics import Counter, Gauge
 
-from carmodels.records import Status, TrialRecord
+from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.run import Origin, Run
 from tune.budget.clock import Clock
 from tune.monitor.prometheus import SERIES, exported, reason_tag
 from tune.runtime.callbacks import ProgressCallback
@@ -36,8 +36,30 @@ MONITORING = ROOT / "tune" / "monitor"
 Seen = list[tuple[str, float, dict[str, str]]]
 
 
-def record(config: TrialConfig, status: Status, value: float | None, reason: str) -> TrialRecord:
-    return TrialRecord(config.id, config, status, 2, value, 3.0, reason)
+def record(
+    run: Run,
+    state: State,
+    value: float | None,
+    *,
+    epochs_run: int = 2,
+    cause: Cause | None = None,
+    ending: str = "",
+) -> TrialRecord:
+    """A trial that ended; `ending`: of the last epoch of its curve."""
+    last = EpochMetrics(epochs_run, 1.0, 1.0, 0.5, 0.5, 3.0, ending)
+    return TrialRecord(
+        run.id,
+        run.config,
+        state,
+        epochs_run,
+        value,
+        3.0,
+        "a sentence for people",
+        cause=cause,
+        cut_short=ending == "time",
+        origin=run.origin,
+        curve=(last,),
+    )
 
 
 @pytest.fixture
@@ -49,8 +71,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return found
 
 
-def images(config: TrialConfig) -> int:
-    return 70 if config.folds else 140
+def images(run: Run) -> int:
+    return 70 if run.origin.folds else 140
 
 
 def recorder(tmp_path: Path) -> Recorder:
@@ -62,8 +84,9 @@ def last(seen: Seen) -> dict[str, float]:
 
 
 def test_an_epoch_sets_the_gauges_of_its_trial_by_a_readable_name(config: TrialConfig, seen: Seen) -> None:
+    run = Run(config)
     watch = exported("cars", "accuracy", images=images, clock=Clock(time.time(), 60))
-    watch.on_epoch("search", config, EpochMetrics(2, 1.0, 1.0, 0.5, 0.6, 4.0), 2**30)
+    watch.on_epoch("search", run, EpochMetrics(2, 1.0, 1.0, 0.5, 0.6, 4.0), 2**30)
     assert last(seen) == {
         "carmodels_value": 0.6,
         "carmodels_epoch": 2,
@@ -73,13 +96,13 @@ def test_an_epoch_sets_the_gauges_of_its_trial_by_a_readable_name(config: TrialC
     }
     for name, _, tags in seen:
         assert set(tags) == set(SERIES[name][2])
-        assert tags["trial"] == trial_name(config) == f"test_resnet-32px-full-{config.id}"
+        assert tags["trial"] == trial_name(run) == f"test_resnet-32px-full-{run.id}"
         assert (tags["backbone"], tags["image_size"], tags["strategy"]) == ("test_resnet", "32", "full")
 
 
 def test_a_fold_learns_from_as_many_images_as_are_in_the_others(config: TrialConfig, seen: Seen) -> None:
     watch = exported("cars", "accuracy", images=images, clock=Clock(time.time(), 60))
-    fold = replace(config, folds=2, fold=1)
+    fold = Run(config, Origin(folds=2, fold=1))
     watch.on_epoch("fold", fold, EpochMetrics(2, 1.0, 1.0, 0.5, 0.6, 4.0), 2**30)
     assert last(seen)["carmodels_images_per_second"] == 17.5
 
@@ -89,11 +112,11 @@ def test_a_trial_that_trains_slowly_is_set_again_at_every_step_and_one_that_ende
 ) -> None:
     monkeypatch.setattr("tune.monitor.prometheus.REFRESH_SECONDS", 0.0)
     watch = exported("cars", "accuracy", images=images, clock=Clock(time.time()))
-    slow, done = config, replace(config, seed=1)
+    slow, done = Run(config), Run(config, Origin(seed=1))
     for each in (slow, done):
         watch.on_epoch("search", each, EpochMetrics(1, 1.0, 1.0, 0.5, 0.6, 4.0), 0)
     seen.clear()
-    watch.on_record(record(done, Status.STOPPED, 0.6, "rung at epoch 1: 0.6 against a cut-off of 0.7"))
+    watch.on_record(record(done, State.PRUNED, 0.6))
     assert {n: v for n, v, t in seen if t.get("trial") == trial_name(done)} == {
         "carmodels_epochs_per_second": 0.0,
         "carmodels_images_per_second": 0.0,
@@ -106,39 +129,42 @@ def test_a_trial_that_trains_slowly_is_set_again_at_every_step_and_one_that_ende
 
 
 @pytest.mark.parametrize(("metric", "best"), [("accuracy", 0.8), ("log_loss", 0.3)])
-def test_the_best_is_that_of_finished_trials_those_of_an_earlier_run_among_them(
+def test_the_best_is_that_of_complete_trials_those_of_an_earlier_run_among_them(
     config: TrialConfig, seen: Seen, metric: str, best: float
 ) -> None:
-    earlier = [record(config, Status.FINISHED, value, "ran its 2 epochs") for value in (0.3, 0.7)]
+    run = Run(config)
+    earlier = [record(run, State.COMPLETE, value) for value in (0.3, 0.7)]
     watch = exported("cars", metric, images=images, clock=Clock(time.time()), records=earlier)
-    for value, status in ((0.8, Status.FINISHED), (0.5, Status.FINISHED), (0.99, Status.STOPPED)):
-        watch.on_record(record(config, status, value, "ran its 2 epochs"))
-    watch.on_record(record(config, Status.STOPPED, 0.01, "the time was up"))
+    for value, state in ((0.8, State.COMPLETE), (0.5, State.COMPLETE), (0.99, State.PRUNED)):
+        watch.on_record(record(run, state, value))
+    watch.on_record(record(run, State.OUT_OF_TIME, 0.01))
     assert last(seen)["carmodels_best"] == best
 
 
 def test_a_loss_that_is_not_finite_is_not_exported(config: TrialConfig, seen: Seen) -> None:
     watch = exported("cars", "log_loss", images=images, clock=Clock(time.time()))
-    watch.on_epoch("search", config, EpochMetrics(1, 1.0, float("nan"), 0.1, float("nan"), 1.0), 0)
+    watch.on_epoch("search", Run(config), EpochMetrics(1, 1.0, float("nan"), 0.1, float("nan"), 1.0), 0)
     assert "carmodels_value" not in last(seen)
     assert last(seen)["carmodels_epoch"] == 1
 
 
 @pytest.mark.parametrize(
-    ("reason", "tag"),
+    ("state", "more", "tag"),
     [
-        ("rung at epoch 4: 0.3667 against a cut-off of 0.5000, rank 2 of 2", "rung at epoch 4"),
-        ("the time for searching was up after epoch 3 of 9", "time"),
-        ("no better accuracy for 3 epochs", "patience"),
-        ("ran its 9 epochs", "schedule"),
-        ("the loss was not finite in epoch 3", "loss not finite"),
-        ("interrupted by the user", "user"),
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "torch.OutOfMemoryError"),
-        ("the worker died", "the worker died"),
+        (State.PRUNED, {"epochs_run": 4}, "rung at epoch 4"),
+        (State.OUT_OF_TIME, {}, "time"),
+        (State.COMPLETE, {"ending": "time"}, "time"),
+        (State.COMPLETE, {"ending": "patience"}, "patience"),
+        (State.COMPLETE, {"ending": "schedule"}, "schedule"),
+        (State.INTERRUPTED, {}, "user"),
+        (State.FAILED, {"cause": Cause.DIVERGED, "ending": "diverged"}, "diverged"),
+        (State.FAILED, {"cause": Cause.OUT_OF_MEMORY}, "out_of_memory"),
+        (State.FAILED, {"cause": Cause.MACHINE}, "machine"),
+        (State.FAILED, {"cause": Cause.ERROR}, "error"),
     ],
 )
-def test_reasons_are_few(config: TrialConfig, reason: str, tag: str) -> None:
-    assert reason_tag(record(config, Status.STOPPED, 0.5, reason)) == tag
+def test_reasons_are_few(config: TrialConfig, state: State, more: dict[str, Any], tag: str) -> None:
+    assert reason_tag(record(Run(config), state, 0.5, **more)) == tag
 
 
 def expressions() -> list[str]:
@@ -260,7 +286,7 @@ def test_a_real_prometheus_scrapes_a_running_search(
     assert not wanted, (tmp_path / "said.txt").read_text()
     values = asked(prometheus, "last_over_time(ray_carmodels_value[10m])")
     assert {v["metric"]["study"] for v in values} == {"cars"}
-    names = {trial_name(r.config) for r in Study(tmp_path / "results" / "cars").records()}
+    names = {trial_name(r.run) for r in Study(tmp_path / "results" / "cars").records()}
     assert names & {v["metric"]["trial"] for v in values}
     reasons = {v["metric"]["reason"] for v in asked(prometheus, "ray_carmodels_ended_total")}
     assert "schedule" in reasons
@@ -298,6 +324,6 @@ def test_rays_dashboard_asks_for_the_token_and_shows_the_running_trials_by_name(
 
     def seen(driver: Any) -> bool:
         shown = set(re.findall(r"ray::(\S+px-\S+)", driver.find_element("css selector", "body").text))
-        return bool(shown) and shown <= {trial_name(record.config) for record in study.records()}
+        return bool(shown) and shown <= {trial_name(record.run) for record in study.records()}
 
     wait.until(seen)

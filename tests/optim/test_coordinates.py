@@ -9,9 +9,10 @@ import optuna
 import pytest
 
 from carmodels.presets import SPACES
-from carmodels.space import Choice, Range, Space, suggest
+from carmodels.space import Choice, Range, Space
 from carmodels.training.config import TrialConfig
 from tune.optim.coordinates import Coordinates, place, value_at
+from tune.optim.optuna_records import suggest
 
 CPU = SPACES["cpu"]
 GOOD = TrialConfig("efficientnet_b0", image_size=192, epochs=8, unfreeze="full", lr=6e-3, layer_decay=0.8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 from carmodels.catalog import BACKBONES
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES, baseline
-from carmodels.records import Status, TrialRecord
-from carmodels.space import Choice, Range, Space, suggest
+from carmodels.records import Cause, State, TrialRecord
+from carmodels.space import Choice, Range, Space
 from carmodels.training.config import BOUNDS, EpochMetrics, TrialConfig
+from carmodels.training.run import Origin, Run
 from tune.optim.importance import FEWEST, Edge, edges, importances
+from tune.optim.optuna_records import suggest
 from tune.search import chosen_space, parser
 
 SPACE = SPACES["demo"]
@@ -24,17 +27,19 @@ MIDDLE = TrialConfig("test_resnet", image_size=48, epochs=8, lr=2e-3, head_depth
 
 
 def ended(
-    config: TrialConfig, value: float | None, status: Status = Status.FINISHED, **more: Any
+    config: TrialConfig, value: float | None, state: State = State.COMPLETE, *, seed: int = 0, **more: Any
 ) -> TrialRecord:
-    epochs = 8 if status is Status.FINISHED else 2
+    epochs, run = 8 if state is State.COMPLETE else 2, Run(config, Origin(seed=seed))
     curve = tuple(EpochMetrics(e, 1.0, 1.0, 0.0, value or 0.0, 1.0) for e in range(1, epochs + 1))
-    return TrialRecord(config.id, config, status, epochs, value, 8.0, "ended", curve=curve, **more)
+    return TrialRecord(
+        run.id, config, state, epochs, value, 8.0, "ended", origin=run.origin, curve=curve, **more
+    )
 
 
 def drawn(count: int, seed: int = 0, space: Space = SPACE) -> list[TrialConfig]:
     """Random configurations."""
     drawing = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    return [TrialConfig.from_dict({**suggest(drawing.ask(), space), "seed": n}) for n in range(count)]
+    return [TrialConfig.from_dict(suggest(drawing.ask(), space)) for _ in range(count)]
 
 
 def searched(count: int, value: Callable[[TrialConfig], float], seed: int = 0) -> list[TrialRecord]:
@@ -48,7 +53,7 @@ def off(config: TrialConfig) -> float:
 
 def noise(config: TrialConfig) -> float:
     """A number that has nothing to do with the configuration but its identity."""
-    return int(config.id, 16) / 16**12
+    return zlib.crc32(repr(config).encode()) / 2**32
 
 
 # ---- importance
@@ -92,30 +97,39 @@ def test_a_metric_that_is_to_be_small_gives_the_same_answer() -> None:
     assert importances(searched(30, off), SPACE, "log_loss") == up
 
 
-@pytest.mark.parametrize("status", [Status.STOPPED, Status.DIVERGED])
-def test_what_did_not_finish_counts_as_worse_whatever_its_value(status: Status) -> None:
+@pytest.mark.parametrize(
+    ("state", "cause"),
+    [(State.PRUNED, None), (State.OUT_OF_TIME, None), (State.FAILED, Cause.DIVERGED)],
+)
+def test_what_is_not_complete_counts_as_worse_whatever_its_value(state: State, cause: Cause | None) -> None:
     configs = drawn(40)
-    value = None if status is Status.DIVERGED else 0.99
-    cut = [ended(c, noise(c)) if c.lr < 4e-3 else ended(c, value, status) for c in configs]
+    value = None if cause is Cause.DIVERGED else 0.99
+    cut = [ended(c, noise(c)) if c.lr < 4e-3 else ended(c, value, state, cause=cause) for c in configs]
     worst = [ended(c, noise(c) if c.lr < 4e-3 else -1.0) for c in configs]
     assert importances(cut, SPACE, "accuracy") == importances(worst, SPACE, "accuracy")
 
 
 def test_of_stopped_trials_the_one_that_got_further_counts_as_better() -> None:
-    configs = drawn(40)
-    stopped = [replace(ended(c, 0.0, Status.STOPPED), epochs_run=round(100 - 10 * off(c))) for c in configs]
-    finished = [ended(c, round(100 - 10 * off(c))) for c in configs]
-    assert importances(stopped, SPACE, "accuracy") == importances(finished, SPACE, "accuracy")
+    """Whether the scheduler or the clock stopped it."""
+    configs, states = drawn(40), (State.PRUNED, State.OUT_OF_TIME)
+    stopped = [
+        replace(ended(c, 0.0, states[n % 2]), epochs_run=round(100 - 10 * off(c)))
+        for n, c in enumerate(configs)
+    ]
+    complete = [ended(c, round(100 - 10 * off(c))) for c in configs]
+    assert importances(stopped, SPACE, "accuracy") == importances(complete, SPACE, "accuracy")
 
 
 def test_failures_reruns_and_the_competitors_baseline_say_nothing_of_the_space() -> None:
     records = searched(30, lambda c: 1 - off(c))
-    best = ended(replace(MIDDLE, lr=2e-2, seed=99), 1.0)
+    best = ended(replace(MIDDLE, lr=2e-2), 1.0, seed=99)
     others = [
-        replace(best, status=Status.FAILED, value=None, curve=()),
-        replace(best, status=Status.INTERRUPTED, value=None),
+        replace(best, state=State.FAILED, cause=Cause.ERROR, value=None, curve=()),
+        replace(best, state=State.FAILED, cause=Cause.OUT_OF_MEMORY, value=None, curve=()),
+        replace(best, state=State.FAILED, cause=Cause.MACHINE, value=None, curve=()),
+        replace(best, state=State.INTERRUPTED, value=None),
         *(replace(best, stage=stage) for stage in ("confirm", "retrain")),
-        ended(baseline(SPACE), 1.0, note="the baseline"),
+        ended(baseline(SPACE), 1.0, baseline=True),
         ended(replace(MIDDLE, batch_size=64), 1.0),  # of another space
     ]
     assert importances([*records, *others], SPACE, "accuracy") == importances(records, SPACE, "accuracy")
@@ -142,8 +156,8 @@ def test_a_choice_of_one_is_none() -> None:
 
 def best_five(*changes: dict[str, Any], space: Space = SPACE, metric: str = "accuracy") -> tuple[Edge, ...]:
     """The edges where the best trials, best first, are the middle of the space but for these changes."""
-    configs = [replace(MIDDLE, **change, seed=n) for n, change in enumerate([*changes, *5 * [{}]][:5])]
-    return edges([ended(c, 0.9 - 0.01 * n) for n, c in enumerate(configs)], space, metric)
+    configs = [replace(MIDDLE, **change) for change in [*changes, *5 * [{}]][:5]]
+    return edges([ended(c, 0.9 - 0.01 * n, seed=n) for n, c in enumerate(configs)], space, metric)
 
 
 def told(*changes: dict[str, Any], space: Space = SPACE) -> list[str]:
@@ -220,10 +234,15 @@ def test_what_a_trial_did_not_draw_lies_at_no_edge() -> None:
     assert not told({"layer_decay": 0.6, "unfreeze": "frozen"})
 
 
-def test_only_finished_trials_are_looked_at() -> None:
+def test_only_complete_trials_are_looked_at() -> None:
     edge = replace(MIDDLE, lr=2e-2)
-    for status, value in ((Status.STOPPED, 0.99), (Status.DIVERGED, None), (Status.FAILED, None)):
-        assert not edges([ended(MIDDLE, 0.5), ended(edge, value, status)], SPACE, "accuracy")
+    for state, cause, value in (
+        (State.PRUNED, None, 0.99),
+        (State.OUT_OF_TIME, None, 0.99),
+        (State.FAILED, Cause.DIVERGED, None),
+        (State.FAILED, Cause.ERROR, None),
+    ):
+        assert not edges([ended(MIDDLE, 0.5), ended(edge, value, state, cause=cause)], SPACE, "accuracy")
     [found] = edges([ended(MIDDLE, 0.5), ended(edge, 0.6)], SPACE, "accuracy")
     assert (found.of, found.values) == (2, (2e-2,))
     assert not edges([ended(MIDDLE, 0.5), ended(edge, 0.6)], SPACE, "log_loss")
@@ -249,7 +268,7 @@ def at_end(space: Space, name: str, top: bool) -> Edge | None:
     """What is said where five trials that drew this dimension lie at this end of it."""
     values = {"backbone": space.backbones[0], "image_size": space.image_sizes[1], "head_depth": 1}
     start = TrialConfig.from_dict({**space.fixed, **values, "unfreeze": "full", name: ends(space, name)[top]})
-    found = edges([ended(replace(start, seed=n), 0.9) for n in range(5)], space, "accuracy")
+    found = edges([ended(start, 0.9, seed=n) for n in range(5)], space, "accuracy")
     return next((e for e in found if e.name == name and e.top is top), None)
 
 

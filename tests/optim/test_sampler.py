@@ -15,10 +15,11 @@ import scipy.stats
 from optuna.trial import TrialState
 
 from carmodels.presets import SPACES
-from carmodels.space import Choice, Range, Space, suggest
+from carmodels.space import Choice, Range, Space
 from carmodels.training.config import TrialConfig
 from tune.optim.coordinates import Coordinates
 from tune.optim.gaussian_process import Points
+from tune.optim.optuna_records import suggest
 from tune.optim.sampler import CurveSampler, _Run, log_expected_improvement
 
 SPACE = SPACES["demo"]
@@ -157,7 +158,7 @@ def test_workers_that_draw_at_the_same_time_draw_different_configurations(told: 
     if told:
         study.optimize(lambda trial: unlikely(TrialConfig(**suggest(trial, SPACE))), 1)
     configs = [TrialConfig(**suggest(study.ask(), SPACE)) for _ in range(8)]
-    assert len({c.id for c in configs}) == 8
+    assert len(set(configs)) == 8
     assert len({(c.backbone, c.unfreeze, c.image_size, c.augment) for c in configs}) >= 4
     assert max(c.lr for c in configs) > 2 * min(c.lr for c in configs)
 
@@ -189,14 +190,14 @@ def test_a_space_of_few_configurations_is_used_up_without_repeats() -> None:
     space = Space(
         {"backbone": Choice(("lcnet_035", "lcnet_050")), "image_size": Choice((32, 64))}, {"epochs": 2}
     )
-    seen: set[str] = set()
+    seen: set[TrialConfig] = set()
 
     def new(config: TrialConfig) -> bool:
-        return config.id not in seen
+        return config not in seen
 
     study = optuna.create_study(sampler=CurveSampler(space, seed=0, accepts=new))
     for _ in range(4):
-        seen.add(TrialConfig(**suggest(study.ask(), space)).id)
+        seen.add(TrialConfig(**suggest(study.ask(), space)))
     assert len(seen) == 4
 
 

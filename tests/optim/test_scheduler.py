@@ -13,27 +13,28 @@ import pytest
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from carmodels.catalog import UNFREEZE
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.training.config import EpochMetrics, TrialConfig
-from tune.optim.scheduler import Deadline, Scheduler, grace_period
+from carmodels.training.run import Origin, Run
+from tune.optim.scheduler import AshaScheduler, Deadline, Stop, grace_period
 
 EPOCHS = 8
 ALWAYS = Deadline(math.inf, math.inf)
 CONFIG = TrialConfig(backbone="lcnet_035", image_size=64, epochs=EPOCHS)
 
 
-def made(deadline: Deadline = ALWAYS, protect: tuple[str, ...] = (), mode: str = "max") -> Scheduler:
-    return Scheduler(
+def made(deadline: Deadline = ALWAYS, protect: tuple[str, ...] = (), mode: str = "max") -> AshaScheduler:
+    return AshaScheduler(
         metric="score", mode=mode, epochs=EPOCHS, grace_period=2, deadline=deadline, protect=protect
     )
 
 
 def tell(scheduler: Any, name: str, epoch: int, value: float, elapsed: float = 1.0, **more: Any) -> str:
-    trial = SimpleNamespace(trial_id=name, config={"epochs": EPOCHS})
+    trial = SimpleNamespace(trial_id=name, config=Run(CONFIG).to_dict())
     if name not in scheduler._trial_info:
         scheduler.on_trial_add(None, trial)
     return scheduler.on_trial_result(
-        None, trial, {"epoch": epoch, "score": value, "elapsed": elapsed, "config_id": name, **more}
+        None, trial, {"epoch": epoch, "score": value, "elapsed": elapsed, "run_id": name, **more}
     )
 
 
@@ -42,7 +43,8 @@ def test_a_trial_below_the_cutoff_is_stopped_and_told_why() -> None:
     for name, value in (("a", 0.9), ("b", 0.8), ("c", 0.7)):
         tell(scheduler, name, 2, value)
     assert tell(scheduler, "d", 2, 0.6) == TrialScheduler.STOP
-    assert scheduler.reasons["d"] == "rung at epoch 2: 0.6000 against a cut-off of 0.8000, rank 4 of 4"
+    reason = "rung at epoch 2: 0.6000 against a cut-off of 0.8000, rank 4 of 4"
+    assert scheduler.stops["d"] == Stop(State.PRUNED, reason)
 
 
 def test_where_less_is_better_the_rank_and_the_cutoff_turn_round() -> None:
@@ -51,7 +53,8 @@ def test_where_less_is_better_the_rank_and_the_cutoff_turn_round() -> None:
         tell(scheduler, name, 2, value)
     assert tell(scheduler, "e", 2, 0.5) == TrialScheduler.CONTINUE
     assert tell(scheduler, "d", 2, 0.95) == TrialScheduler.STOP
-    assert scheduler.reasons["d"] == "rung at epoch 2: 0.9500 against a cut-off of 0.7500, rank 5 of 5"
+    reason = "rung at epoch 2: 0.9500 against a cut-off of 0.7500, rank 5 of 5"
+    assert scheduler.stops["d"] == Stop(State.PRUNED, reason)
 
 
 def test_nobody_is_stopped_before_the_grace_period() -> None:
@@ -72,7 +75,7 @@ def test_a_protected_trial_runs_its_whole_schedule_and_is_no_peer_of_others() ->
         tell(scheduler, name, 2, 0.9)
     assert [tell(scheduler, "baseline", e, 0.1) for e in range(2, 9)] == [TrialScheduler.CONTINUE] * 7
     tell(scheduler, "d", 2, 0.89)
-    assert scheduler.reasons["d"].endswith("rank 4 of 4")
+    assert scheduler.stops["d"].reason.endswith("rank 4 of 4")
 
 
 def test_nor_is_it_one_when_it_ends() -> None:
@@ -81,7 +84,7 @@ def test_nor_is_it_one_when_it_ends() -> None:
     for name in ("baseline", "other"):
         tell(scheduler, name, 1, 0.9)
         trial = SimpleNamespace(trial_id=name)
-        scheduler.on_trial_complete(None, trial, {"epoch": 3, "score": 0.9, "config_id": name})
+        scheduler.on_trial_complete(None, trial, {"epoch": 3, "score": 0.9, "run_id": name})
         assert name not in scheduler._trial_info
         stopped = tell(scheduler, f"after {name}", 2, 0.1)
         assert stopped == (TrialScheduler.CONTINUE if name == "baseline" else TrialScheduler.STOP)
@@ -90,7 +93,7 @@ def test_nor_is_it_one_when_it_ends() -> None:
 def test_nor_is_it_one_where_a_search_goes_on() -> None:
     config = TrialConfig("test_resnet", image_size=32, epochs=EPOCHS)
     curve = tuple(EpochMetrics(e, 1.0, 1.0, 0.9, 0.9, 1.0) for e in range(1, EPOCHS + 1))
-    record = TrialRecord("baseline", config, Status.FINISHED, EPOCHS, 0.9, 8.0, "ran", curve=curve)
+    record = TrialRecord("baseline", config, State.COMPLETE, EPOCHS, 0.9, 8.0, "ran", curve=curve)
     scheduler = made(protect=("baseline",))
     scheduler.replay([record])
     assert tell(scheduler, "a", 2, 0.1) == TrialScheduler.CONTINUE
@@ -102,16 +105,17 @@ def test_a_last_result_is_never_stopped() -> None:
     scheduler = made()
     for name in "abc":
         tell(scheduler, name, 2, 0.9)
-    assert tell(scheduler, "d", 2, 0.1, status="finished") == TrialScheduler.CONTINUE
+    assert tell(scheduler, "d", 2, 0.1, state="complete") == TrialScheduler.CONTINUE
     assert tell(scheduler, "e", EPOCHS, 0.1) == TrialScheduler.CONTINUE
-    assert not scheduler.reasons
+    assert not scheduler.stops
 
 
 def test_the_clock_stops_what_cannot_end_in_time_and_lets_end_what_can() -> None:
     now = time.time()
     scheduler = made(Deadline(draw_until=now - 1, end=now + 100))
     assert tell(scheduler, "slow", 4, 0.9, elapsed=200.0) == TrialScheduler.STOP
-    assert scheduler.reasons["slow"] == "the time for searching was up after epoch 4 of 8"
+    reason = "the time for searching was up after epoch 4 of 8"
+    assert scheduler.stops["slow"] == Stop(State.OUT_OF_TIME, reason)
     assert tell(scheduler, "quick", 4, 0.9, elapsed=20.0) == TrialScheduler.CONTINUE
     early = made(Deadline(draw_until=now + 50, end=now + 100))
     assert tell(early, "slow", 4, 0.9, elapsed=200.0) == TrialScheduler.CONTINUE
@@ -158,13 +162,15 @@ def test_a_resumed_search_decides_as_one_that_was_not_interrupted() -> None:
             epochs.append(EpochMetrics(epoch, 1.0, 1.0, value, value, 1.0))
             if tell(whole, name, epoch, value) == TrialScheduler.STOP:
                 break
-        config = replace(CONFIG, seed=number)
+        run, curve = Run(CONFIG, Origin(seed=number)), tuple(epochs)
         records.append(
-            TrialRecord(config.id, config, Status.STOPPED, len(epochs), value, 1.0, "", curve=tuple(epochs))
+            TrialRecord(
+                run.id, CONFIG, State.PRUNED, len(curve), value, 1.0, "", origin=run.origin, curve=curve
+            )
         )
     resumed = made()
     resumed.replay(records)
     for number in range(20):
         value, epoch = draw.random(), draw.choice([2, 4])
         assert tell(whole, f"n{number}", epoch, value) == tell(resumed, f"n{number}", epoch, value)
-    assert whole.reasons | resumed.reasons == whole.reasons
+    assert whole.stops | resumed.stops == whole.stops

@@ -25,6 +25,7 @@ from ray.tune.search import Searcher
 
 from carmodels.presets import SPACES
 from carmodels.training.config import TrialConfig
+from carmodels.training.run import Origin, Run
 from tune.optim.searcher import QueueSearcher
 
 ROOT = Path(__file__).parents[2]
@@ -233,6 +234,7 @@ from pathlib import Path
 import ray
 from ray.tune import RunConfig, Trainable, TuneConfig, Tuner
 from carmodels.training.config import TrialConfig
+from carmodels.training.run import Origin, Run
 from tune.runtime.cluster import start_ray
 
 sys.path.insert(0, "tests/optim")

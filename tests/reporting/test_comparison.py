@@ -31,8 +31,8 @@ def pair(tmp_path: Path) -> tuple[Study, Study]:
     other = {**space, "fixed": {**space["fixed"], "epochs": 12}}
     write_json(second.folder / "study.json", {**second.facts, "seed": 1, "space": other})
     best = second.leaderboard()[0]
-    config = replace(best.config, lr=0.0123)
-    second.append(replace(best, trial_id=config.id, config=config, value=0.9999, at=best.at + 6000))
+    run = best.run.with_config(lr=0.0123)
+    second.append(replace(best, trial_id=run.id, config=run.config, value=0.9999, at=best.at + 6000))
     truth = np.arange(60) % 3
     probs = (0.05 + 0.85 * np.eye(3)[truth]).astype(np.float32)
     holdout = first.predictions("ensemble", "holdout")
@@ -93,7 +93,7 @@ def test_a_study_that_has_not_come_far_is_compared_as_far_as_it_went(pair: tuple
     first, second = pair
     second.ensemble_file.unlink()
     lines = second.trials_file.read_text().splitlines(keepends=True)
-    second.trials_file.write_text(lines[0])  # one that was stopped
+    second.trials_file.write_text(lines[0])  # one that was pruned
     page = render(pair)
     outcomes = {row[0]: row[1:] for row in cells(page, "outcomes")}
     assert outcomes["best trial on val"][1] == "-"

@@ -24,15 +24,16 @@ from carmodels.evaluation.predictions import Predictions
 from carmodels.files import read_json, write_json
 from carmodels.formatting import duration
 from carmodels.presets import SPACES
-from carmodels.records import Status, TrialRecord
-from carmodels.space import suggest
+from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.run import Origin, Run
 from tune import report
 from tune.cli.study_folder import describe_space
 from tune.finalize.stop_check import judged_stops
 from tune.monitor.terminal import Screen
 from tune.optim.importance import CAVEAT, UNKNOWN, edges, importances
+from tune.optim.optuna_records import suggest
 from tune.reporting import charts
 from tune.reporting.mistakes import found_mistakes, overlay, thumbnail
 from tune.reporting.page import by_class, recall, reliability, render, write_report
@@ -44,30 +45,42 @@ EVIL = '</script><script>document.title = "broken"</script> & "quoted"'
 
 
 def records(count: int) -> list[TrialRecord]:
-    """Random configurations; every third one was stopped, one failed."""
+    """Random configurations; every third one was pruned, one failed."""
     drawing = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     rng = np.random.default_rng(0)
     found = []
     for number in range(count):
-        config = TrialConfig.from_dict({**suggest(drawing.ask(), SPACE), "seed": number})
+        run = Run(TrialConfig.from_dict(suggest(drawing.ask(), SPACE)), Origin(seed=number))
         values = np.sort(rng.random(8 if number % 3 else 3)).tolist()
         curve = tuple(EpochMetrics(n, 1.0, 1.0, v, v, 2.0) for n, v in enumerate(values, start=1))
-        status = Status.FINISHED if number % 3 else Status.STOPPED
+        state = State.COMPLETE if number % 3 else State.PRUNED
         found.append(
             TrialRecord(
-                config.id,
-                config,
-                status,
+                run.id,
+                run.config,
+                state,
                 len(curve),
                 values[-1],
                 2.0 * len(curve),
                 "why",
                 at=60.0 * number,
+                origin=run.origin,
                 curve=curve,
             )
         )
-    broken = replace(found[0].config, seed=10_000)
-    return [*found, TrialRecord(broken.id, broken, Status.FAILED, 0, None, 0.0, EVIL)]
+    return [*found, failed(found[0].run.with_origin(seed=10_000), EVIL)]
+
+
+def failed(run: Run, reason: str, cause: Cause = Cause.ERROR, at: float = 0.0) -> TrialRecord:
+    return TrialRecord(
+        run.id, run.config, State.FAILED, 0, None, 0.0, reason, cause=cause, at=at, origin=run.origin
+    )
+
+
+def rerun(record: TrialRecord, seed: int, **changes: Any) -> TrialRecord:
+    """The same trial with another seed."""
+    run = record.run.with_origin(seed=seed)
+    return replace(record, trial_id=run.id, origin=run.origin, **changes)
 
 
 @pytest.fixture
@@ -215,9 +228,7 @@ def cells(page: str, name: str) -> list[list[str]]:
 def test_the_page_says_which_configurations_cannot_be_told_apart(study: Study) -> None:
     first = study.leaderboard()[0]
     for seed, less in ((1, 0.01), (2, 0.02)):
-        config = replace(first.config, seed=first.config.seed + seed)
-        rerun = replace(first, trial_id=config.id, config=config, value=first.value - less, stage="confirm")
-        study.append(rerun)
+        study.append(rerun(first, first.origin.seed + seed, value=first.value - less, stage="confirm"))
     page = render(study)
     rows = cells(page, "standings")
     assert rows[1][:4] == [
@@ -232,13 +243,13 @@ def test_the_page_says_which_configurations_cannot_be_told_apart(study: Study) -
     assert "Were the stops right?" not in page
 
 
-def test_the_page_shows_what_became_of_the_stopped_trials_that_were_finished(study: Study) -> None:
-    stopped = [r for r in study.records() if r.status is Status.STOPPED][:2]
+def test_the_page_shows_what_became_of_the_pruned_trials_that_were_finished(study: Study) -> None:
+    pruned = [r for r in study.records() if r.state is State.PRUNED][:2]
     done = {
-        r.trial_id: replace(r, value=v, curve=2 * r.curve) for r, v in zip(stopped, (0.3, 1.0), strict=True)
+        r.trial_id: replace(r, value=v, curve=2 * r.curve) for r, v in zip(pruned, (0.3, 1.0), strict=True)
     }
     board = study.leaderboard()
-    write_json(study.stops_file, judged_stops(stopped, done, board, metric="accuracy", stopped=14))
+    write_json(study.stops_file, judged_stops(pruned, done, board, metric="accuracy", stopped=14))
     page = render(study)
     rows = cells(page, "stops")
     assert [row[-1] for row in rows[1:]] == ["right", "wrong"]
@@ -270,10 +281,8 @@ def test_words_from_outside_do_not_become_part_of_the_page(study: Study) -> None
 def test_what_failed_is_told_by_reason_the_commonest_first(study: Study) -> None:
     first = study.leaderboard()[0]
     for number in range(5):
-        config = replace(first.config, seed=700 + number)
-        study.append(
-            TrialRecord(config.id, config, Status.FAILED, 0, None, 0.0, "CUDA out of <memory>", at=9e4)
-        )
+        run = first.run.with_origin(seed=700 + number)
+        study.append(failed(run, "CUDA out of <memory>", Cause.OUT_OF_MEMORY, at=9e4))
     page = render(study)
     rows = [
         re.sub(r"<[^>]+>", "", row).split("\n")[0]
@@ -355,7 +364,7 @@ def large(folder: Path) -> Study:
     return study
 
 
-def test_a_study_without_an_ensemble_or_a_finished_trial_is_reported_as_far_as_it_went(
+def test_a_study_without_an_ensemble_or_a_complete_trial_is_reported_as_far_as_it_went(
     tmp_path: Path,
 ) -> None:
     study = made(tmp_path / "young", 1)
@@ -370,8 +379,16 @@ def edged(study: Study) -> list[TrialRecord]:
     """Adds five trials, the best there are, at the top of the learning rate; returns all records."""
     first = study.leaderboard()[0]
     for number in range(5):
-        config = replace(first.config, lr=2e-2, seed=500 + number)
-        study.append(replace(first, trial_id=config.id, config=config, value=0.999 + number / 10_000))
+        run = first.run.with_config(lr=2e-2).with_origin(seed=500 + number)
+        study.append(
+            replace(
+                first,
+                trial_id=run.id,
+                config=run.config,
+                origin=run.origin,
+                value=0.999 + number / 10_000,
+            )
+        )
     return study.records()
 
 
@@ -425,7 +442,7 @@ def test_a_space_that_this_version_does_not_know_is_left_out_of_the_page(
     assert capsys.readouterr().out == f"{UNKNOWN}\n"
 
 
-def test_a_study_that_an_earlier_version_made_is_reported() -> None:
+def test_the_study_in_the_repository_is_reported() -> None:
     study = Study(ROOT / "results" / "cars9")
     page = render(study)
     assert all(record.trial_id in page for record in study.records())
@@ -442,7 +459,7 @@ def test_nothing_beats_what_is_on_the_pareto_front(study: Study) -> None:
 
 
 def test_long_studies_are_drawn() -> None:
-    done = next(r for r in records(40) if r.status is Status.FINISHED)
+    done = next(r for r in records(40) if r.state is State.COMPLETE)
     long = replace(done, curve=tuple(replace(done.curve[0], epoch=n) for n in range(1, 7001)))
     assert charts.curves([long], "accuracy")["layer"]
 
@@ -457,13 +474,13 @@ def test_dimensions_whose_parent_is_fixed_are_drawn() -> None:
     }
 
 
-def test_of_many_trials_the_finished_ones_are_drawn_first() -> None:
+def test_of_many_trials_the_complete_ones_are_drawn_first() -> None:
     many = records(300)
     shown = charts.thinned(many, 100)
     assert len(shown) == 100
-    assert {r.status for r in shown} == {Status.FINISHED}
+    assert {r.state for r in shown} == {State.COMPLETE}
     assert len(charts.thinned(many, 250)) == 250
-    assert charts.thinned(many, 1000) == sorted(many, key=lambda r: r.status is not Status.FINISHED)
+    assert charts.thinned(many, 1000) == sorted(many, key=lambda r: r.state is not State.COMPLETE)
 
 
 def test_reliability_bins_hold_every_image_once() -> None:
@@ -485,16 +502,16 @@ def test_served_the_page_follows_the_study_on_loopback_alone(study: Study) -> No
             assert address is not None
             with urllib.request.urlopen(address.group(), timeout=60) as answer:
                 first = answer.read().decode()
-            more = replace(study.records()[1].config, seed=77)
-            study.append(replace(study.records()[1], trial_id=more.id, config=more))
+            more = rerun(study.records()[1], 77)
+            study.append(more)
             with urllib.request.urlopen(address.group(), timeout=60) as answer:
                 second = answer.read().decode()
         finally:
             server.terminate()
             server.communicate(timeout=60)
     assert 'http-equiv="refresh"' in first
-    assert more.id not in first
-    assert more.id in second
+    assert more.trial_id not in first
+    assert more.trial_id in second
 
 
 def test_a_page_that_loads_anew_keeps_what_was_sorted_and_filtered(
@@ -515,13 +532,13 @@ def test_a_page_that_loads_anew_keeps_what_was_sorted_and_filtered(
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(rebound)
     browser.get(spoken[0].split()[-3])
-    browser.find_element("css selector", "#filter").send_keys("stopped")
+    browser.find_element("css selector", "#filter").send_keys("pruned")
     browser.find_element("css selector", "#trials th:nth-child(5) button").click()
-    more = replace(study.records()[0].config, seed=77)
-    study.append(replace(study.records()[0], trial_id=more.id, config=more))
-    wait.until(lambda b: more.id in b.page_source)
+    more = rerun(study.records()[0], 77)
+    study.append(more)
+    wait.until(lambda b: more.trial_id in b.page_source)
     wait.until(lambda b: b.find_element("css selector", "#shown").text == "15 of 42")
-    assert browser.find_element("css selector", "#filter").get_attribute("value") == "stopped"
+    assert browser.find_element("css selector", "#filter").get_attribute("value") == "pruned"
     assert browser.find_elements("css selector", "#trials th[aria-sort]")
     assert not browser.get_log("browser")
 
@@ -591,8 +608,8 @@ def test_the_table_sorts_and_filters_and_a_point_answers_to_the_mouse(
     values = [float(text) for text in column("value") if text]
     assert values == sorted(values)
     box = browser.find_element("css selector", "#filter")
-    box.send_keys("stopped test_resnet")
-    assert set(column("status")) == {"stopped"}
+    box.send_keys("pruned test_resnet")
+    assert set(column("state")) == {"pruned"}
     assert set(column("backbone")) == {"test_resnet"}
     assert browser.find_element("css selector", "#shown").text.endswith("of 41")
     dot = browser.find_elements("css selector", "#cost .mark-symbol path")[0]

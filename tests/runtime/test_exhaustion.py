@@ -26,9 +26,10 @@ from carmodels.data.cache import open_images
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
 from carmodels.files import append_line, write_whole
-from carmodels.records import CUT_OFF, Status
+from carmodels.records import CUT_OFF, Cause, State
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
 from tune.runtime import findings
 from tune.runtime import watchdog as watchdogs
 from tune.runtime.watchdog import LONGEST_SILENCE, Watchdog
@@ -142,7 +143,7 @@ def test_a_disk_that_is_full_midway_ends_the_search_in_a_line_and_resume_goes_on
         before = {r.trial_id: r for r in study.records() if r.trial_id in before}
     assert resumed.returncode == 0, output
     after = study.records()
-    assert not [r for r in after if r.status in CUT_OFF]
+    assert not [r for r in after if r.state in CUT_OFF]
     assert {r.trial_id for r in after} >= set(before)
 
 
@@ -169,8 +170,8 @@ def test_a_worker_without_memory_is_a_row_and_the_search_goes_on(
     assert "Traceback" not in output, output
     records = study.records()
     assert len(records) == TRIALS, output
-    assert not [r for r in records if r.status in CUT_OFF], output
-    assert [r for r in records if "begun anew, first ended by" in r.reason or r.status is Status.FAILED]
+    assert not [r for r in records if r.state in CUT_OFF], output
+    assert [r for r in records if "restarted, first ended by" in r.reason or r.state is State.FAILED]
 
 
 def starve(pid: int) -> None:
@@ -190,7 +191,7 @@ def test_a_gpu_without_memory_for_one_image_more_ends_in_torchs_own_error(
 
     monkeypatch.setattr(trainer.Trainer, "_accumulated", full)
     with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 2\.00 GiB"):
-        trainer.fit(replace(config, batch_size=8), splits, weights=weights)
+        trainer.fit(Run(replace(config, batch_size=8)), splits, weights=weights)
 
 
 # Runs in each process of a search as it starts: a GPU on which images of 48 px do not fit.
@@ -199,7 +200,7 @@ import importlib.abc, importlib.util, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "carmodels.training":
+        if name != "carmodels.training.trainer":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -207,14 +208,14 @@ class Finder(importlib.abc.MetaPathFinder):
         spec.loader.exec_module = lambda module: (execute(module), limit(module))
         return spec
 
-def limit(training):
+def limit(trainer):
     import torch
-    accumulated = training._Run._accumulated
+    accumulated = trainer.Trainer._accumulated
     def within(self, network, inputs, targets):
         if inputs.ndim == 4 and (inputs.shape[-1] == 48 or len(inputs) > 8 * self.parts):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return accumulated(self, network, inputs, targets)
-    training._Run._accumulated = within
+    trainer.Trainer._accumulated = within
 
 sys.meta_path.insert(0, Finder())
 """
@@ -236,9 +237,9 @@ def test_a_gpu_too_small_for_some_configurations_is_searched_with_the_others(
     small = [r for r in records if r.config.image_size == 32]
     assert large
     assert small
-    failed = [r for r in records if r.status is Status.FAILED]
+    failed = [r for r in records if r.state is State.FAILED]
     assert failed
-    assert all("CUDA out of memory" in r.reason for r in failed)
+    assert all("CUDA out of memory" in r.reason and r.cause is Cause.OUT_OF_MEMORY for r in failed)
     assert not set(failed) & set(small), output
     assert set(large) == set(failed)
 

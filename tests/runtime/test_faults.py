@@ -79,7 +79,7 @@ def test_two_searches_at_once_share_the_cache_and_nothing_else(tmp_path: Path, d
         assert "Traceback" not in text
         records = study.records()
         assert len(records) == TRIALS
-        assert not [r for r in records if r.status in CUT_OFF]
+        assert not [r for r in records if r.state in CUT_OFF]
         assert not study.damaged_lines()
     same = {r.trial_id: r.value for r in first.leaderboard()}
     assert same

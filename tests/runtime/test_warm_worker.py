@@ -17,6 +17,7 @@ from carmodels.models.weights import Weights
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import FeatureStore
+from carmodels.training.run import Run
 from carmodels.training.trainer import fit
 from tune.runtime.job import Job, Workers
 
@@ -31,26 +32,26 @@ from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.runner import run_trials
 from tune.runtime.cluster import start_ray
 
-job, configs, cores, cpus = pickle.load(open(sys.argv[1], "rb"))
+job, runs, cores, cpus = pickle.load(open(sys.argv[1], "rb"))
 start_ray(address=None, cores=cores, gpus=0)
 workers = []
 
 class Watching(FIFOScheduler):
     def on_trial_result(self, controller, trial, result):
-        workers.append([trial.config["unfreeze"], result["pid"]])
+        workers.append([trial.config["config"]["unfreeze"], result["pid"]])
         return super().on_trial_result(controller, trial, result)
 
 def packing(values):
-    return PlacementGroupFactory([{"CPU": cpus[values["unfreeze"]]}])
+    return PlacementGroupFactory([{"CPU": cpus[values["config"]["unfreeze"]]}])
 
 completed = run_trials(
     job,
     stage="search",
     begun=time.time(),
     end=float("inf"),
-    search_alg=QueueSearcher(configs, metric="accuracy", mode="max"),
+    search_alg=QueueSearcher(runs, metric="accuracy", mode="max"),
     scheduler=Watching(),
-    notes={},
+    roles={},
     watch=ProgressCallback(),
     packing=packing if cpus else None,
 )
@@ -66,15 +67,15 @@ def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
     return Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
 
 
-def run(job: Job, configs: list[TrialConfig], cores: int, cpus: dict[str, int]) -> dict[str, Any]:
+def train(job: Job, runs: list[Run], cores: int, cpus: dict[str, int]) -> dict[str, Any]:
     """What the script above prints, with every trial's last line of trials.jsonl."""
     asked = job.study.folder / "asked.pickle"
-    asked.write_bytes(pickle.dumps((job, configs, cores, cpus)))
+    asked.write_bytes(pickle.dumps((job, runs, cores, cpus)))
     command = [sys.executable, "-c", SCRIPT, str(asked)]
     found = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, timeout=280)
     assert found.returncode == 0, found.stderr
     lines = [json.loads(line) for line in job.study.trials_file.read_text().splitlines()]
-    ended = [line for line in lines if line["status"] != "running"]
+    ended = [line for line in lines if line["state"] != "running"]
     return {**json.loads(found.stdout.splitlines()[-1]), "trials": ended}
 
 
@@ -86,9 +87,10 @@ def numbers(curve: list[dict[str, Any]]) -> list[tuple[float, ...]]:
 def test_a_then_b_then_a_again_in_one_worker_gives_as_numbers_to_the_bit(
     job: Job, config: TrialConfig
 ) -> None:
-    first = replace(config, head_depth=1, augment="color", unfreeze="once", epochs=3)
-    other = replace(config, backbone="test_efficientnet", image_size=48, mixup=0.2, ema=0.9, seed=3)
-    found = run(job, [first, other, first], cores=1, cpus={})
+    first = Run(replace(config, head_depth=1, augment="color", unfreeze="head_first", epochs=3))
+    changed = replace(config, backbone="test_efficientnet", image_size=48, mixup=0.2, ema=0.9)
+    other = Run(changed).with_origin(seed=3)
+    found = train(job, [first, other, first], cores=1, cpus={})
     assert found["completed"]
     assert len({worker for _, worker in found["workers"]}) == 1, "the trials did not share a worker"
     a, b, again = (numbers(trial["curve"]) for trial in found["trials"])
@@ -99,8 +101,9 @@ def test_a_then_b_then_a_again_in_one_worker_gives_as_numbers_to_the_bit(
 
 def test_trials_that_ask_for_different_shares_each_get_theirs(job: Job, config: TrialConfig) -> None:
     shared = replace(job, workers=Workers(1, 2, 0.0, packed=2))
-    wide, narrow = config, replace(config, unfreeze="frozen")
-    found = run(shared, [wide, narrow, narrow], cores=2, cpus={"full": 2, "frozen": 1})
-    assert [trial["status"] for trial in found["trials"]] == ["finished"] * 3
+    wide = Run(config)
+    narrow = wide.with_config(unfreeze="frozen")
+    found = train(shared, [wide, narrow, narrow], cores=2, cpus={"full": 2, "frozen": 1})
+    assert [trial["state"] for trial in found["trials"]] == ["complete"] * 3
     kinds = {kind: {worker for k, worker in found["workers"] if k == kind} for kind in ("full", "frozen")}
     assert not kinds["full"] & kinds["frozen"], "a worker is kept for an equal request alone"

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from carmodels.data.dataset import Splits
 from carmodels.models.weights import Weights
-from carmodels.records import Status, TrialRecord
+from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.run import Run
+from tune.optim.scheduler import Stop
 from tune.runtime import worker
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Workers
@@ -35,24 +38,27 @@ def job(study: Study, splits: Splits, weights: Weights, tmp_path: Path) -> Job:
     return Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
 
 
-def reports(config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def reports(run: Run, job: Job, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What a trial reports, collected in place of Ray."""
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(worker, "report", seen.append)
-    worker.train_trial(asdict(config), job)
+    worker.train_trial(run.to_dict(), job)
     return seen
 
 
-def test_a_finished_trial_reports_every_epoch_and_leaves_predictions_and_weights(
+def test_a_complete_trial_reports_every_epoch_and_leaves_predictions_and_weights(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = reports(replace(config, epochs=3), job, monkeypatch)
+    run = Run(replace(config, epochs=3))
+    seen = reports(run, job, monkeypatch)
     assert [r["epoch"] for r in seen] == [1, 2, 3]
-    assert [r.get("status") for r in seen] == [None, None, "finished"]
+    assert [r.get("state") for r in seen] == [None, None, "complete"]
+    assert (seen[-1]["cause"], seen[-1]["cut_short"]) == (None, False)
+    assert {r["run_id"] for r in seen} == {run.id}
     assert seen[-1]["best_value"] == max(r["accuracy"] for r in seen)
     epochs = np.cumsum([r["seconds"] for r in seen])  # each its own; `elapsed` is what the clock goes by
     assert all(r["elapsed"] >= seconds for r, seconds in zip(seen, epochs, strict=True))
-    trial = seen[-1]["config_id"]
+    trial = run.id
     assert [job.study.predictions(trial, split).ids for split in ("val", "holdout", "test")] == [
         job.splits.val.ids,
         job.splits.holdout.ids,
@@ -64,32 +70,34 @@ def test_a_finished_trial_reports_every_epoch_and_leaves_predictions_and_weights
 def test_a_trial_goes_on_from_the_weights_that_another_left(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = reports(config, job, monkeypatch)[-1]
-    onward = replace(config, seed=1, head_seed=0, epochs=1, lr=1e-8, continues=first["config_id"])
-    [last] = reports(onward, job, monkeypatch)
-    assert last["status"] == "finished"
-    assert (
-        last["train_loss"] < 0.8 * reports(replace(onward, continues=""), job, monkeypatch)[0]["train_loss"]
+    first = reports(Run(config), job, monkeypatch)[-1]
+    onward = Run(replace(config, epochs=1, lr=1e-8)).with_origin(
+        seed=1, head_seed=0, continues=first["run_id"]
     )
+    [last] = reports(onward, job, monkeypatch)
+    assert last["state"] == "complete"
+    [anew] = reports(onward.with_origin(continues=""), job, monkeypatch)
+    assert last["train_loss"] < 0.8 * anew["train_loss"]
     with pytest.raises(FileNotFoundError, match="nobody"):
-        reports(replace(onward, continues="nobody"), job, monkeypatch)
+        reports(onward.with_origin(continues="nobody"), job, monkeypatch)
 
 
 def test_a_trial_ends_of_itself_before_the_time_is_up_and_leaves_its_best_epoch(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [last] = reports(replace(config, epochs=9), replace(job, until=time.time()), monkeypatch)
-    assert (last["status"], last["reason"]) == ("finished", "the time was up after epoch 1 of 9")
-    assert job.study.weights_file(last["config_id"]).is_file()
+    [last] = reports(Run(replace(config, epochs=9)), replace(job, until=time.time()), monkeypatch)
+    assert (last["state"], last["cause"], last["cut_short"]) == ("complete", None, True)
+    assert last["reason"] == "the time was up after epoch 1 of 9"
+    assert job.study.weights_file(last["run_id"]).is_file()
 
 
 def test_a_run_that_falls_short_of_one_before_it_leaves_that_one_s_files(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    longer, late = replace(config, epochs=9), replace(job, until=time.time())
+    longer, late = Run(replace(config, epochs=9)), replace(job, until=time.time())
     [last] = reports(longer, late, monkeypatch)
     file = job.study.weights_file(longer.id)
-    ended = TrialRecord(longer.id, longer, Status.FINISHED, 2, 0.5, 1.0, last["reason"])
+    ended = TrialRecord(longer.id, longer.config, State.COMPLETE, 2, 0.5, 1.0, last["reason"], cut_short=True)
     for record, stays in ((replace(ended, epochs_run=1), False), (ended, True)):
         job.study.append(record)
         file.write_bytes(b"before")
@@ -97,14 +105,15 @@ def test_a_run_that_falls_short_of_one_before_it_leaves_that_one_s_files(
         assert (file.read_bytes() == b"before") == stays
 
 
-def test_what_had_finished_before_is_not_said_to_run(study: Study, config: TrialConfig) -> None:
-    done = TrialRecord(config.id, config, Status.FINISHED, 2, 0.5, 1.0, "the time was up after epoch 2 of 4")
+def test_what_was_complete_before_is_not_said_to_run(study: Study, config: TrialConfig) -> None:
+    run, reason = Run(config), "the time was up after epoch 2 of 4"
+    done = TrialRecord(run.id, config, State.COMPLETE, 2, 0.5, 1.0, reason, cut_short=True)
     study.append(done)
     recorder = Recorder(study, "fold", 0.0, {}, ProgressCallback())
-    told(recorder, "a", config, [0.1])
+    told(recorder, "a", run, [0.1])
     assert study.records() == [done]
-    told(recorder, "b", replace(config, seed=5), [0.1])
-    assert [r.status for r in study.records()] == [Status.FINISHED, Status.RUNNING]
+    told(recorder, "b", run.with_origin(seed=5), [0.1])
+    assert [r.state for r in study.records()] == [State.COMPLETE, State.RUNNING]
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0.0, []), (0.25, [0.25]), (1.0, [])])
@@ -130,17 +139,41 @@ def test_a_diverged_trial_reports_the_worst_value_and_leaves_nothing(
 ) -> None:
     explosive = {"optimizer": "sgd", "lr": 10.0, "weight_decay": 10.0, "clip_norm": 0.0}
     wild = replace(config, epochs=5, batch_size=8, schedule="constant", **explosive)
-    last = reports(wild, job, monkeypatch)[-1]
-    assert (last["status"], last["best_value"]) == ("diverged", 0.0)
+    last = reports(Run(wild), job, monkeypatch)[-1]
+    assert (last["state"], last["cause"], last["cut_short"]) == ("failed", "diverged", False)
+    assert last["best_value"] == 0.0
     assert last["reason"].startswith("the loss was not finite in epoch")
     assert not list((job.study.folder / "predictions").iterdir())
 
 
-def told(recorder: Recorder, name: str, config: TrialConfig, values: list[float]) -> SimpleNamespace:
-    """A trial of Ray's that has begun and reported these values."""
-    trial = SimpleNamespace(
-        trial_id=name, config=asdict(config), last_result={}, status="RUNNING", error_file=None
+def of_ray(name: str, run: Run, status: str = "RUNNING", error: Exception | None = None) -> SimpleNamespace:
+    """What the recorder asks of a trial of Ray's."""
+    return SimpleNamespace(
+        trial_id=name,
+        config=run.to_dict(),
+        last_result={},
+        status=status,
+        error_file=None,
+        get_pickled_error=lambda: error,
     )
+
+
+def raised(error: Exception) -> RayTaskError:
+    """An exception of the worker's own, as Ray tells of it."""
+    return RayTaskError("train_trial", "Traceback", error).as_instanceof_cause()
+
+
+LOST = ActorDiedError()
+
+
+def complete(value: float, reason: str = "ran") -> dict[str, Any]:
+    """What a complete trial's last report adds."""
+    return {"state": "complete", "cause": None, "cut_short": False, "reason": reason, "best_value": value}
+
+
+def told(recorder: Recorder, name: str, run: Run, values: list[float]) -> SimpleNamespace:
+    """A trial of Ray's that has begun and reported these values."""
+    trial = of_ray(name, run)
     recorder.on_trial_start(0, [], trial)
     for epoch, value in enumerate(values, start=1):
         trial.last_result = {**asdict(EpochMetrics(epoch, 1.0, 1.0, value, value, 2.0)), "accuracy": value}
@@ -151,80 +184,120 @@ def told(recorder: Recorder, name: str, config: TrialConfig, values: list[float]
 def test_a_worker_that_dies_before_its_trial_is_said_to_run_is_known_by_it(
     study: Study, config: TrialConfig
 ) -> None:
-    def early(name: str, seed: int) -> Any:
-        values = asdict(replace(config, seed=seed))
-        return SimpleNamespace(trial_id=name, config=values, last_result={}, status="ERROR", error_file=None)
+    def early(name: str, seed: int) -> SimpleNamespace:
+        return of_ray(name, Run(config).with_origin(seed=seed), "ERROR", LOST)
 
     seen: list[set[str]] = []
     recorder = Recorder(
-        study, "search", 0.0, {}, ProgressCallback(on_step=lambda r: seen.append({*r.running} - {*r.configs}))
+        study, "search", 0.0, {}, ProgressCallback(on_step=lambda r: seen.append({*r.running} - {*r.runs}))
     )
     again, lost = early("a", 1), early("b", 2)
     recorder.on_trial_recover(0, [], again)
     recorder.on_step_end(0, [])
     assert seen == [set()]
     recorder.on_trial_start(0, [], again)
-    again.last_result = {"status": "finished", "reason": "ran", "best_value": 0.1}
+    again.last_result = complete(0.1)
     recorder.on_trial_complete(0, [], again)
     recorder.on_trial_error(0, [], lost)
-    assert [(r.status, r.reason) for r in study.records()] == [
-        (Status.FINISHED, "ran (begun anew, first ended by: the worker died)"),
-        (Status.FAILED, "the worker died"),
+    assert [(r.state, r.cause, r.reason) for r in study.records()] == [
+        (State.COMPLETE, None, "ran (restarted, first ended by: the worker died)"),
+        (State.FAILED, Cause.MACHINE, "the worker died"),
     ]
 
 
 def test_every_ending_has_its_row(study: Study, config: TrialConfig, tmp_path: Path) -> None:
-    recorder = Recorder(study, "search", 0.0, {"b": "rung at epoch 2"}, ProgressCallback())
-    done, stopped, failed, cut, late = (
-        told(recorder, name, replace(config, seed=number), [0.1, 0.3, 0.2])
-        for number, name in enumerate("abcde")
+    stops = {
+        "b": Stop(State.PRUNED, "rung at epoch 2"),
+        "f": Stop(State.OUT_OF_TIME, "the time for searching was up"),
+    }
+    recorder = Recorder(study, "search", 0.0, stops, ProgressCallback())
+    done, pruned, failed, cut, late, slow, short, wild = (
+        told(recorder, name, Run(config).with_origin(seed=number), [0.1, 0.3, 0.2])
+        for number, name in enumerate("abcdefgh")
     )
-    done.last_result |= {"status": "finished", "reason": "ran its 3 epochs", "best_value": 0.3}
-    recorder.on_trial_complete(0, [], done)
-    recorder.on_trial_complete(0, [], stopped)
+    done.last_result |= complete(0.3, "ran its 3 epochs")
+    short.last_result |= {**complete(0.3, "the time was up after epoch 3"), "cut_short": True}
+    wild.last_result |= {**complete(0.0, "no finite loss"), "state": "failed", "cause": "diverged"}
+    for trial in (done, pruned, slow, short, wild):
+        recorder.on_trial_complete(0, [], trial)
+    failed.get_pickled_error = lambda: raised(RuntimeError("no memory"))
     failed.error_file = tmp_path / "error.txt"
     failed.error_file.write_text("Failure # 1\nTraceback\n  line\nRuntimeError: no memory\n\n")
     recorder.on_trial_error(0, [], failed)
     recorder.close([cut], interrupted=True)
     recorder.close([late], interrupted=False)
-    rows = [(r.status, r.value, r.epochs_run, r.reason) for r in study.records()]
+    rows = [(r.state, r.cause, r.value, r.epochs_run, r.reason) for r in study.records()]
     assert rows == [
-        (Status.FINISHED, 0.3, 3, "ran its 3 epochs"),
-        (Status.STOPPED, 0.2, 3, "rung at epoch 2"),
-        (Status.FAILED, None, 3, "RuntimeError: no memory"),
-        (Status.INTERRUPTED, 0.2, 3, "interrupted by the user"),
-        (Status.STOPPED, 0.2, 3, "the time was up"),
+        (State.COMPLETE, None, 0.3, 3, "ran its 3 epochs"),
+        (State.PRUNED, None, 0.2, 3, "rung at epoch 2"),
+        (State.OUT_OF_TIME, None, 0.2, 3, "the time for searching was up"),
+        (State.COMPLETE, None, 0.3, 3, "the time was up after epoch 3"),
+        (State.FAILED, Cause.DIVERGED, None, 3, "no finite loss"),
+        (State.FAILED, Cause.ERROR, None, 3, "RuntimeError: no memory"),
+        (State.INTERRUPTED, None, 0.2, 3, "interrupted by the user"),
+        (State.OUT_OF_TIME, None, 0.2, 3, "the time was up"),
     ]
+    assert [r.reason for r in study.records() if r.cut_short] == ["the time was up after epoch 3"]
     assert study.table_file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (raised(ValueError("no such image")), Cause.ERROR),
+        (raised(torch.OutOfMemoryError("CUDA out of memory")), Cause.OUT_OF_MEMORY),
+        (LOST, Cause.MACHINE),
+        (None, Cause.MACHINE),
+    ],
+)
+def test_a_failure_has_the_cause_that_ray_tells_of(
+    error: Exception | None, cause: Cause, study: Study, config: TrialConfig
+) -> None:
+    recorder = Recorder(study, "search", 0.0, {}, ProgressCallback())
+    recorder.on_trial_error(0, [], of_ray("a", Run(config), "ERROR", error))
+    [record] = study.records()
+    assert (record.state, record.cause) == (State.FAILED, cause)
+    assert record.unfinished is (cause is Cause.MACHINE)
+
+
+def test_a_worker_that_was_hung_counts_as_lost(study: Study, config: TrialConfig) -> None:
+    recorder = Recorder(study, "search", 0.0, {}, ProgressCallback())
+    trial = told(recorder, "a", Run(config), [])
+    recorder.watchdog.ended["a"] = "no epoch ended in 9 s, its worker was hung"
+    recorder.on_trial_error(0, [], trial)
+    [record] = study.records()
+    assert (record.cause, record.reason) == (Cause.MACHINE, "no epoch ended in 9 s, its worker was hung")
 
 
 def test_a_trial_that_ray_gave_up_without_a_word_is_recorded_as_failed(
     study: Study, config: TrialConfig
 ) -> None:
     recorder = Recorder(study, "search", 0.0, {}, ProgressCallback())
-    trial = told(recorder, "a", config, [])
+    trial = told(recorder, "a", Run(config), [])
     trial.status = "ERROR"
     recorder.close([trial], interrupted=False)
-    assert [(r.status, r.reason) for r in study.records()] == [(Status.FAILED, "the worker died")]
+    assert [(r.state, r.cause, r.reason) for r in study.records()] == [
+        (State.FAILED, Cause.MACHINE, "the worker died")
+    ]
 
 
 def test_failures_in_a_row_end_the_run_and_a_success_starts_the_count_anew(
     study: Study, config: TrialConfig
 ) -> None:
-    recorder = Recorder(study, "search", 0.0, {}, ProgressCallback())
+    recorder, run = Recorder(study, "search", 0.0, {}, ProgressCallback()), Run(config)
     for number in range(2 * HOPELESS - 1):
-        trial = told(recorder, str(number), replace(config, seed=number), [0.1])
+        trial = told(recorder, str(number), run.with_origin(seed=number), [0.1])
         if number == HOPELESS - 1:
-            trial.last_result |= {"status": "finished", "reason": "ran", "best_value": 0.1}
+            trial.last_result |= complete(0.1)
             recorder.on_trial_complete(0, [], trial)
         else:
             recorder.on_trial_error(0, [], trial)
         assert not recorder.hopeless
-    running = told(recorder, "y", replace(config, seed=98), [])
-    recorder.on_trial_error(0, [], told(recorder, "x", replace(config, seed=99), []))
+    running = told(recorder, "y", run.with_origin(seed=98), [])
+    recorder.on_trial_error(0, [], told(recorder, "x", run.with_origin(seed=99), []))
     assert recorder.hopeless
     running.status = "RUNNING"
     recorder.close([running], interrupted=False)
     assert recorder.hopeless
     last = study.records()[-1]
-    assert (last.status, last.reason) == (Status.INTERRUPTED, f"{HOPELESS} trials before it failed")
+    assert (last.state, last.reason) == (State.INTERRUPTED, f"{HOPELESS} trials before it failed")

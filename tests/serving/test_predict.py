@@ -37,10 +37,11 @@ from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.files import read_json, write_json
 from carmodels.models.classifier import save_weights
 from carmodels.models.weights import Weights
-from carmodels.records import FOLD, Status, TrialRecord
+from carmodels.records import FOLD, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict as probabilities_of
+from carmodels.training.run import Run
 from carmodels.training.trainer import fit
 from tune.cli.options import guarded
 from tune.predict import parser, run
@@ -80,10 +81,10 @@ def study(splits: Splits, weights: Weights, tmp_path_factory: pytest.TempPathFac
         },
         [(s.name, i, int(k)) for s in parts for i, k in zip(s.ids, s.labels, strict=True)],  # type: ignore[arg-type]
     )
-    models = [fit(config, splits, weights=weights).model for config in CONFIGS]
+    models = [fit(Run(config), splits, weights=weights).model for config in CONFIGS]
     for config, model in zip(CONFIGS, models, strict=True):
-        save_weights(model, study.weights_file(config.id))
-        study.append(TrialRecord(config.id, config, Status.FINISHED, config.epochs, 0.5, 1.0, ""))
+        save_weights(model, study.weights_file(Run(config).id))
+        study.append(TrialRecord(Run(config).id, config, State.COMPLETE, config.epochs, 0.5, 1.0, ""))
     for split in parts[1:]:
         members = [
             blend([with_temperature(probabilities_of(m, splits, split, config=c, view=v), t) for v in VIEWS])
@@ -93,7 +94,7 @@ def study(splits: Splits, weights: Weights, tmp_path_factory: pytest.TempPathFac
     interval = {"value": 0.5, "low": 0.4, "high": 0.6}
     described = [
         {
-            "trial_id": c.id,
+            "trial_id": Run(c).id,
             "title": c.title,
             "stage": "search",
             "weight": w,
@@ -110,7 +111,7 @@ def study(splits: Splits, weights: Weights, tmp_path_factory: pytest.TempPathFac
             "members": described,
             "temperature": 0.7,
             "tta": {"views": VIEWS, "sentence": "flips help"},
-            "val": {"ensemble": 0.5, "single": {"trial_id": CONFIGS[0].id, "value": 0.5}},
+            "val": {"ensemble": 0.5, "single": {"trial_id": Run(CONFIGS[0]).id, "value": 0.5}},
             "holdout": {"ensemble": interval, "single": interval, "images": len(splits.holdout), "looks": 1},
         },
     )
@@ -223,11 +224,9 @@ def test_what_is_asked_for_in_vain_is_one_line(
 def test_a_member_that_trials_jsonl_lost_is_named(study: Study, tmp_path: Path) -> None:
     copy = Study(tmp_path / "copy")
     shutil.copytree(study.folder, copy.folder)
-    lines = copy.trials_file.read_text().splitlines(keepends=True)
-    copy.trials_file.write_text("".join(line for line in lines if CONFIGS[0].id not in line))
-    with pytest.raises(
-        ValueError, match=rf"has lost {CONFIGS[0].id}, a member of ensemble\.json; bring a copy"
-    ):
+    lines, lost = copy.trials_file.read_text().splitlines(keepends=True), Run(CONFIGS[0]).id
+    copy.trials_file.write_text("".join(line for line in lines if lost not in line))
+    with pytest.raises(ValueError, match=rf"has lost {lost}, a member of ensemble\.json; bring a copy"):
         load_ensemble(copy)
 
 
@@ -307,7 +306,7 @@ def test_an_ensemble_of_before_there_were_temperatures_of_members_answers_as_it_
 def test_missing_weights_are_named_with_the_way_out(study: Study, tmp_path: Path) -> None:
     copy = Study(tmp_path / "copy")
     shutil.copytree(study.folder, copy.folder)
-    copy.weights_file(CONFIGS[1].id).unlink()
+    copy.weights_file(Run(CONFIGS[1]).id).unlink()
     with pytest.raises(ValueError, match=r"safetensors is missing: weights are not committed"):
         load_ensemble(copy)
     for split, broken in (("val", False), ("holdout", True)):
@@ -386,7 +385,7 @@ def posted(url: str, content: bytes, **headers: str) -> tuple[int, dict[str, obj
             return refused.code, json.load(refused)
 
 
-def test_the_page_answers_a_image_and_refuses_what_is_none(
+def test_the_page_answers_an_image_and_refuses_what_is_none(
     address: str, holdout: Predictions, drawn: Path
 ) -> None:
     content = image(drawn, holdout.ids[0]).read_bytes()
@@ -404,7 +403,7 @@ def test_the_page_answers_a_image_and_refuses_what_is_none(
 
 
 @pytest.mark.parametrize("width", [1440, 390])
-def test_a_image_dropped_on_the_page_is_named_with_what_spoke_for_it(
+def test_an_image_dropped_on_the_page_is_named_with_what_spoke_for_it(
     address: str, holdout: Predictions, drawn: Path, browser: Any, width: int, tmp_path: Path
 ) -> None:
     from selenium.webdriver.support.ui import WebDriverWait

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from carmodels.data.dataset import Splits
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import VIEWS_KEPT, FeatureStore
+from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import Trainer, fit
 
 
@@ -65,9 +67,9 @@ def test_the_folder_stays_within_its_limit_and_what_was_read_last_stays(tmp_path
 def test_a_trial_gets_the_same_numbers_whether_it_fills_the_store_or_finds_it_full(
     config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path
 ) -> None:
-    config = replace(config, unfreeze="once", epochs=4, head_depth=1, ema=0.9)
+    config = replace(config, unfreeze="head_first", epochs=4, head_depth=1, ema=0.9)
     first, again, other = (
-        fit(config, splits, weights=weights, features=FeatureStore(tmp_path / name)) for name in "aab"
+        fit(Run(config), splits, weights=weights, features=FeatureStore(tmp_path / name)) for name in "aab"
     )
     values = [[(m.train_loss, m.val_loss, m.value) for m in f.history] for f in (first, again, other)]
     assert values[0] == values[1] == values[2]
@@ -81,13 +83,14 @@ def test_a_frozen_trial_needs_its_views_once_and_a_new_seed_shares_them(
 ) -> None:
     store = FeatureStore(tmp_path)
     frozen = replace(config, unfreeze="frozen", epochs=VIEWS_KEPT + 2)
-    fit(frozen, splits, weights=weights, features=store)
+    fit(Run(frozen), splits, weights=weights, features=store)
     before = files(store)
     assert len(before) == VIEWS_KEPT + 1
-    fit(replace(frozen, seed=1, lr=1e-3, head_depth=2), splits, weights=weights, features=store)
+    other = Run(replace(frozen, lr=1e-3, head_depth=2), Origin(seed=1))
+    fit(other, splits, weights=weights, features=store)
     assert files(store) == before
-    fit(replace(frozen, image_size=48), splits, weights=weights, features=store)
-    fit(replace(frozen, augment="shift"), splits, weights=weights, features=store)
+    fit(Run(replace(frozen, image_size=48)), splits, weights=weights, features=store)
+    fit(Run(replace(frozen, augment="shift")), splits, weights=weights, features=store)
     # another size shares nothing, another augmentation the plain view of val
     assert len(files(store)) == len(before) + (VIEWS_KEPT + 1) + VIEWS_KEPT
 
@@ -95,31 +98,33 @@ def test_a_frozen_trial_needs_its_views_once_and_a_new_seed_shares_them(
 def test_the_first_view_gives_what_the_frozen_backbone_gives(
     config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path
 ) -> None:
-    run = Trainer(
-        replace(config, unfreeze="frozen", augment="none"),
+    trainer = Trainer(
+        Run(replace(config, unfreeze="frozen", augment="none")),
         splits,
         weights=weights,
         device=torch.device("cpu"),
         features=FeatureStore(tmp_path),
     )
-    run.model.freeze_to(0)
-    run.model.train()
-    remembered = torch.cat([inputs for inputs, _ in run._remembered(run.features, 1)])
+    trainer.model.freeze_to(0)
+    trainer.model.train()
+    remembered = torch.cat([inputs for inputs, _ in trainer._remembered(trainer.features, 1)])
     with torch.inference_mode():
-        shown = torch.cat([run.model.backbone(run.model.normalise(images)) for images, _ in run.shown(1)])
+        shown = torch.cat(
+            [trainer.model.backbone(trainer.model.normalise(images)) for images, _ in trainer.shown(1)]
+        )
     torch.testing.assert_close(remembered, shown, rtol=2e-3, atol=2e-3)  # float16 on disk
 
 
 @pytest.mark.parametrize("change", [{"mixup": 0.2, "unfreeze": "frozen"}, {"unfreeze": "full"}], ids=str)
 def test_where_images_are_needed_nothing_is_stored(
-    change: dict[str, object], config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path
+    change: dict[str, Any], config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path
 ) -> None:
     store = FeatureStore(tmp_path)
-    fit(replace(config, **change), splits, weights=weights, features=store)
+    fit(Run(replace(config, **change)), splits, weights=weights, features=store)
     assert not files(store)
 
 
 def test_random_weights_are_not_shared(config: TrialConfig, splits: Splits, tmp_path: Path) -> None:
     store = FeatureStore(tmp_path)
-    fit(replace(config, unfreeze="frozen"), splits, weights=Weights("none"), features=store)
+    fit(Run(replace(config, unfreeze="frozen")), splits, weights=Weights("none"), features=store)
     assert not files(store)

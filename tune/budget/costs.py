@@ -55,7 +55,7 @@ class Costs:
         shown = (config.shown_size(number) / config.image_size) ** 2  # likewise of a training image
         if _opened(config, number):
             train = self.train * shown
-        elif self.stored and not (config.mixup or config.cutmix or config.continues):
+        elif self.stored and not (config.mixup or config.cutmix):
             train = FORWARD_SHARE * self.train * (number <= VIEWS_KEPT)
             val *= number == 1
         else:

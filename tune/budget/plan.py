@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import optuna
 
-from carmodels.space import Space, suggest, unfrozen_configs
+from carmodels.space import Space, unfrozen_configs
 from carmodels.training.config import TrialConfig
 from tune.budget.costs import Costs
+from tune.optim.optuna_records import suggest
 from tune.optim.scheduler import REDUCTION_FACTOR
 
 TRIAL_SHARE = 0.7  # of the time for searching that one trial may take on its worker: results/search/NOTES.md

@@ -97,7 +97,7 @@ def watched(
     metrics = exported(
         f"{study.folder.parent.name}/{inner}" if inner else study.folder.name,
         study.metric,
-        images=lambda config: len(splits_for(config, job.splits).train),
+        images=lambda run: len(splits_for(run.origin, job.splits).train),
         clock=clock,
         records=study.records(),
     )

@@ -50,14 +50,14 @@ def ensemble(
     study, labels = job.study, job.study.labels("val")
     ready = _with_weights(study, say)
     trained = _trained(study, ready, top)
-    _restore(job, list({*trained, *(r for r in ready if r.is_baseline)}), say)
+    _restore(job, list({*trained, *(r for r in ready if r.baseline)}), say)
     paces = Paces(job)
     folds.restore(job)
     folds.gather(study)
     whole = folds.ready(study)
     for record in study.records():
         if record.stage == FOLDS and record not in whole:
-            name = f"{record.trial_id}, {record.note.partition(';')[0]}"
+            name = f"{record.trial_id}, {record.origin.folds} folds of {record.repeats}"
             say(f"Left out: {name}: the weights of some are lost.")
     folded = _affordable(whole, paces, max_seconds)
     _, on, _ = folds.judged_on(study, trained, folded)  # where it is out of fold, folds alone are chosen from
@@ -66,7 +66,7 @@ def ensemble(
         say(f"Soup {record.trial_id}: {record.reason}, {record.config.title}; val {record.value:.4f}.")
     candidates, on, asked = folds.judged_on(study, [*trained, *cooked], folded)
     _restore(job, candidates, say)
-    paces.measure(record.config for record in candidates)
+    paces.measure(record.run for record in candidates)
     library = Library.of(study, candidates, on, asked, paces, max_seconds)
     chosen = library.choose(until=time.time() + CHECK_SHARE * clock.left)
     say(f"{chosen.sentence}.")
@@ -189,8 +189,8 @@ def _with_weights(study: Study, say: Say) -> list[TrialRecord]:
 
 def _affordable(records: Sequence[TrialRecord], paces: Paces, most: float) -> list[TrialRecord]:
     """Those that take one worker at most so many seconds for 1,000 images."""
-    paces.measure(record.config for record in records)
-    return [record for record in records if 1000 * paces.of(record.config) <= most]
+    paces.measure(record.run for record in records)
+    return [record for record in records if 1000 * paces.of(record.run) <= most]
 
 
 def _restore(job: Job, records: Sequence[TrialRecord], say: Say) -> None:
@@ -231,7 +231,7 @@ class Library:
         max_cost: float,
     ) -> Library:
         """The candidates' answers on a split; ValueError where none of them is cheap enough."""
-        costs = {r.trial_id: 1000 * paces.of(r.config) for r in candidates}
+        costs = {r.trial_id: 1000 * paces.of(r.run) for r in candidates}
         if min(costs.values()) > max_cost:
             raise ValueError(
                 f"--max-seconds-per-1000 {max_cost:g} is less than the fastest candidate takes here, "
@@ -326,11 +326,10 @@ def _described_members(
 
 
 def _soup(record: TrialRecord) -> dict[str, Any]:
-    ingredients = record.note.removeprefix("soup of ").split(", ")
     return {
         "trial_id": record.trial_id,
         "title": record.config.title,
-        "of": ingredients,
+        "of": list(record.ingredients),
         "val": record.value,
     }
 
@@ -347,7 +346,7 @@ def _holdout(study: Study, metric: str, ensembled: Predictions, single: str) -> 
     labels = study.labels("holdout")
     truth = np.array(list(labels.values()))
     probs = {"ensemble": ensembled.aligned(list(labels)).probs}
-    baselines = (r.trial_id for r in study.leaderboard() if r.is_baseline)
+    baselines = (r.trial_id for r in study.leaderboard() if r.baseline)
     baseline = next((name for name in baselines if study.has_predictions(name, "holdout")), None)
     named = {"single": single} | ({"baseline": baseline} if baseline else {})
     for name, trial_id in named.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count
 from statistics import NormalDist
 from typing import Any
@@ -14,9 +14,9 @@ import numpy as np
 from ray.tune.search import Searcher
 
 from carmodels.evaluation.metrics import METRICS
-from carmodels.records import CUT_OFF, Status, TrialRecord
+from carmodels.records import Role, State, TrialRecord
 from carmodels.study import Study
-from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
 from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.costs import Costs, expected_seconds
 from tune.finalize.retraining import least_seconds
@@ -26,12 +26,12 @@ from tune.runtime.job import Job, Say
 from tune.runtime.runner import run_trials
 
 RERUNS = 6  # most runs with new seeds in a study
-_ENDED = (Status.FINISHED, Status.DIVERGED, Status.FAILED)  # a seed that is used up
+_ENDED = (State.COMPLETE, State.FAILED)  # a seed that is used up
 
 
 def next_rerun(
-    records: Sequence[TrialRecord], *, metric: str, images: int, pending: Sequence[TrialConfig] = ()
-) -> TrialConfig | None:
+    records: Sequence[TrialRecord], *, metric: str, images: int, pending: Sequence[Run] = ()
+) -> Run | None:
     """The run from which most is to be gained; None where the best is told apart from its contenders.
 
     It follows from the records alone. Runs that are `pending` count as if they had come to what is expected
@@ -47,7 +47,7 @@ def next_rerun(
         return None
     gains = knowledge_gradient(found.mean[order], found.sd[order], field.noise)
     pick = int(np.argmax(gains > gains.max() * (1 - 1e-9)))  # the first of equals, whatever the rounding
-    return _reseeded(field.first[order[pick]].config, records, pending)
+    return _reseeded(field.first[order[pick]].run, records, pending)
 
 
 def knowledge_gradient(means: np.ndarray, sds: np.ndarray, noise: float) -> np.ndarray:
@@ -64,12 +64,10 @@ def knowledge_gradient(means: np.ndarray, sds: np.ndarray, noise: float) -> np.n
     return moves * np.array([x * normal.cdf(x) + normal.pdf(x) for x in z.tolist()])
 
 
-def _reseeded(
-    config: TrialConfig, records: Iterable[TrialRecord], pending: Iterable[TrialConfig]
-) -> TrialConfig:
-    """The configuration with its next seed: retraining counts on from the same one."""
-    used = {r.trial_id for r in records if r.status in _ENDED} | {c.id for c in pending}
-    seeds = (replace(config, seed=config.seed + more) for more in count(1))
+def _reseeded(run: Run, records: Iterable[TrialRecord], pending: Iterable[Run]) -> Run:
+    """The run with its next seed: retraining counts on from the same one."""
+    used = {r.trial_id for r in records if r.state in _ENDED} | {r.id for r in pending}
+    seeds = (run.with_origin(seed=run.origin.seed + more) for more in count(1))
     return next(candidate for candidate in seeds if candidate.id not in used)
 
 
@@ -91,43 +89,45 @@ class Reruns(Searcher):
     """
 
     def __init__(
-        self, study: Study, *, most: int, end: float, notes: dict[str, str], costs: Costs | None = None
+        self, study: Study, *, most: int, end: float, roles: dict[str, Role], costs: Costs | None = None
     ) -> None:
         super().__init__(metric=study.metric, mode=METRICS[study.metric].mode)
         self._costs = costs
-        self._study, self._most, self._end, self._notes = study, most, end, notes
+        self._study, self._most, self._end, self._roles = study, most, end, roles
         self._images = len(study.labels("val"))
-        self._handed: list[TrialConfig] = []
+        self._handed: list[Run] = []
+        records = (r for r in study.records() if r.stage == "confirm")
+        self._unfinished = [r.run for r in records if r.unfinished]  # of an earlier command
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED
-        config = self.next()
-        if config is None:  # what is running may yet change the image
+        run = self.next()
+        if run is None:  # what is running may yet change who is best
             return None if self._pending() else Searcher.FINISHED
-        first = self._first()[without_seed(config)]
+        first = self._first()[without_seed(run)]
         if time.time() + expected_seconds(first, self._costs) > self._end:
             return Searcher.FINISHED
-        self._handed.append(config)
-        self._notes[config.id] = f"seed {config.seed} of {first.trial_id}"
-        return asdict(config)
+        self._handed.append(run)
+        note = f"seed {run.origin.seed} of {first.trial_id}"
+        self._roles[run.id] = Role(repeats=first.trial_id, note=note)
+        return run.to_dict()
 
-    def next(self) -> TrialConfig | None:
+    def next(self) -> Run | None:
         """The next rerun; None where there is none to make for the time being."""
         records, pending = self._study.records(), self._pending()
-        ended = [r for r in records if r.stage == "confirm" and r.status in _ENDED]
-        made = sum(r.whole or r.status is not Status.FINISHED for r in ended)  # not what the clock cut short
+        ended = [r for r in records if r.stage == "confirm" and r.state in _ENDED]
+        made = sum(r.whole and not r.unfinished for r in ended)
         if made + len(pending) >= self._most:
             return None
-        cut_off = (r for r in records if r.stage == "confirm" and r.status in CUT_OFF)
-        if begun := [r.config for r in cut_off if r.config not in pending]:
-            return begun[0]  # as what is cut off in the search: no row stays without an end
+        if begun := [run for run in self._unfinished if run not in self._handed]:
+            return begun[0]  # as in the search: no row stays without an end
         return next_rerun(records, metric=self.metric, images=self._images, pending=pending)
 
-    def _pending(self) -> list[TrialConfig]:
-        ended = {r.trial_id for r in self._study.records() if r.status in _ENDED}
-        return [config for config in self._handed if config.id not in ended]
+    def _pending(self) -> list[Run]:
+        ended = {r.trial_id for r in self._study.records() if r.state in _ENDED}
+        return [run for run in self._handed if run.id not in ended]
 
-    def _first(self) -> Mapping[TrialConfig, TrialRecord]:
-        return {config: runs[0] for config, runs in runs_of(self._study.records()).items()}
+    def _first(self) -> Mapping[Run, TrialRecord]:
+        return {run: runs[0] for run, runs in runs_of(self._study.records()).items()}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -137,13 +137,13 @@ class Reruns(Searcher):
 
 def confirm(job: Job, *, clock: Clock, watch: ProgressCallback, say: Say, most: int = RERUNS) -> bool:
     """Run the best few again with new seeds until it is clear who is best; False if interrupted."""
-    notes: dict[str, str] = {}
+    roles: dict[str, Role] = {}
     end, late = clock.at(clock.confirm), clock.late(clock.confirm, clock.retrain, LATE_SHARE)
     latest = clock.at(clock.retrain) - least_seconds(job)  # for retraining to begin
     if latest > time.time():
         end, late = min(end, latest), min(late, latest)
     costs = job.costs if job.workers.packed else None
-    reruns = Reruns(job.study, most=most, end=end, notes=notes, costs=costs)
+    reruns = Reruns(job.study, most=most, end=end, roles=roles, costs=costs)
     if reruns.next() is None:
         return True
     say(f"Running the best few again with new seeds, at most {most} runs.")
@@ -153,7 +153,7 @@ def confirm(job: Job, *, clock: Clock, watch: ProgressCallback, say: Say, most: 
         begun=clock.begun,
         end=late,
         search_alg=reruns,
-        notes=notes,
+        roles=roles,
         watch=watch,
     )
     job.study.write_table()

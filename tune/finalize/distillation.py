@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from carmodels.catalog import AUGMENTS, BACKBONES
@@ -16,10 +16,11 @@ from carmodels.evaluation.intervals import paired_gain, score_interval
 from carmodels.evaluation.metrics import METRICS
 from carmodels.files import read_json, write_json
 from carmodels.models.classifier import save_weights
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.space import space_of
 from carmodels.study import Study
-from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.config import EpochMetrics
+from carmodels.training.run import Run
 from carmodels.training.trainer import TrainResult, fit
 from tune.finalize.retraining import epochs_of_space, opened
 from tune.finalize.views import prediction_seconds
@@ -43,11 +44,11 @@ def distil(
     """Train a student on what the ensemble says of train; leaves its record, weights and student.json."""
     study, splits, device = job.study, job.splits, job.workers.device
     teacher = load_ensemble(study).to(device)
-    config = _student(job, backbone, epochs, say)
-    views = min(VIEWS, config.epochs)
+    run = _student(job, backbone, epochs, say)
+    views = min(VIEWS, run.config.epochs)
     say(f"The ensemble is shown train, {len(splits.train)} images in {views} crops each.")
     processes = job.workers.processes
-    answers = taught(teacher, splits, config, views=views, device=device, processes=processes)
+    answers = taught(teacher, splits, run, views=views, device=device, processes=processes)
     val = study.predictions("ensemble", "val")
     assert splits.train.labels is not None
     confidence = float(val.probs.max(axis=1).mean())
@@ -57,8 +58,8 @@ def distil(
         f"its answers get a temperature of {softness:.2f}."
     )
     started = time.time()
-    fitted = fit(
-        config,
+    trained = fit(
+        run,
         splits,
         weights=job.weights,
         device=device,
@@ -66,15 +67,15 @@ def distil(
         targets=targets,
         on_epoch=on_epoch,
     )
-    if fitted.best is None:
+    if trained.best is None:
         raise ValueError(
-            f"the student's loss was not finite in epoch {len(fitted.history)}; a lower lr helps"
+            f"the student's loss was not finite in epoch {len(trained.history)}; a lower lr helps"
         )
-    record = _record(study, fitted, time.time() - started)
-    save_weights(fitted.model, study.weights_file(record.trial_id))
+    record = _record(study, trained, time.time() - started)
+    save_weights(trained.model, study.weights_file(record.trial_id))
     study.append(record)
     study.write_table()
-    temperature = _answers(job, fitted, record)
+    temperature = _answers(job, trained, record)
     student_file = study.answer_file(STAGE)
     looks = 1 + (read_json(student_file)["holdout"]["looks"] if student_file.is_file() else 0)
     results = {
@@ -82,7 +83,7 @@ def distil(
         "members": [
             {
                 "trial_id": record.trial_id,
-                "title": config.title,
+                "title": run.title,
                 "stage": STAGE,
                 "weight": 1.0,
                 "gain": 0.0,
@@ -102,8 +103,8 @@ def distil(
     return results
 
 
-def _student(job: Job, backbone: str | None, epochs: int | None, say: Say) -> TrialConfig:
-    """The configuration of the named backbone, else of the one that is measured to be fastest."""
+def _student(job: Job, backbone: str | None, epochs: int | None, say: Say) -> Run:
+    """The run of the named backbone, else of the one that is measured to be fastest."""
     candidates = _backbones(job)
     if not candidates:
         raise ValueError(
@@ -115,13 +116,13 @@ def _student(job: Job, backbone: str | None, epochs: int | None, say: Say) -> Tr
             f"--backbone {backbone}: there are weights for {', '.join(candidates)}; name one of these"
         )
     names = candidates if backbone is None else [backbone]
-    configs = {name: _configured(job.study, name, epochs) for name in names}
-    seconds = {n: prediction_seconds(job, c, c.image_size) for n, c in configs.items()}
+    runs = {name: _configured(job.study, name, epochs) for name in names}
+    seconds = {n: prediction_seconds(job, r.config, r.config.image_size) for n, r in runs.items()}
     name = min(seconds, key=lambda n: seconds[n])
     paces = ", ".join(f"{n} {1000 * s:.1f}" for n, s in sorted(seconds.items(), key=lambda item: item[1]))
     say(f"Milliseconds an image: {paces}.")
-    say(f"The student is {configs[name].title}, {configs[name].epochs} epochs.")
-    return configs[name]
+    say(f"The student is {runs[name].title}, {runs[name].config.epochs} epochs.")
+    return runs[name]
 
 
 def _backbones(job: Job) -> list[str]:
@@ -131,14 +132,14 @@ def _backbones(job: Job) -> list[str]:
     return [name for name in known if job.weights.has(name)]
 
 
-def _configured(study: Study, backbone: str, epochs: int | None) -> TrialConfig:
+def _configured(study: Study, backbone: str, epochs: int | None) -> Run:
     """As the search's best finished trial with this backbone, or of all, but long and with all open."""
     board = [r for r in study.leaderboard() if r.stage == "search"]
     own = [r for r in board if r.config.backbone == backbone]
-    like = (own or board)[0].config
+    best = (own or board)[0].run
+    like = best.config
     multiple = BACKBONES[backbone].multiple
-    return replace(
-        like,
+    return best.with_config(
         backbone=backbone,
         image_size=max(multiple, like.image_size // multiple * multiple),
         epochs=epochs or LONGER * (epochs_of_space(study) or like.epochs),
@@ -155,33 +156,34 @@ def _configured(study: Study, backbone: str, epochs: int | None) -> TrialConfig:
     )
 
 
-def _record(study: Study, fitted: TrainResult, seconds: float) -> TrialRecord:
+def _record(study: Study, trained: TrainResult, seconds: float) -> TrialRecord:
     """The student's line in the study; its id says of which ensemble it is, too."""
-    assert fitted.best is not None
+    assert trained.best is not None
     teacher = " ".join(f"{m['trial_id']} {m['weight']}" for m in read_json(study.ensemble_file)["members"])
-    content = f"{STAGE} {fitted.config.id} {teacher}"
+    content = f"{STAGE} {trained.run.id} {teacher}"
     return TrialRecord(
         trial_id=hashlib.sha256(content.encode()).hexdigest()[:12],
-        config=fitted.config,
-        status=Status.FINISHED,
-        epochs_run=len(fitted.history),
-        value=fitted.best.value,
+        config=trained.run.config,
+        origin=trained.run.origin,
+        state=State.COMPLETE,
+        epochs_run=len(trained.history),
+        value=trained.best.value,
         seconds=seconds,
-        reason=f"learnt from the ensemble for {len(fitted.history)} epochs",
+        reason=f"learnt from the ensemble for {len(trained.history)} epochs",
         stage=STAGE,
         note="distilled from the ensemble",
-        curve=fitted.history,
+        curve=trained.history,
     )
 
 
-def _answers(job: Job, fitted: TrainResult, record: TrialRecord) -> float:
+def _answers(job: Job, trained: TrainResult, record: TrialRecord) -> float:
     """Leave the student's probabilities, as they are and as it answers; the temperature between the two."""
     study, splits = job.study, job.splits
     temperature = 1.0
     for split in (splits.val, splits.holdout, splits.test):
         if not len(split):
             continue
-        shown = job.predict(fitted.model, fitted.config, split)
+        shown = job.predict(trained.model, trained.run.config, split)
         shown.save(study.predictions_file(record.trial_id, split.name))
         if split is splits.val:
             assert split.labels is not None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import ray
@@ -19,10 +18,10 @@ from carmodels.data.splits import Split
 from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.models.classifier import weights_damage
-from carmodels.records import FOLD, FOLDS, Status, TrialRecord
+from carmodels.records import FOLD, FOLDS, State, TrialRecord
 from carmodels.study import Study
-from carmodels.training.config import TrialConfig
 from carmodels.training.held_out import splits_for
+from carmodels.training.run import Run
 from tune.optim.standings import judged
 from tune.runtime.job import Job, as_task
 
@@ -34,20 +33,20 @@ def check_filled(splits: Splits, folds: int, seed: int) -> None:
     with_fold(splits, folds=folds, fold=0, seed=seed)
 
 
-def configs_of(config: TrialConfig, folds: int) -> list[TrialConfig]:
-    """A configuration for each fold; what is held out has no say, so there is no patience."""
-    return [replace(config, folds=folds, fold=fold, patience=0) for fold in range(folds)]
+def folds_of(run: Run, folds: int) -> list[Run]:
+    """A run for each fold, without patience: the held-out fold never influences selection."""
+    return [run.with_config(patience=0).with_origin(folds=folds, fold=fold) for fold in range(folds)]
 
 
-def whole(config: TrialConfig) -> TrialConfig:
-    """What the models of all folds are called by."""
-    return replace(config, fold=None)
+def all_folds(run: Run) -> Run:
+    """What the models of all folds together are called by."""
+    return run.with_origin(fold=None)
 
 
-def runs_of(study: Study, config: TrialConfig) -> list[TrialRecord]:
-    """The finished runs of single folds, fold by fold, of what all of them are called by."""
-    found = [r for r in study.records() if r.stage == FOLD and r.status is Status.FINISHED]
-    return sorted((r for r in found if whole(r.config) == config), key=lambda r: r.config.fold or 0)
+def fold_records(study: Study, run: Run) -> list[TrialRecord]:
+    """The complete runs of single folds, fold by fold, of what all of them together are called by."""
+    found = [r for r in study.records() if r.stage == FOLD and r.state is State.COMPLETE]
+    return sorted((r for r in found if all_folds(r.run) == run), key=lambda r: r.origin.fold or 0)
 
 
 def gather(study: Study) -> list[TrialRecord]:
@@ -57,30 +56,27 @@ def gather(study: Study) -> list[TrialRecord]:
     new as well where one of its folds, cut short before, has been trained again since, or where its
     probabilities are missing or damaged.
     """
-    found: dict[TrialConfig, list[TrialRecord]] = defaultdict(list)
+    found: dict[Run, list[TrialRecord]] = defaultdict(list)
     for record in study.records():
-        if record.stage == FOLD and record.status is Status.FINISHED:
-            found[whole(record.config)].append(record)
+        if record.stage == FOLD and record.state is State.COMPLETE:
+            found[all_folds(record.run)].append(record)
     places = {r.trial_id: place for place, r in enumerate(study.records())}
 
-    def new(config: TrialConfig, runs: Sequence[TrialRecord]) -> bool:
-        trained = places.get(config.id, -1) < max(places[r.trial_id] for r in runs)
-        return trained or not study.has_predictions(config.id, "oof")
+    def new(run: Run, parts: Sequence[TrialRecord]) -> bool:
+        trained = places.get(run.id, -1) < max(places[r.trial_id] for r in parts)
+        return trained or not study.has_predictions(run.id, "oof")
 
-    def there(config: TrialConfig, runs: Sequence[TrialRecord]) -> bool:
-        return len(runs) == config.folds and all(study.has_predictions(r.trial_id, "oof") for r in runs)
+    def there(run: Run, parts: Sequence[TrialRecord]) -> bool:
+        answered = all(study.has_predictions(r.trial_id, "oof") for r in parts)
+        return len(parts) == run.origin.folds and answered
 
-    return [
-        _gathered(study, config)
-        for config, runs in found.items()
-        if there(config, runs) and new(config, runs)
-    ]
+    return [_gathered(study, run) for run, parts in found.items() if there(run, parts) and new(run, parts)]
 
 
 def restore(job: Job) -> None:
     """Make anew what finished folds with intact weights have said, where it was lost or damaged."""
     study, splits = job.study, job.splits
-    runs = [r for r in study.records() if r.stage == FOLD and r.status is Status.FINISHED]
+    runs = [r for r in study.records() if r.stage == FOLD and r.state is State.COMPLETE]
     names = ["oof", *(name for name in ("holdout", "test") if len(getattr(splits, name)))]
     wanted = ((r, name) for r in runs if not weights_damage(study.weights_file(r.trial_id)) for name in names)
     lost = [(r, name) for r, name in wanted if not study.has_predictions(r.trial_id, name)]
@@ -92,35 +88,37 @@ def restore(job: Job) -> None:
 
 
 def _said(job: Job, run: TrialRecord, name: str) -> Predictions:
-    images = splits_for(run.config, job.splits).val if name == "oof" else getattr(job.splits, name)
+    images = splits_for(run.origin, job.splits).val if name == "oof" else getattr(job.splits, name)
     return job.predict_again(run, images, ("plain",))[0]
 
 
-def _gathered(study: Study, config: TrialConfig) -> TrialRecord:
-    runs, metric = runs_of(study, config), METRICS[study.metric]
-    study.forget_predictions(config.id)
+def _gathered(study: Study, run: Run) -> TrialRecord:
+    parts, metric = fold_records(study, run), METRICS[study.metric]
+    study.forget_predictions(run.id)
     on_val = study.labels("val")
     labels = study.labels("train") | on_val
-    oof = joined([study.predictions(r.trial_id, "oof") for r in runs]).aligned(list(labels))
+    oof = joined([study.predictions(r.trial_id, "oof") for r in parts]).aligned(list(labels))
     val = Predictions(tuple(on_val), oof.classes, oof.probs[[name in on_val for name in labels]])
     answers = {"oof": oof, "val": val}
     for split in ("holdout", "test"):
-        if all(study.has_predictions(r.trial_id, split) for r in runs):
-            answers[split] = blend([study.predictions(r.trial_id, split) for r in runs])
+        if all(study.has_predictions(r.trial_id, split) for r in parts):
+            answers[split] = blend([study.predictions(r.trial_id, split) for r in parts])
     for split, predictions in answers.items():
-        predictions.save(study.predictions_file(config.id, split))
+        predictions.save(study.predictions_file(run.id, split))
     score = metric.score(oof.probs, np.array(list(labels.values())))
     record = TrialRecord(
-        trial_id=config.id,
-        config=config,
-        status=Status.FINISHED,
-        epochs_run=runs[0].epochs_run,
+        trial_id=run.id,
+        config=run.config,
+        origin=run.origin,
+        state=State.COMPLETE,
+        epochs_run=parts[0].epochs_run,
         value=metric.score(val.probs, np.array([on_val[name] for name in val.ids])),
         seconds=0.0,  # those of its folds are theirs
-        reason=f"all {config.folds} folds are there",
+        reason=f"all {run.origin.folds} folds are there",
         stage=FOLDS,
-        note=f"{len(runs)} folds of {parent_of(runs[0])}; out of fold on train and val {score:.4f}",
-        at=max(r.at for r in runs),
+        repeats=parts[0].repeats,
+        note=f"{len(parts)} folds of {parts[0].repeats}; out of fold on train and val {score:.4f}",
+        at=max(r.at for r in parts),
     )
     study.append(record)
     return record
@@ -139,7 +137,7 @@ def ready(study: Study) -> list[TrialRecord]:
         r
         for r in found
         if study.has_predictions(r.trial_id, "oof")
-        and len(runs := runs_of(study, r.config)) == r.config.folds  # one may be in training once more
+        and len(runs := fold_records(study, r.run)) == r.origin.folds  # one may be in training once more
         and not any(weights_damage(study.weights_file(f.trial_id)) for f in runs)
     ]
 
@@ -152,27 +150,22 @@ def judged_on(
     Where several configurations have folds, the best one, too, these alone, on all of train and val; else on
     val, with what each image's own fold says of it. `folded`: those that are ready and not too dear.
     """
-    parents, best = {parent_of(record) for record in folded}, judged(study)[:1]
+    parents, best = {record.repeats for record in folded}, judged(study)[:1]
     if len(parents) > 1 and best and best[0].record.trial_id in parents:
         return [*folded], "oof", study.labels("train") | study.labels("val")
     return [*candidates, *folded], "val", study.labels("val")
 
 
-def parent_of(record: TrialRecord) -> str:
-    """The id of the trial whose configuration a fold, or all folds, have."""
-    return record.note.partition(";")[0].rpartition(" of ")[2]
-
-
 def models_of(study: Study, record: TrialRecord) -> list[TrialRecord]:
     """The records whose weights a member of an ensemble has: its folds, or itself."""
-    return runs_of(study, record.config) if record.stage == FOLDS else [record]
+    return fold_records(study, record.run) if record.stage == FOLDS else [record]
 
 
 def shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
     """What the models of all folds say of a split through each view: on val each of its own fold alone."""
     images: Split = getattr(job.splits, split)
     said = []
-    for run in runs_of(job.study, record.config):
+    for run in fold_records(job.study, record.run):
         own = _held_out(job, run, images) if split == "val" else images
         if len(own):
             said.append(job.predict_again(run, own, views))
@@ -183,5 +176,5 @@ def shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> li
 
 def _held_out(job: Job, run: TrialRecord, images: Split) -> Split:
     """Those of the images that one fold's model has not learnt from."""
-    held_out = set(splits_for(run.config, job.splits).val.ids)
+    held_out = set(splits_for(run.origin, job.splits).val.ids)
     return images.part(np.array([name in held_out for name in images.ids], bool))

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from carmodels.catalog import UNFREEZE
@@ -15,16 +15,17 @@ from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.predictions import blend
 from carmodels.files import write_json
 from carmodels.models.classifier import weights_damage
-from carmodels.records import FOLD, FOLD_IN, TRAINED, Status, TrialRecord
+from carmodels.records import FOLD, FOLD_IN, TRAINED, Role, State, TrialRecord
 from carmodels.space import space_of
 from carmodels.study import Study
 from carmodels.submission import write_submission
 from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
 from tune.budget.clock import LATE_RETRAIN_SHARE, Clock
 from tune.budget.costs import SLOWER, Costs, expected_seconds, times_as_long
-from tune.finalize.folds import MOST_FOLDED, configs_of, gather, parent_of, ready, restore, runs_of, whole
+from tune.finalize.folds import MOST_FOLDED, all_folds, fold_records, folds_of, gather, ready, restore
 from tune.optim.searcher import QueueSearcher
-from tune.optim.standings import CONTENDERS, described, judged
+from tune.optim.standings import CONTENDERS, described, judged, without_seed
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.runner import run_trials
@@ -52,29 +53,30 @@ class Way:
         """The same, with the epochs of the study's trials."""
         return replace(self, space_epochs=epochs_of_space(study))
 
-    def all_of(self, config: TrialConfig, parents: Sequence[str]) -> list[TrialConfig]:
+    def all_of(self, run: Run, parents: Sequence[str]) -> list[Run]:
         """What it may come to where there are weights of these runs to go on from, the best first."""
         if parents and (self.goes_on or not (self.epochs or self.changes.keys() & NEW_HEAD)):
-            return self.onward(config, parents[0])
-        return self.of(config)
+            return self.onward(run, parents[0])
+        return self.of(run)
 
-    def onward(self, config: TrialConfig, parent: str) -> list[TrialConfig]:
+    def onward(self, run: Run, parent: str) -> list[Run]:
         """A further schedule from the weights of that run of it, all of the backbone open; likewise.
 
         Of every length down to the trial's: each epoch more of it helps.
         """
-        usual = max(config.epochs, self.space_epochs)
+        usual = max(run.config.epochs, self.space_epochs)
         lengths = [self.epochs] if self.epochs else range(round(LONGER * usual), usual - 1, -1)
-        own = {"unfreeze": "full", "continues": parent}
-        like = replace(self._opened(config), **{**own, **self.changes})
-        return [replace(like, epochs=epochs) for epochs in lengths]
+        config = replace(self._opened(run.config), **{"unfreeze": "full", **self.changes})
+        like = replace(run, config=config).with_origin(continues=parent)
+        return [like.with_config(epochs=epochs) for epochs in lengths]
 
-    def of(self, config: TrialConfig) -> list[TrialConfig]:
+    def of(self, run: Run) -> list[Run]:
         """What a new model may come to, the longest schedule first; ValueError for an unfit change."""
+        config = run.config
         usual = (max(config.epochs, self.space_epochs), config.epochs)  # one and the same for most trials
         lengths = {self.epochs} if self.epochs else {*usual, *(round(LONGER * epochs) for epochs in usual)}
-        like = replace(self._opened(config), **self.changes)
-        return [replace(like, epochs=epochs) for epochs in sorted(lengths, reverse=True)]
+        like = replace(run, config=replace(self._opened(config), **self.changes))
+        return [like.with_config(epochs=epochs) for epochs in sorted(lengths, reverse=True)]
 
     def _opened(self, config: TrialConfig) -> TrialConfig:
         stays = self.changes.get("unfreeze") == "frozen"
@@ -196,23 +198,23 @@ def retrain(
     best = _chosen(study, trial_id)
     others = [] if trial_id or math.isinf(room.left) else _alike(study)
     chosen = next((r for r in (best, *others) if _has_time(study, r, seeds, way, room)), best)
-    configs, like = _to_train(study, chosen, seeds, way, room)
+    runs, like = _to_train(study, chosen, seeds, way, room)
     if chosen != best:
         say(f"The time that is left does not hold one run of {best.config.title} ({best.trial_id}).")
-    say(_announced(chosen, len(configs), len(_again(study, chosen, like)), like))
-    owners = dict.fromkeys(configs, chosen)
+    say(_announced(chosen, len(runs), len(_again(study, chosen, like)), like))
+    owners = dict.fromkeys(runs, chosen)
     if trial_id is None:
-        owners |= _beside(study, chosen, configs, way, room)
-    for config, record in owners.items():
+        owners |= _beside(study, chosen, runs, way, room)
+    for run, record in owners.items():
         if record != chosen:
             name = f"{record.config.title} ({record.trial_id})"
-            say(f"Beside it, as there is time for it: {name}, {_difference(record.config, config)}.")
-    notes = {config.id: f"seed {config.seed} of {record.trial_id}" for config, record in owners.items()}
+            say(f"Beside it, as there is time for it: {name}, {_difference(record.config, run)}.")
+    roles = {run.id: _repeat(record, f"seed {run.origin.seed}") for run, record in owners.items()}
     completed = _train(
-        job, list(owners), stage="retrain", notes=notes, clock=clock, share=clock.retrain - less, watch=watch
+        job, list(owners), stage="retrain", roles=roles, clock=clock, share=clock.retrain - less, watch=watch
     )
-    again = {r.trial_id: {"seed": r.config.seed, "val": r.value} for r in _again(study, chosen, like)}
-    _write_best(study, chosen, like if again else chosen.config, again)
+    again = {r.trial_id: {"seed": r.origin.seed, "val": r.value} for r in _again(study, chosen, like)}
+    _write_best(study, chosen, like if again else chosen.run, again)
     return completed
 
 
@@ -228,7 +230,7 @@ def most_seconds(job: Job, *, within: float = math.inf, folds: int = 0) -> float
     if least_seconds(job) > within:
         return 0.0
     best = [standing.record for standing in judged(study)[:CONTENDERS]]
-    each = max((room.seconds(r, way.of(r.config)[0]) for r in best), default=math.inf)
+    each = max((room.seconds(r, way.of(r.run)[0].config) for r in best), default=math.inf)
     runs = folds * MOST_FOLDED if folds else SEEDS + CONTENDERS - 1
     images = 1 + len(splits.val) / len(splits.train) if folds else 1.0  # for each that a trial learns from
     return each * images * math.ceil(runs / room.workers)
@@ -238,7 +240,7 @@ def least_seconds(job: Job) -> float:
     """What the shortest run takes of those that cannot be told apart from the best; 0 without trials."""
     room = Room(math.inf, job.workers.count, job.costs, bool(job.workers.packed))
     way = AS_IN_THE_TRIAL.inside(job.study)
-    lasts = ((record, way.of(record.config)[-1]) for record in _alike(job.study))
+    lasts = ((record, way.of(record.run)[-1].config) for record in _alike(job.study))
     return min((room.seconds(r, c) * _fewest(c.epochs) / c.epochs for r, c in lasts), default=0.0)
 
 
@@ -255,16 +257,16 @@ def _alike(study: Study) -> list[TrialRecord]:
 
 def _has_time(study: Study, record: TrialRecord, seeds: int, way: Way, room: Room) -> bool:
     """Whether there are runs of it, or is time for one."""
-    configs, like = _to_train(study, record, seeds, way, room)
-    return bool(configs or _again(study, record, like))
+    runs, like = _to_train(study, record, seeds, way, room)
+    return bool(runs or _again(study, record, like))
 
 
 def _train(
     job: Job,
-    configs: Sequence[TrialConfig],
+    runs: Sequence[Run],
     *,
     stage: str,
-    notes: dict[str, str],
+    roles: dict[str, Role],
     clock: Clock,
     share: float,
     watch: ProgressCallback,
@@ -274,16 +276,16 @@ def _train(
     One that had been cut short, and does not come as far this time, stays what it was.
     """
     study, end = job.study, clock.at(share)
-    ids = {config.id for config in configs}
-    before = {r.trial_id: r for r in study.records() if r.trial_id in ids and r.status is Status.FINISHED}
+    ids = {run.id for run in runs}
+    before = {r.trial_id: r for r in study.records() if r.trial_id in ids and r.state is State.COMPLETE}
     try:
-        completed = not configs or run_trials(
+        completed = not runs or run_trials(
             replace(job, workers=replace(job.workers, packed=0), until=end),
             stage=stage,
             begun=clock.begun,
             end=clock.late(share, 1.0, LATE_RETRAIN_SHARE),
-            search_alg=QueueSearcher(configs, metric=study.metric, mode=METRICS[study.metric].mode),
-            notes=notes,
+            search_alg=QueueSearcher(runs, metric=study.metric, mode=METRICS[study.metric].mode),
+            roles=roles,
             watch=watch,
         )
     finally:
@@ -296,13 +298,13 @@ def _train(
 
 def _as_far(new: TrialRecord, old: TrialRecord) -> bool:
     """Whether a run has come as far as the one before it, which the clock cut short."""
-    return new.status is Status.FINISHED and (new.whole or new.epochs_run >= old.epochs_run)
+    return new.state is State.COMPLETE and (new.whole or new.epochs_run >= old.epochs_run)
 
 
-def _write_best(study: Study, chosen: TrialRecord, like: TrialConfig, again: dict[str, Any]) -> None:
+def _write_best(study: Study, chosen: TrialRecord, like: Run, again: dict[str, Any]) -> None:
     content = {
         "trial_id": chosen.trial_id,
-        "config": asdict(like),
+        **like.to_dict(),
         "metric": study.metric,
         "val": chosen.value,
         "retrained": again,
@@ -311,11 +313,9 @@ def _write_best(study: Study, chosen: TrialRecord, like: TrialConfig, again: dic
     write_json(study.best_file, content)
 
 
-def _to_train(
-    study: Study, chosen: TrialRecord, seeds: int, way: Way, room: Room
-) -> tuple[list[TrialConfig], TrialConfig]:
-    """The configurations that retraining lacks and has time for, and what they are but for their seeds."""
-    first = chosen.config.seed + 1
+def _to_train(study: Study, chosen: TrialRecord, seeds: int, way: Way, room: Room) -> tuple[list[Run], Run]:
+    """The runs that retraining lacks and has time for, and what they are but for their seeds."""
+    first = chosen.origin.seed + 1
     parents = _parents(study, chosen)
     names = [record.trial_id for record in parents]
     if way.goes_on and not parents:
@@ -323,32 +323,33 @@ def _to_train(
             f"--onward: {study.folder} has no weights of {chosen.trial_id}; leave it out, or name another "
             "with --trial"
         )
-    there: TrialConfig | None = None  # the best of what there are runs of
-    for longest in way.all_of(chosen.config, names):
-        like = replace(longest, head_seed=chosen.config.init_seed)  # so that they make a soup
-        runs = _again(study, chosen, like)
-        done = {r.config.seed for r in runs if r.whole and not _lost(study, r)}
-        there = there or (like if runs else None)
-        cut = {r.config.seed for r in runs if not r.whole}  # they stay, and other seeds are whole
+    there: Run | None = None  # the best of what there are runs of
+    for longest in way.all_of(chosen.run, names):
+        like = longest.with_origin(head_seed=chosen.origin.init_seed)  # so that they make a soup
+        made = _again(study, chosen, like)
+        done = {r.origin.seed for r in made if r.whole and not _lost(study, r)}
+        there = there or (like if made else None)
+        cut = {r.origin.seed for r in made if not r.whole}  # they stay, and other seeds are whole
         free = (seed for seed in itertools.count(first) if seed not in cut)
         used_up = done | _diverged(study, like)
-        configs = [replace(like, seed=seed) for seed in itertools.islice(free, seeds)]
-        if like.continues:
-            configs = [_onto(c, parents[i % len(parents)]) for i, c in enumerate(configs)]
-        missing = [c for c in configs if c.seed not in used_up]
-        count, planned = room.holds(chosen, like, len(missing))
-        if not missing or (count and planned == like.epochs):
+        runs = [like.with_origin(seed=seed) for seed in itertools.islice(free, seeds)]
+        if like.origin.continues:
+            runs = [_onto(r, parents[i % len(parents)]) for i, r in enumerate(runs)]
+        missing = [r for r in runs if r.origin.seed not in used_up]
+        count, planned = room.holds(chosen, like.config, len(missing))
+        if not missing or (count and planned == like.config.epochs):
             return missing[:count], like
         if done:
             return [], there or like  # a shorter schedule is only for want of a whole one
-    shorter = (replace(like, epochs=n) for n in range(like.epochs - 1, max(planned, 1) - 1, -1))
-    for made in shorter:  # for want of time, earlier
-        if seeds_made := {r.config.seed for r in _again(study, chosen, made) if r.whole}:
-            left = [replace(c, epochs=made.epochs) for c in missing[:count] if c.seed not in seeds_made]
-            return left if planned >= made.epochs else [], made
+    shorter = (like.with_config(epochs=n) for n in range(like.config.epochs - 1, max(planned, 1) - 1, -1))
+    for made_shorter in shorter:  # for want of time, earlier
+        if seeds_made := {r.origin.seed for r in _again(study, chosen, made_shorter) if r.whole}:
+            epochs = made_shorter.config.epochs
+            left = [r.with_config(epochs=epochs) for r in missing[:count] if r.origin.seed not in seeds_made]
+            return left if planned >= epochs else [], made_shorter
     if not count:
         return [], there or like
-    return [replace(c, epochs=planned) for c in missing[:count]], replace(like, epochs=planned)
+    return [r.with_config(epochs=planned) for r in missing[:count]], like.with_config(epochs=planned)
 
 
 def _lost(study: Study, run: TrialRecord) -> bool:
@@ -356,39 +357,38 @@ def _lost(study: Study, run: TrialRecord) -> bool:
     return bool(weights_damage(study.weights_file(run.trial_id)))
 
 
-def _diverged(study: Study, like: TrialConfig) -> set[int]:
+def _diverged(study: Study, like: Run) -> set[int]:
     """Seeds with which just that configuration diverged, as it would again."""
-    found = (r.config for r in study.records() if r.status is Status.DIVERGED and r.stage in TRAINED)
-    start, parent = like.head_seed, like.continues
-    alike = (c for c in found if replace(c, seed=like.seed, head_seed=start, continues=parent) == like)
-    return {c.seed for c in alike}
+    found = (r.run for r in study.records() if r.diverged and r.stage in TRAINED)
+    own = {name: getattr(like.origin, name) for name in ("seed", "head_seed", "continues")}
+    return {r.origin.seed for r in found if r.with_origin(**own) == like}
 
 
-def _onto(config: TrialConfig, parent: TrialRecord) -> TrialConfig:
+def _onto(run: Run, parent: TrialRecord) -> Run:
     """To go on from that run; the head's start is its own, by which soups know what mixes."""
-    return replace(config, continues=parent.trial_id, head_seed=parent.config.init_seed)
+    return run.with_origin(continues=parent.trial_id, head_seed=parent.origin.init_seed)
 
 
 def _beside(
-    study: Study, chosen: TrialRecord, first: Sequence[TrialConfig], way: Way, room: Room
-) -> dict[TrialConfig, TrialRecord]:
+    study: Study, chosen: TrialRecord, first: Sequence[Run], way: Way, room: Room
+) -> dict[Run, TrialRecord]:
     """A run each of the next best configurations, as members of the ensemble, as far as bounded time goes.
 
     Of those that cannot be told apart from the best.
     """
-    found: dict[TrialConfig, TrialRecord] = {}
+    found: dict[Run, TrialRecord] = {}
     busy = [0.0] * room.workers  # seconds that each has work for
     if first:
-        busy = _loaded(busy, len(first), room.seconds(chosen, first[0]))
+        busy = _loaded(busy, len(first), room.seconds(chosen, first[0].config))
     for standing in judged(study) if math.isfinite(room.left) else ():
         record = standing.record
         if record == chosen or standing.clearly_worse or len(found) == CONTENDERS - 1:
             continue
         one = replace(room, left=room.left - min(busy), workers=1)
-        for config in _to_train(study, record, 1, way, one)[0]:
-            if config.epochs >= record.config.epochs:  # a shorter one would hardly be a better member
-                found[config] = record
-                busy = _loaded(busy, 1, room.seconds(record, config))
+        for run in _to_train(study, record, 1, way, one)[0]:
+            if run.config.epochs >= record.config.epochs:  # a shorter one would hardly be a better member
+                found[run] = record
+                busy = _loaded(busy, 1, room.seconds(record, run.config))
     return found
 
 
@@ -400,24 +400,25 @@ def _parents(study: Study, chosen: TrialRecord) -> list[TrialRecord]:
 
 def _runs(study: Study, chosen: TrialRecord) -> list[TrialRecord]:
     """The finished runs of just that configuration in search and reruns, best first."""
-    like = replace(chosen.config, seed=0)
+    like = without_seed(chosen.run)
     board = (r for r in study.leaderboard() if r.stage in ("search", "confirm"))
-    return [r for r in board if replace(r.config, seed=0) == like]
+    return [r for r in board if without_seed(r.run) == like]
 
 
-def _again(study: Study, chosen: TrialRecord, like: TrialConfig) -> list[TrialRecord]:
+def _again(study: Study, chosen: TrialRecord, like: Run) -> list[TrialRecord]:
     """Finished runs of just that configuration with other seeds than the trial's, best first."""
     board = (r for r in study.leaderboard() if r.stage in TRAINED and r.trial_id != chosen.trial_id)
-    own = {r.trial_id for r in _runs(study, chosen)} if like.continues else set()
+    start = like.origin
+    own = {r.trial_id for r in _runs(study, chosen)} if start.continues else set()
 
-    def alike(config: TrialConfig) -> bool:
-        parent = like.continues if config.continues in own else config.continues
-        return replace(config, seed=like.seed, head_seed=like.head_seed, continues=parent) == like
+    def alike(run: Run) -> bool:
+        parent = start.continues if run.origin.continues in own else run.origin.continues
+        return run.with_origin(seed=start.seed, head_seed=start.head_seed, continues=parent) == like
 
-    return [r for r in board if alike(r.config)]
+    return [r for r in board if alike(r.run)]
 
 
-def _announced(chosen: TrialRecord, missing: int, done: int, like: TrialConfig) -> str:
+def _announced(chosen: TrialRecord, missing: int, done: int, like: Run) -> str:
     """What retraining is about to do, in words."""
     name = f"{chosen.config.title} ({chosen.trial_id})"
     if missing:
@@ -428,16 +429,16 @@ def _announced(chosen: TrialRecord, missing: int, done: int, like: TrialConfig) 
     return "Retraining is left out: the time that is left does not hold one run of it."
 
 
-def _difference(old: TrialConfig, new: TrialConfig) -> str:
+def _difference(old: TrialConfig, run: Run) -> str:
     """What is done in another way than in the trial, in words."""
+    new = run.config
     more = f" instead of {old.epochs}" if new.epochs != old.epochs else ""
     words = [f"{new.epochs} epochs each{more}"]
-    if new.continues:
+    if run.origin.continues:
         words = [f"{new.epochs} epochs more each, on from its weights"]
     before = vars(old)
-    own = ("epochs", "seed", "head_seed", "fold", "folds", "fold_in", "patience", "continues")
     for name, value in vars(new).items():
-        if name not in own and value != before[name]:
+        if name not in ("epochs", "patience") and value != before[name]:
             words.append(f"{name} {value} instead of {before[name]}")
     return ", ".join(words)
 
@@ -481,20 +482,20 @@ def retrain_folds(
             "take their place."
         )
         return retrain(job, clock=clock, watch=watch, say=say, trial_id=trial_id, way=way, less=less)
-    missing = {c: r for r, like in planned.items() for c in _missing_folds(study, like, folds)}
-    notes = {c.id: f"fold {1 + (c.fold or 0)} of {folds} of {r.trial_id}" for c, r in missing.items()}
+    missing = {m: r for r, like in planned.items() for m in _missing_folds(study, like, folds)}
+    roles = {m.id: _repeat(r, f"fold {1 + (m.origin.fold or 0)} of {folds}") for m, r in missing.items()}
     completed = _train(
-        job, list(missing), stage=FOLD, notes=notes, clock=clock, share=clock.retrain - less, watch=watch
+        job, list(missing), stage=FOLD, roles=roles, clock=clock, share=clock.retrain - less, watch=watch
     )
     restore(job)
     for record in gather(study):
         say(f"{record.trial_id}: {record.note} ({len(splits.train) + len(splits.val)} images).")
     study.write_table()
-    own = [r for r in ready(study) if parent_of(r) == chosen[0].trial_id]
+    own = [r for r in ready(study) if r.repeats == chosen[0].trial_id]
     if completed and not own and any(_fails(study, like, folds) for like in planned.values()):
         say("A fold diverged, so that there is no whole set of the best: new seeds take their place.")
         return retrain(job, clock=clock, watch=watch, say=say, trial_id=trial_id, way=way, less=less)
-    best = replace(own[0].config, folds=0) if own else chosen[0].config
+    best = own[0].run.with_origin(folds=0) if own else chosen[0].run
     _write_best(study, chosen[0], best, {r.trial_id: {"val": r.value} for r in own})
     return completed
 
@@ -507,7 +508,7 @@ def _runners_up(study: Study, best: TrialRecord, way: Way, say: Say) -> list[Tri
         if record == best:
             continue
         try:
-            way.of(record.config)
+            way.of(record.run)
         except ValueError as error:
             say(f"{record.config.title} ({record.trial_id}) is left out: {error}.")
             continue
@@ -517,38 +518,38 @@ def _runners_up(study: Study, best: TrialRecord, way: Way, say: Say) -> list[Tri
 
 def _done(study: Study) -> set[str]:
     """Ids of the runs that are finished, and were not cut short."""
-    return {r.trial_id for r in study.records() if r.status is Status.FINISHED and r.whole}
+    return {r.trial_id for r in study.records() if r.state is State.COMPLETE and r.whole}
 
 
-def _fails(study: Study, like: TrialConfig, folds: int) -> bool:
+def _fails(study: Study, like: Run, folds: int) -> bool:
     """Whether one of its folds has diverged, as it would again."""
-    ids = {config.id for config in configs_of(like, folds)}
-    return any(r.trial_id in ids and r.status is Status.DIVERGED for r in study.records())
+    ids = {run.id for run in folds_of(like, folds)}
+    return any(r.trial_id in ids and r.diverged for r in study.records())
 
 
-def _missing_folds(study: Study, like: TrialConfig, folds: int) -> list[TrialConfig]:
-    done, runs = _done(study), {r.trial_id: r for r in study.records()}
-    wanted = configs_of(like, folds)
-    return [c for c in wanted if c.id not in done or _lost(study, runs[c.id])]
+def _missing_folds(study: Study, like: Run, folds: int) -> list[Run]:
+    done, records = _done(study), {r.trial_id: r for r in study.records()}
+    wanted = folds_of(like, folds)
+    return [r for r in wanted if r.id not in done or _lost(study, records[r.id])]
 
 
-def _all_there(study: Study, like: TrialConfig, folds: int) -> bool:
+def _all_there(study: Study, like: Run, folds: int) -> bool:
     """Whether each of its folds has been trained, be it cut short."""
-    return len(runs_of(study, whole(configs_of(like, folds)[0]))) == folds
+    return len(fold_records(study, all_folds(folds_of(like, folds)[0]))) == folds
 
 
-def _begun_folds(study: Study, record: TrialRecord, folds: int, way: Way) -> list[TrialConfig]:
+def _begun_folds(study: Study, record: TrialRecord, folds: int, way: Way) -> list[Run]:
     """Schedules of other lengths, for want of time, of which some folds are there and some are not."""
-    like = replace(way.of(record.config)[0], patience=0)
-    others = (r.config for r in study.records() if r.stage == FOLD and r.config.folds == folds)
-    found = {replace(c, folds=0, fold=None) for c in others}
-    own = [c for c in found if not way.epochs and replace(c, epochs=like.epochs) == like]
-    return [c for c in own if _missing_folds(study, c, folds)]
+    like = way.of(record.run)[0].with_config(patience=0)
+    others = (r.run for r in study.records() if r.stage == FOLD and r.origin.folds == folds)
+    found = {r.with_origin(folds=0, fold=None) for r in others}
+    own = [r for r in found if not way.epochs and r.with_config(epochs=like.config.epochs) == like]
+    return [r for r in own if _missing_folds(study, r, folds)]
 
 
-def _fold_ways(study: Study, record: TrialRecord, folds: int, way: Way) -> list[TrialConfig]:
+def _fold_ways(study: Study, record: TrialRecord, folds: int, way: Way) -> list[Run]:
     """What its folds may be, those first that were begun."""
-    ways = [*way.of(record.config), *_begun_folds(study, record, folds, way)]
+    ways = [*way.of(record.run), *_begun_folds(study, record, folds, way)]
     ways = [like for like in ways if not _fails(study, like, folds)]
     return sorted(ways, key=lambda like: len(_missing_folds(study, like, folds)) == folds)
 
@@ -560,15 +561,15 @@ def _folds_to_train(
     way: Way,
     room: Room,
     train: float,
-) -> dict[TrialRecord, TrialConfig]:
+) -> dict[TrialRecord, Run]:
     """How each of these, best first, is trained over folds, of those that there is time for."""
-    found: dict[TrialRecord, TrialConfig] = {}
+    found: dict[TrialRecord, Run] = {}
     busy = [0.0] * room.workers  # seconds that each has work for
     for record in chosen:
         ways = _fold_ways(study, record, folds, way)
         complete = [like for like in ways if _all_there(study, like, folds)]
         for like in complete[:1] or ways:  # where some were cut short a set of another length is no better
-            each = room.seconds(record, like, train)
+            each = room.seconds(record, like.config, train)
             after = _loaded(busy, len(_missing_folds(study, like, folds)), each)
             if max(after) <= room.left:
                 found[record], busy = like, after
@@ -586,14 +587,14 @@ def _shorter_folds(
     way: Way,
     room: Room,
     train: float,
-) -> dict[TrialRecord, TrialConfig]:
+) -> dict[TrialRecord, Run]:
     """For want of time for whole schedules a shorter one of the best, unless some of its folds are there."""
-    like = way.of(best.config)[-1]
-    per_epoch = room.seconds(best, like, train) / like.epochs
+    like = way.of(best.run)[-1]
+    per_epoch = room.seconds(best, like.config, train) / like.config.epochs
     shorter = int(room.left / (math.ceil(folds / room.workers) * per_epoch))
-    begun = runs_of(study, whole(configs_of(like, folds)[0]))
-    fewer = replace(like, epochs=max(1, shorter))
-    if begun or shorter < _fewest(like.epochs) or _fails(study, fewer, folds):
+    begun = fold_records(study, all_folds(folds_of(like, folds)[0]))
+    fewer = like.with_config(epochs=max(1, shorter))
+    if begun or shorter < _fewest(like.config.epochs) or _fails(study, fewer, folds):
         return {}
     return {best: fewer}
 
@@ -637,11 +638,11 @@ def retrain_on_everything(
     if missing:
         difference = _difference(chosen.config, missing[0])
         say(f"Training {name} on all labelled images, holdout too, seeds: {len(missing)}; {difference}.")
-    notes = {c.id: f"seed {c.seed} of {chosen.trial_id}, learns from everything" for c in missing}
+    roles = {r.id: _repeat(chosen, f"seed {r.origin.seed}, all labelled images") for r in missing}
     completed = _train(
-        job, missing, stage=FOLD_IN, notes=notes, clock=clock, share=clock.retrain, watch=watch
+        job, missing, stage=FOLD_IN, roles=roles, clock=clock, share=clock.retrain, watch=watch
     )
-    there = [r for r in study.records() if r.trial_id in alike and r.status is Status.FINISHED]
+    there = [r for r in study.records() if r.trial_id in alike and r.state is State.COMPLETE]
     there = [r for r in there if r.whole] or there  # no val would keep out those that were cut short
     answers = [r.trial_id for r in there if study.has_predictions(r.trial_id, "test")]
     if not answers and not missing:
@@ -658,26 +659,31 @@ def retrain_on_everything(
 
 def _everything_to_train(
     study: Study, chosen: TrialRecord, seeds: int, way: Way, room: Room, train: float
-) -> tuple[list[TrialConfig], set[str]]:
+) -> tuple[list[Run], set[str]]:
     """Runs on everything that are lacking and fit into the time; ids of all that count, whatever length."""
     done, alike = {i for i in _done(study) if study.has_predictions(i, "test")}, set[str]()
-    for longest in way.of(chosen.config):
-        like = replace(longest, fold_in=True, patience=0)
-        configs = [replace(like, seed=like.seed + 1 + i) for i in range(seeds)]
-        alike |= {c.id for c in configs}
-        missing = [c for c in configs if c.id not in done]
-        count, planned = room.holds(chosen, like, len(missing), train)
-        if not missing or (count and planned == like.epochs):
+    for longest in way.of(chosen.run):
+        like = longest.with_config(patience=0).with_origin(fold_in=True)
+        runs = [like.with_origin(seed=like.origin.seed + 1 + i) for i in range(seeds)]
+        alike |= {r.id for r in runs}
+        missing = [r for r in runs if r.id not in done]
+        count, planned = room.holds(chosen, like.config, len(missing), train)
+        if not missing or (count and planned == like.config.epochs):
             break
-    others = [r for r in study.records() if r.stage == FOLD_IN and r.status is Status.FINISHED]
-    shorter = {r.config for r in others if replace(r.config, seed=like.seed, epochs=like.epochs) == like}
-    alike |= {c.id for c in shorter}
-    if planned < like.epochs:  # what there is of as many epochs, or more, does not need to be made again
-        there = {c.seed for c in shorter if c.epochs >= planned and c.id in done}
-        missing = [c for c in missing if c.seed not in there]
+    others = [r for r in study.records() if r.stage == FOLD_IN and r.state is State.COMPLETE]
+    epochs, seed = like.config.epochs, like.origin.seed
+    shorter = {r.run for r in others if r.run.with_config(epochs=epochs).with_origin(seed=seed) == like}
+    alike |= {r.id for r in shorter}
+    if planned < epochs:  # what there is of as many epochs, or more, does not need to be made again
+        there = {r.origin.seed for r in shorter if r.config.epochs >= planned and r.id in done}
+        missing = [r for r in missing if r.origin.seed not in there]
         count -= len(there)
-    missing = [replace(c, epochs=planned) for c in missing[: max(0, count)]]
-    return missing, alike | {c.id for c in missing}
+    missing = [r.with_config(epochs=planned) for r in missing[: max(0, count)]]
+    return missing, alike | {r.id for r in missing}
+
+
+def _repeat(of: TrialRecord, how: str) -> Role:
+    return Role(repeats=of.trial_id, note=f"{how} of {of.trial_id}")
 
 
 def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
@@ -691,7 +697,7 @@ def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
             )
         return candidates[0]
     if not candidates:
-        reasons = [r.reason for r in study.records() if r.status is not Status.FINISHED]
+        reasons = [r.reason for r in study.records() if r.state is not State.COMPLETE]
         last = f" (the last one: {reasons[-1]})" if reasons else ""
         raise ValueError(f"{study.folder} has no finished trial{last}; --resume goes on, with more --hours")
     found = judged(study)

@@ -13,12 +13,11 @@ import torch
 from carmodels.ensembling.soup import Ingredient, greedy_soup, kind
 from carmodels.evaluation.metrics import METRICS
 from carmodels.models.classifier import save_weights, weights_damage
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from tune.runtime.job import Job, as_task
 
 STAGE = "soup"
 MOST = 8  # models that a soup is tried from
-_CUT = "the time was up"
 
 
 def cook(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> list[TrialRecord]:
@@ -30,7 +29,7 @@ def cook(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> list[T
     study = job.study
     there = {r.trial_id: r for r in study.records() if not weights_damage(study.weights_file(r.trial_id))}
     groups = {soup_id(group): group for group in _kinds(candidates)}
-    whole = {name for name, record in there.items() if _CUT not in record.reason or time.time() > until}
+    whole = {name for name, record in there.items() if record.whole or time.time() > until}
     missing = {name: group for name, group in groups.items() if name not in whole}
     task = as_task(_cook, job.workers)
     for record in ray.get([task.remote(job, *item, until) for item in missing.items()]):
@@ -50,7 +49,7 @@ def _kinds(candidates: Sequence[TrialRecord]) -> list[list[TrialRecord]]:
     """The best few of each kind of which there are two at least."""
     found: dict[Hashable, list[TrialRecord]] = defaultdict(list)
     for record in candidates:
-        if (alike := kind(record.config)) is not None:
+        if (alike := kind(record.run)) is not None:
             found[alike].append(record)
     return [group[:MOST] for group in found.values() if len(group) > 1]
 
@@ -61,7 +60,7 @@ def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> Tr
     started = time.time()
     study, splits, workers = job.study, job.splits, job.workers
     ingredients = [
-        Ingredient(r.trial_id, r.config, study.weights_file(r.trial_id), study.predictions(r.trial_id, "val"))
+        Ingredient(r.trial_id, r.run, study.weights_file(r.trial_id), study.predictions(r.trial_id, "val"))
         for r in group
     ]
     try:
@@ -79,16 +78,20 @@ def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> Tr
             job.predict(soup.model, config, split).save(study.predictions_file(name, split.name))
     save_weights(soup.model, study.weights_file(name))
     assert splits.val.labels is not None
-    members = ", ".join(ingredient.trial_id for ingredient in soup.ingredients)
-    cut = f", {_CUT} after {soup.tried} of them" if soup.tried < len(group) else ""
+    members = tuple(ingredient.trial_id for ingredient in soup.ingredients)
+    cut_short = soup.tried < len(group)
+    cut = f", the time was up after {soup.tried} of them" if cut_short else ""
     return TrialRecord(
         trial_id=name,
         config=config,
-        status=Status.FINISHED,
+        origin=group[0].origin,
+        state=State.COMPLETE,
+        cut_short=cut_short,
         epochs_run=0,
         value=METRICS[study.metric].score(soup.val.aligned(splits.val.ids).probs, splits.val.labels),
         seconds=time.time() - started,
         reason=f"the mean of the weights of {len(soup.ingredients)} models of {len(group)}{cut}",
         stage=STAGE,
-        note=f"soup of {members}",
+        ingredients=members,
+        note=f"soup of {', '.join(members)}",
     )

@@ -12,7 +12,7 @@ from typing import Any
 from carmodels.evaluation.intervals import share_interval
 from carmodels.evaluation.metrics import METRICS
 from carmodels.files import write_json
-from carmodels.records import Status, TrialRecord
+from carmodels.records import Role, State, TrialRecord
 from carmodels.study import Study
 from tune.budget.clock import STOPS_SHARE, Clock
 from tune.budget.costs import expected_seconds
@@ -41,8 +41,7 @@ class Verdict:
 
 def at_rungs(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Trials of the search that the scheduler stopped at a rung, not the clock."""
-    stopped = (r for r in records if r.stage == "search" and r.status is Status.STOPPED)
-    return [r for r in stopped if not r.by_the_clock]
+    return [r for r in records if r.stage == "search" and r.state is State.PRUNED]
 
 
 def drawn(stopped: Iterable[TrialRecord], most: int, seed: int) -> list[TrialRecord]:
@@ -108,7 +107,7 @@ def judged_stops(
 def sentence(results: Mapping[str, Any]) -> str:
     """What the check of stops says, in words."""
     if not results["stopped"]:
-        return "No trial was stopped at a rung: there is no stop to holdout."
+        return "No trial was stopped at a rung: there is no stop to check."
     text = f"Of {results['stopped']} trials stopped at a rung {results['drawn']} were drawn at random and "
     if not results["finished"]:
         return f"{text}none was finished: there was no time for it."
@@ -131,7 +130,7 @@ def check_stops(
     study, inner = job.study, job.study.begin_stops()
     stopped = at_rungs(study.records())
     chosen = drawn(stopped, count, seed)
-    done = {r.trial_id for r in inner.records() if r.status is Status.FINISHED}
+    done = {r.trial_id for r in inner.records() if r.state is State.COMPLETE}
     todo = {r.trial_id: r for r in chosen if r.trial_id not in done}
     end, costs = clock.at(clock.search + STOPS_SHARE), job.costs if job.workers.packed else None
     say(f"Check of stops: {len(chosen)} of {len(stopped)} trials stopped at a rung are finished after all.")
@@ -141,12 +140,12 @@ def check_stops(
         begun=clock.begun,
         end=end,
         search_alg=QueueSearcher(
-            [r.config for r in todo.values()],
+            [r.run for r in todo.values()],
             metric=study.metric,
             mode=METRICS[study.metric].mode,
-            fits=lambda config: time.time() + expected_seconds(todo[config.id], costs) <= end,
+            fits=lambda run: time.time() + expected_seconds(todo[run.id], costs) <= end,
         ),
-        notes={r.trial_id: f"stopped after epoch {r.epochs_run}" for r in chosen},
+        roles={r.trial_id: Role(note=f"pruned after epoch {r.epochs_run}") for r in chosen},
         watch=watching(inner),
     )
     for record in chosen:

@@ -24,6 +24,7 @@ from carmodels.models.weights import Weights
 from carmodels.records import FOLDS, TrialRecord
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import view_size
+from carmodels.training.run import Run
 from tune.finalize import folds
 from tune.runtime.job import Job, as_task
 
@@ -41,14 +42,13 @@ class Paces:
     job: Job
     seconds: dict[tuple[str, int], float] = field(default_factory=dict)  # by backbone and size in pixels
 
-    def of(self, config: TrialConfig, view: str = "plain") -> float:
-        """Seconds an image, loading included."""
-        models = config.folds or 1
-        return models * self.seconds[self._key(config, view)]
+    def of(self, run: Run, view: str = "plain") -> float:
+        """Seconds an image, loading included, by all models of a run over folds."""
+        return (run.origin.folds or 1) * self.seconds[self._key(run.config, view)]
 
-    def measure(self, configs: Iterable[TrialConfig], views: Iterable[str] = ("plain",)) -> None:
+    def measure(self, runs: Iterable[Run], views: Iterable[str] = ("plain",)) -> None:
         """Time what was not timed yet, side by side as it will run."""
-        wanted = {self._key(c, v): c for c in configs for v in views}
+        wanted = {self._key(r.config, v): r.config for r in runs for v in views}
         missing = {key: config for key, config in wanted.items() if key not in self.seconds}
         task = as_task(prediction_seconds, self.job.workers)
         found = ray.get([task.remote(self.job, config, size) for (_, size), config in missing.items()])
@@ -133,10 +133,10 @@ class Members:
 
         On val each image is shown to one model of folds alone.
         """
-        configs, views = [record.config for record in self.weights], tuple(views)
-        paces.measure(configs, views)
-        shares = {config: 1 / (config.folds or 1) if on_val else 1.0 for config in configs}
-        return {view: 1000 * sum(shares[c] * paces.of(c, view) for c in configs) for view in views}
+        runs, views = [record.run for record in self.weights], tuple(views)
+        paces.measure(runs, views)
+        shares = {run: 1 / (run.origin.folds or 1) if on_val else 1.0 for run in runs}
+        return {view: 1000 * sum(shares[r] * paces.of(r, view) for r in runs) for view in views}
 
 
 def _shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from carmodels.evaluation.metrics import METRICS
 from carmodels.formatting import duration
-from carmodels.records import FOLD, Status, TrialRecord
-from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.records import FOLD, State, TrialRecord
+from carmodels.training.config import EpochMetrics
+from carmodels.training.run import Run
 from tune.budget.clock import Clock
 from tune.runtime.callbacks import RunState
 
@@ -31,14 +32,14 @@ _MARGIN = 3  # columns at the right: the ^C that a terminal echoes would begin a
 class Running:
     """A trial that trains, and its epochs so far."""
 
-    config: TrialConfig
+    run: Run
     curve: Sequence[EpochMetrics]
 
     @property
     def best(self) -> float | None:
         """The best value so far; None before the first epoch, or where none is finite."""
         values = [e.value for e in self.curve if math.isfinite(e.value)]
-        better = max if METRICS[self.config.metric].mode == "max" else min
+        better = max if METRICS[self.run.origin.metric].mode == "max" else min
         return better(values) if values else None
 
 
@@ -57,11 +58,11 @@ class Standing:
 
     @property
     def stopped(self) -> int:
-        return sum(r.status is Status.STOPPED for r in self.ended)
+        return sum(r.state in (State.PRUNED, State.OUT_OF_TIME) for r in self.ended)
 
     @property
     def failed(self) -> int:
-        return sum(r.status in (Status.FAILED, Status.DIVERGED) for r in self.ended)
+        return sum(r.state is State.FAILED for r in self.ended)
 
     @property
     def counts(self) -> str:
@@ -98,7 +99,7 @@ def standing(
     return Standing(
         stage=recorder.stage,
         metric=metric,
-        running=tuple(Running(recorder.configs[i], tuple(c)) for i, c in recorder.running.items()),
+        running=tuple(Running(recorder.runs[i], tuple(c)) for i, c in recorder.running.items()),
         ended=here,
         best=_best(ended, metric),
         trials=goal,
@@ -109,7 +110,7 @@ def standing(
 
 def _best(ended: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
     sign = 1 if METRICS[metric].mode == "max" else -1
-    on_val = (r for r in ended if r.status is Status.FINISHED and r.stage != FOLD)
+    on_val = (r for r in ended if r.state is State.COMPLETE and r.stage != FOLD)
     finished = [(sign * r.value, r) for r in on_val if r.value is not None]
     return max(finished, key=lambda pair: pair[0])[1] if finished else None
 
@@ -176,7 +177,7 @@ class View:
                 _number(curve[-1] if curve else None),
                 _number(trial.best),
                 sparkline(curve, low, high, WIDE_CURVE if wide else CURVE),
-                Text(trial.config.title),
+                Text(trial.run.title),
             )
             table.add_row(*cells, *(_further(trial) if wide else ()))
         if len(self.now.running) > rows:
@@ -200,7 +201,7 @@ def _bar(share: float) -> str:
 
 
 def _epochs(trial: Running) -> str:
-    return f"{len(trial.curve)}/{trial.config.epochs}"
+    return f"{len(trial.curve)}/{trial.run.config.epochs}"
 
 
 def _number(value: float | None) -> str:
@@ -209,7 +210,7 @@ def _number(value: float | None) -> str:
 
 def _further(trial: Running) -> tuple[str, str, str]:
     pace = f"{trial.curve[-1].seconds:.1f}" if trial.curve else "-"
-    return f"{trial.config.lr:.1e}", trial.config.augment, pace
+    return f"{trial.run.config.lr:.1e}", trial.run.config.augment, pace
 
 
 def _cut(text: str, style: str = "") -> Text:

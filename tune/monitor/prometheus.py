@@ -15,8 +15,9 @@ from functools import cache
 from ray.util.metrics import Counter, Gauge
 
 from carmodels.evaluation.metrics import METRICS
-from carmodels.records import FOLD, Status, TrialRecord
-from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.records import FOLD, State, TrialRecord
+from carmodels.training.config import EpochMetrics
+from carmodels.training.run import Run
 from tune.budget.clock import Clock
 from tune.runtime.callbacks import ProgressCallback, RunState
 from tune.runtime.worker import trial_name
@@ -26,10 +27,10 @@ _RUN = ("study", "stage")
 _TRIAL = (*_RUN, "trial", "backbone", "image_size", "strategy")
 
 SERIES: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
-    "carmodels_best": (Gauge, "best value of a finished trial on val", ("study", "metric")),
+    "carmodels_best": (Gauge, "best value of a complete trial on val", ("study", "metric")),
     "carmodels_running": (Gauge, "trials that train", ("study",)),
     "carmodels_seconds_left": (Gauge, "seconds that the command has left", ("study",)),
-    "carmodels_ended": (Counter, "trials that ended, by status and reason", (*_RUN, "status", "reason")),
+    "carmodels_ended": (Counter, "trials that ended, by state and reason", (*_RUN, "state", "reason")),
     "carmodels_value": (Gauge, "the metric on val after the trial's last epoch", (*_TRIAL, "metric")),
     "carmodels_epoch": (Gauge, "epochs that the trial has run", _TRIAL),
     "carmodels_epochs_per_second": (Gauge, "of the trial's last epoch; 0: it has ended", _TRIAL),
@@ -39,19 +40,16 @@ SERIES: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
 
 _WHILE_TRAINING = ("carmodels_epochs_per_second", "carmodels_images_per_second", "carmodels_gpu_bytes")
 
-REASONS = {  # how a record's reason begins -> the tag, of which there are few
-    "the time": "time",
-    "no better": "patience",
-    "ran its": "schedule",
-    "the loss": "loss not finite",
-    "interrupted": "user",
-}
-
 
 def reason_tag(record: TrialRecord) -> str:
-    """Why the trial ended, in a word or two: a rung by its epoch, an error by its kind."""
-    known = next((tag for start, tag in REASONS.items() if record.reason.startswith(start)), None)
-    return known or record.reason.split(":")[0][:40]
+    """Why the trial ended, in a word or two: the rung's epoch, the cause of a failure."""
+    if record.state is State.PRUNED:
+        return f"rung at epoch {record.epochs_run}"
+    if record.cause is not None:
+        return str(record.cause)
+    if record.state is State.COMPLETE:
+        return record.curve[-1].ending if record.curve else ""
+    return {State.OUT_OF_TIME: "time", State.INTERRUPTED: "user"}.get(record.state, "")
 
 
 @cache
@@ -64,17 +62,17 @@ def exported(
     study: str,
     metric: str,
     *,
-    images: Callable[[TrialConfig], int],
+    images: Callable[[Run], int],
     clock: Clock,
     records: Iterable[TrialRecord] = (),
 ) -> ProgressCallback:
-    """A watch that exports what it is told; `images` says how many a configuration's epoch learns from.
+    """A watch that exports what it is told; `images` says how many a run's epoch learns from.
 
     `records` are there already.
     """
     exporter = _Exporter(study, metric, images, clock)
     for record in records:
-        exporter.on_finished(record)
+        exporter.on_complete(record)
     return ProgressCallback(exporter.on_record, exporter.on_step, exporter.on_epoch)
 
 
@@ -82,36 +80,36 @@ def exported(
 class _Exporter:
     study: str
     metric: str
-    images: Callable[[TrialConfig], int]
+    images: Callable[[Run], int]
     clock: Clock
     _levels: dict[tuple[str, ...], tuple[dict[str, str], float]] = field(default_factory=dict)
     _refreshed: float = -math.inf  # time.monotonic()
 
-    def on_epoch(self, stage: str, config: TrialConfig, epoch: EpochMetrics, gpu_bytes: int) -> None:
-        tags = self._trial_tags(stage, config)
+    def on_epoch(self, stage: str, run: Run, epoch: EpochMetrics, gpu_bytes: int) -> None:
+        tags = self._trial_tags(stage, run)
         self._set("carmodels_value", epoch.value, {**tags, "metric": self.metric})
         self._set("carmodels_epoch", epoch.epoch, tags)
         if epoch.seconds > 0:
             self._set("carmodels_epochs_per_second", 1 / epoch.seconds, tags)
-            self._set("carmodels_images_per_second", self.images(config) / epoch.seconds, tags)
+            self._set("carmodels_images_per_second", self.images(run) / epoch.seconds, tags)
         self._set("carmodels_gpu_bytes", gpu_bytes, tags)
 
     def on_record(self, record: TrialRecord) -> None:
-        run = {"study": self.study, "stage": record.stage}
+        where = {"study": self.study, "stage": record.stage}
         ended = _series("carmodels_ended")
         assert isinstance(ended, Counter)
-        ended.inc(1, {**run, "status": str(record.status), "reason": reason_tag(record)})
-        tags = self._trial_tags(record.stage, record.config)
+        ended.inc(1, {**where, "state": str(record.state), "reason": reason_tag(record)})
+        tags = self._trial_tags(record.stage, record.run)
         for name in _WHILE_TRAINING:
             self._set(name, 0.0, tags)
         self._levels = {
             k: level for k, level in self._levels.items() if level[0].get("trial") != tags["trial"]
         }
-        self.on_finished(record)
+        self.on_complete(record)
 
-    def on_finished(self, record: TrialRecord) -> None:
+    def on_complete(self, record: TrialRecord) -> None:
         """Raise the best, where this trial is better."""
-        if record.status is not Status.FINISHED or record.value is None or record.stage == FOLD:
+        if record.state is not State.COMPLETE or record.value is None or record.stage == FOLD:
             return
         tags = {"study": self.study, "metric": self.metric}
         _, best = self._levels.get(_key("carmodels_best", tags), (tags, record.value))
@@ -135,11 +133,12 @@ class _Exporter:
             gauge.set(value, tags)
             self._levels[_key(name, tags)] = tags, value
 
-    def _trial_tags(self, stage: str, config: TrialConfig) -> dict[str, str]:
+    def _trial_tags(self, stage: str, run: Run) -> dict[str, str]:
+        config = run.config
         return {
             "study": self.study,
             "stage": stage,
-            "trial": trial_name(config),
+            "trial": trial_name(run),
             "backbone": config.backbone,
             "image_size": str(config.image_size),
             "strategy": config.unfreeze,

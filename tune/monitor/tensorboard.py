@@ -9,7 +9,8 @@ from tensorboardX import SummaryWriter
 
 from carmodels.records import TrialRecord
 from carmodels.study import Study
-from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.config import EpochMetrics
+from carmodels.training.run import Run
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.worker import trial_name
 
@@ -18,14 +19,14 @@ def written(study: Study) -> ProgressCallback:
     """A watch that writes each epoch as it is reported; a trial that runs again starts its curves anew."""
     writers: dict[str, SummaryWriter] = {}
 
-    def on_epoch(stage: str, config: TrialConfig, epoch: EpochMetrics, gpu_bytes: int) -> None:
-        name = f"{stage}-{trial_name(config)}"
+    def on_epoch(stage: str, run: Run, epoch: EpochMetrics, gpu_bytes: int) -> None:
+        name = f"{stage}-{trial_name(run)}"
         if epoch.epoch == 1:
             folder = study.tensorboard_folder / name
             shutil.rmtree(folder, ignore_errors=True)
             writers[name] = SummaryWriter(str(folder))
         for tag, value in (
-            (f"val/{config.metric}", epoch.value),
+            (f"val/{run.origin.metric}", epoch.value),
             ("val/loss", epoch.val_loss),
             ("train/loss", epoch.train_loss),
             ("seconds", epoch.seconds),
@@ -35,7 +36,7 @@ def written(study: Study) -> ProgressCallback:
         writers[name].flush()
 
     def on_record(record: TrialRecord) -> None:
-        writer = writers.pop(f"{record.stage}-{trial_name(record.config)}", None)
+        writer = writers.pop(f"{record.stage}-{trial_name(record.run)}", None)
         if writer is not None:
             writer.close()
 

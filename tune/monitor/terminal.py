@@ -15,7 +15,7 @@ from rich.table import Table
 
 from carmodels.files import read_json
 from carmodels.formatting import interval_text
-from carmodels.records import CUT_OFF, Status, TrialRecord
+from carmodels.records import CUT_OFF, State, TrialRecord
 from carmodels.space import space_of
 from carmodels.study import Study
 from tune.budget.clock import Clock
@@ -34,7 +34,12 @@ _SCORED_NAMES = {
     "gain_over_baseline": "gain over the baseline",
 }
 
-_COLOURS = {Status.FINISHED: "green", Status.STOPPED: "yellow", Status.FAILED: "red", Status.DIVERGED: "red"}
+_COLOURS = {
+    State.COMPLETE: "green",
+    State.PRUNED: "yellow",
+    State.OUT_OF_TIME: "yellow",
+    State.FAILED: "red",
+}
 _CONFIGURATION = ("backbone", "px", "head", "strategy", "lr", "augment")
 _DETAILS = ("trial", "augment", "epochs", "s")  # which a narrow terminal has no room for
 
@@ -57,15 +62,15 @@ class Screen:
     def watch(self, study: Study, clock: Clock, trials: int | None) -> ProgressCallback:
         """What a run calls as trials end and time goes by."""
         metric = study.metric
-        ended = {r.trial_id: r for r in study.records() if r.status not in CUT_OFF}
+        ended = {r.trial_id: r for r in study.records() if r.state not in CUT_OFF}
 
         def on_record(record: TrialRecord) -> None:
             ended[record.trial_id] = record
             value = "-" if record.value is None else f"{record.value:.4f}"
             self.say(
-                f"{len(ended):>4}  {value:>7}  {record.status:<11} {record.config.title:<52}"
+                f"{len(ended):>4}  {value:>7}  {record.state:<11} {record.config.title:<52}"
                 f" {record.seconds:6.0f} s  {record.reason}",
-                _COLOURS.get(record.status, ""),
+                _COLOURS.get(record.state, ""),
             )
 
         def on_step(recorder: RunState) -> None:
@@ -106,7 +111,7 @@ class Screen:
             right = names[i] in {"rank", study.metric, "px", "lr", "epochs", "s"}
             table.add_column(names[i], justify="right" if right else "left", overflow="fold")
         for rank, record in enumerate(study.leaderboard(), start=1):
-            if rank <= rows or record.is_baseline:
+            if rank <= rows or record.baseline:
                 cells = (str(rank), *_cells(record))
                 table.add_row(*(cells[i] for i in shown))
         if table.rows:

@@ -14,7 +14,7 @@ from scipy.stats import binom
 
 from carmodels.catalog import BACKBONES
 from carmodels.evaluation.metrics import METRICS
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.space import Choice, Dimension, Range, Space
 from carmodels.training.config import BOUNDS
 from tune.optim.optuna_records import learned
@@ -136,16 +136,18 @@ def importances(records: Sequence[TrialRecord], space: Space, metric: str) -> Im
 
 def _ranked(records: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
     """The search's own trials that say how good a draw is, best first."""
-    standing = (Status.FINISHED, Status.STOPPED, Status.DIVERGED)
+    standing = (State.COMPLETE, State.PRUNED, State.FAILED)
     sign = -1 if METRICS[metric].mode == "max" else 1
 
     def key(record: TrialRecord) -> tuple[int, int, float]:
-        epochs = record.epochs_run if record.status is Status.STOPPED else 0
+        stopped = record.state in (State.PRUNED, State.OUT_OF_TIME)
+        epochs = record.epochs_run if stopped else 0
         value = math.inf if record.value is None else sign * record.value
-        return standing.index(record.status), -epochs, value
+        return standing.index(State.PRUNED if stopped else record.state), -epochs, value
 
-    own = (r for r in records if r.stage == "search" and not r.is_baseline)
-    return sorted((r for r in own if r.status in standing), key=key)
+    own = (r for r in records if r.stage == "search" and not r.baseline)
+    ended = (r for r in own if r.state in standing or r.state is State.OUT_OF_TIME)
+    return sorted((r for r in ended if r.state is not State.FAILED or r.diverged), key=key)
 
 
 def _divergences(study: optuna.Study, order: np.ndarray) -> dict[str, float]:
@@ -176,7 +178,7 @@ def edges(records: Sequence[TrialRecord], space: Space, metric: str) -> tuple[Ed
     Learning Tuning Playbook, Godbole et al., 2023). A choice is at its edge at its first or last number;
     choices of words have none.
     """
-    best = [r for r in _ranked(records, metric) if r.status is Status.FINISHED][:BEST]
+    best = [r for r in _ranked(records, metric) if r.state is State.COMPLETE][:BEST]
     found = []
     for name, dimension in space.dimensions.items():
         drawn = [asdict(r.config) for r in best]

@@ -6,15 +6,22 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from carmodels.catalog import UNFREEZE
-from carmodels.records import TrialRecord
+from carmodels.records import State, TrialRecord
 
 REDUCTION_FACTOR = 2.0
+
+
+class Stop(NamedTuple):
+    """Why a trial was stopped."""
+
+    state: State  # PRUNED or OUT_OF_TIME
+    reason: str  # for people
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,13 @@ class Deadline:
     end: float  # a trial that cannot end by this is stopped at its next epoch
 
 
-class Scheduler(AsyncHyperBandScheduler):
+class AshaScheduler(AsyncHyperBandScheduler):
     """ASHA (Li et al., 2020) with reasons for its stops, a clock, and trials that always run to their end.
 
     Those that do are no peers of others at a rung: the baseline is ahead of better trials in its
     fourth epoch, and would have the first ones stopped (results/search/NOTES.md).
 
-    A result that carries `status` is a trial's last and is never stopped. Ray calls this object in the driver
+    A result that carries `state` is a trial's last and is never stopped. Ray calls this object in the driver
     only.
     """
 
@@ -57,7 +64,7 @@ class Scheduler(AsyncHyperBandScheduler):
             reduction_factor=REDUCTION_FACTOR,
             stop_last_trials=False,
         )
-        self.reasons: dict[str, str] = {}  # Ray's trial id -> why it was stopped
+        self.stops: dict[str, Stop] = {}  # by Ray's trial id
         self._deadline = deadline
         self._protect = frozenset(protect)
 
@@ -72,34 +79,34 @@ class Scheduler(AsyncHyperBandScheduler):
                 self._brackets[0].on_result(trial, epoch.epoch, sign * epoch.value)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """CONTINUE or STOP, and for the latter a sentence in `reasons`."""
-        if result.get("status"):
+        """CONTINUE or STOP, and for the latter the reason in `stops`."""
+        if result.get("state"):
             return TrialScheduler.CONTINUE
-        epoch, epochs = result["epoch"], trial.config["epochs"]
-        reason = self._too_late(result["elapsed"], epoch, epochs)
-        if not reason and epoch < epochs and result["config_id"] not in self._protect:
+        epoch, epochs = result["epoch"], trial.config["config"]["epochs"]
+        stop = self._too_late(result["elapsed"], epoch, epochs)
+        if not stop and epoch < epochs and result["run_id"] not in self._protect:
             peers = self._peers(trial, epoch)
             action = super().on_trial_result(tune_controller, trial, result)
             if action == TrialScheduler.STOP:
-                reason = self._reason(result[self._metric], peers, epoch)
-        if reason:
-            self.reasons[trial.trial_id] = reason
-        return TrialScheduler.STOP if reason else TrialScheduler.CONTINUE
+                stop = Stop(State.PRUNED, self._reason(result[self._metric], peers, epoch))
+        if stop:
+            self.stops[trial.trial_id] = stop
+        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Ray enters a trial's last value at the rung that it has passed: not that of a protected one."""
-        if result.get("config_id") in self._protect:
+        if result.get("run_id") in self._protect:
             self._trial_info.pop(trial.trial_id, None)
         else:
             super().on_trial_complete(tune_controller, trial, result)
 
-    def _too_late(self, elapsed: float, epoch: int, epochs: int) -> str:
-        """Why the clock stops this trial; empty while what is left of it fits in, by its pace so far."""
+    def _too_late(self, elapsed: float, epoch: int, epochs: int) -> Stop | None:
+        """Why the clock stops this trial; None while what is left of it fits in, by its pace so far."""
         now = time.time()
         left = elapsed / epoch * (epochs - epoch)
         if now < self._deadline.draw_until or now + left <= self._deadline.end:
-            return ""
-        return f"the time for searching was up after epoch {epoch} of {epochs}"
+            return None
+        return Stop(State.OUT_OF_TIME, f"the time for searching was up after epoch {epoch} of {epochs}")
 
     def _peers(self, trial: Any, epoch: int) -> list[float]:
         """Values that earlier trials had at the rung this result will be held against."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +13,11 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from carmodels.records import Status, TrialRecord
-from carmodels.space import Space, suggest
+from carmodels.records import Cause, TrialRecord
+from carmodels.space import Space
 from carmodels.training.config import TrialConfig
-from tune.optim.optuna_records import learned, useful
+from carmodels.training.run import Origin, Run
+from tune.optim.optuna_records import learned, params_of, suggest, useful
 from tune.optim.sampler import CurveSampler
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -29,20 +29,20 @@ class QueueSearcher(Searcher):
 
     def __init__(
         self,
-        configs: Iterable[TrialConfig],
+        runs: Iterable[Run],
         *,
         metric: str,
         mode: str,
-        fits: Callable[[TrialConfig], bool] = lambda config: True,
+        fits: Callable[[Run], bool] = lambda run: True,
     ) -> None:
         super().__init__(metric=metric, mode=mode)
-        self._configs = list(configs)
+        self._runs = list(runs)
         self._fits = fits
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # omits FINISHED
-        if not self._configs or not self._fits(self._configs[0]):
+        if not self._runs or not self._fits(self._runs[0]):
             return Searcher.FINISHED
-        return asdict(self._configs.pop(0))
+        return self._runs.pop(0).to_dict()
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -54,8 +54,8 @@ class OptunaSearcher(OptunaSearch):
     """OptunaSearch over a `Space`: a queue that goes first, a limit, an end of drawing, no trial twice.
 
     Optuna is told what happened: a stopped trial is pruned (with its intermediate values), a diverged one
-    ends with NaN and has the worst value. `stamp` holds the fields that every configuration shares: seed,
-    metric, data and split. Of the queue, what is `optional` (ids) goes only where it fits. `earlier` are the
+    ends with NaN and has the worst value. All trials share
+    `origin`. Of the queue, what is `optional` (ids) goes only where it fits. `earlier` are the
     records of other studies, of any data. `storage` gets what has ended, and is not read: a database asked
     for all trials at each draw takes seconds where hundreds run.
     """
@@ -66,13 +66,13 @@ class OptunaSearcher(OptunaSearch):
         self,
         space: Space,
         *,
-        stamp: dict[str, Any],
+        origin: Origin,
         metric: str,
         mode: str,
         seed: int,
         limit: int | None,
         fits: Callable[[TrialConfig], bool],
-        queue: Sequence[TrialConfig] = (),
+        queue: Sequence[Run] = (),
         optional: Collection[str] = (),
         known: Sequence[TrialRecord] = (),
         earlier: Sequence[Sequence[TrialRecord]] = (),
@@ -94,9 +94,9 @@ class OptunaSearcher(OptunaSearch):
         )
         self._dimensions = space
         self._reported: dict[str, int] = {}  # Ray's trial id -> the last epoch that Optuna knows
-        self._stamp = stamp
+        self._origin = origin
         self._queue, self._optional = list(queue), optional
-        self._seen = {r.trial_id for r in known} | {c.id for c in queue}
+        self._seen = {r.trial_id for r in known} | {run.id for run in queue}
         self._left = None if limit is None else max(0, limit - len(known))
         self._fits = fits
         for record in known:
@@ -106,30 +106,30 @@ class OptunaSearcher(OptunaSearch):
             self._kept.add_trials(self._ot_study.trials)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # omits FINISHED
-        """The next TrialConfig's fields, or FINISHED at the limit, after the time, with nothing new left."""
-        while self._queue and self._queue[0].id in self._optional and not self._fits(self._queue[0]):
+        """The next run as a dictionary, or FINISHED at the limit, after the time, with nothing new left."""
+        while self._queue and self._queue[0].id in self._optional and not self._fits(self._queue[0].config):
             self._queue.pop(0)  # it stays the row that it was, one of `limit`
             self._count()
         if self._left == 0:
             return Searcher.FINISHED
-        config = self._queued(trial_id) if self._queue else self._drawn(trial_id)
-        if config is None:
+        run = self._queued(trial_id) if self._queue else self._drawn(trial_id)
+        if run is None:
             return Searcher.FINISHED
         self._count()
-        return asdict(config)
+        return run.to_dict()
 
     def _count(self) -> None:
         if self._left:
             self._left -= 1
 
-    def _queued(self, trial_id: str) -> TrialConfig:
+    def _queued(self, trial_id: str) -> Run:
         """The next of the queue. It is a trial of Optuna's where the space could have drawn it."""
-        config = self._queue.pop(0)
-        params = self._dimensions.params(config)
+        run = self._queue.pop(0)
+        params = params_of(run.config, self._dimensions)
         if params is not None:
             self._ot_study.enqueue_trial(params)
             self._asked(trial_id)
-        return config
+        return run
 
     def _asked(self, trial_id: str) -> dict[str, Any]:
         """What Optuna gives for a new trial."""
@@ -139,13 +139,14 @@ class OptunaSearcher(OptunaSearch):
         assert drawn is not None
         return drawn
 
-    def _drawn(self, trial_id: str) -> TrialConfig | None:
-        """A configuration that was not drawn before and ends in time; None where none is found."""
+    def _drawn(self, trial_id: str) -> Run | None:
+        """A run that was not drawn before and ends in time; None where none is found."""
         drawn = self._asked(trial_id)
-        config = TrialConfig.from_dict({**drawn, **self._stamp})
+        config = TrialConfig.from_dict(drawn)
         if self._accepts(config):
-            self._seen.add(config.id)
-            return config
+            run = Run(config, self._origin)
+            self._seen.add(run.id)
+            return run
         self._tell(trial_id, state=TrialState.FAIL)
         return None
 
@@ -153,8 +154,7 @@ class OptunaSearcher(OptunaSearch):
         """Nothing: Ray would write all trials again and again, and we resume from trials.jsonl."""
 
     def _accepts(self, config: TrialConfig) -> bool:
-        stamped = replace(config, **self._stamp)
-        return stamped.id not in self._seen and self._fits(stamped)
+        return Run(config, self._origin).id not in self._seen and self._fits(config)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Tell Optuna an epoch's value, once: Ray repeats a trial's last, a trial begun anew all of them."""
@@ -162,7 +162,7 @@ class OptunaSearcher(OptunaSearch):
             return
         epoch = result["epoch"]
         if self._reported.get(trial_id, 0) < epoch:
-            diverged = result.get("status") == Status.DIVERGED
+            diverged = result.get("cause") == Cause.DIVERGED
             self._ot_trials[trial_id].report(math.nan if diverged else result[self.metric], epoch)
             self._reported[trial_id] = epoch
 
@@ -176,13 +176,13 @@ class OptunaSearcher(OptunaSearch):
             self._tell(trial_id, state=TrialState.FAIL)
             return
         self.on_trial_result(trial_id, result)
-        if result.get("status"):
+        if result.get("state"):
             self._tell(trial_id, result["best_value"])
         else:
             self._tell(trial_id, state=TrialState.PRUNED)
 
     def _tell(self, trial_id: str, value: float | None = None, state: TrialState | None = None) -> None:
         """Tell Optuna how a trial of its own ended."""
-        told = self._ot_study.tell(self._ot_trials.pop(trial_id), value, state)
+        observed = self._ot_study.tell(self._ot_trials.pop(trial_id), value, state)
         if self._kept:
-            self._kept.add_trial(told)
+            self._kept.add_trial(observed)

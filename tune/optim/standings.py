@@ -17,9 +17,9 @@ import numpy as np
 
 from carmodels.evaluation.intervals import Interval
 from carmodels.evaluation.metrics import METRICS
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.study import Study
-from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
 
 CONTENDERS = 4  # best configurations that are run again
 _PRIOR_RUNS = 4  # repeats that what is known of the noise beforehand counts for
@@ -27,7 +27,7 @@ TAIL = 0.025  # of a 95 % interval, on either side
 _Z = NormalDist().inv_cdf(1 - TAIL)
 _TAUS = np.geomspace(1e-3, 1e3, 120)  # spreads of the field, in standard deviations of the noise
 _TAU_SCALE = 2  # likewise: what is expected of the spread beforehand
-Runs = dict[TrialConfig, list[TrialRecord]]  # by configuration with seed 0, the search's own run first
+Runs = dict[Run, list[TrialRecord]]  # by the run with seed 0, the search's own run first
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,18 @@ def runs_of(records: Iterable[TrialRecord]) -> Runs:
     """
     found: Runs = {}
     for record in sorted(records, key=lambda r: r.stage != "search"):
-        if record.stage == "confirm" and record.status is Status.DIVERGED and record.curve:
+        if record.stage == "confirm" and record.diverged and record.curve:
             record = replace(record, value=record.curve[-1].value)
-        elif not (record.whole and record.status is Status.FINISHED):
+        elif not (record.whole and record.state is State.COMPLETE):
             continue
         if record.stage in ("search", "confirm") and record.value is not None:
-            found.setdefault(without_seed(record.config), []).append(record)
-    return {config: runs for config, runs in found.items() if runs[0].stage == "search"}
+            found.setdefault(without_seed(record.run), []).append(record)
+    return {run: runs for run, runs in found.items() if runs[0].stage == "search"}
 
 
-def without_seed(config: TrialConfig) -> TrialConfig:
-    return replace(config, seed=0)
+def without_seed(run: Run) -> Run:
+    """The run with seed 0: equal for repeats of one configuration."""
+    return run.with_origin(seed=0)
 
 
 def noise(values: Sequence[np.ndarray], metric: str, images: int) -> float:
@@ -165,7 +166,7 @@ class Field:
         raw = np.array([v.mean() for v in values])
         means = raw if METRICS[metric].mode == "max" else -raw
         alike = means >= 2 * np.median(means) - means.max() - 2 * _of_images(raw, metric, images)
-        steady = np.array([all(r.status is Status.FINISHED for r in runs) for runs in found.values()])
+        steady = np.array([all(r.state is State.COMPLETE for r in runs) for runs in found.values()])
         alike = alike & steady if (alike & steady).any() else alike
         sd = noise([v for v, is_alike in zip(values, alike, strict=True) if is_alike], metric, images)
         first = [runs[0] for runs in found.values()]
@@ -183,10 +184,10 @@ class Field:
             gap_sd[self.alike] = found.gap_sd
         return Posterior(mean, sd, mean - mean[best], gap_sd)
 
-    def expecting(self, pending: Iterable[TrialConfig]) -> Field:
+    def expecting(self, pending: Iterable[Run]) -> Field:
         """As if runs that are not over yet had come to what is expected of them."""
-        asked = [without_seed(config) for config in pending]
-        more = np.array([asked.count(without_seed(r.config)) for r in self.first])
+        asked = [without_seed(run) for run in pending]
+        more = np.array([asked.count(without_seed(r.run)) for r in self.first])
         means = (self.runs * self.means + more * self.posterior.mean) / (self.runs + more)
         return replace(self, means=means, runs=self.runs + more)
 

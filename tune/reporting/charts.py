@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from carmodels.evaluation.metrics import METRICS
-from carmodels.records import Status, TrialRecord
+from carmodels.records import State, TrialRecord
 from carmodels.space import Choice, Space
 from carmodels.training.config import EpochMetrics
 from tune.optim.importance import Importance
@@ -42,7 +42,7 @@ def curves(records: Sequence[TrialRecord], metric: str) -> Chart:
     """Learning curves by strategy; a cross where the scheduler or the clock cut one off."""
     shown = thinned(records, MOST_CURVES)
     rows = [_point(r, e) for r in shown for e in r.curve]
-    ends = [_point(r, r.curve[-1]) for r in shown if r.status is Status.STOPPED and r.curve]
+    ends = [_point(r, r.curve[-1]) for r in shown if r.state in (State.PRUNED, State.OUT_OF_TIME) and r.curve]
     hover = ["title:N", "strategy:N", "epoch:Q", alt.Tooltip("value:Q", format=".4f"), "reason:N"]
     base = alt.Chart(pd.DataFrame(rows)).encode(
         x=alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1)),
@@ -74,8 +74,8 @@ def _point(record: TrialRecord, epoch: EpochMetrics) -> dict[str, Any]:
 
 def thinned(records: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
     """At most so many: the finished ones first, then an even choice of the others."""
-    finished = [r for r in records if r.status is Status.FINISHED]
-    others = [r for r in records if r.status is not Status.FINISHED]
+    finished = [r for r in records if r.state is State.COMPLETE]
+    others = [r for r in records if r.state is not State.COMPLETE]
     for group in (finished, others):
         room = max(0, most - (len(finished) if group is others else 0))
         if len(group) > room:
@@ -85,7 +85,7 @@ def thinned(records: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
 
 def finished_by(records: Sequence[TrialRecord]) -> tuple[np.ndarray, np.ndarray]:
     """Minutes of searching by which each finished trial had ended, (N,), and their values, (N,)."""
-    done = [(r.at / 60, r.value) for r in records if r.status is Status.FINISHED and r.value is not None]
+    done = [(r.at / 60, r.value) for r in records if r.state is State.COMPLETE and r.value is not None]
     found = np.array(done, dtype=float).reshape(-1, 2)
     return found[:, 0], found[:, 1]
 
@@ -125,7 +125,7 @@ def progress(records: Sequence[TrialRecord], metric: str) -> Chart:
 
 def cost(records: Sequence[TrialRecord], metric: str) -> Chart:
     """Value against seconds of every finished trial, with the Pareto front."""
-    finished = [r for r in records if r.status is Status.FINISHED and r.value is not None]
+    finished = [r for r in records if r.state is State.COMPLETE and r.value is not None]
     front = {r.trial_id for r in pareto(finished, metric)}
     rows = [
         {
@@ -387,13 +387,13 @@ def spent(studies: Mapping[str, Sequence[TrialRecord]]) -> Chart:
     rows = [
         {
             "study": name,
-            "status": str(status),
-            "minutes": sum(r.seconds for r in records if r.status is status) / 60,
-            "trials": sum(r.status is status for r in records),
+            "state": str(state),
+            "minutes": sum(r.seconds for r in records if r.state is state) / 60,
+            "trials": sum(r.state is state for r in records),
         }
         for name, records in studies.items()
-        for status in Status
-        if any(r.status is status for r in records)
+        for state in State
+        if any(r.state is state for r in records)
     ]
     chart = (
         alt.Chart(pd.DataFrame(rows))
@@ -401,8 +401,8 @@ def spent(studies: Mapping[str, Sequence[TrialRecord]]) -> Chart:
         .encode(
             x=alt.X("minutes:Q", title="minutes of training"),
             y=alt.Y("study:N", sort=list(studies), title=None, axis=alt.Axis(labelLimit=140)),
-            color=_colour("status:N", "", [str(s) for s in Status if any(r["status"] == s for r in rows)]),
-            tooltip=["study:N", "status:N", "trials:Q", alt.Tooltip("minutes:Q", format=".1f")],
+            color=_colour("state:N", "", [str(s) for s in State if any(r["state"] == s for r in rows)]),
+            tooltip=["study:N", "state:N", "trials:Q", alt.Tooltip("minutes:Q", format=".1f")],
         )
     )
     return _spec(chart.properties(width="container", height=30 + 40 * len(studies)))

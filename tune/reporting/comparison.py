@@ -20,7 +20,6 @@ from tune.reporting.page import counts, refuse_empty, rendered
 
 PAGE = "compare.html"
 _SCORED = {"ensemble": "ensemble", "single": "best single trial", "baseline": "baseline"}
-_OWN = ("data", "split", "seed", "metric")  # fields of a configuration that are settings of its study
 
 # of study.json: what says how the search was made, in the order it is shown
 _FACTS = ("preset", "seed", "fingerprint", "split_hash", "max_size", "weights", "warm_start")
@@ -204,7 +203,7 @@ def _holdout_rows(side: Side, metric: str) -> dict[str, str]:
 def _other_rows(side: Side, metric: str) -> dict[str, str]:
     """Scores on val, trials, time."""
     best = side.best
-    ended = ", ".join(f"{n} {status}" for status, n in counts(side.records).items() if n)
+    ended = ", ".join(f"{n} {state}" for state, n in counts(side.records).items() if n)
     return {
         "ensemble on val": score_text(metric, side.results["val"]["ensemble"]) if side.results else NOTHING,
         "best trial on val": score_text(metric, best.value) if best else NOTHING,
@@ -245,10 +244,10 @@ def _said(value: Any) -> str:
 
 
 def _config(record: TrialRecord | None) -> dict[str, str]:
-    """A trial's configuration, without what is its study's."""
+    """A trial's hyperparameters by name."""
     if record is None:
         return {}
-    return {n.replace("_", " "): _said(v) for n, v in asdict(record.config).items() if n not in _OWN}
+    return {n.replace("_", " "): _said(v) for n, v in asdict(record.config).items()}
 
 
 def differing(found: Sequence[Mapping[str, str]]) -> tuple[Rows, list[str]]:

@@ -19,7 +19,7 @@ from carmodels.evaluation.intervals import share_interval
 from carmodels.evaluation.metrics import log_loss
 from carmodels.files import read_json, write_whole
 from carmodels.formatting import duration, gain_text, interval_text, points_text, range_text, score_text
-from carmodels.records import FOLD, FOLD_IN, Status, TrialRecord
+from carmodels.records import FOLD, FOLD_IN, State, TrialRecord
 from carmodels.space import Space, space_of
 from carmodels.study import Study
 from tune.finalize import stop_check
@@ -62,7 +62,7 @@ def render(study: Study, refresh: int = 0) -> str:
     space, metric = space_of(facts), facts["metric"]
     rows, columns = table(study)
     standings = judged(study)
-    finished = any(r.stage == "search" and r.status is Status.FINISHED and not r.is_baseline for r in records)
+    finished = any(r.stage == "search" and r.state is State.COMPLETE and not r.baseline for r in records)
     mattered = importances(records, space, metric) if space is not None else None
     images = sections(study, records, space, results)
     drawn = {section.name: section.chart for section in images}
@@ -133,14 +133,14 @@ def _json(value: Any) -> str:
 
 def counts(records: Sequence[TrialRecord]) -> dict[str, int]:
     """How many trials ended in each way."""
-    return {str(s): sum(r.status is s for r in records) for s in Status}
+    return {str(s): sum(r.state is s for r in records) for s in State}
 
 
 def failures(records: Sequence[TrialRecord]) -> list[tuple[str, list[TrialRecord]]]:
     """Trials that failed or diverged, by reason, the commonest first."""
     found: dict[str, list[TrialRecord]] = {}
     for record in records:
-        if record.status in (Status.FAILED, Status.DIVERGED):
+        if record.state is State.FAILED:
             found.setdefault(record.reason, []).append(record)
     return sorted(found.items(), key=lambda pair: -len(pair[1]))
 
@@ -174,7 +174,7 @@ def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> li
 def table(study: Study) -> tuple[list[dict[str, str]], list[str]]:
     """The rows of trials.csv and the columns that differ between them, in the order of the file."""
     rows = [{name: charts.short(v) for name, v in row.items()} for row in study.table()[:MOST_ROWS]]
-    always = ("rank", "trial_id", "stage", "status", "value", "epochs_run", "seconds", "reason", "note")
+    always = ("rank", "trial_id", "stage", "state", "value", "epochs_run", "seconds", "reason", "note")
     columns = [c for c in rows[0] if c in always or len({row[c] for row in rows}) > 1]
     hidden = ("val_accuracy", "parameters_millions", "seed") if study.metric == "accuracy" else ()
     return rows, [c for c in columns if c not in hidden]
@@ -198,7 +198,7 @@ def sections(
             )
         )
     searched = [r for r in records if r.stage == "search"]
-    finished = [r for r in searched if r.status is Status.FINISHED and r.value is not None]
+    finished = [r for r in searched if r.state is State.COMPLETE and r.value is not None]
     if finished:
         found += [
             Section(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from carmodels.records import TrialRecord
-from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.config import EpochMetrics
+from carmodels.training.run import Run
 
 
 class RunState(Protocol):
@@ -21,8 +22,8 @@ class RunState(Protocol):
         ...
 
     @property
-    def configs(self) -> Mapping[str, TrialConfig]:
-        """Configurations by Ray's trial id."""
+    def runs(self) -> Mapping[str, Run]:
+        """Runs by Ray's trial id."""
         ...
 
     @property
@@ -37,7 +38,7 @@ class ProgressCallback:
 
     on_record: Callable[[TrialRecord], None] = lambda record: None
     on_step: Callable[[RunState], None] = lambda state: None
-    on_epoch: Callable[[str, TrialConfig, EpochMetrics, int], None] = lambda *epoch: None
+    on_epoch: Callable[[str, Run, EpochMetrics, int], None] = lambda *epoch: None
 
 
 def combine_callbacks(*watches: ProgressCallback) -> ProgressCallback:
@@ -51,8 +52,8 @@ def combine_callbacks(*watches: ProgressCallback) -> ProgressCallback:
         for watch in watches:
             watch.on_step(state)
 
-    def on_epoch(stage: str, config: TrialConfig, epoch: EpochMetrics, gpu_bytes: int) -> None:
+    def on_epoch(stage: str, run: Run, epoch: EpochMetrics, gpu_bytes: int) -> None:
         for watch in watches:
-            watch.on_epoch(stage, config, epoch, gpu_bytes)
+            watch.on_epoch(stage, run, epoch, gpu_bytes)
 
     return ProgressCallback(on_record, on_step, on_epoch)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.tune import PlacementGroupFactory
 
-from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
 from tune.budget.costs import Costs
 
 
@@ -20,5 +20,5 @@ class Packing:
     cpus: int  # for each whole GPU
 
     def __call__(self, values: dict[str, Any]) -> PlacementGroupFactory:
-        share = self.costs.gpu_share(TrialConfig.from_dict(values), self.gpu_bytes)
+        share = self.costs.gpu_share(Run.from_dict(values).config, self.gpu_bytes)
         return PlacementGroupFactory([{"CPU": max(1, int(share * self.cpus)), "GPU": share}])

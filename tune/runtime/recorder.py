@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayTaskError
 from ray.tune import Callback
 
-from carmodels.records import Status, TrialRecord
+from carmodels.records import Cause, Role, State, TrialRecord
 from carmodels.study import Study
-from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.config import EpochMetrics
+from carmodels.training.run import Run
+from tune.optim.scheduler import Stop
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.watchdog import Watchdog
-from tune.runtime.worker import finished_before
+from tune.runtime.worker import completed_before
 
 HOPELESS = 10  # failed trials in a row, beyond those side by side, that end a run
 WEIGHTS_KEPT = 12  # best trials of the search whose weights stay on disk
@@ -35,11 +39,11 @@ class Recorder(NotPickled, Callback):
     study: Study
     stage: str
     begun: float  # time.time() at the stage's start; earlier where it was gone on with
-    reasons: dict[str, str]  # Ray's trial id -> why the scheduler stopped it
+    stops: Mapping[str, Stop]  # why the scheduler stopped a trial, by Ray's trial id
     watch: ProgressCallback
-    notes: dict[str, str] = field(default_factory=dict)  # config id -> note
+    roles: Mapping[str, Role] = field(default_factory=dict)  # by run id
     running: dict[str, list[EpochMetrics]] = field(default_factory=dict)  # Ray's trial id -> epochs so far
-    configs: dict[str, TrialConfig] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)  # by Ray's trial id
     recorded: set[str] = field(default_factory=set)
     retried: dict[str, str] = field(default_factory=dict)  # Ray's trial id -> what its first attempt died of
     watchdog: Watchdog = field(default_factory=lambda: Watchdog(None))
@@ -55,96 +59,123 @@ class Recorder(NotPickled, Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Write down that it runs, so that it is run again should this process die."""
         self._begun(trial)
-        self.watchdog.heard(trial, self.configs[trial.trial_id])
+        self.watchdog.heard(trial, self.runs[trial.trial_id].config)
 
     def _begun(self, trial: Any) -> None:
         """Know of it, once. A worker that dies early ends a trial whose start Ray has not told."""
         if trial.trial_id not in self.running and trial.trial_id not in self.recorded:
             self.running[trial.trial_id] = []
-            self.configs[trial.trial_id] = TrialConfig.from_dict(trial.config)
-            config_id = self.configs[trial.trial_id].id
-            if not finished_before(self.study, config_id):  # one that had been cut short stays what it was
-                self.study.append(self._record(trial, Status.RUNNING, ""))
+            self.runs[trial.trial_id] = Run.from_dict(trial.config)
+            run_id = self.runs[trial.trial_id].id
+            if not completed_before(self.study, run_id):  # one that had been cut short stays what it was
+                self.study.append(self._record(trial, State.RUNNING, ""))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """It begins anew, on any machine: its worker died, or it ended in an error for the first time."""
+        """Restarted on any node: its worker died, or it ended in an error for the first time."""
         self._begun(trial)
         self.running[trial.trial_id] = []
-        self.retried[trial.trial_id] = self._cause(trial)
+        self.retried[trial.trial_id] = self._failure(trial)[1]
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         epoch = EpochMetrics(**{name: result[name] for name in EpochMetrics.__dataclass_fields__})
         self.running[trial.trial_id].append(epoch)
-        self.watchdog.heard(trial, self.configs[trial.trial_id])
-        self.watch.on_epoch(self.stage, self.configs[trial.trial_id], epoch, result.get("gpu_bytes", 0))
+        self.watchdog.heard(trial, self.runs[trial.trial_id].config)
+        self.watch.on_epoch(self.stage, self.runs[trial.trial_id], epoch, result.get("gpu_bytes", 0))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
-        if last.get("status"):
-            self._write(trial, Status(last["status"]), last["reason"], value=last["best_value"])
+        if last.get("state"):
+            self._write(
+                trial,
+                State(last["state"]),
+                last["reason"],
+                cause=Cause(last["cause"]) if last["cause"] else None,
+                cut_short=last["cut_short"],
+                value=last["best_value"],
+            )
         else:
-            self._write(trial, Status.STOPPED, self.reasons.get(trial.trial_id, "stopped"))
+            stop = self.stops.get(trial.trial_id, Stop(State.PRUNED, "stopped by the scheduler"))
+            self._write(trial, stop.state, stop.reason)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._begun(trial)
-        self._write(trial, Status.FAILED, self._cause(trial))
+        cause, reason = self._failure(trial)
+        self._write(trial, State.FAILED, reason, cause=cause)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.watchdog.end()
         self.watch.on_step(self)
 
-    def _cause(self, trial: Any) -> str:
-        """What its worker ended with, in words."""
-        return self.watchdog.ended.pop(trial.trial_id, "") or _last_line(trial)
+    def _failure(self, trial: Any) -> tuple[Cause, str]:
+        """What ended its worker, and the same for people."""
+        if hung := self.watchdog.ended.pop(trial.trial_id, ""):
+            return Cause.MACHINE, hung
+        return _cause_of(trial.get_pickled_error()), _last_line(trial)
 
     def close(self, trials: list[Any], interrupted: bool) -> None:
         """Write down the trials that the end of the run cut off."""
         for trial in trials:
             if trial.trial_id in self.running and trial.trial_id not in self.recorded:
                 if trial.status == "ERROR":
-                    self._write(trial, Status.FAILED, self._cause(trial))
+                    cause, reason = self._failure(trial)
+                    self._write(trial, State.FAILED, reason, cause=cause)
                 elif interrupted:
-                    self._write(trial, Status.INTERRUPTED, "interrupted by the user")
+                    self._write(trial, State.INTERRUPTED, "interrupted by the user")
                 elif self.hopeless:
-                    self._write(trial, Status.INTERRUPTED, f"{self.failures} trials before it failed")
+                    self._write(trial, State.INTERRUPTED, f"{self.failures} trials before it failed")
                 else:
-                    self._write(trial, Status.STOPPED, "the time was up")
+                    self._write(trial, State.OUT_OF_TIME, "the time was up")
 
-    def _write(self, trial: Any, status: Status, reason: str, value: float | None = None) -> None:
-        if trial.trial_id in self.recorded or trial.trial_id not in self.configs:
+    def _write(self, trial: Any, state: State, reason: str, **more: Any) -> None:
+        if trial.trial_id in self.recorded or trial.trial_id not in self.runs:
             return
         if trial.trial_id in self.retried:
-            reason += f" (begun anew, first ended by: {self.retried[trial.trial_id]})"
-        record = self._record(trial, status, reason, value)
+            reason += f" (restarted, first ended by: {self.retried[trial.trial_id]})"
+        record = self._record(trial, state, reason, **more)
         self.recorded.add(trial.trial_id)
         self.watchdog.forget(trial)
-        if status is Status.FAILED:
+        if state is State.FAILED and not record.diverged:
             self.failures, self.last_failure = self.failures + 1, reason
-        elif status is not Status.INTERRUPTED:
+        elif state is not State.INTERRUPTED:
             self.failures = 0
         self.running.pop(trial.trial_id, None)
         self.study.append(record)
         self.study.write_table()
-        if status is Status.FINISHED and self.stage == "search":
-            self.study.keep_weights(WEIGHTS_KEPT, also=self.notes)
+        if state is State.COMPLETE and self.stage == "search":
+            self.study.keep_weights(WEIGHTS_KEPT, also=self.roles)
         self.watch.on_record(record)
 
-    def _record(self, trial: Any, status: Status, reason: str, value: float | None = None) -> TrialRecord:
-        config, curve = self.configs[trial.trial_id], tuple(self.running.get(trial.trial_id, ()))
+    def _record(
+        self,
+        trial: Any,
+        state: State,
+        reason: str,
+        *,
+        cause: Cause | None = None,
+        cut_short: bool = False,
+        value: float | None = None,
+    ) -> TrialRecord:
+        run, curve = self.runs[trial.trial_id], tuple(self.running.get(trial.trial_id, ()))
+        role = self.roles.get(run.id, Role())
         if value is None and curve:
             value = curve[-1].value
         return TrialRecord(
-            trial_id=config.id,
-            config=config,
-            status=status,
+            trial_id=run.id,
+            config=run.config,
+            origin=run.origin,
+            state=state,
             epochs_run=len(curve),
-            value=None if status in (Status.DIVERGED, Status.FAILED) else _finite(value),
+            value=None if state is State.FAILED else _finite(value),
             seconds=sum(e.seconds for e in curve),
             reason=reason,
+            cause=cause,
+            cut_short=cut_short,
             stage=self.stage,
-            note=self.notes.get(config.id, ""),
+            baseline=role.baseline,
+            repeats=role.repeats,
+            note=role.note,
             at=time.time() - self.begun,
             curve=curve,
         )
@@ -152,6 +183,14 @@ class Recorder(NotPickled, Callback):
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def _cause_of(error: Exception | None) -> Cause:
+    """What Ray's error says of a failure: an exception in the worker, or else the worker itself was lost."""
+    if not isinstance(error, RayTaskError):
+        return Cause.MACHINE
+    out_of_memory = type(error.cause).__name__ == "OutOfMemoryError"  # torch's, or Ray's of the node
+    return Cause.OUT_OF_MEMORY if out_of_memory else Cause.ERROR
 
 
 def _last_line(trial: Any) -> str:

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -25,8 +25,9 @@ from ray.tune.error import TuneError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from carmodels.records import Role
 from carmodels.study import Study
-from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job
 from tune.runtime.recorder import HOPELESS, NotPickled, Recorder
@@ -80,7 +81,7 @@ def run_trials(
     end: float,
     search_alg: Searcher,
     scheduler: TrialScheduler | None = None,
-    notes: dict[str, str],
+    roles: Mapping[str, Role],
     watch: ProgressCallback,
     packing: Callable[[dict[str, Any]], PlacementGroupFactory] | None = None,
 ) -> bool:
@@ -90,14 +91,14 @@ def run_trials(
     where so many trials failed in a row that it is no use to go on.
     """
     interrupts = Interrupts()
-    reasons = getattr(scheduler, "reasons", {})
+    stops = getattr(scheduler, "stops", {})
     recorder = Recorder(
         job.study,
         stage,
         begun - job.spent.get(stage, 0.0),
-        reasons,
+        stops,
         watch,
-        notes,
+        roles,
         watchdog=Watchdog(job.costs),
         most_failures=HOPELESS + job.workers.at_once,
     )
@@ -112,7 +113,7 @@ def run_trials(
             num_samples=-1,
             max_concurrent_trials=job.workers.at_once,
             reuse_actors=True,
-            trial_name_creator=lambda trial: trial_name(TrialConfig.from_dict(trial.config)),
+            trial_name_creator=lambda trial: trial_name(Run.from_dict(trial.config)),
             trial_dirname_creator=lambda trial: f"{trial}-{trial.trial_id}",
         ),
         run_config=RunConfig(

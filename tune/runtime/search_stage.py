@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import Any
 
 import optuna
 
 from carmodels.evaluation.metrics import METRICS
 from carmodels.presets import baseline
-from carmodels.records import BASELINE, CUT_OFF, Status, TrialRecord
+from carmodels.records import Role, State, TrialRecord
 from carmodels.space import Space
 from carmodels.study import Study
+from carmodels.training.run import Origin, Run
 from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.plan import Plan, make_plan
 from tune.optim.optuna_records import useful
-from tune.optim.scheduler import Deadline, Scheduler, grace_period
+from tune.optim.scheduler import AshaScheduler, Deadline, grace_period
 from tune.optim.searcher import OptunaSearcher
 from tune.optim.standings import CONTENDERS, judged
 from tune.runtime.callbacks import ProgressCallback
@@ -33,7 +33,7 @@ def search(
     job: Job,
     space: Space,
     *,
-    stamp: dict[str, Any],
+    origin: Origin,
     trials: int | None,
     clock: Clock,
     seed: int,
@@ -45,7 +45,7 @@ def search(
 
     What the study has of it is gone on with; `resumed`: as it was left by another command.
     """
-    study, metric = job.study, stamp["metric"]
+    study, metric = job.study, origin.metric
     mode = METRICS[metric].mode
     end, late = clock.at(clock.search), clock.late(clock.search, clock.retrain, LATE_SHARE)
     grace = grace_period(int(space.fixed["epochs"]))
@@ -62,24 +62,25 @@ def search(
     records = [r for r in study.records() if r.stage == "search"]
     again = [r for r in records if _to_run_again(r, plan)]
     known = [r for r in records if r not in again]
-    notes = {r.trial_id: r.note for r in records if r.note}
-    queue = [r.config for r in again]
-    if not notes:
-        first, changed = plan.affordable(replace(baseline(space), **stamp), space.image_sizes, BASELINE_SHARE)
+    roles = {r.trial_id: Role(baseline=True, note=r.note) for r in records if r.baseline}
+    queue = [r.run for r in again]
+    if not roles:
+        config, changed = plan.affordable(baseline(space), space.image_sizes, BASELINE_SHARE)
+        first = Run(config, origin)
         queue.insert(0, first)
-        notes[first.id] = BASELINE + changed
-        say(f"First trial: {notes[first.id]}: {first.title}, {first.epochs} epochs.")
+        roles[first.id] = Role(baseline=True, note=f"baseline{changed}")
+        say(f"First trial: the {roles[first.id].note}: {first.title}, {config.epochs} epochs.")
     if math.isfinite(end):
         say(f"The time for searching buys about {plan.trials(space, grace)} trials.")
     if records and resumed:
         say(f"Resumed: {len(known)} trials kept, {len(again)} queued again.")
-    scheduler = Scheduler(
+    scheduler = AshaScheduler(
         metric=metric,
         mode=mode,
         epochs=int(space.fixed["epochs"]),
         grace_period=grace,
         deadline=Deadline(draw_until=end, end=late),
-        protect=notes,
+        protect=roles,
     )
     scheduler.replay(known)
     earlier = study.earlier()
@@ -88,14 +89,14 @@ def search(
     study.optuna_file.unlink(missing_ok=True)  # it repeats what trials.jsonl says, and is rebuilt from that
     draws = OptunaSearcher(
         space,
-        stamp=stamp,
+        origin=origin,
         metric=metric,
         mode=mode,
         seed=seed,
         limit=trials,
         fits=plan.fits,
         queue=queue,
-        optional={r.trial_id for r in again if r.by_the_clock and not r.is_baseline},
+        optional={r.trial_id for r in again if r.state is State.OUT_OF_TIME and not r.baseline},
         known=known,
         earlier=list(earlier.values()),
         storage=optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}"),
@@ -109,7 +110,7 @@ def search(
         end=late,
         search_alg=draws,
         scheduler=scheduler,
-        notes=notes,
+        roles=roles,
         watch=watch,
         packing=packing,
     )
@@ -129,7 +130,13 @@ def _with_time_for_what_follows(plan: Plan, study: Study, clock: Clock) -> Plan:
 def _to_run_again(record: TrialRecord, plan: Plan) -> bool:
     """Whether a trial of an earlier run is queued once more.
 
-    It was cut off, or stopped for want of time that there is now, or is the baseline, unfinished.
+    It was cut off, or lost with its machine, or had no time and has it now, or is the baseline and did not
+    end of itself.
     """
-    cut_off = record.status in CUT_OFF or (record.by_the_clock and plan.fits(record.config))
-    return cut_off or (record.is_baseline and record.status in (Status.STOPPED, Status.FAILED))
+    if record.baseline:
+        return record.unfinished or record.state in (State.OUT_OF_TIME, State.PRUNED) or _failed(record)
+    return record.unfinished or (record.state is State.OUT_OF_TIME and plan.fits(record.config))
+
+
+def _failed(record: TrialRecord) -> bool:
+    return record.state is State.FAILED and not record.diverged

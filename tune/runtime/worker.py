@@ -13,11 +13,12 @@ from ray._raylet import setproctitle  # type: ignore[attr-defined]  # its stubs 
 from ray.tune import get_context, report
 
 from carmodels.models.classifier import save_weights
-from carmodels.records import Status, TrialRecord
+from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import Study
-from carmodels.training.config import EpochMetrics, TrialConfig
+from carmodels.training.config import EpochMetrics
 from carmodels.training.features import FeatureStore
 from carmodels.training.held_out import splits_for
+from carmodels.training.run import Run
 from carmodels.training.trainer import TrainResult, fit
 from tune.runtime.job import Job, Workers
 
@@ -47,11 +48,11 @@ def _give_memory_back() -> None:
 
 
 def _train_trial(values: dict[str, Any], job: Job) -> None:
-    """Train and report every epoch; the last report carries `status`."""
+    """Train and report every epoch; the last report carries `state`."""
     job = replace(job, workers=_own(job.workers))
     job.workers.take()
-    config = TrialConfig.from_dict(values)
-    title = f"ray::{trial_name(config)}"  # by which the dashboard, ps and top tell workers apart
+    run = Run.from_dict(values)
+    title = f"ray::{trial_name(run)}"  # by which the dashboard, ps and top tell workers apart
     setproctitle(title)
     started = time.time()
     if job.workers.gpus:
@@ -62,8 +63,8 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
         gpu_bytes = torch.cuda.max_memory_reserved() if job.workers.gpus else 0
         report(
             {
-                config.metric: metrics.value,
-                "config_id": config.id,
+                run.origin.metric: metrics.value,
+                "run_id": run.id,
                 "elapsed": elapsed,  # seconds of the whole trial so far, where `seconds` are the epoch's
                 "gpu_bytes": gpu_bytes,
                 **asdict(metrics),
@@ -76,23 +77,24 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
         if not metrics.ending:  # the last epoch is reported when all that the trial leaves is on disk
             send(metrics)
 
-    fitted = fit(
-        config,
+    trained = fit(
+        run,
         job.splits,
         weights=job.weights,
         on_epoch=on_epoch,
         device=job.workers.device,
         processes=job.workers.processes,
         features=FeatureStore(job.cache / "features"),
-        compiled=job.costs is not None and job.costs.pays_to_compile(config),
+        compiled=job.costs is not None and job.costs.pays_to_compile(run.config),
         until=job.until,
-        start=job.study.weights_file(config.continues) if config.continues else None,
+        start=job.study.weights_file(run.origin.continues) if run.origin.continues else None,
     )
-    status, reason = _verdict(fitted)
-    if status is Status.FINISHED and not _falls_short(fitted, job.study):
-        _leave(fitted, job)
-    told = fitted.best if status is Status.FINISHED and fitted.best else fitted.history[-1]
-    send(fitted.history[-1], status=str(status), reason=reason, best_value=told.value)
+    end = _end_of(trained)
+    complete = end["state"] is State.COMPLETE
+    if complete and not _falls_short(trained, job.study):
+        _leave(trained, job)
+    kept = trained.best if complete and trained.best else trained.history[-1]
+    send(trained.history[-1], **end, best_value=kept.value)
 
 
 def _own(workers: Workers) -> Workers:
@@ -103,39 +105,42 @@ def _own(workers: Workers) -> Workers:
     return Workers(1, int(granted["CPU"]), granted.get("GPU", 0.0))
 
 
-def _verdict(fitted: TrainResult) -> tuple[Status, str]:
-    last = fitted.history[-1].epoch
-    if fitted.ending == "diverged":
-        return Status.DIVERGED, f"the loss was not finite in epoch {last}"
-    if fitted.ending == "patience":
-        return Status.FINISHED, f"no better {fitted.config.metric} for {fitted.config.patience} epochs"
-    if fitted.ending == "time":
-        return Status.FINISHED, f"the time was up after epoch {last} of {fitted.config.epochs}"
-    return Status.FINISHED, f"ran its {last} epochs"
+def _end_of(trained: TrainResult) -> dict[str, Any]:
+    """How training ended: `state`, `cause`, `cut_short` and `reason` as in `TrialRecord`."""
+    last, config = trained.history[-1].epoch, trained.run.config
+    if trained.ending == "diverged":
+        reason = f"the loss was not finite in epoch {last}"
+        return {"state": State.FAILED, "cause": Cause.DIVERGED, "cut_short": False, "reason": reason}
+    reason = {
+        "patience": f"no better {trained.run.origin.metric} for {config.patience} epochs",
+        "time": f"the time was up after epoch {last} of {config.epochs}",
+    }.get(trained.ending, f"ran its {last} epochs")
+    return {"state": State.COMPLETE, "cause": None, "cut_short": trained.ending == "time", "reason": reason}
 
 
-def finished_before(study: Study, trial_id: str) -> TrialRecord | None:
-    """The record of a finished run of just that configuration."""
-    return next((r for r in study.records() if r.trial_id == trial_id and r.status is Status.FINISHED), None)
+def completed_before(study: Study, trial_id: str) -> TrialRecord | None:
+    """The record of an earlier complete run of the same id."""
+    return next((r for r in study.records() if r.trial_id == trial_id and r.state is State.COMPLETE), None)
 
 
-def _falls_short(fitted: TrainResult, study: Study) -> bool:
+def _falls_short(trained: TrainResult, study: Study) -> bool:
     """Whether the clock cut it short before it came as far as a run before it, whose files then stay."""
-    before = finished_before(study, fitted.config.id) if fitted.ending == "time" else None
-    return before is not None and len(fitted.history) < before.epochs_run
+    before = completed_before(study, trained.run.id) if trained.ending == "time" else None
+    return before is not None and len(trained.history) < before.epochs_run
 
 
-def _leave(fitted: TrainResult, job: Job) -> None:
+def _leave(trained: TrainResult, job: Job) -> None:
     """Write a finished trial's probabilities of what it did not learn from, and its weights."""
-    splits = splits_for(fitted.config, job.splits)
-    job.study.forget_predictions(fitted.config.id)  # those of an earlier run of it
+    splits = splits_for(trained.run.origin, job.splits)
+    job.study.forget_predictions(trained.run.id)  # those of an earlier run of it
     for split in (splits.val, splits.holdout, splits.test):
         if len(split):
-            predictions = job.predict(fitted.model, fitted.config, split)
-            predictions.save(job.study.predictions_file(fitted.config.id, split.name))
-    save_weights(fitted.model, job.study.weights_file(fitted.config.id))
+            predictions = job.predict(trained.model, trained.run.config, split)
+            predictions.save(job.study.predictions_file(trained.run.id, split.name))
+    save_weights(trained.model, job.study.weights_file(trained.run.id))
 
 
-def trial_name(config: TrialConfig) -> str:
-    """What the configuration is called in Ray, in its metrics and in file names."""
-    return f"{config.backbone}-{config.image_size}px-{config.unfreeze}-{config.id}"
+def trial_name(run: Run) -> str:
+    """What a run is called in Ray, in its metrics and in file names."""
+    config = run.config
+    return f"{config.backbone}-{config.image_size}px-{config.unfreeze}-{run.id}"
