@@ -43,8 +43,8 @@ class Origin:
             raise ValueError(f"folds={self.folds}: with fold_in nothing is held out; leave one of them out")
         if self.keeps_last_epoch and self.continues:
             raise ValueError(
-                f"continues={self.continues!r}: that run has learnt from what is held out here, or was chosen "
-                "by it; leave it out with folds and fold_in"
+                f"continues={self.continues!r}: that run has learnt from what is held out here, or was "
+                "chosen by it; leave it out with folds and fold_in"
             )
 
     @property
