@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_is_not_exported(config: TrialConfig, seen: Se
         (State.COMPLETE, {"ending": "time"}, "time"),
         (State.COMPLETE, {"ending": "patience"}, "patience"),
         (State.COMPLETE, {"ending": "schedule"}, "schedule"),
-        (State.INTERRUPTED, {}, "user"),
+        (State.INTERRUPTED, {}, "interrupted"),
         (State.FAILED, {"cause": Cause.DIVERGED, "ending": "diverged"}, "diverged"),
         (State.FAILED, {"cause": Cause.OUT_OF_MEMORY}, "out_of_memory"),
         (State.FAILED, {"cause": Cause.MACHINE}, "machine"),

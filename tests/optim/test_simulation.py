@@ -66,16 +66,20 @@ def run(
     searcher: Searcher | None = None,
 ) -> list[Any]:
     return simulation.simulate(
-        searcher or QueueSearcher(configs, metric="accuracy", mode="max"),
+        searcher or QueueSearcher(runs_of(configs), metric="accuracy", mode="max"),
         scheduler,
         Fixed(),
-        stamp={},
         metric="accuracy",
         budget=budget,
         workers=workers,
         seed=0,
         clock=simulation.Clock(),
     )
+
+
+def runs_of(configs: list[TrialConfig]) -> list[Run]:
+    """A run of each, with a seed of its own."""
+    return [Run(config, Origin(seed=number)) for number, config in enumerate(configs)]
 
 
 def changed(**values: Any) -> TrialConfig:
@@ -92,7 +96,7 @@ def test_two_workers_take_turns_as_they_are_free(simulation: Any) -> None:
 
 def test_each_trial_takes_time_to_start(simulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulation, "START", 0.5)
-    seen = run(simulation, [changed(seed=i) for i in range(2)], FIFOScheduler(), workers=1)
+    seen = run(simulation, [CONFIG, CONFIG], FIFOScheduler(), workers=1)
     assert [s.at for s in seen] == [1.5, 2.5, 3.5, 4.5, 6.0, 7.0, 8.0, 9.0]
 
 
@@ -141,7 +145,7 @@ class Limited(QueueSearcher):
     """
 
     def __init__(self, configs: list[TrialConfig], workers: int) -> None:
-        super().__init__(configs, metric="accuracy", mode="max")
+        super().__init__(runs_of(configs), metric="accuracy", mode="max")
         self._workers = workers
         self._running: set[str] = set()
         self._numbers: dict[str, int] = {}
@@ -242,7 +246,7 @@ from test_simulation import Limited, hyperband
 
 class Growing(Trainable):
     def setup(self, config):
-        self.lr, self.epoch = config["lr"], 0
+        self.lr, self.epoch = config["config"]["lr"], 0
     def step(self):
         self.epoch += 1
         return {"epoch": self.epoch, "accuracy": self.lr * self.epoch}

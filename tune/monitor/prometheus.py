@@ -49,7 +49,7 @@ def reason_tag(record: TrialRecord) -> str:
         return str(record.cause)
     if record.state is State.COMPLETE:
         return record.curve[-1].ending if record.curve else ""
-    return {State.OUT_OF_TIME: "time", State.INTERRUPTED: "user"}.get(record.state, "")
+    return {State.OUT_OF_TIME: "time", State.INTERRUPTED: "interrupted"}.get(record.state, "")
 
 
 @cache
