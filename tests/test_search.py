@@ -34,8 +34,8 @@ from carmodels.evaluation.calibration import with_temperature
 from carmodels.files import read_json
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
-from carmodels.records import BASELINE, State
-from carmodels.study import Study
+from carmodels.records import State
+from carmodels.study import VERSION, Study
 from tune import search
 from tune.budget import clock
 from tune.budget.clock import Clock
@@ -113,15 +113,16 @@ def test_every_configuration_has_a_row_and_the_baseline_ran_its_whole_schedule(p
     rows = table(place.study)
     assert [r["stage"] for r in rows].count("search") == 6
     assert [r["stage"] for r in rows].count("confirm") in (0, 2)  # none where the best stands out by far
-    reference = [r for r in rows if r["note"].startswith("the baseline")]
-    assert [(r["status"], r["epochs_run"]) for r in reference] == [("finished", "3")]
-    finished = [float(r["value"]) for r in rows if r["status"] == "finished"]
-    assert finished == sorted(finished, reverse=True)
+    reference = [r for r in rows if r["baseline"] == "True"]
+    assert [(r["state"], r["epochs_run"], r["cut_short"]) for r in reference] == [("complete", "3", "False")]
+    assert reference[0]["note"].startswith("baseline")
+    complete = [float(r["value"]) for r in rows if r["state"] == "complete"]
+    assert complete == sorted(complete, reverse=True)
     assert all(r["reason"] for r in rows)
 
 
 @pytest.mark.usefixtures("whole")
-def test_every_finished_trial_leaves_its_probabilities_by_id(place: Place) -> None:
+def test_every_complete_trial_leaves_its_probabilities_by_id(place: Place) -> None:
     study = place.study
     for record in study.leaderboard():
         for split in ("val", "holdout", "test"):
@@ -211,7 +212,7 @@ def test_optuna_dashboard_opens_the_storage_of_a_study(place: Place) -> None:
 @pytest.mark.usefixtures("whole")
 def test_tensorboard_shows_the_curve_of_every_trial(place: Place) -> None:
     pytest.importorskip("tensorboard", reason="needs tensorboard, as in the extra 'dev'")
-    curves = {f"{r.stage}-{trial_name(r.config)}": r.curve for r in place.study.records() if r.curve}
+    curves = {f"{r.stage}-{trial_name(r.run)}": r.curve for r in place.study.records() if r.curve}
     run = "import sys; from tensorboard.main import run_main; run_main()"
     with serving(sys.executable, "-c", run, "--logdir", str(place.study.tensorboard_folder)) as ask:
 
@@ -299,12 +300,12 @@ def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place
     assert best["standings"][0]["trial_id"] == best["trial_id"] == judged(study)[0].record.trial_id
     assert sorted(run["seed"] for run in best["retrained"].values()) == [1, 2, 3]
     lines = [json.loads(line) for line in study.trials_file.read_text().splitlines()]
-    finished = [row["trial_id"] for row in lines if row["status"] == State.COMPLETE]
-    assert len(finished) == len(set(finished))
+    complete = [row["trial_id"] for row in lines if row["state"] == State.COMPLETE]
+    assert len(complete) == len(set(complete))
     reruns = [r for r in study.records() if r.stage == "confirm"]
     trial = next(r for r in study.records() if r.trial_id == best["trial_id"])
     assert best["config"]["epochs"] == LONGER * trial.config.epochs  # no time limit
-    assert best["config"]["continues"] == trial.trial_id
+    assert best["origin"]["continues"] == trial.trial_id
     longer = f"{best['config']['epochs']} epochs more each, on from its weights"
     assert longer in " ".join(whole.split())
     for rerun in reruns:
@@ -332,7 +333,7 @@ def test_a_search_that_was_cut_off_among_its_reruns_goes_on_there(place: Place) 
     after = {r.trial_id: r for r in study.records()}
     assert set(after) == {r.trial_id for r in before}
     again = after[reruns[-1].trial_id]
-    assert (again.status, again.stage, again.value) == (State.COMPLETE, "confirm", reruns[-1].value)
+    assert (again.state, again.stage, again.value) == (State.COMPLETE, "confirm", reruns[-1].value)
     assert all(after[r.trial_id] == r for r in before if r.trial_id != again.trial_id)
 
 
@@ -419,12 +420,11 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
         )
     )
     assert result.returncode == 0, result.stderr
-    (new,) = [
-        r for r in place.study.records() if r.note == f"seed 1 of {worst.trial_id}" and r.epochs_run == 1
-    ]
-    assert (new.config.continues, new.config.unfreeze) == (worst.trial_id, "full")
+    repeats = [r for r in place.study.records() if r.repeats == worst.trial_id and r.origin.seed == 1]
+    (new,) = [r for r in repeats if r.epochs_run == 1]
+    assert (new.origin.continues, new.config.unfreeze) == (worst.trial_id, "full")
     assert new.config.backbone == worst.config.backbone
-    reference = next(r for r in searched if r.note.startswith(BASELINE))
+    reference = next(r for r in searched if r.baseline)
     place.study.predictions_file(reference.trial_id, "holdout").unlink()
     out = place.folder / "mine.csv"
     result = place.run(
@@ -500,10 +500,10 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     result = place.run([*command, "--resume", "--check-stops", "2"])
     assert result.returncode == 0, result.stderr
     assert f"{len(cut)} queued again" in result.stdout
-    holdout = json.loads(study.stops_file.read_text())
-    assert holdout["stopped"] == len(at_rungs(study.records()))
-    assert holdout["finished"] == min(2, holdout["stopped"]) == len(study.stops.leaderboard())
-    assert stops_sentence(holdout) in result.stdout
+    check = json.loads(study.stops_file.read_text())
+    assert check["stopped"] == len(at_rungs(study.records()))
+    assert check["finished"] == min(2, check["stopped"]) == len(study.stops.leaderboard())
+    assert stops_sentence(check) in result.stdout
     records = {r.trial_id: r for r in study.records()}
     assert len(records) == 5
     assert {i: records[i] for i in kept} == kept
@@ -620,7 +620,7 @@ def test_the_search_has_the_time_of_the_stages_nobody_asked_for() -> None:
     ("options", "stage"),
     [
         ("--until search", "search"),
-        ("--until search --check-stops 3", "holdout"),
+        ("--until search --check-stops 3", "stops"),
         ("--until confirm", "confirm"),
         ("--until confirm --confirm 0", "search"),
         ("--until retrain", "retrain"),
@@ -628,14 +628,14 @@ def test_the_search_has_the_time_of_the_stages_nobody_asked_for() -> None:
 )
 def test_the_last_stage_that_is_asked_for_has_nearly_all_of_the_time(options: str, stage: str) -> None:
     typed = search.parser().parse_args(["--hours", "1", *options.split()])
-    clock, trials = search.budget(typed, SPACES["cpu"], bare=False, begun=0.0)
+    planned, trials = search.budget(typed, SPACES["cpu"], bare=False, begun=0.0)
     ends = {
-        "search": clock.at(clock.search),
-        "holdout": clock.at(clock.search + clock.STOPS_SHARE),
-        "confirm": clock.at(clock.CONFIRM_SHARE),
-        "retrain": clock.at(clock.RETRAIN_SHARE),
+        "search": planned.at(planned.search),
+        "stops": planned.at(planned.search + clock.STOPS_SHARE),
+        "confirm": planned.at(clock.CONFIRM_SHARE),
+        "retrain": planned.at(clock.RETRAIN_SHARE),
     }
-    assert (ends[stage], clock.at(1.0), trials) == (pytest.approx(0.97 * 3600), 3600, None)
+    assert (ends[stage], planned.at(1.0), trials) == (pytest.approx(0.97 * 3600), 3600, None)
     whole, _ = search.budget(search.parser().parse_args(["--hours", "1"]), SPACES["cpu"], bare=False, begun=0)
     assert (whole.at(clock.RETRAIN_SHARE), whole.last) == (0.88 * 3600, 1.0)
 
@@ -678,7 +678,7 @@ def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
     for folder in ("predictions", "weights"):
         (study.folder / folder).rmdir()
     study_folder.check_resumed(study, now, splits, screen)  # type: ignore[arg-type]
-    assert study.facts == {**facts, "data": "../new"}
+    assert study.facts == {"version": VERSION, **facts, "data": "../new"}
     assert {p.name for p in study.folder.iterdir()} >= {"predictions", "weights"}
     with pytest.raises(ValueError, match="weights was"):
         study_folder.check_resumed(study, {**now, "weights": "../../others"}, splits, screen)  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ from carmodels.records import State, TrialRecord
 from carmodels.study import Study
 from carmodels.submission import write_submission
 from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
 from tune import ensemble, report, retrain, search
 from tune.cli import session
 from tune.cli.options import guarded
@@ -332,11 +333,12 @@ def facts(change: Callable[[dict[str, object]], object]) -> Spoil:
 
 
 def in_study(name: str, content: bytes) -> Spoil:
-    """Another file in the study's folder, which has a finished trial."""
+    """Another file in the study's folder, which has a complete trial."""
 
     def spoil(place: Place) -> None:
-        config = TrialConfig("test_resnet", image_size=32, epochs=2)
-        place.study.append(TrialRecord(config.id, config, State.COMPLETE, 2, 0.5, 4.0, "ran its 2 epochs"))
+        run = Run(TrialConfig("test_resnet", image_size=32, epochs=2))
+        record = TrialRecord(run.id, run.config, State.COMPLETE, 2, 0.5, 4.0, "ran its 2 epochs")
+        place.study.append(record)
         (place.study.folder / name).write_bytes(content)
 
     return spoil
@@ -791,6 +793,9 @@ OLD = (
     "{study}/study.json has no 'metric': it is damaged, or of another version of this program; "
     "use the version it was made with, or begin another study"
 )
+VERSION_1 = (
+    "{study} was made by version 0.1 of this project, this is 0.2: use that version, or begin another study"
+)
 CHANGED = "in {study} and is … now; give the options of the first run, or another --study NAME"
 NO_STUDY = (
     "{study} is there already, but is no study: it holds no study.json; bring that back, move the folder "
@@ -817,7 +822,11 @@ STUDIES = {
         nothing, f"--resume: metric was accuracy {CHANGED}", (*RESUME, "--metric", "log_loss")
     ),
     "of other weights": Case(nothing, f"--resume: weights was … {CHANGED}", (*RESUME, "--weights", "none")),
-    "of an older version": Case(facts(lambda found: found.pop("metric")), OLD, RESUME),
+    "without its metric": Case(facts(lambda found: found.pop("metric")), OLD, RESUME),
+    "of an older version": Case(facts(lambda found: found.pop("version")), VERSION_1, RESUME),
+    "of another version": Case(
+        facts(lambda found: found.update(version="9.9")), VERSION_1.replace("0.1", "9.9"), RESUME
+    ),
     "study.json torn": Case(
         in_study("study.json", b'{"seed": 0,'),
         "{study}/study.json is damaged (Expecting property name enclosed in double quotes: …); "
@@ -870,7 +879,8 @@ STUDIES = {
     "retrain: no folder named": Case(
         nothing, "the following arguments are required: STUDY_DIR" + HELP, (), retrain
     ),
-    "retrain: an older version": script(
+    "retrain: an older version": script(retrain, "", VERSION_1, facts(lambda found: found.pop("version"))),
+    "retrain: without its largest size": script(
         retrain, "", OLD.replace("metric", "max_size"), facts(lambda found: found.pop("max_size"))
     ),
     "retrain: other images": script(
@@ -1100,7 +1110,7 @@ def write_rows(path: Path, rows: list[list[str]]) -> None:
         csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
 
 
-def widen_a_image(place: Place) -> None:
+def widen_an_image(place: Place) -> None:
     draw(5).resize((20_000, 48)).save(place.data / "train" / "1" / "0_1.jpg")
 
 
@@ -1142,7 +1152,7 @@ UNUSUAL: dict[str, tuple[Spoil, Callable[[str], str]]] = {  # and what each name
     "names with spaces, commas and quotes": (renamed(spaced), spaced),
     "names with line ends": (renamed(folded), folded),
     "names with a carriage return": (renamed(returned), returned),
-    "20,000 px wide": (widen_a_image, same),
+    "20,000 px wide": (widen_an_image, same),
     "linked images, a circle of folders": (link_images, same),
     "a zip of Cyrillic names": (both(renamed(cyrillic), packed(zipfile.ZIP_LZMA)), cyrillic),
     "a zip with a folder named .zip": (packed(**{"notes.zip/read.me": b"x"}), same),
@@ -1180,7 +1190,7 @@ def test_damaged_lines_of_a_resumed_study_are_named_and_the_rest_is_kept(
 ) -> None:
     in_study("notes.txt", b"")(place)
     with place.study.trials_file.open("ab") as file:
-        file.write(b'\xff\x00\n[]\n{"config": {"colour": "red"}, "curve": []}\n{"trial_id": ')
+        file.write(b'\xff\x00\n[]\n{"config": {"colour": "red"}, "origin": {}, "curve": []}\n{"trial_id": ')
     before = files_of(place.folder)
     without_ray(monkeypatch)
     assert place.search(*RESUME) == 0

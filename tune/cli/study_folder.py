@@ -63,6 +63,7 @@ def refuse_within(study: Study, options: argparse.Namespace) -> None:
 
 def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: Screen) -> None:
     """Says what is damaged; ValueError where what is resumed is not the same search of the same data."""
+    before = study.facts  # first: to a study of another version nothing else applies
     if damaged := study.damaged_lines():
         screen.say(f"{study.trials_file}: lines {damaged} are damaged, their trials run again.", "yellow")
     if lost := study.lost():
@@ -71,7 +72,6 @@ def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: S
             f"{study.table_file.name}, which may run again.",
             "yellow",
         )
-    before = study.facts
     for name in ("preset", "space", "seed", "metric", "warm_start", "weights", "fingerprint", "split_hash"):
         if not _alike(study, name, before[name], facts[name]):
             raise ValueError(
