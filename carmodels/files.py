@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write indented JSON, whole or not at all; NaN and infinity become null."""
@@ -55,7 +53,7 @@ def json_ready(value: Any) -> Any:
         return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [json_ready(v) for v in value]
-    if isinstance(value, np.generic):
+    if getattr(value, "ndim", None) == 0:  # a scalar of NumPy's, which a script's --help need not import
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -87,34 +87,19 @@ class Space:
 
         Raises ValueError for an unknown name, a value of the wrong type or one that no configuration accepts.
         """
-        name, _, written = text.partition("=")
-        if name not in FIELDS or not written:
-            raise ValueError(
-                f"--set {text}: expected NAME=V, NAME=V1,V2 or NAME=LOW:HIGH with NAME one of {NAMES}"
-            )
-        if name == "epochs" and not written.isdecimal():
-            raise ValueError(f"--set {text}: epochs must be one number, the same schedule for every trial")
+        name, written = read_override(text)
         old = self.dimensions.get(name)
         when = old.when if old else _WHEN.get(name)
         if not old and when and when[0] not in self.dimensions:
             when = None
         others = {n: d for n, d in self.dimensions.items() if n != name}
         fixed = {n: v for n, v in self.fixed.items() if n != name}
-        if ":" in written:
-            low, high = (parse(name, part) for part in written.split(":", 1))
-            if not (isinstance(low, float) and isinstance(high, float) and low < high):
-                raise ValueError(f"--set {text}: LOW:HIGH is for a real number, with LOW below HIGH")
-            log = old.log if isinstance(old, Range) else low > 0 and high / low >= 10
-            new: Dimension = Range(low, high, log, when)
-        else:
-            options = tuple(parse(name, part) for part in written.split(","))
-            if len(options) == 1:
-                return replace(self, dimensions=others, fixed={**fixed, name: options[0]})._checked(
-                    f"--set {text}"
-                )
-            if doubles := [v for n, v in enumerate(options) if v in options[:n]]:
-                raise ValueError(f"--set {text}: {doubles[0]!r} is there more than once")
-            new = Choice(options, when)
+        if isinstance(written, Choice) and len(written.options) == 1:
+            alone = replace(self, dimensions=others, fixed={**fixed, name: written.options[0]})
+            return alone._checked(f"--set {text}")
+        new = replace(written, when=when)
+        if isinstance(new, Range) and isinstance(old, Range):
+            new = replace(new, log=old.log)
         dimensions: dict[str, Dimension] = {}
         for n, d in self.dimensions.items():
             if d.when and d.when[0] == name:  # what is drawn under a condition comes after it
@@ -136,6 +121,29 @@ class Space:
                     for value in options if name != "image_size" else (size,):
                         _try_value(shown, name, value, source)
         return self
+
+
+def read_override(text: str) -> tuple[str, Dimension]:
+    """The field and the values that `NAME=V`, `NAME=V1,V2,...` or `NAME=LOW:HIGH` names, for any space.
+
+    Raises ValueError for an unknown name, a value of the wrong type, a range without width or a double.
+    """
+    name, _, written = text.partition("=")
+    if name not in FIELDS or not written:
+        raise ValueError(
+            f"--set {text}: expected NAME=V, NAME=V1,V2 or NAME=LOW:HIGH with NAME one of {NAMES}"
+        )
+    if name == "epochs" and not written.isdecimal():
+        raise ValueError(f"--set {text}: epochs must be one number, the same schedule for every trial")
+    if ":" in written:
+        low, high = (parse(name, part) for part in written.split(":", 1))
+        if not (isinstance(low, float) and isinstance(high, float) and low < high):
+            raise ValueError(f"--set {text}: LOW:HIGH is for a real number, with LOW below HIGH")
+        return name, Range(low, high, log=low > 0 and high / low >= 10)
+    options = tuple(parse(name, part) for part in written.split(","))
+    if doubles := [v for n, v in enumerate(options) if v in options[:n]]:
+        raise ValueError(f"--set {text}: {doubles[0]!r} is there more than once")
+    return name, Choice(options)
 
 
 # what one may be hangs on the others and on the backbone

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import imagehash
 import numpy as np
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 DUPLICATE_BITS = 6  # of 64; on cars9 all three pairs up to 6 are the same photograph, at 8 it is one in five
 MOST_ALIKE = 0.01  # of all images that near-duplicates of one may be
@@ -16,6 +13,8 @@ MOST_ALIKE = 0.01  # of all images that near-duplicates of one may be
 
 def perceptual_hash(image: Image.Image) -> int:
     """64 bits that near-duplicates nearly share (`imagehash.phash`); the cache's max_size plays no part."""
+    import imagehash  # here, as every worker would pay for it at its start, and none decodes images
+
     return int(str(imagehash.phash(image.resize((64, 64), Image.Resampling.BOX))), 16)
 
 
@@ -39,6 +38,9 @@ def near_duplicate_groups(hashes: np.ndarray) -> np.ndarray:
 
 def _linked(hashes: np.ndarray, bits: int) -> np.ndarray:
     """hashes (N,) -> (N,) number of the group, by links where at most so many bits differ."""
+    from scipy.sparse import coo_array  # here, likewise
+    from scipy.sparse.csgraph import connected_components
+
     pairs = np.concatenate([np.empty((0, 2), np.int64), *_close_pairs(hashes, bits)])
     links = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(hashes),) * 2)
     found: np.ndarray = connected_components(links, directed=False)[1]

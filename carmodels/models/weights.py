@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-
-import timm
+from typing import Any
 
 from carmodels.files import user_path
 
@@ -46,7 +45,7 @@ class Weights:
         path = self.file(backbone)
         if path is not None:
             return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        published = timm.models.get_pretrained_cfg(backbone)
+        published = _published(backbone)
         return f"{self.source}:{published.hf_hub_id or published.url}" if published else self.source
 
     def has(self, backbone: str) -> bool:
@@ -54,7 +53,14 @@ class Weights:
         if self.source == "none":
             return True
         if self.source == "hub":
-            published = timm.models.get_pretrained_cfg(backbone)
+            published = _published(backbone)
             return bool(published and published.has_weights)
         path = self.file(backbone)
         return path is not None and path.is_file()
+
+
+def _published(backbone: str) -> Any:
+    """What timm knows of the weights that are published for a backbone; None for an unknown one."""
+    import timm  # here: it takes seconds, and `parse` checks an option
+
+    return timm.models.get_pretrained_cfg(backbone)
