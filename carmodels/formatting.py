@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 
 def one_line(error: Exception) -> str:
@@ -37,6 +38,22 @@ def gain_text(metric: str, found: Mapping[str, float]) -> tuple[str, str]:
     """A difference between two scores and the ends of its interval."""
     value, low, high = (points_text(metric, found[name]) for name in ("value", "low", "high"))
     return value, f"{low} to {high}"
+
+
+def stops_sentence(results: Mapping[str, Any]) -> str:
+    """What the check of stops says, in words."""
+    if not results["stopped"]:
+        return "No trial was stopped at a rung: there is no stop to check."
+    text = f"Of {results['stopped']} trials stopped at a rung {results['drawn']} were drawn at random and "
+    if not results["finished"]:
+        return f"{text}none was finished: there was no time for it."
+    share = results["wrong_share"]
+    return (
+        f"{text}{results['finished']} of them finished: {results['wrong']} better than the best of the "
+        f"search (wrong stops; 95 % interval {100 * share['low']:.0f} to {100 * share['high']:.0f} %), "
+        f"{results['debatable']} more above the median of the finished ones (debatable). "
+        f"Stopping them saved {results['seconds_saved']:.0f} s of training."
+    )
 
 
 def duration(seconds: float) -> str:

@@ -19,9 +19,10 @@ ABOVE = {  # the packages of tune/ that each may import, beside carmodels and it
     "runtime": {"optim", "budget"},
     "finalize": {"optim", "budget", "runtime"},
     "serving": set(),
-    "monitor": {"optim", "budget", "runtime", "finalize"},
-    "reporting": {"optim", "budget", "finalize"},
-    "cli": {"optim", "budget", "runtime", "finalize", "monitor", "reporting"},
+    "monitor": {"optim", "budget", "runtime"},
+    "reporting": {"optim"},
+    "cli": {"optim", "budget", "runtime", "finalize", "monitor"},
+    "commands": {"optim", "budget", "runtime", "finalize", "serving", "monitor", "reporting", "cli"},
 }
 NEVER = {
     "space": {"numpy", "torch"},

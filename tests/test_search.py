@@ -32,6 +32,7 @@ from carmodels.data.dataset import open_dataset
 from carmodels.ensembling.network import load_ensemble
 from carmodels.evaluation.calibration import with_temperature
 from carmodels.files import read_json
+from carmodels.formatting import stops_sentence
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.records import State
@@ -40,9 +41,11 @@ from tune import search
 from tune.budget import clock
 from tune.budget.clock import Clock
 from tune.cli import session, study_folder
+from tune.cli.options import written
+from tune.commands import run_search
+from tune.finalize import blending, confirmation, retraining
 from tune.finalize.retraining import LONGER
 from tune.finalize.stop_check import at_rungs
-from tune.finalize.stop_check import sentence as stops_sentence
 from tune.optim.standings import judged, sentence
 from tune.reporting.mistakes import found_mistakes
 from tune.runtime import search_stage
@@ -556,10 +559,10 @@ def test_only_the_demo_without_any_option_overwrites_its_own_study(
     tmp_path: Path, arguments: str, command: str, overwrites: bool
 ) -> None:
     study = Study(tmp_path / "demo")
-    options = search.parser().parse_args(arguments.split())
-    assert not search.repeats_the_demo(study, options)
+    typed = list(written(search.parser(), search.parser().parse_args(arguments.split())))
+    assert not run_search.repeats_the_demo(study, typed)
     study.begin({"command": f"python tune/search.py{command}"}, [])
-    assert search.repeats_the_demo(study, options) == overwrites
+    assert run_search.repeats_the_demo(study, typed) == overwrites
 
 
 @pytest.mark.parametrize(
@@ -628,7 +631,7 @@ def test_the_search_has_the_time_of_the_stages_nobody_asked_for() -> None:
 )
 def test_the_last_stage_that_is_asked_for_has_nearly_all_of_the_time(options: str, stage: str) -> None:
     typed = search.parser().parse_args(["--hours", "1", *options.split()])
-    planned, trials = search.budget(typed, SPACES["cpu"], bare=False, begun=0.0)
+    planned, trials = run_search.budget(typed, SPACES["cpu"], bare=False, begun=0.0)
     ends = {
         "search": planned.at(planned.search),
         "stops": planned.at(planned.search + clock.STOPS_SHARE),
@@ -636,7 +639,8 @@ def test_the_last_stage_that_is_asked_for_has_nearly_all_of_the_time(options: st
         "retrain": planned.at(clock.RETRAIN_SHARE),
     }
     assert (ends[stage], planned.at(1.0), trials) == (pytest.approx(0.97 * 3600), 3600, None)
-    whole, _ = search.budget(search.parser().parse_args(["--hours", "1"]), SPACES["cpu"], bare=False, begun=0)
+    hour = search.parser().parse_args(["--hours", "1"])
+    whole, _ = run_search.budget(hour, SPACES["cpu"], bare=False, begun=0)
     assert (whole.at(clock.RETRAIN_SHARE), whole.last) == (0.88 * 3600, 1.0)
 
 
@@ -719,15 +723,16 @@ def test_what_is_killed_while_it_begins_leaves_no_half_study(
 def test_a_search_that_has_nothing_more_to_draw_does_not_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stage in (search.confirmation, search.retraining, search.blending):
+    for stage in (confirmation, retraining, blending):
         monkeypatch.setattr(stage, "most_seconds", lambda *given, **more: 0.0)
     job = Job(Study(tmp_path), None, None, Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
     options = search.parser().parse_args([])
     for begun, longer in ((time.time() - 150, False), (time.time() - 600, True)):  # of 620 s for the search
         clock = Clock(begun, 1000)
-        assert (search.with_spare_time(job, options, clock) != clock) == longer
-    monkeypatch.setattr(search.confirmation, "most_seconds", lambda *given, **more: 1e6)
-    assert search.with_spare_time(job, options, clock).search == pytest.approx(0.88)  # they have 0.12 at most
+        assert (run_search.with_spare_time(job, options, clock) != clock) == longer
+    monkeypatch.setattr(confirmation, "most_seconds", lambda *given, **more: 1e6)
+    spared = run_search.with_spare_time(job, options, clock)
+    assert spared.search == pytest.approx(0.88)  # the later stages have 0.12 at most
 
 
 @pytest.mark.parametrize(("trials", "spare", "searches"), [(None, True, 2), (None, False, 1), (9, True, 1)])
@@ -748,9 +753,9 @@ def test_what_follows_has_the_clock_of_the_longer_search(
         return False
 
     for place, name, value in (
-        (search, "costs_of", lambda job, space: None),
-        (search, "with_spare_time", lambda job, options, clock: longer),
-        (search, "trained_further", trained),
+        (run_search, "costs_of", lambda job, space: None),
+        (run_search, "with_spare_time", lambda job, options, clock: longer),
+        (run_search, "trained_further", trained),
         (search_stage, "search", searched),
         (session, "watched", lambda *given: None),
     ):
@@ -759,32 +764,32 @@ def test_what_follows_has_the_clock_of_the_longer_search(
     job = Job(Study(tmp_path), splits, None, Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
     options = search.parser().parse_args([])
     screen = SimpleNamespace(say=print, rest=list, table=print)
-    assert search.go(job, SPACES["demo"], options, clock, trials, screen) == 130  # type: ignore[arg-type]
+    assert run_search.go(job, SPACES["demo"], options, clock, trials, screen) == 130  # type: ignore[arg-type]
     assert asked == [(clock, True), (longer, False)][:searches]
     assert further == [asked[-1][0]]
 
 
 def test_sizes_are_checked_against_what_the_space_has_in_the_end(weights: Weights) -> None:
     typed = ["start_image_size=0,96", "image_size=128,160", "backbone=test_resnet"]
-    space, _ = search.chosen_space("cpu", typed, weights)
+    space, _ = run_search.chosen_space("cpu", typed, weights)
     assert (space.image_sizes, space.backbones) == ((128, 160), ("test_resnet",))
 
 
 def test_the_command_is_written_down_with_what_was_left_out() -> None:
     options = search.parser().parse_args(["--confirm", "0", "--check-stops", "3", "--check"])
-    assert list(search._written(options)) == ["--confirm 0", "--check-stops 3", "--check"]
+    assert list(written(search.parser(), options)) == ["--confirm 0", "--check-stops 3", "--check"]
 
 
 def test_the_command_written_down_is_the_one_that_was_typed() -> None:
     typed = ["--data", "my cars", "--set", "lr=1e-3", "--set", "epochs=4", "--warm-start", "a", "it's b"]
     options = search.parser().parse_args(typed)
-    written = shlex.split(" ".join(search._written(options)))
-    assert search.parser().parse_args(written) == options
+    again = shlex.split(" ".join(written(search.parser(), options)))
+    assert search.parser().parse_args(again) == options
 
 
 def test_room_is_made_for_what_the_asked_stages_leave() -> None:
     def later(*typed: str) -> int:
-        return search.models_later(search.parser().parse_args(typed))
+        return run_search.models_later(search.parser().parse_args(typed))
 
     assert later("--until", "search") == 1
     assert later("--confirm", "0", "--until", "confirm") == 1
@@ -794,8 +799,8 @@ def test_room_is_made_for_what_the_asked_stages_leave() -> None:
 
 
 def test_backbones_without_weights_are_left_out_by_name(weights: Weights) -> None:
-    space, left_out = search.chosen_space("cpu", ["backbone=test_resnet,resnet50"], weights)
+    space, left_out = run_search.chosen_space("cpu", ["backbone=test_resnet,resnet50"], weights)
     assert space.backbones == ("test_resnet",)
     assert left_out == ["resnet50"]
     with pytest.raises(ValueError, match="no weights for any of resnet50"):
-        search.chosen_space("cpu", ["backbone=resnet50"], weights)
+        run_search.chosen_space("cpu", ["backbone=resnet50"], weights)

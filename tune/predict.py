@@ -11,35 +11,15 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from rich.progress import track
-
-from carmodels.ensembling.export import TOLERANCE, check_packages, export
-from carmodels.ensembling.network import EXPORTED, Ensemble, load_ensemble
-from carmodels.files import user_path
-from carmodels.study import Study
 from tune.cli.options import Parser, guarded, out_file
-from tune.monitor.terminal import Screen
-from tune.serving.drop_page import PORT, serve
-from tune.serving.inference import (
-    ACCURACY,
-    NOT_SURE,
-    Answer,
-    Threshold,
-    Unreadable,
-    answers,
-    found_images,
-    threshold,
-    write_answers,
-)
-from tune.serving.model_card import write_card
 
-MOST_LINES = 100  # of answers on the screen, where a CSV has them all
+ACCURACY = 0.95  # of the answers, where a user does not say
+PORT = 8771
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
     add("images", metavar="IMAGES", type=Path, nargs="*", help="images and folders of images")
@@ -49,34 +29,27 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=ACCURACY,
         metavar="P",
-        help=f"how often answers are to be right; the others are not given ({ACCURACY}; 0: give all)",
+        help=f"share of the answers that must be right; others are not given ({ACCURACY}; 0: give all)",
     )
-    add("--student", action="store_true", help="answer with what tune/distil.py made of the ensemble")
+    add("--student", action="store_true", help="answer with the student of tune/distil.py")
     add("--export", type=Path, metavar="DIR", help="write ONNX, safetensors and a model card to this folder")
     add("--serve", action="store_true", help="show a page to drop images on, until Ctrl-C")
-    add("--port", type=int, metavar="N", help=f"of that page ({PORT}; 0: any)")
+    add("--port", type=int, metavar="N", help=f"port of that page ({PORT}; 0: any)")
     return p
 
 
-def run(options: argparse.Namespace, screen: Screen) -> int:
-    """Export, answer, serve: whatever was asked for, in this order."""
-    _check(options)
-    study = Study(user_path(options.study))
-    paths = found_images([user_path(p) if str(p).startswith("~") else p for p in options.images])
-    answer = "student" if options.student else "ensemble"
-    ensemble, limit = load_ensemble(study, answer), threshold(study, options.not_sure, answer)
-    screen.say(limit.sentence)
-    if options.export:
-        _export(study, answer, ensemble, limit, user_path(options.export), screen)
-    ensemble = ensemble.to("cuda" if torch.cuda.is_available() else "cpu")
-    if paths:
-        _answer(ensemble, limit, paths, out_file(options), screen)
-    if options.serve:
-        return serve(study, ensemble, limit, PORT if options.port is None else options.port, screen.say)
-    return 0
+def run(options: argparse.Namespace) -> int:
+    """Check the options, then import the job, which takes seconds, and do it."""
+    check(options)
+    from tune.commands import run_predict
+    from tune.monitor.terminal import Screen
+
+    with Screen() as screen:
+        return run_predict.run(options, screen, PORT if options.port is None else options.port)
 
 
-def _check(options: argparse.Namespace) -> None:
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not go together, before any work."""
     if not (options.images or options.export or options.serve):
         raise ValueError("there is nothing to do: give images or folders, --export DIR or --serve")
     if options.out and not options.images:
@@ -84,54 +57,6 @@ def _check(options: argparse.Namespace) -> None:
     out_file(options)
     if options.port is not None and not options.serve:
         raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
-    if options.export:
-        folder = user_path(options.export)
-        if (folder / EXPORTED[-1]).exists() and not (folder / EXPORTED[0]).exists():
-            raise ValueError(
-                f"--export {options.export} holds a {EXPORTED[-1]} that is no model's; give another folder"
-            )
-        check_packages()
-
-
-def _export(
-    study: Study, answer: str, ensemble: Ensemble, limit: Threshold, folder: Path, screen: Screen
-) -> None:
-    difference = export(ensemble, folder)
-    write_card(study, answer, ensemble.spec, limit, difference, folder)
-    screen.say(
-        f"Exported to {folder}: onnxruntime is within {difference:.1e} of torch (at most {TOLERANCE:.0e})."
-    )
-
-
-def _answer(
-    ensemble: Ensemble, limit: Threshold, paths: list[Path], out: Path | None, screen: Screen
-) -> None:
-    names, shown = ensemble.spec.class_names, len(paths) <= MOST_LINES or out is None
-    console = screen.console
-    looked = track(
-        answers(ensemble, paths, limit),
-        "Looking at images",
-        total=len(paths),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    found: list[Answer] = []
-    for answer in looked:
-        if isinstance(answer, Unreadable):
-            screen.say(f"Left out: {answer.image} ({answer.reason}).", "yellow")
-            continue
-        found.append(answer)
-        if shown:
-            guess = f"{names[answer.column]} ({answer.confidence:.0%})"
-            screen.say(f"{answer.image}: {guess if answer.sure else f'{NOT_SURE}, perhaps {guess}'}")
-    if not found:
-        raise ValueError(f"none of the {len(paths)} images can be read; the lines above say why")
-    unsure = sum(not answer.sure for answer in found)
-    screen.say(f"{len(found)} images, {unsure} of them {NOT_SURE!r}, {len(paths) - len(found)} left out.")
-    if out:
-        write_answers(found, ensemble.spec, user_path(out))
-        screen.say(f"Written to {out}.")
 
 
 if __name__ == "__main__":

@@ -2,143 +2,112 @@
 
 Search for the best image classifier that the hardware and the hours can buy: search, run the best few again
 with new seeds, retrain the best, ensemble the top trials, write the submission and a report. Without
-arguments it draws a small data set of its own and shows the whole job; with your own images: --data
-IMAGES --hours 4.
+arguments it draws a small data set of its own and shows the whole job.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import math
-import os
-import platform
 import re
-import shlex
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
-from typing import Any
 
-import joblib
-import torch
-
-from carmodels.data.dataset import Splits
-from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
-from carmodels.ensembling.network import load_ensemble
-from carmodels.evaluation.metrics import METRICS
-from carmodels.files import user_path
-from carmodels.formatting import duration
-from carmodels.models.backbones import fetch_weights
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
-from carmodels.space import Space
-from carmodels.study import Study
-from carmodels.training.run import Origin
-from tune.budget.clock import STOPS_SHARE, Clock, last_share, search_share
-from tune.budget.plan import TRIAL_SHARE
-from tune.cli import resources, session
+from carmodels.space import read_override
+from carmodels.training.config import METRIC_NAMES
+from tune.budget.stages import CPU_HOURS, GPU_HOURS, RERUNS, STAGES
 from tune.cli.options import (
+    LONGEST_NAME,
     Parser,
     add_cost_option,
     add_fold_options,
     add_machine_options,
-    cache_folder,
     check_folds,
+    check_machine_options,
     cost_limit,
     guarded,
+    written,
 )
-from tune.cli.preflight import findings
-from tune.cli.study_folder import (
-    begin,
-    check_folder,
-    check_resumed,
-    describe_space,
-    earlier_studies,
-    refuse_within,
-)
-from tune.finalize import blending, confirmation, folds, retraining, stop_check
-from tune.finalize.confirmation import RERUNS
-from tune.monitor.terminal import Screen
-from tune.optim.standings import CONTENDERS
-from tune.reporting.mistakes import SECONDS, write_thumbnails
-from tune.reporting.page import write_report
-from tune.runtime import search_stage
-from tune.runtime.callbacks import ProgressCallback
-from tune.runtime.job import Job
-from tune.runtime.profiling import costs_of, processor
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 MOST_SEED = 2_000_000_000  # leaves room for the seeds of retraining
-STAGES = ("search", "confirm", "retrain", "ensemble", "report")
-LONGEST_NAME = 100  # characters of a study's name; file systems end at 255 bytes
-CPU_HOURS, GPU_HOURS = 0.25, 4.0  # where neither --hours nor --trials says more
-COMMAND = "python tune/search.py"
-DEMO_HOURS = 0.15  # the demo ends by its number of trials; this is for slow machines
+EXAMPLES = """\
+examples:
+  python tune/search.py
+      The demo: draws images of cars and runs every stage on them, in a few minutes.
+  python tune/search.py --data IMAGES --hours 4
+      Your own images, one folder for each class; all of it takes four hours at most.
+  python tune/search.py --data cars/sf-dl-car-classification.zip --study cars --hours 4
+      The competition's zip as it is downloaded; results/cars/submission.csv is the answer."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--data", metavar="DIR|ZIP", help="images by class, or the competition's files; left out: a demo"
-    )
-    p.add_argument(
-        "--preset", choices=tuple(SPACES), help="what to search over (gpu where there is CUDA, else cpu)"
-    )
-    p.add_argument("--weights", metavar="hub|none|DIR", help="where pretrained weights come from (hub)")
-    p.add_argument("--study", metavar="NAME", help="name of the folder under --results (that of the data)")
-    p.add_argument("--results", metavar="DIR", default="results", help="where studies are kept (results)")
-    p.add_argument("--trials", type=int, metavar="N", help="configurations in all, resumed ones included")
-    p.add_argument("--hours", type=float, metavar="H", help="bounds the whole command, retraining and all")
-    p.add_argument(
-        "--metric", choices=tuple(METRICS), default="accuracy", help="what is searched for (accuracy)"
-    )
-    p.add_argument(
+    p = Parser(__doc__, EXAMPLES)
+    add = p.add_argument_group("data").add_argument
+    add("--data", metavar="DIR|ZIP", help="images by class, or the competition's files (without: the demo)")
+    add("--weights", metavar="hub|none|DIR", help="where pretrained weights come from (hub)")
+
+    add = p.add_argument_group("search").add_argument
+    add("--preset", choices=tuple(SPACES), help="the search space (gpu where there is CUDA, else cpu)")
+    add(
         "--set",
         action="append",
         default=[],
         metavar="NAME=...",
-        help="V, V1,V2,... or LOW:HIGH for a dimension",
+        help="change a dimension of the space to V, V1,V2,... or LOW:HIGH; may be repeated",
     )
-    p.add_argument(
-        "--confirm",
-        type=int,
-        default=RERUNS,
-        metavar="N",
-        help=f"most runs with new seeds over the best {CONTENDERS}, to tell which is best ({RERUNS}; 0: off)",
-    )
-    p.add_argument(
-        "--check-stops",
-        type=int,
-        default=0,
-        metavar="K",
-        help="finish K stopped trials after all, drawn at random, to see whether the stops were right (0)",
-    )
-    p.add_argument(
+    add("--metric", choices=METRIC_NAMES, default="accuracy", help="what the search improves (accuracy)")
+    add(
         "--warm-start",
         nargs="+",
         default=[],
         metavar="STUDY_DIR",
         help="earlier studies, of any data, whose trials tell where to begin",
     )
-    add_fold_options(p)
-    add_cost_option(p)
-    add_machine_options(p)
-    p.add_argument("--seed", type=int, default=0, help="of the split, the draws and the training (0)")
-    p.add_argument(
+    add("--seed", type=int, default=0, metavar="N", help="seed of the split, the draws and the training (0)")
+
+    budget = f"without --hours and --trials {CPU_HOURS:g} hours on CPUs, {GPU_HOURS:g} on GPUs"
+    add = p.add_argument_group("budget", budget).add_argument
+    add("--hours", type=float, metavar="H", help="the most hours that the whole command takes")
+    add("--trials", type=int, metavar="N", help="the number of trials, those of a resumed study included")
+
+    later = p.add_argument_group("later stages")
+    later.add_argument(
+        "--until", choices=STAGES, default=STAGES[-1], help=f"the last stage to run ({STAGES[-1]})"
+    )
+    later.add_argument(
+        "--confirm",
+        type=int,
+        default=RERUNS,
+        metavar="N",
+        help=f"run the best few again with new seeds, N runs at most ({RERUNS}; 0: off)",
+    )
+    later.add_argument(
+        "--check-stops",
+        type=int,
+        default=0,
+        metavar="K",
+        help="finish K pruned trials, drawn at random, to see whether the stops were right (0: off)",
+    )
+    add_fold_options(later)
+    add_cost_option(later)
+    later.add_argument(
         "--thumbnails",
         action="store_true",
-        help="show images of the most confident mistakes in the report (the demo does so anyway)",
+        help="show images of the most confident mistakes in the report (the demo always does)",
     )
-    p.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
-    p.add_argument("--check", action="store_true", help="look for what would stop a search, and start none")
-    again = p.add_mutually_exclusive_group()
+
+    study = p.add_argument_group("study")
+    study.add_argument("--study", metavar="NAME", help="name of the study (the name of the data)")
+    study.add_argument("--results", metavar="DIR", default="results", help="folder of all studies (results)")
+    study.add_argument(
+        "--check", action="store_true", help="look for what would stop the search, and start nothing"
+    )
+    again = study.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with a study that exists")
-    again.add_argument("--overwrite", action="store_true", help="delete a study that exists and start anew")
+    again.add_argument("--overwrite", action="store_true", help="delete a study that exists, and begin anew")
+
+    add_machine_options(p.add_argument_group("machine"))
     return p
 
 
@@ -147,187 +116,18 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded(run, parser().parse_args(arguments))
 
 
-def run(options: argparse.Namespace, screen: Screen) -> int:
-    """The whole job, top to bottom."""
-    begun = time.time()
-    check_numbers(options)
-    bare = options.data is None
-    granted = resources.check_machine(options)
-    preset = options.preset or ("demo" if bare else "gpu" if torch.cuda.is_available() else "cpu")
-    weights = Weights.parse(options.weights or (str(DEMO_WEIGHTS) if bare else "hub"))
-    space, left_out = chosen_space(preset, options.set, weights)
-    if left_out:
-        screen.say(f"Left out of the space, no weights for them: {', '.join(left_out)}.")
-    study = Study(user_path(options.results) / (options.study or default_name(options.data)))
-    refuse_within(study, options)
-    overwrite = options.overwrite or repeats_the_demo(study, options)
-    check_folder(study, resume=options.resume, overwrite=overwrite)
-    later = models_later(options)
-    session.report(findings(study, space, granted, cache_folder(options), later=later), screen)
-    earlier = [] if options.resume else earlier_studies(options.warm_start, study, options.metric)
-    data = user_path(options.data) if options.data else demo_data(options, screen)
-    fetch_weights(weights, space.backbones)
-    if weights.source == "hub" and not options.address:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: what they need is on this disk now
-    splits = session.open_data(data, options, space.largest_size, options.seed, screen)
-    if options.fold_in:
-        retraining.check_test(splits)
-    if options.folds:
-        folds.check_filled(splits, options.folds, options.seed)
-    clock, trials = budget(options, space, bare, begun)
-    facts = {
-        "data": study.relative(data),
-        "weights": study.relative(Path(weights.source)) if weights.is_folder else weights.source,
-        "warm_start": [study.relative(user_path(f)) for f in options.warm_start],
-        **describe(options, preset, space, splits),
-    }
-    describe_data(splits, screen)
-    if options.check:
-        if options.address:
-            with session.ray_running(options, screen):
-                session.look_at_machines(study, data, weights, options, screen)
-        screen.say("Checked: data, weights, space, folders, disk, memory. Nothing stands in the way.")
-        return 0
-    with session.held(study):
-        if options.resume:
-            check_resumed(study, facts, splits, screen)
-        with session.ray_running(options, screen) as workers:
-            if options.address:
-                session.look_at_machines(study, data, weights, options, screen)
-            if not options.resume:
-                begin(study, facts, splits, earlier)
-            screen.say(
-                f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
-                f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
-            )
-            job = Job(study, splits, weights, workers, cache_folder(options), spent=study.spent())
-            return go(job, space, options, clock, trials, screen)
+def run(options: argparse.Namespace) -> int:
+    """Check the options, then import the job, which takes seconds, and do it."""
+    check(options)
+    from tune.commands import run_search
+    from tune.monitor.terminal import Screen
+
+    with Screen(plain=options.plain) as screen:
+        return run_search.run(options, list(written(parser(), options)), screen)
 
 
-def repeats_the_demo(study: Study, options: argparse.Namespace) -> bool:
-    """Whether this is the demo without an option (but --check and --plain), and the study is of the same."""
-    plain = {**vars(parser().parse_args([])), "check": options.check, "plain": options.plain}
-    if vars(options) != plain or not study.exists:
-        return False
-    command = str(study.facts.get("command"))
-    more = command.removeprefix(COMMAND).split()
-    return command.startswith(COMMAND) and set(more) <= {"--plain", "--overwrite"}
-
-
-def described_budget(clock: Clock, trials: int | None) -> str:
-    """The limits of a search in words."""
-    count = f"{trials} trials" if trials else "as many trials as fit"
-    return count if math.isinf(clock.seconds) else f"{count}, {duration(clock.seconds)} in all"
-
-
-def go(
-    job: Job,
-    space: Space,
-    options: argparse.Namespace,
-    clock: Clock,
-    trials: int | None,
-    screen: Screen,
-) -> int:
-    """The stages, one after the other, up to --until."""
-    origin = Origin(
-        metric=options.metric,
-        seed=options.seed,
-        data=job.splits.fingerprint,
-        split=job.splits.split_hash,
-    )
-    if math.isfinite(clock.seconds) or job.workers.packed:
-        job = replace(job, costs=costs_of(job, space))
-    watch = session.watched(job, clock, trials, screen)
-    search = partial(
-        search_stage.search,
-        job,
-        space,
-        origin=origin,
-        trials=trials,
-        seed=options.seed,
-        watch=watch,
-        say=screen.say,
-    )
-    completed = search(clock=clock)
-    longer = with_spare_time(job, options, clock) if completed and trials is None else clock
-    if longer != clock:
-        more = duration(longer.at(longer.search) - time.time())
-        screen.say(f"What follows does not need all the time that is left: the search goes on for {more}.")
-        completed, clock = search(clock=longer, resumed=False), longer
-    completed = completed and trained_further(job, options, clock, watch, screen)
-    screen.rest()
-    if not completed:
-        screen.table(job.study)
-        screen.say(
-            f"Interrupted. The same command with --resume goes on; the table is {job.study.table_file}."
-        )
-        return 130
-    last = STAGES.index(options.until)
-    results = None
-    if last >= STAGES.index("ensemble"):
-        results = blending.ensemble(job, clock=clock, say=screen.say, max_seconds=cost_limit(options))
-    screen.table(job.study)
-    screen.dimensions(job.study)
-    if results:
-        screen.answer(results, job.study)
-    if options.until == "report":
-        if options.thumbnails or options.data is None:
-            network = load_ensemble(job.study).to("cuda" if torch.cuda.is_available() else "cpu")
-            write_thumbnails(job.study, network, job.splits, seconds=min(SECONDS, clock.left))
-        screen.say(f"Report: {write_report(job.study)}")
-    screen.say(f"Every trial: {job.study.table_file}. All of it took {duration(time.time() - clock.begun)}.")
-    return 0
-
-
-def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Clock:
-    """The clock with more time for the search where the later stages, as they are bounded, do not need it.
-
-    Not where the search has ended long before its time: it has nothing more to draw.
-    """
-    ends = clock.at(clock.search)
-    if time.time() < ends - TRIAL_SHARE * (ends - clock.begun):
-        return clock
-    packed = job.costs if job.workers.packed else None
-    less = retraining.FOLD_IN_SHARE if options.fold_in else 0.0
-    within = clock.at(clock.retrain - less) - time.time()
-    reruns = confirmation.most_seconds(job.study, job.workers.count, most=options.confirm, costs=packed)
-    return clock.with_spare_time(
-        confirm=min(reruns, clock.seconds * (clock.confirm - clock.search)),  # and no more, by their bounds
-        retrain=retraining.most_seconds(job, within=within, folds=options.folds) + less * clock.seconds,
-        ensemble=blending.most_seconds(job, folds=options.folds),
-        stops=STOPS_SHARE if options.check_stops else 0.0,
-    )
-
-
-def trained_further(
-    job: Job, options: argparse.Namespace, clock: Clock, watch: ProgressCallback, screen: Screen
-) -> bool:
-    """What trains after the search, up to --until; False if interrupted."""
-    last, say = STAGES.index(options.until), screen.say
-    if options.check_stops:
-        if not stop_check.check_stops(
-            job,
-            count=options.check_stops,
-            seed=options.seed,
-            clock=clock,
-            watching=lambda study: session.watched(
-                replace(job, study=study), clock, None, screen, inner="stops"
-            ),
-            say=say,
-        ):
-            return False
-        screen.stops(job.study)
-    if last >= STAGES.index("confirm"):
-        if not confirmation.confirm(job, clock=clock, watch=watch, say=say, most=options.confirm):
-            return False
-        screen.standings(job.study)
-    return last < STAGES.index("retrain") or retraining.retrain_all(
-        job, clock=clock, watch=watch, say=say, folds=options.folds, fold_in=options.fold_in
-    )
-
-
-def check_numbers(options: argparse.Namespace) -> None:
-    """Raises ValueError for a number or a name that makes no sense."""
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for an option that makes no sense, whatever the data and the machine."""
     if options.trials is not None and options.trials < 1:
         raise ValueError(f"--trials {options.trials} must be at least 1")
     if options.hours is not None and not 0 < options.hours < 24 * 365:
@@ -335,15 +135,6 @@ def check_numbers(options: argparse.Namespace) -> None:
     for name in ("confirm", "check_stops"):
         if (value := getattr(options, name)) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 0, which leaves it out")
-    if options.thumbnails and options.until != "report":
-        raise ValueError(f"--thumbnails is for the report, which --until {options.until} leaves out")
-    check_folds(options)
-    cost_limit(options)
-    until = STAGES.index(options.until)
-    for name, stage in (("folds", "retrain"), ("fold_in", "retrain"), ("max_seconds_per_1000", "ensemble")):
-        if getattr(options, name) and until < STAGES.index(stage):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is for what --until {options.until} leaves out; leave out one of them")
     if not 0 <= options.seed <= MOST_SEED:
         raise ValueError(f"--seed {options.seed} must be from 0 to {MOST_SEED}")
     name = options.study
@@ -352,126 +143,25 @@ def check_numbers(options: argparse.Namespace) -> None:
             f"--study {name!r} must be a plain name of letters, digits, '.', '_' and '-', "
             f"{LONGEST_NAME} characters at most"
         )
+    check_folds(options)
+    cost_limit(options)
+    check_until(options)
+    check_machine_options(options)
+    for text in options.set:
+        read_override(text)
+    if options.weights is not None:
+        Weights.parse(options.weights)
 
 
-def models_later(options: argparse.Namespace) -> int:
-    """How many models the stages after the search may leave: reruns, retrained ones, folds, soups."""
+def check_until(options: argparse.Namespace) -> None:
+    """Raises ValueError for an option of a stage that --until leaves out."""
+    if options.thumbnails and options.until != "report":
+        raise ValueError(f"--thumbnails is for the report, which --until {options.until} leaves out")
     until = STAGES.index(options.until)
-    found = options.check_stops  # until all of these have ended
-    found += 1 + options.confirm if until >= STAGES.index("confirm") else 1  # and the baseline's
-    if until >= STAGES.index("retrain"):
-        found += folds.MOST_FOLDED * options.folds if options.folds else retraining.SEEDS + CONTENDERS - 1
-        found += retraining.SEEDS if options.fold_in else 0
-    return found + (CONTENDERS if until >= STAGES.index("ensemble") else 0)
-
-
-def demo_data(options: argparse.Namespace, screen: Screen) -> Path:
-    """Draw the built-in data set, unless it is drawn already."""
-    folder = cache_folder(options) / "demo"
-    screen.say("No --data given: this is the demo, ten classes of drawn cars in the competition's layout.")
-    draw_demo(folder)
-    return folder
-
-
-def default_name(data: str | None) -> str:
-    """The study's name where none is given: that of the data."""
-    return re.sub(r"[^\w.-]", "_", user_path(data).resolve().stem)[:LONGEST_NAME] if data else "demo"
-
-
-def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[Space, list[str]]:
-    """The preset with the overrides, less the backbones without weights, and the names of those."""
-    space = SPACES[preset]
-    first = ("backbone", "image_size")  # what other sizes are held against
-    for text in sorted(overrides, key=lambda text: text.partition("=")[0] not in first):
-        space = space.with_override(text)
-    left_out = [name for name in space.backbones if not weights.has(name)]
-    if len(left_out) == len(space.backbones):
-        raise ValueError(
-            f"--weights {weights.source}: no weights for any of {', '.join(left_out)}; "
-            "name the files <timm name>.safetensors, or give --set backbone=NAME, --weights hub "
-            "or --weights none"
-        )
-    return space.with_backbones(tuple(b for b in space.backbones if b not in left_out)), left_out
-
-
-def budget(options: argparse.Namespace, space: Space, bare: bool, begun: float) -> tuple[Clock, int | None]:
-    """The clock of the whole command, and the number of configurations where one is set."""
-    asked = {"confirm": options.confirm, "check_stops": options.check_stops}
-    hours, trials = options.hours, options.trials
-    if hours is None and trials is None:
-        on_gpus = torch.cuda.is_available() or (options.address and options.preset == "gpu")
-        hours = DEMO_HOURS if bare else GPU_HOURS if on_gpus else CPU_HOURS
-        trials = space.trials if bare else None
-    clock = Clock(
-        begun,
-        math.inf if hours is None else 3600 * hours,
-        search=search_share(**asked),
-        last=last_share(options.until, **asked),
-    )
-    return clock, trials
-
-
-def describe(options: argparse.Namespace, preset: str, space: Space, splits: Splits) -> dict[str, Any]:
-    """study.json: what was asked for, of which data, with which versions, on what machine."""
-    packages = (
-        "torch",
-        "torchvision",
-        "timm",
-        "ray",
-        "optuna",
-        "albumentations",
-        "numpy",
-        "opencv-python-headless",
-    )
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "command": " ".join([COMMAND, *_written(options)]),
-        "begun": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "preset": preset,
-        "space": describe_space(space),
-        "seed": options.seed,
-        "metric": options.metric,
-        "fingerprint": splits.fingerprint,
-        "split_hash": splits.split_hash,
-        "classes": list(splits.classes),
-        "class_names": list(splits.class_names),
-        "images": {s.name: len(s) for s in (splits.train, splits.val, splits.holdout, splits.test)},
-        "excluded": [asdict(e) for e in splits.excluded],
-        "test_duplicates": [list(pair) for pair in splits.test_duplicates],
-        "versions": {
-            "python": platform.python_version(),
-            **{p: importlib.metadata.version(p) for p in packages},
-        },
-        "max_size": space.largest_size,
-        "hardware": {"device": gpus[0] if gpus else processor(), "gpus": gpus, "cores": joblib.cpu_count()},
-    }
-
-
-def _written(options: argparse.Namespace) -> Iterator[str]:
-    """The options that differ from their defaults, as one can type them."""
-    for name, value in vars(options).items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            yield flag
-        elif isinstance(value, list):  # --set is given once for each, --warm-start once for all
-            groups = [value] if name == "warm_start" else [[item] for item in value]
-            yield from (shlex.join([flag, *map(str, group)]) for group in groups if group)
-        elif value is not None and value is not False and value != parser().get_default(name):
-            yield shlex.join([flag, str(value)])
-
-
-def describe_data(splits: Splits, screen: Screen) -> None:
-    """What was found, what was left out, what looks alike."""
-    sizes = ", ".join(f"{s.name} {len(s)}" for s in (splits.train, splits.val, splits.holdout, splits.test))
-    screen.say(f"{len(splits.classes)} classes ({', '.join(splits.class_names)}); images: {sizes}.")
-    for lost in splits.excluded[:5]:
-        screen.say(f"Left out: {lost.path} ({lost.reason}).", "yellow")
-    if len(splits.excluded) > 5:
-        screen.say(f"... {len(splits.excluded)} images left out in all; study.json lists them.", "yellow")
-    if splits.test_duplicates:
-        screen.say(
-            f"{len(splits.test_duplicates)} test images look like labelled ones; study.json lists them."
-        )
+    for name, stage in (("folds", "retrain"), ("fold_in", "retrain"), ("max_seconds_per_1000", "ensemble")):
+        if getattr(options, name) and until < STAGES.index(stage):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is for what --until {options.until} leaves out; leave out one of them")
 
 
 if __name__ == "__main__":

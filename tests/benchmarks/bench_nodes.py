@@ -29,6 +29,7 @@ from carmodels.records import State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
+from tune.budget.stages import WEIGHTS_KEPT
 from tune.optim.optuna_records import suggest
 from tune.optim.scheduler import AshaScheduler, Deadline
 from tune.optim.searcher import OptunaSearcher
@@ -36,7 +37,7 @@ from tune.runtime import worker
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.cluster import start_ray
 from tune.runtime.job import Job, Workers
-from tune.runtime.recorder import WEIGHTS_KEPT, Recorder
+from tune.runtime.recorder import Recorder
 from tune.runtime.runner import run_trials
 
 from table import Row, finish

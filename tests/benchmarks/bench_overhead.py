@@ -23,8 +23,8 @@ from carmodels.presets import SPACES
 from carmodels.space import Space
 from carmodels.study import Study
 from carmodels.training.run import Origin
-from tune import search
 from tune.budget.clock import SEARCH_SHARE, Clock
+from tune.commands import run_search
 from tune.runtime import search_stage
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.cluster import start_ray
@@ -49,7 +49,7 @@ def main() -> None:
         drawn = user_cache_path("carmodels") / "demo"
         draw_demo(drawn)
         space = SPACES["demo"]
-        seconds = 3600 * search.DEMO_HOURS
+        seconds = 3600 * run_search.DEMO_HOURS
         row = measure("demo preset", drawn, own, space, trials=space.trials, seconds=seconds)
         finish("bench_overhead", [row])
 

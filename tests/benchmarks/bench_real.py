@@ -35,6 +35,7 @@ from carmodels.files import read_json
 from carmodels.records import State
 from carmodels.study import Study
 from tune import search
+from tune.commands import run_search
 from tune.finalize import confirmation, retraining
 from tune.optim.scheduler import AshaScheduler, Deadline
 from tune.optim.searcher import OptunaSearcher
@@ -174,7 +175,7 @@ def search_as_the_tutorial(arguments: list[str]) -> int:
     """`tune/search.py` with that search, and no stage but the ensemble after it."""
     search_stage.OptunaSearcher = TutorialSearcher  # type: ignore[misc]
     search_stage.AshaScheduler = TutorialScheduler  # type: ignore[misc]
-    search.search_share = lambda **asked: SEARCH_SHARE
+    run_search.search_share = lambda **asked: SEARCH_SHARE
     confirmation.LATE_SHARE = 0.0  # no stage follows whose time a slow trial could have
     retraining.retrain_all = lambda *given, **named: True
     return search.main(arguments)

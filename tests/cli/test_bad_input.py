@@ -38,6 +38,7 @@ from carmodels.training.run import Run
 from tune import ensemble, report, retrain, search
 from tune.cli import session
 from tune.cli.options import guarded
+from tune.commands import run_search
 from tune.runtime.job import Workers
 
 CLASSES, EACH, TESTS = ("2", "10", "1"), 8, 5
@@ -147,7 +148,7 @@ def without_ray(patch: pytest.MonkeyPatch) -> None:
         yield Workers(1, 1, 0.0)
 
     patch.setattr(session, "ray_running", running)
-    patch.setattr(search, "go", lambda *arguments: 0)
+    patch.setattr(run_search, "go", lambda *arguments: 0)
 
 
 def files_of(folder: Path) -> dict[str, object]:

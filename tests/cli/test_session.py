@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from tune.cli import resources
-from tune.cli.options import guarded
+from tune.cli.options import check_machine_options, guarded
 from tune.cli.resources import Machine
 from tune.runtime.job import Workers
 
@@ -49,12 +49,26 @@ def test_trials_get_their_share_of_gpus_or_cores(
         ("auto", 9, 2, "--workers 9 is more than 2 GPUs at --gpus-per-trial auto hold; at most 8"),
         ("0.5", 5, 2, "--workers 5 is more than 2 GPUs at --gpus-per-trial 0.5 hold; at most 4"),
         ("1", 9, 0, "--workers 9 is more than 8 cores hold; at most 8"),
-        ("1", 0, 0, "--workers 0 must be at least 1"),
     ],
 )
 def test_more_than_there_is_is_refused(share: str, asked: int | None, gpus: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resources.share_out(options(share, asked), [Machine(8, gpus)])
+
+
+@pytest.mark.parametrize(
+    ("share", "asked", "message"),
+    [
+        ("half", None, "--gpus-per-trial half must be above 0 and at most 1, or auto: a trial trains on one"),
+        ("0", None, "--gpus-per-trial 0 must be above 0"),
+        ("auto", 0, "--workers 0 must be at least 1"),
+    ],
+)
+def test_what_no_machine_has_is_refused_before_one_is_looked_at(
+    share: str, asked: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_machine_options(options(share, asked))
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Run
 from tune.budget.costs import Costs
+from tune.budget.stages import MOST_VIEWS
 from tune.finalize.blending import Library, _sentence, most_seconds
-from tune.finalize.views import MOST_VIEWS
 from tune.runtime.job import Job, Workers
 
 ROWS = 160

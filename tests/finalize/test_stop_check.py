@@ -15,13 +15,14 @@ import pytest
 
 from carmodels.data.dataset import Splits
 from carmodels.files import read_json
+from carmodels.formatting import stops_sentence
 from carmodels.models.weights import Weights
 from carmodels.records import State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import fit
-from tune.finalize.stop_check import at_rungs, drawn, judge, judged_stops, sentence
+from tune.finalize.stop_check import at_rungs, drawn, judge, judged_stops
 from tune.runtime.job import Job, Workers
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ def test_a_check_counts_its_verdicts_and_says_how_sure_they_are() -> None:
     assert [row["verdict"] for row in results["trials"]] == ["wrong", "debatable", "right"]
     assert (results["drawn"], results["finished"], results["seconds_saved"]) == (4, 3, 99.0)
     assert results["wrong_share"]["value"] == pytest.approx(1 / 3)
-    assert sentence(results) == (
+    assert stops_sentence(results) == (
         "Of 12 trials stopped at a rung 4 were drawn at random and 3 of them finished: 1 better than the "
         "best of the search (wrong stops; 95 % interval 6 to 79 %), 1 more above the median of the "
         "finished ones (debatable). Stopping them saved 99 s of training."
@@ -101,9 +102,10 @@ def test_a_check_counts_its_verdicts_and_says_how_sure_they_are() -> None:
 
 
 def test_a_check_without_stops_or_time_says_so() -> None:
-    assert "there is no stop to check" in sentence(judged_stops([], {}, BOARD, metric="accuracy", stopped=0))
+    none = judged_stops([], {}, BOARD, metric="accuracy", stopped=0)
+    assert "there is no stop to check" in stops_sentence(none)
     late = judged_stops(PRUNED[:2], {}, BOARD, metric="accuracy", stopped=12)
-    assert sentence(late).endswith("none was finished: there was no time for it.")
+    assert stops_sentence(late).endswith("none was finished: there was no time for it.")
 
 
 def test_the_study_of_stops_has_its_own_trials_and_the_same_data(tmp_path: Path) -> None:

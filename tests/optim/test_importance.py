@@ -18,9 +18,10 @@ from carmodels.records import Cause, State, TrialRecord
 from carmodels.space import Choice, Range, Space
 from carmodels.training.config import BOUNDS, EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
+from tune.commands.run_search import chosen_space
 from tune.optim.importance import FEWEST, Edge, edges, importances
 from tune.optim.optuna_records import suggest
-from tune.search import chosen_space, parser
+from tune.search import parser
 
 SPACE = SPACES["demo"]
 MIDDLE = TrialConfig("test_resnet", image_size=48, epochs=8, lr=2e-3, head_depth=1, layer_decay=0.8)

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from carmodels.ensembling.network import Ensemble
-from tune.reporting import mistakes
-from tune.reporting.mistakes import overlay, thumbnail
+from tune.reporting import thumbnails
+from tune.reporting.thumbnails import overlay, thumbnail
 
 
 def decoded(url: str, kind: str) -> Image.Image:
@@ -55,10 +55,10 @@ class Slow:
 def test_maps_are_made_as_far_as_the_time_reaches() -> None:
     images, columns = [np.zeros((16, 16, 3), np.uint8)] * 3, [0, 1, 0]
     model = Slow()
-    maps = mistakes._maps(cast(Ensemble, model), images, columns, 60)
+    maps = thumbnails._maps(cast(Ensemble, model), images, columns, 60)
     assert all(found is not None for found in maps)
     assert model.seen == 1 + 7 + 3 * (1 + 49)
     for seconds, seen in ((0.0, 0), (0.001, 1 + 7)):
         model = Slow()
-        assert mistakes._maps(cast(Ensemble, model), images, columns, seconds) == [None, None, None]
+        assert thumbnails._maps(cast(Ensemble, model), images, columns, seconds) == [None, None, None]
         assert model.seen == seen

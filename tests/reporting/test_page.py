@@ -28,15 +28,16 @@ from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
-from tune import report
 from tune.cli.study_folder import describe_space
+from tune.commands import run_report
 from tune.finalize.stop_check import judged_stops
 from tune.monitor.terminal import Screen
 from tune.optim.importance import CAVEAT, UNKNOWN, edges, importances
 from tune.optim.optuna_records import suggest
 from tune.reporting import charts
-from tune.reporting.mistakes import found_mistakes, overlay, thumbnail
+from tune.reporting.mistakes import found_mistakes
 from tune.reporting.page import by_class, recall, reliability, render, write_report
+from tune.reporting.thumbnails import overlay, thumbnail
 
 ROOT = Path(__file__).parents[2]
 SPACE = SPACES["demo"]
@@ -519,12 +520,12 @@ def test_a_page_that_loads_anew_keeps_what_was_sorted_and_filtered(
 ) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    monkeypatch.setattr(report, "REFRESH_SECONDS", 3)
+    monkeypatch.setattr(run_report, "REFRESH_SECONDS", 3)
     spoken: list[str] = []
     screen = Screen(plain=True)
     monkeypatch.setattr(screen, "say", spoken.append)
     threading.Thread(
-        target=report.serve, args=([study], partial(render, study), 0, screen), daemon=True
+        target=run_report.serve, args=([study], partial(render, study), 0, screen), daemon=True
     ).start()
     wait = WebDriverWait(browser, 100)
     wait.until(lambda _: spoken)

@@ -45,7 +45,8 @@ from carmodels.training.run import Run
 from carmodels.training.trainer import fit
 from tune.cli.options import guarded
 from tune.predict import parser, run
-from tune.reporting.mistakes import found_mistakes, overlay, thumbnail, write_thumbnails
+from tune.reporting.mistakes import found_mistakes
+from tune.reporting.thumbnails import overlay, thumbnail, write_thumbnails
 from tune.serving.drop_page import MOST_BYTES, Desk, _Visitor, render
 from tune.serving.inference import found_images, threshold
 

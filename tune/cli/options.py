@@ -1,48 +1,63 @@
-"""The options that scripts share, and one line for an error."""
+"""The options that scripts share, and one line for an error.
+
+A script reads and checks its options before it imports torch, Ray and the rest, which takes seconds: this
+module and what it imports must stay light.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
 from platformdirs import user_cache_path
 
 from carmodels.files import user_path
-from tune.monitor.terminal import Screen
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 CACHE_LIMIT, MOST_CACHE = 100.0, 1e6  # GB
 MOST_FOLDS = 20
+LONGEST_NAME = 100  # characters of a study's name; file systems end at 255 bytes
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with an option in one line."""
+    """The command line of a script whose docstring is an example, an empty line, and what the script does.
+
+    Says what is wrong with an option in one line.
+    """
+
+    def __init__(self, docstring: str | None, examples: str = "") -> None:
+        example, _, description = (docstring or "").partition("\n\n")
+        super().__init__(
+            description=description,
+            epilog=examples or f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; --help lists the options\n")
 
 
-def guarded(run: Callable[[argparse.Namespace, Screen], int], options: argparse.Namespace) -> int:
-    """Run a script's job; one line on standard error for what a user can mend. Returns the exit code."""
-    screen = Screen(plain=getattr(options, "plain", False))  # report.py has no live view to leave out
+class Group(Protocol):
+    """Where options are added: a parser, or a group under a heading of its own."""
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action: ...
+
+
+def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run a script; one line on standard error for what a user can mend. Returns the exit code."""
     try:
         _refuse_empty(options)
-        return run(options, screen)
+        return run(options)
     except (ValueError, OSError) as error:
-        screen.rest()
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        screen.rest()
         print("stopped at once; search.py --resume goes on with what was recorded", file=sys.stderr)
         return 130
-    finally:
-        screen.rest()
 
 
 def _refuse_empty(options: argparse.Namespace) -> None:
@@ -52,47 +67,78 @@ def _refuse_empty(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
+def add_machine_options(group: Group) -> None:
     """The options that say what a command may use of this machine or cluster."""
-    add = parser.add_argument
+    add = group.add_argument
+    add("--workers", type=int, metavar="N", help="trials side by side (as many as GPUs or cores hold)")
     add(
         "--gpus-per-trial",
         default="1",
         metavar="F|auto",
-        help="share of a GPU for each trial (1); auto: as small a one as its memory needs",
+        help="share of a GPU for each trial (1); auto: the smallest share whose memory holds the trial",
     )
-    add("--workers", type=int, metavar="N", help="trials side by side (as many as GPUs or cores hold)")
     add("--address", metavar="ADDR", help="join this Ray cluster instead of starting Ray here")
-    add_cache_options(parser)
-    add("--plain", action="store_true", help="plain lines, on a terminal, too, in place of the live view")
+    add_cache_options(group)
+    add("--plain", action="store_true", help="print plain lines on a terminal, too, not the live view")
 
 
-def add_cache_options(parser: argparse.ArgumentParser) -> None:
+def check_machine_options(options: argparse.Namespace) -> None:
+    """Raises ValueError for what makes no sense on any machine."""
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers {options.workers} must be at least 1")
+    if options.gpus_per_trial != "auto":
+        gpu_share(options)
+    check_cache_limit(options)
+
+
+def gpu_share(options: argparse.Namespace) -> float:
+    """The number that --gpus-per-trial gives; ValueError for one that is no share of a GPU."""
+    try:
+        share = float(options.gpus_per_trial)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"--gpus-per-trial {options.gpus_per_trial} must be above 0 and at most 1, or auto: "
+            "a trial trains on one GPU"
+        )
+    return share
+
+
+def add_cache_options(group: Group) -> None:
     """The options that say where decoded images are kept."""
-    add = parser.add_argument
-    add("--cache", metavar="DIR", help="where decoded images are kept (the user's cache folder)")
+    add = group.add_argument
+    add("--cache", metavar="DIR", help="folder for decoded images (the user's cache folder)")
     add(
         "--cache-limit",
         type=float,
         default=CACHE_LIMIT,
         metavar="GB",
-        help=f"most that they may take ({CACHE_LIMIT:g})",
+        help=f"the most disk space that decoded images take ({CACHE_LIMIT:g})",
     )
 
 
-def add_fold_options(parser: argparse.ArgumentParser) -> None:
+def check_cache_limit(options: argparse.Namespace) -> None:
+    """Raises ValueError for a limit that is none."""
+    if not 0 < options.cache_limit < MOST_CACHE:
+        raise ValueError(
+            f"--cache-limit {options.cache_limit:g} must be above 0 and below {MOST_CACHE:,.0f} GB"
+        )
+
+
+def add_fold_options(group: Group) -> None:
     """The options of retraining that change what is learnt from."""
-    parser.add_argument(
+    group.add_argument(
         "--folds",
         type=int,
         default=0,
         metavar="K",
-        help="retrain the best few once for each of K folds of train and val, not from new seeds (0: off)",
+        help="retrain the best few on K folds of train and val, instead of from new seeds (0: off)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--fold-in",
         action="store_true",
-        help="train the best a last time on all labelled images, holdout too: a submission without a score",
+        help="then train the best on all labelled images, holdout too: a second submission, without a score",
     )
 
 
@@ -102,13 +148,13 @@ def check_folds(options: argparse.Namespace) -> None:
         raise ValueError(f"--folds {options.folds} must be 0, which leaves it out, or from 2 to {MOST_FOLDS}")
 
 
-def add_cost_option(parser: argparse.ArgumentParser) -> None:
+def add_cost_option(group: Group) -> None:
     """The option that says what answers may cost."""
-    parser.add_argument(
+    group.add_argument(
         "--max-seconds-per-1000",
         type=float,
         metavar="S",
-        help="most that the ensemble with its views may take a worker here for 1,000 images (no limit)",
+        help="the most seconds that the ensemble takes for 1,000 images on one worker here (no limit)",
     )
 
 
@@ -133,3 +179,16 @@ def out_file(options: argparse.Namespace) -> Path | None:
 def cache_folder(options: argparse.Namespace) -> Path:
     """What `--cache` says, else the user's cache folder."""
     return user_path(options.cache) if options.cache else user_cache_path("carmodels")
+
+
+def written(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Iterator[str]:
+    """The options that differ from their defaults, as one can type them."""
+    for name, value in vars(options).items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            yield flag
+        elif isinstance(value, list):  # --set is given once for each, --warm-start once for all
+            groups = [value] if name == "warm_start" else [[item] for item in value]
+            yield from (shlex.join([flag, *map(str, group)]) for group in groups if group)
+        elif value is not None and value is not False and value != parser.get_default(name):
+            yield shlex.join([flag, str(value)])

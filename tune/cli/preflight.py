@@ -12,6 +12,7 @@ from carmodels.catalog import BACKBONES
 from carmodels.space import Space
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
+from tune.budget.stages import WEIGHTS_KEPT
 from tune.runtime.findings import (
     GB,
     Finding,
@@ -21,7 +22,6 @@ from tune.runtime.findings import (
     shared_memory_findings,
 )
 from tune.runtime.job import Workers
-from tune.runtime.recorder import WEIGHTS_KEPT
 
 WORKER_BYTES = 1.5 * GB  # a worker that trains a small network on a CPU; larger ones and sizes take more
 RAY_DISK = 0.5 * GB  # logs and spilled objects of a run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import ray
 import torch
 
 from tune.budget.costs import GPU_SHARES
+from tune.cli.options import gpu_share
 from tune.runtime.job import Workers
 
 
@@ -42,11 +42,9 @@ def share_out(options: argparse.Namespace, machines: Sequence[Machine]) -> Worke
     """
     gpus, cores = sum(m.gpus for m in machines), sum(m.cores for m in machines)
     packed = options.gpus_per_trial == "auto"
-    share = min(GPU_SHARES) if packed else _share(options.gpus_per_trial)
+    share = min(GPU_SHARES) if packed else gpu_share(options)
     fits = sum(_places(m, share) for m in machines) if gpus else cores
     count = fits if options.workers is None else options.workers
-    if count < 1:
-        raise ValueError(f"--workers {count} must be at least 1")
     if count > fits:
         there = f"{gpus} GPUs at --gpus-per-trial {options.gpus_per_trial}" if gpus else f"{cores} cores"
         raise ValueError(f"--workers {count} is more than {there} hold; at most {fits}")
@@ -71,18 +69,6 @@ def _cores_each(machines: Sequence[Machine], count: int, share: float) -> int:
         )
 
     return next((c for c in range(max(m.cores for m in machines), 1, -1) if held(c) >= count), 1)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
-        raise ValueError(
-            f"--gpus-per-trial {text} must be above 0 and at most 1, or auto: a trial trains on one GPU"
-        )
-    return share
 
 
 def cluster_machines(address: str) -> list[Machine]:

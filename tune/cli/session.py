@@ -18,7 +18,7 @@ from carmodels.models.weights import Weights
 from carmodels.study import Study
 from carmodels.training.held_out import splits_for
 from tune.budget.clock import Clock
-from tune.cli.options import MOST_CACHE, cache_folder
+from tune.cli.options import cache_folder
 from tune.cli.resources import check_machine, cluster_machines, share_out, this_machine
 from tune.monitor.prometheus import exported
 from tune.monitor.tensorboard import written
@@ -52,10 +52,6 @@ def held(study: Study) -> Iterator[None]:
 
 def open_data(data: Path, options: argparse.Namespace, max_size: int, seed: int, screen: Screen) -> Splits:
     """The data set, decoded once for every size up to `max_size` pixels."""
-    if not 0 < options.cache_limit < MOST_CACHE:
-        raise ValueError(
-            f"--cache-limit {options.cache_limit:g} must be above 0 and below {MOST_CACHE:,.0f} GB"
-        )
     cache_dir = cache_folder(options)
     progress, on_progress = screen.decoding()
     with progress:

@@ -23,10 +23,10 @@ from carmodels.records import FOLDS, TRAINED, TrialRecord
 from carmodels.study import Study
 from carmodels.submission import write_submission
 from tune.budget.clock import Clock
+from tune.budget.stages import MOST_VIEWS, WEIGHTS_KEPT
 from tune.finalize import folds, soups
-from tune.finalize.views import MOST_VIEWS, Members, Paces, judge_views
+from tune.finalize.views import Members, Paces, judge_views
 from tune.runtime.job import Job, Say
-from tune.runtime.recorder import WEIGHTS_KEPT
 
 SOUP_SHARE = 0.3  # of the time that is left, after which no further soup is tried
 MOST_MEMBERS = 8  # of `select_ensemble`

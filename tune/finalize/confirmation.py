@@ -19,13 +19,13 @@ from carmodels.study import Study
 from carmodels.training.run import Run
 from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.costs import Costs, expected_seconds
+from tune.budget.stages import RERUNS
 from tune.finalize.retraining import least_seconds
 from tune.optim.standings import CONTENDERS, TAIL, Field, judged, runs_of, without_seed
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.runner import run_trials
 
-RERUNS = 6  # most runs with new seeds in a study
 _ENDED = (State.COMPLETE, State.FAILED)  # a seed that is used up
 
 

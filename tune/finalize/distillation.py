@@ -22,12 +22,12 @@ from carmodels.study import Study
 from carmodels.training.config import EpochMetrics
 from carmodels.training.run import Run
 from carmodels.training.trainer import TrainResult, fit
+from tune.budget.stages import STUDENT_EPOCHS
 from tune.finalize.retraining import epochs_of_space, opened
 from tune.finalize.views import prediction_seconds
 from tune.runtime.job import Job, Say
 
 STAGE = "student"
-LONGER = 4  # times the epochs of the study's trials: distillation goes on gaining (Beyer et al., 2022)
 VIEWS = 8  # epochs' worth of crops that the teacher is asked about
 _TIMED = 128  # images
 _ROUNDS = 3  # of the two in turn, the fastest of which counts
@@ -142,7 +142,7 @@ def _configured(study: Study, backbone: str, epochs: int | None) -> Run:
     return best.with_config(
         backbone=backbone,
         image_size=max(multiple, like.image_size // multiple * multiple),
-        epochs=epochs or LONGER * (epochs_of_space(study) or like.epochs),
+        epochs=epochs or STUDENT_EPOCHS * (epochs_of_space(study) or like.epochs),
         unfreeze="full",
         layer_decay=opened(like).layer_decay,
         start_image_size=0,  # the teacher is asked about crops at their full size and strength

@@ -104,22 +104,6 @@ def judged_stops(
     }
 
 
-def sentence(results: Mapping[str, Any]) -> str:
-    """What the check of stops says, in words."""
-    if not results["stopped"]:
-        return "No trial was stopped at a rung: there is no stop to check."
-    text = f"Of {results['stopped']} trials stopped at a rung {results['drawn']} were drawn at random and "
-    if not results["finished"]:
-        return f"{text}none was finished: there was no time for it."
-    share = results["wrong_share"]
-    return (
-        f"{text}{results['finished']} of them finished: {results['wrong']} better than the best of the "
-        f"search (wrong stops; 95 % interval {100 * share['low']:.0f} to {100 * share['high']:.0f} %), "
-        f"{results['debatable']} more above the median of the finished ones (debatable). "
-        f"Stopping them saved {results['seconds_saved']:.0f} s of training."
-    )
-
-
 def check_stops(
     job: Job, *, count: int, seed: int, clock: Clock, watching: Callable[[Study], ProgressCallback], say: Say
 ) -> bool:

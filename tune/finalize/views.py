@@ -28,7 +28,6 @@ from carmodels.training.run import Run
 from tune.finalize import folds
 from tune.runtime.job import Job, as_task
 
-MOST_VIEWS = 4  # an image, the plain one included
 _HALF_PRECISION = 0.02  # by how much probabilities differ between two batch layouts on a GPU
 _ROUNDING = 1e-5
 _TIMED = 64  # images

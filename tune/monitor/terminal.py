@@ -14,12 +14,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from carmodels.files import read_json
-from carmodels.formatting import interval_text
+from carmodels.formatting import interval_text, stops_sentence
 from carmodels.records import CUT_OFF, State, TrialRecord
 from carmodels.space import space_of
 from carmodels.study import Study
 from tune.budget.clock import Clock
-from tune.finalize import stop_check
 from tune.monitor import live
 from tune.optim import importance
 from tune.optim.standings import Standing, judged, leading, sentence
@@ -45,7 +44,10 @@ _DETAILS = ("trial", "augment", "epochs", "s")  # which a narrow terminal has no
 
 
 class Screen:
-    """Prints for people: a live view on a terminal; plain lines elsewhere, and where they are asked for."""
+    """Prints for people: a live view on a terminal; plain lines elsewhere, and where they are asked for.
+
+    At the end of a `with` block the live view is gone, so that an error stands alone.
+    """
 
     def __init__(self, *, plain: bool = False) -> None:
         plain = plain or not sys.stdout.isatty()  # FORCE_COLOR or not: a program reads it
@@ -87,6 +89,12 @@ class Screen:
         elif time.monotonic() - self._last_word >= QUIET_SECONDS:
             self._last_word = time.monotonic()
             self.say(f"      {live.line(now)}")
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.rest()
 
     def rest(self) -> None:
         """Take the live view away."""
@@ -148,7 +156,7 @@ class Screen:
             table.add_row(*_stop_cells(row))
         if results["trials"]:
             self._wide(table)
-        self.say(stop_check.sentence(results))
+        self.say(stops_sentence(results))
 
     def dimensions(self, study: Study) -> None:
         """Which dimensions mattered, and which option goes beyond an end that the best trials lie at."""

@@ -18,11 +18,18 @@ from carmodels.evaluation.calibration import with_temperature
 from carmodels.evaluation.intervals import share_interval
 from carmodels.evaluation.metrics import log_loss
 from carmodels.files import read_json, write_whole
-from carmodels.formatting import duration, gain_text, interval_text, points_text, range_text, score_text
+from carmodels.formatting import (
+    duration,
+    gain_text,
+    interval_text,
+    points_text,
+    range_text,
+    score_text,
+    stops_sentence,
+)
 from carmodels.records import FOLD, FOLD_IN, State, TrialRecord
 from carmodels.space import Space, space_of
 from carmodels.study import Study
-from tune.finalize import stop_check
 from tune.optim.importance import CAVEAT, UNKNOWN, edges, importances
 from tune.optim.standings import described, judged, sentence
 from tune.reporting import charts
@@ -90,7 +97,7 @@ def render(study: Study, refresh: int = 0) -> str:
         standings=described(standings),
         verdict=sentence(standings) if standings else "",
         stops=found_stops,
-        stops_verdict=stop_check.sentence(found_stops) if found_stops else "",
+        stops_verdict=stops_sentence(found_stops) if found_stops else "",
         mistakes=found_mistakes(study) if results else None,
         thumbnails=read_json(study.thumbnails_file) if study.thumbnails_file.is_file() else {},
         failures=failures(records),

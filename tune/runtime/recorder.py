@@ -16,13 +16,13 @@ from carmodels.records import Cause, Role, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics
 from carmodels.training.run import Run
+from tune.budget.stages import WEIGHTS_KEPT
 from tune.optim.scheduler import Stop
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.watchdog import Watchdog
 from tune.runtime.worker import completed_before
 
 HOPELESS = 10  # failed trials in a row, beyond those side by side, that end a run
-WEIGHTS_KEPT = 12  # best trials of the search whose weights stay on disk
 
 
 class NotPickled:

@@ -20,7 +20,6 @@ from carmodels.study import Study
 from tune.serving import local_page
 from tune.serving.inference import Threshold
 
-PORT = 8771
 MOST_BYTES = 40_000_000  # of an image
 MOST_CLASSES = 5  # that the page lists
 

@@ -18,7 +18,6 @@ from carmodels.evaluation.intervals import Interval
 from carmodels.files import csv_text, write_whole
 from carmodels.study import Study
 
-ACCURACY = 0.95  # that answers are to have, where a user does not say
 NOT_SURE = "not sure"
 _AT_ONCE = 64  # images in memory
 

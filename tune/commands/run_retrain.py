@@ -1,0 +1,52 @@
+"""What tune/retrain.py does: train a configuration again from new seeds, on folds or on all images."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from carmodels.files import user_path
+from carmodels.models.backbones import fetch_weights
+from carmodels.models.weights import Weights
+from carmodels.records import State
+from carmodels.study import Study
+from carmodels.training.config import setting
+from tune.budget.clock import Clock
+from tune.cli import session
+from tune.finalize import folds, retraining
+from tune.monitor.terminal import Screen
+
+
+def run(options: argparse.Namespace, screen: Screen) -> int:
+    """Retrain and print the table."""
+    changes = dict(setting(text) for text in options.set)
+    way = retraining.Way(options.epochs, changes, options.onward)
+    new_head = sorted(retraining.NEW_HEAD & changes.keys())
+    if new_head and options.onward:
+        raise ValueError(f"--set {new_head[0]}: the weights of the trial have another; leave out --onward")
+    study = Study(user_path(options.study))
+    clock = Clock(time.time())
+    with session.open_job(study, options, screen) as job:
+        Weights.parse(job.weights.source)  # a folder may have gone since
+        if options.folds:
+            folds.check_filled(job.splits, options.folds, study.facts["seed"])
+        if options.folds or options.fold_in or (options.epochs and not options.onward) or new_head:
+            fetch_weights(job.weights, retraining.backbones(study, options.trial))  # for new models
+        before = study.records()
+        completed = retraining.retrain_all(
+            job,
+            clock=clock,
+            watch=session.watched(job, clock, None, screen),
+            say=screen.say,
+            trial_id=options.trial,
+            seeds=options.seeds or retraining.SEEDS,
+            way=way,
+            folds=options.folds,
+            fold_in=options.fold_in,
+        )
+    screen.rest()
+    screen.table(study)
+    made = [r for r in study.records() if r not in before]
+    if made and all(r.state is State.FAILED and not r.diverged for r in made):
+        raise ValueError(f"none of {len(made)} runs has finished, the last one failed by: {made[-1].reason}")
+    return 0 if completed else 130

@@ -1,0 +1,349 @@
+"""What tune/search.py does: the stages of a search, from the data to the report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+
+from carmodels.data.dataset import Splits
+from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
+from carmodels.ensembling.network import load_ensemble
+from carmodels.files import user_path
+from carmodels.formatting import duration
+from carmodels.models.backbones import fetch_weights
+from carmodels.models.weights import Weights
+from carmodels.presets import SPACES
+from carmodels.space import Space
+from carmodels.study import Study
+from carmodels.training.run import Origin
+from tune.budget.clock import STOPS_SHARE, Clock, last_share, search_share
+from tune.budget.plan import TRIAL_SHARE
+from tune.budget.stages import CPU_HOURS, GPU_HOURS, STAGES
+from tune.cli import resources, session
+from tune.cli.options import LONGEST_NAME, cache_folder, cost_limit
+from tune.cli.preflight import findings
+from tune.cli.study_folder import (
+    begin,
+    check_folder,
+    check_resumed,
+    describe_space,
+    earlier_studies,
+    refuse_within,
+)
+from tune.finalize import blending, confirmation, folds, retraining, stop_check
+from tune.monitor.terminal import Screen
+from tune.optim.standings import CONTENDERS
+from tune.runtime import search_stage
+from tune.runtime.callbacks import ProgressCallback
+from tune.runtime.job import Job
+from tune.runtime.profiling import costs_of, processor
+
+COMMAND = "python tune/search.py"
+DEMO_HOURS = 0.15  # the demo ends by its number of trials; this is for slow machines
+
+
+def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> int:
+    """The whole job, top to bottom; `typed` are the options that differ from their defaults, as text."""
+    begun = time.time()
+    bare = options.data is None
+    granted = resources.check_machine(options)
+    preset = options.preset or ("demo" if bare else "gpu" if torch.cuda.is_available() else "cpu")
+    weights = Weights.parse(options.weights or (str(DEMO_WEIGHTS) if bare else "hub"))
+    space, left_out = chosen_space(preset, options.set, weights)
+    if left_out:
+        screen.say(f"Left out of the space, no weights for them: {', '.join(left_out)}.")
+    study = Study(user_path(options.results) / (options.study or default_name(options.data)))
+    refuse_within(study, options)
+    overwrite = options.overwrite or repeats_the_demo(study, typed)
+    check_folder(study, resume=options.resume, overwrite=overwrite)
+    later = models_later(options)
+    session.report(findings(study, space, granted, cache_folder(options), later=later), screen)
+    earlier = [] if options.resume else earlier_studies(options.warm_start, study, options.metric)
+    data = user_path(options.data) if options.data else demo_data(options, screen)
+    fetch_weights(weights, space.backbones)
+    if weights.source == "hub" and not options.address:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: what they need is on this disk now
+    splits = session.open_data(data, options, space.largest_size, options.seed, screen)
+    if options.fold_in:
+        retraining.check_test(splits)
+    if options.folds:
+        folds.check_filled(splits, options.folds, options.seed)
+    clock, trials = budget(options, space, bare, begun)
+    facts = {
+        "data": study.relative(data),
+        "weights": study.relative(Path(weights.source)) if weights.is_folder else weights.source,
+        "warm_start": [study.relative(user_path(f)) for f in options.warm_start],
+        **describe(options, typed, preset, space, splits),
+    }
+    describe_data(splits, screen)
+    if options.check:
+        if options.address:
+            with session.ray_running(options, screen):
+                session.look_at_machines(study, data, weights, options, screen)
+        screen.say("Checked: data, weights, space, folders, disk, memory. Nothing stands in the way.")
+        return 0
+    with session.held(study):
+        if options.resume:
+            check_resumed(study, facts, splits, screen)
+        with session.ray_running(options, screen) as workers:
+            if options.address:
+                session.look_at_machines(study, data, weights, options, screen)
+            if not options.resume:
+                begin(study, facts, splits, earlier)
+            screen.say(
+                f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
+                f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
+            )
+            job = Job(study, splits, weights, workers, cache_folder(options), spent=study.spent())
+            return go(job, space, options, clock, trials, screen)
+
+
+def repeats_the_demo(study: Study, typed: Sequence[str]) -> bool:
+    """Whether this is the demo without an option (but --check and --plain), and the study is of the same."""
+    if not set(typed) <= {"--check", "--plain"} or not study.exists:
+        return False
+    command = str(study.facts.get("command"))
+    more = command.removeprefix(COMMAND).split()
+    return command.startswith(COMMAND) and set(more) <= {"--plain", "--overwrite"}
+
+
+def described_budget(clock: Clock, trials: int | None) -> str:
+    """The limits of a search in words."""
+    count = f"{trials} trials" if trials else "as many trials as fit"
+    return count if math.isinf(clock.seconds) else f"{count}, {duration(clock.seconds)} in all"
+
+
+def go(
+    job: Job,
+    space: Space,
+    options: argparse.Namespace,
+    clock: Clock,
+    trials: int | None,
+    screen: Screen,
+) -> int:
+    """The stages, one after the other, up to --until."""
+    origin = Origin(
+        metric=options.metric,
+        seed=options.seed,
+        data=job.splits.fingerprint,
+        split=job.splits.split_hash,
+    )
+    if math.isfinite(clock.seconds) or job.workers.packed:
+        job = replace(job, costs=costs_of(job, space))
+    watch = session.watched(job, clock, trials, screen)
+    search = partial(
+        search_stage.search,
+        job,
+        space,
+        origin=origin,
+        trials=trials,
+        seed=options.seed,
+        watch=watch,
+        say=screen.say,
+    )
+    completed = search(clock=clock)
+    longer = with_spare_time(job, options, clock) if completed and trials is None else clock
+    if longer != clock:
+        more = duration(longer.at(longer.search) - time.time())
+        screen.say(f"What follows does not need all the time that is left: the search goes on for {more}.")
+        completed, clock = search(clock=longer, resumed=False), longer
+    completed = completed and trained_further(job, options, clock, watch, screen)
+    screen.rest()
+    if not completed:
+        screen.table(job.study)
+        screen.say(
+            f"Interrupted. The same command with --resume goes on; the table is {job.study.table_file}."
+        )
+        return 130
+    last = STAGES.index(options.until)
+    results = None
+    if last >= STAGES.index("ensemble"):
+        results = blending.ensemble(job, clock=clock, say=screen.say, max_seconds=cost_limit(options))
+    screen.table(job.study)
+    screen.dimensions(job.study)
+    if results:
+        screen.answer(results, job.study)
+    if options.until == "report":
+        report(job, clock, screen, with_thumbnails=options.thumbnails or options.data is None)
+    screen.say(f"Every trial: {job.study.table_file}. All of it took {duration(time.time() - clock.begun)}.")
+    return 0
+
+
+def report(job: Job, clock: Clock, screen: Screen, *, with_thumbnails: bool) -> None:
+    """The last stage: write report.html, with images of the worst mistakes where they are asked for."""
+    from tune.reporting import page, thumbnails  # here: a second of imports that no other stage needs
+
+    if with_thumbnails:
+        network = load_ensemble(job.study).to("cuda" if torch.cuda.is_available() else "cpu")
+        seconds = min(thumbnails.SECONDS, clock.left)
+        thumbnails.write_thumbnails(job.study, network, job.splits, seconds=seconds)
+    screen.say(f"Report: {page.write_report(job.study)}")
+
+
+def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Clock:
+    """The clock with more time for the search where the later stages, as they are bounded, do not need it.
+
+    Not where the search has ended long before its time: it has nothing more to draw.
+    """
+    ends = clock.at(clock.search)
+    if time.time() < ends - TRIAL_SHARE * (ends - clock.begun):
+        return clock
+    packed = job.costs if job.workers.packed else None
+    less = retraining.FOLD_IN_SHARE if options.fold_in else 0.0
+    within = clock.at(clock.retrain - less) - time.time()
+    reruns = confirmation.most_seconds(job.study, job.workers.count, most=options.confirm, costs=packed)
+    return clock.with_spare_time(
+        confirm=min(reruns, clock.seconds * (clock.confirm - clock.search)),  # and no more, by their bounds
+        retrain=retraining.most_seconds(job, within=within, folds=options.folds) + less * clock.seconds,
+        ensemble=blending.most_seconds(job, folds=options.folds),
+        stops=STOPS_SHARE if options.check_stops else 0.0,
+    )
+
+
+def trained_further(
+    job: Job, options: argparse.Namespace, clock: Clock, watch: ProgressCallback, screen: Screen
+) -> bool:
+    """What trains after the search, up to --until; False if interrupted."""
+    last, say = STAGES.index(options.until), screen.say
+    if options.check_stops:
+        if not stop_check.check_stops(
+            job,
+            count=options.check_stops,
+            seed=options.seed,
+            clock=clock,
+            watching=lambda study: session.watched(
+                replace(job, study=study), clock, None, screen, inner="stops"
+            ),
+            say=say,
+        ):
+            return False
+        screen.stops(job.study)
+    if last >= STAGES.index("confirm"):
+        if not confirmation.confirm(job, clock=clock, watch=watch, say=say, most=options.confirm):
+            return False
+        screen.standings(job.study)
+    return last < STAGES.index("retrain") or retraining.retrain_all(
+        job, clock=clock, watch=watch, say=say, folds=options.folds, fold_in=options.fold_in
+    )
+
+
+def models_later(options: argparse.Namespace) -> int:
+    """How many models the stages after the search may leave: reruns, retrained ones, folds, soups."""
+    until = STAGES.index(options.until)
+    found = options.check_stops  # until all of these have ended
+    found += 1 + options.confirm if until >= STAGES.index("confirm") else 1  # and the baseline's
+    if until >= STAGES.index("retrain"):
+        found += folds.MOST_FOLDED * options.folds if options.folds else retraining.SEEDS + CONTENDERS - 1
+        found += retraining.SEEDS if options.fold_in else 0
+    return found + (CONTENDERS if until >= STAGES.index("ensemble") else 0)
+
+
+def demo_data(options: argparse.Namespace, screen: Screen) -> Path:
+    """Draw the built-in data set, unless it is drawn already."""
+    folder = cache_folder(options) / "demo"
+    screen.say("No --data given: this is the demo, ten classes of drawn cars in the competition's layout.")
+    draw_demo(folder)
+    return folder
+
+
+def default_name(data: str | None) -> str:
+    """The study's name where none is given: that of the data."""
+    return re.sub(r"[^\w.-]", "_", user_path(data).resolve().stem)[:LONGEST_NAME] if data else "demo"
+
+
+def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[Space, list[str]]:
+    """The preset with the overrides, less the backbones without weights, and the names of those."""
+    space = SPACES[preset]
+    first = ("backbone", "image_size")  # what other sizes are held against
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0] not in first):
+        space = space.with_override(text)
+    left_out = [name for name in space.backbones if not weights.has(name)]
+    if len(left_out) == len(space.backbones):
+        raise ValueError(
+            f"--weights {weights.source}: no weights for any of {', '.join(left_out)}; "
+            "name the files <timm name>.safetensors, or give --set backbone=NAME, --weights hub "
+            "or --weights none"
+        )
+    return space.with_backbones(tuple(b for b in space.backbones if b not in left_out)), left_out
+
+
+def budget(options: argparse.Namespace, space: Space, bare: bool, begun: float) -> tuple[Clock, int | None]:
+    """The clock of the whole command, and the number of configurations where one is set."""
+    asked = {"confirm": options.confirm, "check_stops": options.check_stops}
+    hours, trials = options.hours, options.trials
+    if hours is None and trials is None:
+        on_gpus = torch.cuda.is_available() or (options.address and options.preset == "gpu")
+        hours = DEMO_HOURS if bare else GPU_HOURS if on_gpus else CPU_HOURS
+        trials = space.trials if bare else None
+    clock = Clock(
+        begun,
+        math.inf if hours is None else 3600 * hours,
+        search=search_share(**asked),
+        last=last_share(options.until, **asked),
+    )
+    return clock, trials
+
+
+def describe(
+    options: argparse.Namespace, typed: Sequence[str], preset: str, space: Space, splits: Splits
+) -> dict[str, Any]:
+    """study.json: what was asked for, of which data, with which versions, on what machine."""
+    packages = (
+        "torch",
+        "torchvision",
+        "timm",
+        "ray",
+        "optuna",
+        "albumentations",
+        "numpy",
+        "opencv-python-headless",
+    )
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": " ".join([COMMAND, *typed]),
+        "begun": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "preset": preset,
+        "space": describe_space(space),
+        "seed": options.seed,
+        "metric": options.metric,
+        "fingerprint": splits.fingerprint,
+        "split_hash": splits.split_hash,
+        "classes": list(splits.classes),
+        "class_names": list(splits.class_names),
+        "images": {s.name: len(s) for s in (splits.train, splits.val, splits.holdout, splits.test)},
+        "excluded": [asdict(e) for e in splits.excluded],
+        "test_duplicates": [list(pair) for pair in splits.test_duplicates],
+        "versions": {
+            "python": platform.python_version(),
+            **{p: importlib.metadata.version(p) for p in packages},
+        },
+        "max_size": space.largest_size,
+        "hardware": {"device": gpus[0] if gpus else processor(), "gpus": gpus, "cores": joblib.cpu_count()},
+    }
+
+
+def describe_data(splits: Splits, screen: Screen) -> None:
+    """What was found, what was left out, what looks alike."""
+    sizes = ", ".join(f"{s.name} {len(s)}" for s in (splits.train, splits.val, splits.holdout, splits.test))
+    screen.say(f"{len(splits.classes)} classes ({', '.join(splits.class_names)}); images: {sizes}.")
+    for lost in splits.excluded[:5]:
+        screen.say(f"Left out: {lost.path} ({lost.reason}).", "yellow")
+    if len(splits.excluded) > 5:
+        screen.say(f"... {len(splits.excluded)} images left out in all; study.json lists them.", "yellow")
+    if splits.test_duplicates:
+        screen.say(
+            f"{len(splits.test_duplicates)} test images look like labelled ones; study.json lists them."
+        )
