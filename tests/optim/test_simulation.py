@@ -25,7 +25,6 @@ from ray.tune.search import Searcher
 
 from carmodels.presets import SPACES
 from carmodels.training.config import TrialConfig
-from carmodels.training.run import Origin, Run
 from tune.optim.searcher import QueueSearcher
 
 ROOT = Path(__file__).parents[2]

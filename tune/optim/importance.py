@@ -17,7 +17,7 @@ from carmodels.evaluation.metrics import METRICS
 from carmodels.records import State, TrialRecord
 from carmodels.space import Choice, Dimension, Range, Space
 from carmodels.training.config import BOUNDS
-from tune.optim.optuna_records import learned
+from tune.optim.optuna_records import frozen_trial
 
 FEWEST = 20  # trials: a best third of seven, two more than PED-ANOVA asks for, is the least to compare with
 SHUFFLES = 100
@@ -112,7 +112,7 @@ def importances(records: Sequence[TrialRecord], space: Space, metric: str) -> Im
     al., 2010, do for forests). Trials with a note (the baseline, which differs in more than the space) and
     those that failed are left out.
     """
-    trials = [t for r in _ranked(records, metric) if (t := learned(r, space)) is not None]
+    trials = [t for r in _ranked(records, metric) if (t := frozen_trial(r, space)) is not None]
     if len(trials) < FEWEST:
         return Importances(len(trials), ())
     study = optuna.create_study()

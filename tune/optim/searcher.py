@@ -17,7 +17,7 @@ from carmodels.records import Cause, TrialRecord
 from carmodels.space import Space
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Origin, Run
-from tune.optim.optuna_records import learned, params_of, suggest, useful
+from tune.optim.optuna_records import frozen_trial, params_of, suggest, transferable_trials
 from tune.optim.sampler import CurveSampler
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -86,7 +86,7 @@ class OptunaSearcher(OptunaSearch):
                 space,
                 seed=seed,
                 accepts=self._accepts,
-                earlier=[useful(records, space) for records in earlier],
+                earlier=[transferable_trials(records, space) for records in earlier],
             ),
         )
         self._kept = storage and optuna.create_study(
@@ -100,7 +100,7 @@ class OptunaSearcher(OptunaSearch):
         self._left = None if limit is None else max(0, limit - len(known))
         self._fits = fits
         for record in known:
-            if (trial := learned(record, space)) is not None:
+            if (trial := frozen_trial(record, space)) is not None:
                 self._ot_study.add_trial(trial)
         if self._kept:
             self._kept.add_trials(self._ot_study.trials)

@@ -16,7 +16,7 @@ from carmodels.study import Study
 from carmodels.training.run import Origin, Run
 from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.plan import Plan, make_plan
-from tune.optim.optuna_records import useful
+from tune.optim.optuna_records import transferable_trials
 from tune.optim.scheduler import AshaScheduler, Deadline, grace_period
 from tune.optim.searcher import OptunaSearcher
 from tune.optim.standings import CONTENDERS, judged
@@ -85,7 +85,8 @@ def search(
     scheduler.replay(known)
     earlier = study.earlier()
     for folder, found in earlier.items() if resumed else ():
-        say(f"Warm start: {len(useful(found, space))} of {len(found)} trials of {folder} are of this space.")
+        count = len(transferable_trials(found, space))
+        say(f"Warm start: {count} of {len(found)} trials of {folder} are of this space.")
     study.optuna_file.unlink(missing_ok=True)  # it repeats what trials.jsonl says, and is rebuilt from that
     draws = OptunaSearcher(
         space,
