@@ -17,7 +17,7 @@ from carmodels.training.run import Origin, Run
 from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.plan import Plan, make_plan
 from tune.optim.optuna_records import transferable_trials
-from tune.optim.scheduler import AshaScheduler, Deadline, grace_period
+from tune.optim.scheduler import AshaScheduler, TimeLimit, grace_period
 from tune.optim.searcher import OptunaSearcher
 from tune.optim.standings import CONTENDERS, judged
 from tune.runtime.callbacks import ProgressCallback
@@ -79,7 +79,7 @@ def search(
         mode=mode,
         epochs=int(space.fixed["epochs"]),
         grace_period=grace,
-        deadline=Deadline(draw_until=end, end=late),
+        time_limit=TimeLimit(soft=end, hard=late),
         protect=roles,
     )
     scheduler.replay(known)
