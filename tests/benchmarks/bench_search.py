@@ -259,9 +259,9 @@ def ours(
     baseline_first: bool = True,
 ) -> tuple[Searcher, TrialScheduler]:
     """The searcher and the scheduler of a search, as `search_stage.search` makes them, the baseline first."""
-    plan = Plan(surrogate.curves.costs(), budget, WORKERS, longest=share * budget)
+    plan = Plan(surrogate.curves.costs(), budget, WORKERS, max_trial_seconds=share * budget)
     with simulated(clock):
-        config, _ = plan.affordable(baseline(space), space.image_sizes, BASELINE_SHARE)
+        config, _ = plan.shrink_to_fit(baseline(space), space.image_sizes, BASELINE_SHARE)
     origin = Origin(metric=METRIC)
     first = Run(config, origin)
     searcher = OptunaSearcher(

@@ -20,7 +20,7 @@ from carmodels.records import Cause, Role, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
-from tune.budget.costs import SLOWER
+from tune.budget.costs import RERUN_MARGIN
 from tune.finalize.confirmation import Reruns, knowledge_gradient, most_seconds, next_rerun
 from tune.optim.standings import (
     CONTENDERS,
@@ -277,8 +277,8 @@ def test_reruns_take_at_most_as_many_runs_of_the_dearest_of_the_best(tmp_path: P
     assert most_seconds(study, 2, most=0) == 0
     for record in field(0.9, 0.89, 0.88, 0.87, 0.5):
         study.append(replace(record, seconds=1000.0 if record.value == 0.5 else 100 * (record.value or 0)))
-    assert most_seconds(study, 2, most=6) == pytest.approx(3.5 * SLOWER * 90)
-    assert most_seconds(study, 4, most=6) == pytest.approx(2.5 * SLOWER * 90)
+    assert most_seconds(study, 2, most=6) == pytest.approx(3.5 * RERUN_MARGIN * 90)
+    assert most_seconds(study, 4, most=6) == pytest.approx(2.5 * RERUN_MARGIN * 90)
 
 
 def test_the_sentence_names_the_best_and_those_that_cannot_be_told_apart() -> None:

@@ -18,7 +18,7 @@ from carmodels.records import Role, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.run import Run
 from tune.budget.clock import LATE_SHARE, Clock
-from tune.budget.costs import Costs, expected_seconds
+from tune.budget.costs import Costs, rerun_seconds
 from tune.finalize.retraining import least_seconds
 from tune.optim.standings import CONTENDERS, TAIL, Field, judged, runs_of, without_seed
 from tune.runtime.callbacks import ProgressCallback
@@ -77,7 +77,7 @@ def most_seconds(study: Study, workers: int, *, most: int, costs: Costs | None =
     Infinite where there are none.
     """
     best = [standing.record for standing in judged(study)[:CONTENDERS]]
-    each = max((expected_seconds(record, costs) for record in best), default=math.inf)
+    each = max((rerun_seconds(record, costs) for record in best), default=math.inf)
     return (math.ceil(most / workers) + 0.5) * each if most else 0.0  # the search may end late
 
 
@@ -104,7 +104,7 @@ class Reruns(Searcher):
         if run is None:  # what is running may yet change who is best
             return None if self._pending() else Searcher.FINISHED
         first = self._first()[without_seed(run)]
-        if time.time() + expected_seconds(first, self._costs) > self._end:
+        if time.time() + rerun_seconds(first, self._costs) > self._end:
             return Searcher.FINISHED
         self._handed.append(run)
         note = f"seed {run.origin.seed} of {first.trial_id}"

@@ -22,7 +22,7 @@ from carmodels.submission import write_submission
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Run
 from tune.budget.clock import LATE_RETRAIN_SHARE, Clock
-from tune.budget.costs import SLOWER, Costs, expected_seconds, times_as_long
+from tune.budget.costs import RERUN_MARGIN, Costs, cost_ratio, rerun_seconds
 from tune.finalize.folds import MOST_FOLDED, all_folds, fold_records, folds_of, gather, ready, restore
 from tune.optim.searcher import QueueSearcher
 from tune.optim.standings import CONTENDERS, described, judged, without_seed
@@ -125,8 +125,8 @@ class Room:
         That says little where its backbone was frozen, and is not any more, or where it shared a GPU.
         """
         if self.costs and (self.packed or (_frozen(record.config) and not _frozen(config))):
-            return train * SLOWER * self.costs.schedule(config)
-        return expected_seconds(record) * times_as_long(config, record.config, train)
+            return train * RERUN_MARGIN * self.costs.schedule(config)
+        return rerun_seconds(record) * cost_ratio(config, record.config, train)
 
     def holds(
         self, record: TrialRecord, config: TrialConfig, runs: int, train: float = 1.0

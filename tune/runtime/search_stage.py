@@ -65,7 +65,7 @@ def search(
     roles = {r.trial_id: Role(baseline=True, note=r.note) for r in records if r.baseline}
     queue = [r.run for r in again]
     if not roles:
-        config, changed = plan.affordable(baseline(space), space.image_sizes, BASELINE_SHARE)
+        config, changed = plan.shrink_to_fit(baseline(space), space.image_sizes, BASELINE_SHARE)
         first = Run(config, origin)
         queue.insert(0, first)
         roles[first.id] = Role(baseline=True, note=f"baseline{changed}")
@@ -125,7 +125,7 @@ def _with_time_for_what_follows(plan: Plan, study: Study, clock: Clock) -> Plan:
         return plan
     dearest = max(plan.seconds(standing.record.config) for standing in judged(study)[:CONTENDERS])
     later = clock.at(clock.retrain) - clock.at(clock.search)
-    return replace(plan, longest=min(plan.longest, max(dearest, later / 2)))
+    return replace(plan, max_trial_seconds=min(plan.max_trial_seconds, max(dearest, later / 2)))
 
 
 def _to_run_again(record: TrialRecord, plan: Plan) -> bool:
