@@ -19,7 +19,7 @@ from tune.budget.plan import Plan, make_plan
 from tune.optim.optuna_records import transferable_trials
 from tune.optim.scheduler import AshaScheduler, TimeLimit, grace_period
 from tune.optim.searcher import OptunaSearcher
-from tune.optim.standings import CONTENDERS, judged
+from tune.optim.standings import CONTENDERS, standings_of
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.packing import Packing
@@ -123,7 +123,7 @@ def _with_time_for_what_follows(plan: Plan, study: Study, clock: Clock) -> Plan:
     """For a longer search: no trial that confirming and retraining would have no time left for."""
     if plan.costs is None:
         return plan
-    dearest = max(plan.seconds(standing.record.config) for standing in judged(study)[:CONTENDERS])
+    dearest = max(plan.seconds(standing.record.config) for standing in standings_of(study)[:CONTENDERS])
     later = clock.at(clock.retrain) - clock.at(clock.search)
     return replace(plan, max_trial_seconds=min(plan.max_trial_seconds, max(dearest, later / 2)))
 
