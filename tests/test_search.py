@@ -46,7 +46,7 @@ from tune.commands import run_search
 from tune.finalize import blending, confirmation, retraining
 from tune.finalize.retraining import LONGER
 from tune.finalize.stop_check import at_rungs
-from tune.optim.standings import judged, sentence
+from tune.optim.standings import standings_of, standings_sentence
 from tune.reporting.mistakes import found_mistakes
 from tune.runtime import search_stage
 from tune.runtime.job import Job, Workers
@@ -300,7 +300,7 @@ def test_the_study_says_what_was_run_on_what(place: Place) -> None:
 def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place, whole: str) -> None:
     study = place.study
     best = json.loads(study.best_file.read_text())
-    assert best["standings"][0]["trial_id"] == best["trial_id"] == judged(study)[0].record.trial_id
+    assert best["standings"][0]["trial_id"] == best["trial_id"] == standings_of(study)[0].record.trial_id
     assert sorted(run["seed"] for run in best["retrained"].values()) == [1, 2, 3]
     lines = [json.loads(line) for line in study.trials_file.read_text().splitlines()]
     complete = [row["trial_id"] for row in lines if row["state"] == State.COMPLETE]
@@ -317,9 +317,9 @@ def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place
 
 
 def test_the_job_says_which_configurations_cannot_be_told_apart(place: Place, whole: str) -> None:
-    assert sentence(judged(place.study)) in whole
+    assert standings_sentence(standings_of(place.study)) in whole
     page = place.study.report_file.read_text()
-    assert sentence(judged(place.study)) in page
+    assert standings_sentence(standings_of(place.study)) in page
 
 
 @pytest.mark.usefixtures("whole")

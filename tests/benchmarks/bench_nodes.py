@@ -31,7 +31,7 @@ from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 from tune.budget.stages import WEIGHTS_KEPT
 from tune.optim.optuna_records import suggest
-from tune.optim.scheduler import AshaScheduler, Deadline
+from tune.optim.scheduler import AshaScheduler, TimeLimit
 from tune.optim.searcher import OptunaSearcher
 from tune.runtime import worker
 from tune.runtime.callbacks import ProgressCallback
@@ -215,13 +215,13 @@ def drawing(study: Study, **more: Any) -> OptunaSearcher:
 
 
 def judging(protected: tuple[str, ...] = ()) -> AshaScheduler:
-    never = Deadline(draw_until=math.inf, end=math.inf)
+    never = TimeLimit(soft=math.inf, hard=math.inf)
     return AshaScheduler(
         metric="accuracy",
         mode="max",
         epochs=EPOCHS,
         grace_period=EPOCHS,
-        deadline=never,
+        time_limit=never,
         protect=protected,
     )
 

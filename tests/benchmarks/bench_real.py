@@ -37,7 +37,7 @@ from carmodels.study import Study
 from tune import search
 from tune.commands import run_search
 from tune.finalize import confirmation, retraining
-from tune.optim.scheduler import AshaScheduler, Deadline
+from tune.optim.scheduler import AshaScheduler, TimeLimit
 from tune.optim.searcher import OptunaSearcher
 from tune.runtime import search_stage
 
@@ -167,8 +167,8 @@ class TutorialScheduler(AshaScheduler):
     """ASHA with the tutorials' grace period, no clock, nobody protected."""
 
     def __init__(self, **named: Any) -> None:
-        endless = Deadline(draw_until=math.inf, end=math.inf)
-        super().__init__(**{**named, "grace_period": 1, "deadline": endless, "protect": ()})
+        endless = TimeLimit(soft=math.inf, hard=math.inf)
+        super().__init__(**{**named, "grace_period": 1, "time_limit": endless, "protect": ()})
 
 
 def search_as_the_tutorial(arguments: list[str]) -> int:

@@ -47,7 +47,7 @@ from carmodels.training.config import TrialConfig
 from carmodels.training.run import Origin, Run
 from tune.budget.plan import TRIAL_SHARE, Plan
 from tune.optim.optuna_records import suggest
-from tune.optim.scheduler import AshaScheduler, Deadline, grace_period
+from tune.optim.scheduler import AshaScheduler, TimeLimit, grace_period
 from tune.optim.searcher import OptunaSearcher
 from tune.runtime.search_stage import BASELINE_SHARE
 
@@ -259,9 +259,9 @@ def ours(
     baseline_first: bool = True,
 ) -> tuple[Searcher, TrialScheduler]:
     """The searcher and the scheduler of a search, as `search_stage.search` makes them, the baseline first."""
-    plan = Plan(surrogate.curves.costs(), budget, WORKERS, longest=share * budget)
+    plan = Plan(surrogate.curves.costs(), budget, WORKERS, max_trial_seconds=share * budget)
     with simulated(clock):
-        config, _ = plan.affordable(baseline(space), space.image_sizes, BASELINE_SHARE)
+        config, _ = plan.shrink_to_fit(baseline(space), space.image_sizes, BASELINE_SHARE)
     origin = Origin(metric=METRIC)
     first = Run(config, origin)
     searcher = OptunaSearcher(
@@ -279,7 +279,7 @@ def ours(
         mode="max",
         epochs=EPOCHS,
         grace_period=grace_period(EPOCHS),
-        deadline=Deadline(draw_until=budget, end=budget),
+        time_limit=TimeLimit(soft=budget, hard=budget),
         protect={first.id},
     )
     return searcher, scheduler

@@ -19,7 +19,7 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from carmodels.catalog import UNFREEZE
 from carmodels.models.parameter_groups import trainable_groups
 from carmodels.training.config import TrialConfig
-from tune.budget.costs import FORWARD_SHARE, Costs
+from tune.budget.costs import FORWARD_COST, Costs
 
 TRAIN, VAL = 1383, 297  # images that the curves were trained and validated on
 GROUPS = 16  # about as many layer groups as a backbone has
@@ -71,7 +71,7 @@ class Curves:
 
     def costs(self) -> Costs:
         """What a search would have measured of its hardware: the median of full epochs, for each image."""
-        images = TRAIN + FORWARD_SHARE * VAL
+        images = TRAIN + FORWARD_COST * VAL
         full: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for (number, _), seconds in self.seconds.items():
             config = self.configs[number]

@@ -18,8 +18,8 @@ from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import VIEWS_KEPT
 from carmodels.training.run import Run
-from tune.budget.costs import CONTEXT_BYTES, FORWARD_SHARE, MEMORY_SPARE, Compiled, Costs, times_as_long
-from tune.budget.plan import Plan, _alive
+from tune.budget.costs import CONTEXT_BYTES, FORWARD_COST, MEMORY_MARGIN, Compiled, Costs, cost_ratio
+from tune.budget.plan import Plan, _surviving_share
 from tune.runtime import profiling
 from tune.runtime.job import Job, Workers
 from tune.runtime.packing import Packing
@@ -44,15 +44,15 @@ def test_cost_between_two_measured_sizes_goes_with_the_area() -> None:
 )
 def test_frozen_epochs_cost_a_forward_pass_for_what_is_not_stored_yet(strategy: str, head_only: int) -> None:
     config = replace(BASELINE, unfreeze=strategy)
-    train, val = 0.009 * FORWARD_SHARE * 700, 0.009 * FORWARD_SHARE * 100
+    train, val = 0.009 * FORWARD_COST * 700, 0.009 * FORWARD_COST * 100
     learning, left = (8 - head_only) * (0.009 * 700 + val), 3 * val  # of val, holdout and test
     stored = min(head_only, VIEWS_KEPT) * train + min(head_only, 1) * val
-    costs = replace(COSTS, others=200)
+    costs = replace(COSTS, holdout_and_test=200)
     assert costs.schedule(config) == pytest.approx(stored + learning + left)
     for other, of in (
         (replace(config, mixup=0.2), costs),
         (replace(config, cutmix=0.5), costs),
-        (config, replace(costs, stored=False)),
+        (config, replace(costs, caches_features=False)),
     ):
         assert of.schedule(other) == pytest.approx(head_only * (train + val) + learning + left)
 
@@ -60,25 +60,25 @@ def test_frozen_epochs_cost_a_forward_pass_for_what_is_not_stored_yet(strategy: 
 def test_growing_images_cost_their_area_and_larger_test_images_theirs() -> None:
     config = replace(BASELINE, unfreeze="full", start_image_size=48)
     areas = sum((config.shown_size(n) / 96) ** 2 for n in range(1, 9))
-    shown = 9 * FORWARD_SHARE * 100  # once more by the finished trial
+    shown = 9 * FORWARD_COST * 100  # once more by the finished trial
     assert areas < 8
     frozen = replace(config, unfreeze="frozen")
-    assert replace(COSTS, stored=False).schedule(frozen) == pytest.approx(
-        0.009 * FORWARD_SHARE * (areas * 700 + 9 * 100)
+    assert replace(COSTS, caches_features=False).schedule(frozen) == pytest.approx(
+        0.009 * FORWARD_COST * (areas * 700 + 9 * 100)
     )
     beyond = replace(config, start_image_size=0, eval_image_size=2 * 96)
-    assert COSTS.tested(beyond) == pytest.approx(4 * 0.009 * FORWARD_SHARE)
+    assert COSTS.inference(beyond) == pytest.approx(4 * 0.009 * FORWARD_COST)
     assert COSTS.schedule(config) == pytest.approx(0.009 * (areas * 700 + shown))
     larger = replace(BASELINE, unfreeze="full", eval_image_size=192)
     assert COSTS.schedule(larger) == pytest.approx(0.009 * (8 * 700 + 4 * shown))
-    assert times_as_long(replace(larger, epochs=16), larger) == pytest.approx(2)
-    assert times_as_long(config, larger, train=1.2) == pytest.approx(1.2 * areas / 8)
+    assert cost_ratio(replace(larger, epochs=16), larger) == pytest.approx(2)
+    assert cost_ratio(config, larger, train=1.2) == pytest.approx(1.2 * areas / 8)
 
 
 def test_without_a_limit_on_time_everything_fits_unchanged() -> None:
     free = Plan(None, math.inf, 2)
     assert free.fits(BASELINE)
-    assert free.affordable(BASELINE, SPACE.image_sizes, 0.2) == (BASELINE, "")
+    assert free.shrink_to_fit(BASELINE, SPACE.image_sizes, 0.2) == (BASELINE, "")
 
 
 def test_a_trial_fits_where_its_whole_schedule_ends_in_time() -> None:
@@ -93,34 +93,34 @@ def test_what_memory_does_not_hold_fits_in_no_time() -> None:
         config = replace(beyond, unfreeze=strategy)
         assert COSTS.schedule(config) == math.inf
         assert not Plan(COSTS, math.inf, 1).fits(config)
-    small, _ = Plan(COSTS, math.inf, 1).affordable(beyond, (32, 96, 128), 0.2)
+    small, _ = Plan(COSTS, math.inf, 1).shrink_to_fit(beyond, (32, 96, 128), 0.2)
     assert small.image_size == 96
 
 
 def test_a_trial_that_would_take_the_time_of_many_does_not_fit() -> None:
     cost = COSTS.schedule(BASELINE)
-    assert replace(plan(10 * cost), longest=cost + 1).fits(BASELINE)
-    assert not replace(plan(10 * cost), longest=cost - 1).fits(BASELINE)
+    assert replace(plan(10 * cost), max_trial_seconds=cost + 1).fits(BASELINE)
+    assert not replace(plan(10 * cost), max_trial_seconds=cost - 1).fits(BASELINE)
 
 
 def test_the_baseline_is_first_made_smaller_and_then_shorter_to_cost_its_share() -> None:
     whole, small = COSTS.schedule(BASELINE), COSTS.schedule(replace(BASELINE, image_size=32))
-    assert plan(whole / 0.2 + 5).affordable(BASELINE, SPACE.image_sizes, 0.2) == (BASELINE, "")
-    config, changed = plan(0.7 * whole / 0.2).affordable(BASELINE, SPACE.image_sizes, 0.2)
+    assert plan(whole / 0.2 + 5).shrink_to_fit(BASELINE, SPACE.image_sizes, 0.2) == (BASELINE, "")
+    config, changed = plan(0.7 * whole / 0.2).shrink_to_fit(BASELINE, SPACE.image_sizes, 0.2)
     assert (config.image_size, config.epochs) == (64, 8)
     assert changed == " at 64 instead of 96 px"
-    config, changed = plan(0.5 * small / 0.2).affordable(BASELINE, SPACE.image_sizes, 0.2)
+    config, changed = plan(0.5 * small / 0.2).shrink_to_fit(BASELINE, SPACE.image_sizes, 0.2)
     assert config.image_size == 32
     assert 1 < config.epochs < 8
     assert changed == f" at 32 instead of 96 px for {config.epochs} instead of 8 epochs"
     assert COSTS.schedule(config) <= 0.5 * small
-    assert plan(0).affordable(BASELINE, SPACE.image_sizes, 0.2)[0].epochs == 1
+    assert plan(0).shrink_to_fit(BASELINE, SPACE.image_sizes, 0.2)[0].epochs == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8, 64])
 def test_however_many_workers_there_are_the_baseline_ends_in_time(workers: int) -> None:
     few = plan(0.9 * COSTS.schedule(BASELINE), workers)
-    reference, _ = few.affordable(BASELINE, SPACE.image_sizes, 0.2)
+    reference, _ = few.shrink_to_fit(BASELINE, SPACE.image_sizes, 0.2)
     assert few.fits(reference)
 
 
@@ -130,12 +130,12 @@ def test_a_size_beyond_memory_does_not_fit_and_does_not_spoil_the_plan() -> None
     assert tight.image("test_resnet", 48) < 0.004
     some = Plan(tight, time.time() + 1000, 1)
     assert not some.fits(BASELINE)
-    assert some.affordable(BASELINE, SPACE.image_sizes, 0.9)[0].image_size == 64
+    assert some.shrink_to_fit(BASELINE, SPACE.image_sizes, 0.9)[0].image_size == 64
     assert some.trials(SPACE, 3) > 0
 
 
 def test_successive_halving_halves_after_the_grace_period() -> None:
-    assert [_alive(epoch, 3) for epoch in range(1, 9)] == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25]
+    assert [_surviving_share(epoch, 3) for epoch in range(1, 9)] == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25]
 
 
 def test_twice_the_workers_buy_twice_the_trials() -> None:
@@ -149,7 +149,7 @@ def test_a_space_of_one_size_needs_one_measurement() -> None:
     single = Costs({"test_resnet": {64: 0.002}}, train=10, val=10)
     assert single.image("test_resnet", 64) == 0.002
     config = TrialConfig(backbone="test_resnet", image_size=64, epochs=1)
-    assert single.schedule(config) == pytest.approx(0.002 * (10 + FORWARD_SHARE * (10 + 10)))
+    assert single.schedule(config) == pytest.approx(0.002 * (10 + FORWARD_COST * (10 + 10)))
 
 
 @pytest.mark.parametrize(("now", "anew"), [(0.012, False), (0.0155, False), (0.017, True), (0.006, True)])
@@ -170,8 +170,9 @@ def test_costs_that_were_kept_hold_as_long_as_the_machine_is_as_fast(
     job = Job(Study(tmp_path), splits, Weights("none"), Workers(2, 1, 0.0), tmp_path)  # type: ignore[arg-type]
     first = costs_of(job, SPACE)
     assert measured == list(SPACE.backbones)
-    assert (first.seconds["test_resnet"][96], first.train, first.val, first.others) == (0.010, 700, 150, 450)
-    assert not first.stored
+    assert first.seconds["test_resnet"][96] == 0.010
+    assert (first.train, first.val, first.holdout_and_test) == (700, 150, 450)
+    assert not first.caches_features
     pace[0] = now
     again = costs_of(job, SPACE)
     assert measured == (2 if anew else 1) * list(SPACE.backbones)
@@ -193,7 +194,7 @@ def test_a_trial_asks_for_the_smallest_share_of_a_gpu_that_holds_it(
 ) -> None:
     config = replace(BASELINE, backbone="test_resnet", image_size=image_size)
     assert SHARED.gpu_share(config, gpu_gigabytes * GB) == share
-    needed = MEMORY_SPARE * SHARED.memory["test_resnet"][image_size] + CONTEXT_BYTES
+    needed = MEMORY_MARGIN * SHARED.memory["test_resnet"][image_size] + CONTEXT_BYTES
     assert needed <= share * gpu_gigabytes * GB or share == 1
     packing = Packing(SHARED, gpu_gigabytes * GB, cpus=16)
     assert packing(Run(config).to_dict()).required_resources == {"CPU": int(16 * share), "GPU": share}

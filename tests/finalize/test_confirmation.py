@@ -20,18 +20,18 @@ from carmodels.records import Cause, Role, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
-from tune.budget.costs import SLOWER
+from tune.budget.costs import RERUN_MARGIN
 from tune.finalize.confirmation import Reruns, knowledge_gradient, most_seconds, next_rerun
 from tune.optim.standings import (
     CONTENDERS,
     Standing,
-    described,
-    leading,
-    noise,
+    noise_sd,
     posterior,
-    runs_of,
-    sentence,
+    runs_by_config,
     standings,
+    standings_json,
+    standings_sentence,
+    top_standings,
 )
 
 IMAGES = 250
@@ -161,13 +161,13 @@ def test_the_winners_estimate_is_right_on_average_where_its_own_value_is_too_goo
 def test_the_noise_is_the_binomial_one_until_repeats_show_more() -> None:
     singles = [np.array([0.9])] * 6
     binomial = np.sqrt(0.9 * 0.1 / IMAGES)
-    assert noise(singles, "accuracy", IMAGES) == pytest.approx(binomial)
+    assert noise_sd(singles, "accuracy", IMAGES) == pytest.approx(binomial)
     close = [np.array([0.9, 0.901, 0.899])] * 6
-    assert noise(close, "accuracy", IMAGES) == pytest.approx(binomial)
+    assert noise_sd(close, "accuracy", IMAGES) == pytest.approx(binomial)
     rng = np.random.default_rng(0)
     wide = [rng.normal(0.9, 0.05, 20) for _ in range(10)]
-    assert noise(wide, "accuracy", IMAGES) == pytest.approx(0.05, rel=0.1)
-    assert noise([np.array([1.0])], "accuracy", IMAGES) == pytest.approx(1 / IMAGES)
+    assert noise_sd(wide, "accuracy", IMAGES) == pytest.approx(0.05, rel=0.1)
+    assert noise_sd([np.array([1.0])], "accuracy", IMAGES) == pytest.approx(1 / IMAGES)
 
 
 # ---- a study's records
@@ -183,7 +183,7 @@ def test_runs_are_those_of_the_same_schedule_to_its_end_in_search_and_reruns() -
         run(0.002, 0.9, state=State.PRUNED),
         run(0.003, 0.9, state=State.INTERRUPTED, stage="confirm"),
     ]
-    assert list(runs_of([again, *others, first]).values()) == [[first, again]]
+    assert list(runs_by_config([again, *others, first]).values()) == [[first, again]]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -197,8 +197,8 @@ def test_the_best_is_first_whichever_way_the_metric_points(metric: str) -> None:
     assert next(s for s in found if s.runs == 3).mean == pytest.approx(np.mean([0.4, 0.40, 0.41]))
     for standing in found:
         assert 0 <= standing.estimate.low < standing.estimate.value < standing.estimate.high <= 1
-    assert found[0].chance == 0.5
-    assert all(s.chance < 0.5 for s in found[1:])
+    assert found[0].chance_to_be_better == 0.5
+    assert all(s.chance_to_be_better < 0.5 for s in found[1:])
     assert found[-1].clearly_worse
 
 
@@ -244,7 +244,7 @@ def test_a_configuration_that_diverges_with_new_seeds_is_not_the_best() -> None:
     ahead, *others = standings(leading_still, metric="accuracy", images=IMAGES)
     assert ahead.record == leading_still[0]
     gaps = [(s.estimate.value - ahead.estimate.value) / _gap_sd(ahead, s) for s in others]
-    assert [s.chance for s in others] == pytest.approx([NormalDist().cdf(gap) for gap in gaps])
+    assert [s.chance_to_be_better for s in others] == pytest.approx([NormalDist().cdf(gap) for gap in gaps])
     poor = field(0.90, 0.85, 0.10)  # the only steady one is of another kind
     poor += [run(n / 1000, 0.0, 1, "confirm", **diverged) for n in (1, 2)]
     assert len(standings(poor, metric="accuracy", images=IMAGES)) == 3
@@ -252,9 +252,9 @@ def test_a_configuration_that_diverges_with_new_seeds_is_not_the_best() -> None:
 
 def test_whatever_ran_again_has_a_row() -> None:
     records = field(0.90, 0.89, 0.88, 0.89, 0.89, 0.70)
-    assert len(leading(standings(records, metric="accuracy", images=IMAGES))) == CONTENDERS
+    assert len(top_standings(standings(records, metric="accuracy", images=IMAGES))) == CONTENDERS
     records.append(run(0.006, 0.70, 1, "confirm"))
-    rows = leading(standings(records, metric="accuracy", images=IMAGES))
+    rows = top_standings(standings(records, metric="accuracy", images=IMAGES))
     assert [s.record for s in rows][CONTENDERS:] == [records[5]]
 
 
@@ -277,25 +277,27 @@ def test_reruns_take_at_most_as_many_runs_of_the_dearest_of_the_best(tmp_path: P
     assert most_seconds(study, 2, most=0) == 0
     for record in field(0.9, 0.89, 0.88, 0.87, 0.5):
         study.append(replace(record, seconds=1000.0 if record.value == 0.5 else 100 * (record.value or 0)))
-    assert most_seconds(study, 2, most=6) == pytest.approx(3.5 * SLOWER * 90)
-    assert most_seconds(study, 4, most=6) == pytest.approx(2.5 * SLOWER * 90)
+    assert most_seconds(study, 2, most=6) == pytest.approx(3.5 * RERUN_MARGIN * 90)
+    assert most_seconds(study, 4, most=6) == pytest.approx(2.5 * RERUN_MARGIN * 90)
 
 
 def test_the_sentence_names_the_best_and_those_that_cannot_be_told_apart() -> None:
     records = field(0.90, 0.89, 0.60, 0.895, 0.894, 0.893, 0.892)
     records += [run(0.001, 0.9, seed, "confirm") for seed in (1, 2)]
     found = standings(records, metric="accuracy", images=IMAGES)
-    text = sentence(found)
+    text = standings_sentence(found)
     assert text.startswith(f"The best is test_resnet 32px head0 full ({records[0].trial_id}), by 3 runs. ")
     assert "Cannot be told apart from it: " in text
     assert text.endswith(", 2 more that ran once.")
     assert records[2].trial_id not in text
-    assert len(leading(found)) == CONTENDERS
-    assert [row["trial_id"] for row in described(found)] == [s.record.trial_id for s in leading(found)]
+    assert len(top_standings(found)) == CONTENDERS
+    assert [row["trial_id"] for row in standings_json(found)] == [
+        s.record.trial_id for s in top_standings(found)
+    ]
     apart = standings(field(0.95, 0.6, 0.5, 0.61), metric="accuracy", images=IMAGES)
-    assert sentence(apart).endswith("by 1 run. All others are worse, with 95 % confidence.")
+    assert standings_sentence(apart).endswith("by 1 run. All others are worse, with 95 % confidence.")
     alone = standings(field(0.95), metric="accuracy", images=IMAGES)
-    assert sentence(alone).endswith("by 1 run. No other one has finished.")
+    assert standings_sentence(alone).endswith("by 1 run. No other one has finished.")
 
 
 # ---- which run is next
@@ -315,7 +317,7 @@ def test_the_close_pair_is_run_again_and_not_what_is_far_behind() -> None:
         value = 0.92 if lr == 0.001 else 0.915
         records.append(run(lr, value, rerun.origin.seed, "confirm"))
         assert seed > 1 or lr == 0.001  # of equals the best first: its runs are its retrained models
-    counts = [len(runs) for runs in runs_of(records).values()]
+    counts = [len(runs) for runs in runs_by_config(records).values()]
     assert counts == [4, 1, 4, 1]
 
 

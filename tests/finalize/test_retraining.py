@@ -21,7 +21,7 @@ from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Origin, Run
 from tune.budget.clock import Clock
-from tune.budget.costs import SLOWER, Costs, expected_seconds
+from tune.budget.costs import RERUN_MARGIN, Costs, rerun_seconds
 from tune.budget.plan import Plan
 from tune.finalize import confirmation, retraining
 from tune.finalize.retraining import (
@@ -100,10 +100,11 @@ def test_a_resumed_search_runs_again_what_was_cut_off_and_what_there_is_time_for
 def test_a_longer_search_draws_nothing_that_later_stages_have_no_time_for(study: Study) -> None:
     costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 80 s, as the best ones
     clock, plan = Clock(0.0, 1000, search=0.3, confirm=0.5, retrain=0.9), Plan(costs, math.inf, 1)
-    assert _with_time_for_what_follows(plan, study, clock).longest == pytest.approx(300)
-    assert _with_time_for_what_follows(replace(plan, longest=200), study, clock).longest == 200
+    assert _with_time_for_what_follows(plan, study, clock).max_trial_seconds == pytest.approx(300)
+    shorter = replace(plan, max_trial_seconds=200)
+    assert _with_time_for_what_follows(shorter, study, clock).max_trial_seconds == 200
     little = replace(clock, search=0.8)
-    assert _with_time_for_what_follows(plan, study, little).longest == pytest.approx(80)
+    assert _with_time_for_what_follows(plan, study, little).max_trial_seconds == pytest.approx(80)
     unbounded = Plan(None, math.inf, 1)
     assert _with_time_for_what_follows(unbounded, study, clock) is unbounded
 
@@ -113,10 +114,10 @@ def test_what_retraining_takes_at_most_goes_by_the_dearest_of_the_best(study: St
     job = Job(study, splits, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
     slow = replace(run(4e-3, 0.90), seconds=160.0)
     study.append(slow)
-    each = LONGER * expected_seconds(slow)
+    each = LONGER * rerun_seconds(slow)
     assert retraining.most_seconds(job) == pytest.approx(3 * each)  # three seeds, three others, two workers
     assert retraining.most_seconds(job, folds=4) == pytest.approx(6 * 850 / 700 * each)
-    half = expected_seconds(run(4e-3, 0.85)) / 2  # of the cheapest
+    half = rerun_seconds(run(4e-3, 0.85)) / 2  # of the cheapest
     assert retraining.most_seconds(job, within=1.01 * half) == pytest.approx(3 * each)
     assert retraining.most_seconds(job, within=0.99 * half) == 0
     empty = Study(study.folder / "empty")
@@ -132,7 +133,7 @@ def test_reruns_leave_retraining_the_time_for_its_shortest_run(
         confirmation, "run_trials", lambda job, **more: asked.update(more, until=job.until) or True
     )
     job = Job(study, None, None, Workers(1, 1, 0.0), study.folder)  # type: ignore[arg-type]
-    shortest = expected_seconds(LUCKY) / 2
+    shortest = rerun_seconds(LUCKY) / 2
     clock = Clock(time.time(), 1000, search=0.3, confirm=0.8, retrain=0.9)
     for retrain_share, end, late in ((0.9, 800, 820), (0.82, 820 - shortest, 820 - shortest)):
         one = replace(clock, retrain=retrain_share)
@@ -295,7 +296,7 @@ def test_a_frozen_backbone_is_opened_at_what_that_costs_here(study: Study) -> No
     assert trained(100) == ([record.trial_id] * 2, 8)
     assert trained(60) == ([record.trial_id] * 2, 5)
     assert trained(40) == ([], 8)
-    assert Room(100, 2, costs).seconds(record, frozen.config) == pytest.approx(2 * SLOWER)
+    assert Room(100, 2, costs).seconds(record, frozen.config) == pytest.approx(2 * RERUN_MARGIN)
 
 
 def test_what_time_retraining_leaves_goes_to_the_next_best(study: Study) -> None:
@@ -365,9 +366,9 @@ def test_nothing_is_left_of_time_that_is_over(study: Study) -> None:
 def test_what_shared_a_gpu_is_planned_by_what_it_takes_alone() -> None:
     costs = Costs({"test_resnet": {32: 0.01}}, train=100, val=0)  # 8 s, of which the trial took 80
     longer = replace(LUCKY.config, epochs=16)
-    assert Room(100, 2, costs, packed=True).seconds(LUCKY, longer) == pytest.approx(16 * SLOWER)
-    assert Room(100, 2, costs).seconds(LUCKY, longer) == pytest.approx(160 * SLOWER)
-    assert expected_seconds(LUCKY, costs) == pytest.approx(8 * SLOWER)
+    assert Room(100, 2, costs, packed=True).seconds(LUCKY, longer) == pytest.approx(16 * RERUN_MARGIN)
+    assert Room(100, 2, costs).seconds(LUCKY, longer) == pytest.approx(160 * RERUN_MARGIN)
+    assert rerun_seconds(LUCKY, costs) == pytest.approx(8 * RERUN_MARGIN)
 
 
 def test_a_soup_is_no_run_of_its_configuration(study: Study) -> None:

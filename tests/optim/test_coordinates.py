@@ -11,7 +11,7 @@ import pytest
 from carmodels.presets import SPACES
 from carmodels.space import Choice, Range, Space
 from carmodels.training.config import TrialConfig
-from tune.optim.coordinates import Coordinates, place, value_at
+from tune.optim.coordinates import Coordinates, from_unit, to_unit
 from tune.optim.optuna_records import suggest
 
 CPU = SPACES["cpu"]
@@ -20,7 +20,7 @@ GOOD = TrialConfig("efficientnet_b0", image_size=192, epochs=8, unfreeze="full",
 
 def expected(config: TrialConfig, space: Space = CPU) -> float:
     coordinates = Coordinates(space)
-    return float(coordinates.trends(coordinates.of(config)[None])[0] @ coordinates.coefficients)
+    return float(coordinates.trends(coordinates.encode(config)[None])[0] @ coordinates.coefficients)
 
 
 @pytest.mark.parametrize("preset", list(SPACES))
@@ -28,8 +28,8 @@ def test_every_draw_has_a_place(preset: str) -> None:
     space = SPACES[preset]
     coordinates = Coordinates(space)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    x = np.array([coordinates.of(TrialConfig(**suggest(study.ask(), space))) for _ in range(300)])
-    assert x.shape[1] == len(coordinates.categorical) == len(coordinates.longer)
+    x = np.array([coordinates.encode(TrialConfig(**suggest(study.ask(), space))) for _ in range(300)])
+    assert x.shape[1] == len(coordinates.categorical) == len(coordinates.length_shift)
     ordered = x[:, ~coordinates.categorical]
     assert ordered.min() >= 0
     assert ordered.max() <= 1
@@ -98,14 +98,16 @@ def test_of_a_single_range_of_rates_the_effect_is_expected_once(override: str) -
 
 def test_what_seldom_matters_is_expected_to_matter_little() -> None:
     coordinates = Coordinates(CPU)
-    names = [*CPU.dimensions, "size", "learning", "rate"]
-    longer = {n for n, more in zip(names, coordinates.longer, strict=True) if more}
+    names = [*CPU.dimensions, "size", "trainable", "rate"]
+    longer = {n for n, shift in zip(names, coordinates.length_shift, strict=True) if shift}
     assert longer == {"head_depth", "dropout", "augment", "label_smoothing"}
 
 
 def test_a_space_without_a_choice_of_backbone_or_rate_has_them_in_the_middle() -> None:
     space = Space({"dropout": Range(0.0, 0.5)}, {"backbone": "lcnet_050", "image_size": 64, "epochs": 2})
-    x = Coordinates(space).of(TrialConfig("lcnet_050", image_size=64, epochs=2, head_depth=1, dropout=0.5))
+    x = Coordinates(space).encode(
+        TrialConfig("lcnet_050", image_size=64, epochs=2, head_depth=1, dropout=0.5)
+    )
     assert x.tolist() == [1.0, 0.5, 1.0, 0.5]
 
 
@@ -113,11 +115,11 @@ def test_a_space_without_a_choice_of_backbone_or_rate_has_them_in_the_middle() -
 def test_a_place_and_its_value_are_each_others_inverse(log: bool) -> None:
     dimension = Range(1e-3, 1.0, log=log)
     for share in (0.0, 0.3, 1.0):
-        assert place(dimension, value_at(dimension, share)) == pytest.approx(share, abs=1e-3)
+        assert to_unit(dimension, from_unit(dimension, share)) == pytest.approx(share, abs=1e-3)
 
 
 def test_options_have_an_order_where_they_are_numbers() -> None:
-    assert [place(Choice((64, 128, 256)), v) for v in (64, 128, 256)] == pytest.approx([0, 0.5, 1])
-    assert [place(Choice((0.0, 0.1)), v) for v in (0.0, 0.1)] == [0, 1]
-    assert [place(Choice(("a", "b", "c")), v) for v in "abc"] == [0, 1, 2]
-    assert [place(Choice((False, True)), v) for v in (False, True)] == [0, 1]
+    assert [to_unit(Choice((64, 128, 256)), v) for v in (64, 128, 256)] == pytest.approx([0, 0.5, 1])
+    assert [to_unit(Choice((0.0, 0.1)), v) for v in (0.0, 0.1)] == [0, 1]
+    assert [to_unit(Choice(("a", "b", "c")), v) for v in "abc"] == [0, 1, 2]
+    assert [to_unit(Choice((False, True)), v) for v in (False, True)] == [0, 1]

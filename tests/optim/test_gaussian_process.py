@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from tune.optim.gaussian_process import Points, Process
+from tune.optim.gaussian_process import CurvePoints, GaussianProcess
 
 CATEGORICAL = np.array([False, False, True])
 
 
-def made(longer: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Process:
-    return Process(CATEGORICAL, np.array(longer))
+def made(length_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> GaussianProcess:
+    return GaussianProcess(CATEGORICAL, np.array(length_shift))
 
 
-def drawn(count: int, seed: int = 0) -> Points:
+def drawn(count: int, seed: int = 0) -> CurvePoints:
     """Two values for each of `count` runs."""
     rng = np.random.default_rng(seed)
     x = np.column_stack([rng.random((count, 2)), rng.integers(3, size=count)])
-    return Points(
+    return CurvePoints(
         np.repeat(x, 2, axis=0),
         np.tile([0.5, 1.0], count),
         np.repeat(np.arange(count), 2),
@@ -27,7 +27,7 @@ def drawn(count: int, seed: int = 0) -> Points:
     )
 
 
-def truth(points: Points) -> np.ndarray:
+def truth(points: CurvePoints) -> np.ndarray:
     """Decided by the first coordinate and the option, rising with time; the second is idle."""
     value: np.ndarray = 2 * np.sin(3 * points.x[:, 0]) + (points.x[:, 2] == 1) + points.time
     return (value - 2.5) / 0.9
@@ -46,22 +46,22 @@ def test_covariances_are_the_same_with_and_without_their_derivatives() -> None:
     process, points = made(), drawn(6)
     squares = process._squares(points.x, points.x)
     with_them, _ = process._kernel(process.theta, points, points, squares)
-    assert (process.between(points, points) == with_them).all()
+    assert (process.covariance(points, points) == with_them).all()
 
 
 def test_nothing_seen_leaves_the_prior() -> None:
     process, new = made(), drawn(3)
-    empty = Points.at_the_end(np.zeros((0, 3)))
+    empty = CurvePoints.at_end(np.zeros((0, 3)))
     mean, deviation = process.condition(empty, np.zeros(0)).predict(new)
     assert not mean.any()
-    assert deviation == pytest.approx(np.sqrt(process.variances(new)))
+    assert deviation == pytest.approx(np.sqrt(process.prior_variance(new)))
 
 
 def test_fitted_to_forty_runs_it_predicts_new_ones_and_how_far_off_it_is() -> None:
     process, points = made(), drawn(40)
     values = truth(points) + np.random.default_rng(1).normal(0, 0.1, len(points))
     process.fit(points, values)
-    new = Points.at_the_end(drawn(200, seed=2).x[::2])
+    new = CurvePoints.at_end(drawn(200, seed=2).x[::2])
     mean, deviation = process.condition(points, values).predict(new)
     off = mean - truth(new)
     assert off.std() < 0.2 * truth(new).std()
@@ -72,10 +72,10 @@ def test_fitted_to_forty_runs_it_predicts_new_ones_and_how_far_off_it_is() -> No
 
 def test_a_trend_is_expected_and_corrected_by_what_is_seen() -> None:
     """It rises by 1 over the first coordinate; the values fall by 1."""
-    process = Process(CATEGORICAL, np.zeros(3), trends=lambda x: x[:, :1] - 0.5)
-    ends = Points.at_the_end(np.array([[0.0, 0.5, 0.0], [1.0, 0.5, 0.0]]))
-    seen = Points.at_the_end(np.array([[0.3, 0.1, 0.0], [0.6, 0.9, 0.0], [0.5, 0.4, 1.0]]))
-    none = Points.at_the_end(np.zeros((0, 3)))
+    process = GaussianProcess(CATEGORICAL, np.zeros(3), trends=lambda x: x[:, :1] - 0.5)
+    ends = CurvePoints.at_end(np.array([[0.0, 0.5, 0.0], [1.0, 0.5, 0.0]]))
+    seen = CurvePoints.at_end(np.array([[0.3, 0.1, 0.0], [0.6, 0.9, 0.0], [0.5, 0.4, 1.0]]))
+    none = CurvePoints.at_end(np.zeros((0, 3)))
     before, unsure = process.condition(none, np.zeros(0)).predict(ends)
     assert before == pytest.approx([-0.5, 0.5])
     after, sure = process.condition(seen, 0.5 - seen.x[:, 0]).predict(ends)
@@ -86,18 +86,18 @@ def test_a_trend_is_expected_and_corrected_by_what_is_seen() -> None:
 def test_a_run_that_was_cut_off_says_something_of_its_end() -> None:
     process, points = made(), drawn(40)
     process.fit(points, truth(points))
-    started = Points(np.array([[0.5, 0.5, 0.0]]), np.array([0.25]), np.array([-1]), np.zeros(1))
+    started = CurvePoints(np.array([[0.5, 0.5, 0.0]]), np.array([0.25]), np.array([-1]), np.zeros(1))
     posterior = process.condition(started, np.array([1.5]))
-    (mean,), (sure,) = posterior.predict(Points.at_the_end(started.x))
-    (far,), (unsure,) = posterior.predict(Points.at_the_end(np.array([[0.0, 0.5, 2.0]])))
+    (mean,), (sure,) = posterior.predict(CurvePoints.at_end(started.x))
+    (far,), (unsure,) = posterior.predict(CurvePoints.at_end(np.array([[0.0, 0.5, 2.0]])))
     assert mean > far > 0
     assert sure < unsure
 
 
 def test_another_task_tells_of_this_one_but_less_than_it_does_itself() -> None:
     process, here = made(), drawn(30)
-    there = Points(here.x, here.time, here.run, np.ones(len(here)))
-    ends = Points.at_the_end(here.x[::2])
+    there = CurvePoints(here.x, here.time, here.run, np.ones(len(here)))
+    ends = CurvePoints.at_end(here.x[::2])
     off = {}
     for name, points in (("here", here), ("there", there)):
         mean, deviation = process.condition(points, truth(points)).predict(ends)

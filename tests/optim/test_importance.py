@@ -19,7 +19,7 @@ from carmodels.space import Choice, Range, Space
 from carmodels.training.config import BOUNDS, EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 from tune.commands.run_search import chosen_space
-from tune.optim.importance import FEWEST, Edge, edges, importances
+from tune.optim.importance import MIN_TRIALS, Edge, edges, importances
 from tune.optim.optuna_records import suggest
 from tune.search import parser
 
@@ -138,17 +138,19 @@ def test_failures_reruns_and_the_competitors_baseline_say_nothing_of_the_space()
 
 
 def test_of_too_few_trials_nothing_is_said() -> None:
-    records = searched(FEWEST, lambda c: 1 - off(c))
+    records = searched(MIN_TRIALS, lambda c: 1 - off(c))
     few = importances(records[1:], SPACE, "accuracy")
     assert few.dimensions == ()
-    assert few.sentence == f"What mattered: {FEWEST - 1} trials are too few to say; it takes {FEWEST}."
+    assert (
+        few.sentence == f"What mattered: {MIN_TRIALS - 1} trials are too few to say; it takes {MIN_TRIALS}."
+    )
     assert importances(records, SPACE, "accuracy").dimensions
     assert importances([], SPACE, "accuracy").dimensions == ()
 
 
 def test_a_choice_of_one_is_none() -> None:
     space = SPACE.with_backbones(("test_resnet",))
-    records = [ended(replace(c, backbone="test_resnet"), noise(c)) for c in drawn(FEWEST)]
+    records = [ended(replace(c, backbone="test_resnet"), noise(c)) for c in drawn(MIN_TRIALS)]
     assert "backbone" not in {i.name for i in importances(records, space, "accuracy").dimensions}
 
 
@@ -245,7 +247,7 @@ def test_only_complete_trials_are_looked_at() -> None:
     ):
         assert not edges([ended(MIDDLE, 0.5), ended(edge, value, state, cause=cause)], SPACE, "accuracy")
     [found] = edges([ended(MIDDLE, 0.5), ended(edge, 0.6)], SPACE, "accuracy")
-    assert (found.of, found.values) == (2, (2e-2,))
+    assert (found.best_count, found.values) == (2, (2e-2,))
     assert not edges([ended(MIDDLE, 0.5), ended(edge, 0.6)], SPACE, "log_loss")
     assert edges([], SPACE, "accuracy") == ()
 

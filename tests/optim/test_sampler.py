@@ -18,7 +18,7 @@ from carmodels.presets import SPACES
 from carmodels.space import Choice, Range, Space
 from carmodels.training.config import TrialConfig
 from tune.optim.coordinates import Coordinates
-from tune.optim.gaussian_process import Points
+from tune.optim.gaussian_process import CurvePoints
 from tune.optim.optuna_records import suggest
 from tune.optim.sampler import CurveSampler, _Run, log_expected_improvement
 
@@ -83,9 +83,9 @@ def test_where_most_have_the_best_value_there_can_be_the_others_stay_apart() -> 
     configs = [TrialConfig(**suggest(trial, SPACE)) for trial in random_trials(6)]
     values = (1.0, 1.0, 1.0, 1.0, 0.99, 0.5)
     runs = [
-        _Run(c, coordinates.of(c), {1.0: v}, True, False, 0) for c, v in zip(configs, values, strict=True)
+        _Run(c, coordinates.encode(c), {1.0: v}, True, False, 0) for c, v in zip(configs, values, strict=True)
     ]
-    _, scaled = sampler._points(runs)
+    _, scaled = sampler._observations(runs)
     assert scaled[3] - scaled[4] < 0.2 * (scaled[3] - scaled[5])
 
 
@@ -95,16 +95,17 @@ def test_trials_of_this_study_take_part_in_a_fit_beside_many_of_others(
     sampler, coordinates = CurveSampler(SPACE, seed=0), Coordinates(SPACE)
     configs = [TrialConfig(**suggest(trial, SPACE)) for trial in random_trials(310)]
     runs = [
-        _Run(c, coordinates.of(c), {1.0: n / 310}, True, False, int(n < 300)) for n, c in enumerate(configs)
+        _Run(c, coordinates.encode(c), {1.0: n / 310}, True, False, int(n < 300))
+        for n, c in enumerate(configs)
     ]
     fitted: list[tuple[int, int]] = []
 
-    def fit(points: Points, values: np.ndarray) -> None:
+    def fit(points: CurvePoints, values: np.ndarray) -> None:
         fitted.append((int((points.task == 1).sum()), int((points.task == 0).sum())))
 
     monkeypatch.setattr(sampler._process, "fit", fit)
     for count in (300, 302, 304, 304, 310):
-        sampler._model(runs[:count])
+        sampler._curve_posterior(runs[:count])
     assert [own for _, own in fitted] == [0, 4, 9]
     assert all(100 <= other <= 150 for other, _ in fitted)
 
@@ -127,16 +128,16 @@ def test_a_region_where_trials_fail_is_left() -> None:
 def test_how_failures_spread_is_not_learnt_anew_at_each_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, coordinates = CurveSampler(SPACE, seed=0), Coordinates(SPACE)
     configs = [TrialConfig(**suggest(trial, SPACE)) for trial in random_trials(300)]
-    runs = [_Run(c, coordinates.of(c), {}, True, n % 10 == 0, 0) for n, c in enumerate(configs)]
+    runs = [_Run(c, coordinates.encode(c), {}, True, n % 10 == 0, 0) for n, c in enumerate(configs)]
     fitted: list[tuple[int, int]] = []
 
-    def fit(points: Points, values: np.ndarray) -> None:
+    def fit(points: CurvePoints, values: np.ndarray) -> None:
         fitted.append((len(values), int((values < 0).sum())))
 
     monkeypatch.setattr(sampler._failures, "fit", fit)
     x = np.array([run.x for run in runs[:5]])
     for ended in range(160, 300, 5):
-        assert np.isfinite(sampler._chance(runs[:ended])(x)).all()
+        assert np.isfinite(sampler._log_feasibility(runs[:ended])(x)).all()
     assert 1 <= len(fitted) <= 6
     assert all(some <= 150 and failed >= 10 for some, failed in fitted)
 

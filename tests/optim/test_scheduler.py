@@ -16,16 +16,16 @@ from carmodels.catalog import UNFREEZE
 from carmodels.records import State, TrialRecord
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
-from tune.optim.scheduler import AshaScheduler, Deadline, Stop, grace_period
+from tune.optim.scheduler import AshaScheduler, StopDecision, TimeLimit, grace_period
 
 EPOCHS = 8
-ALWAYS = Deadline(math.inf, math.inf)
+ALWAYS = TimeLimit(math.inf, math.inf)
 CONFIG = TrialConfig(backbone="lcnet_035", image_size=64, epochs=EPOCHS)
 
 
-def made(deadline: Deadline = ALWAYS, protect: tuple[str, ...] = (), mode: str = "max") -> AshaScheduler:
+def made(time_limit: TimeLimit = ALWAYS, protect: tuple[str, ...] = (), mode: str = "max") -> AshaScheduler:
     return AshaScheduler(
-        metric="score", mode=mode, epochs=EPOCHS, grace_period=2, deadline=deadline, protect=protect
+        metric="score", mode=mode, epochs=EPOCHS, grace_period=2, time_limit=time_limit, protect=protect
     )
 
 
@@ -44,7 +44,7 @@ def test_a_trial_below_the_cutoff_is_stopped_and_told_why() -> None:
         tell(scheduler, name, 2, value)
     assert tell(scheduler, "d", 2, 0.6) == TrialScheduler.STOP
     reason = "rung at epoch 2: 0.6000 against a cut-off of 0.8000, rank 4 of 4"
-    assert scheduler.stops["d"] == Stop(State.PRUNED, reason)
+    assert scheduler.stops["d"] == StopDecision(State.PRUNED, reason)
 
 
 def test_where_less_is_better_the_rank_and_the_cutoff_turn_round() -> None:
@@ -54,7 +54,7 @@ def test_where_less_is_better_the_rank_and_the_cutoff_turn_round() -> None:
     assert tell(scheduler, "e", 2, 0.5) == TrialScheduler.CONTINUE
     assert tell(scheduler, "d", 2, 0.95) == TrialScheduler.STOP
     reason = "rung at epoch 2: 0.9500 against a cut-off of 0.7500, rank 5 of 5"
-    assert scheduler.stops["d"] == Stop(State.PRUNED, reason)
+    assert scheduler.stops["d"] == StopDecision(State.PRUNED, reason)
 
 
 def test_nobody_is_stopped_before_the_grace_period() -> None:
@@ -112,12 +112,12 @@ def test_a_last_result_is_never_stopped() -> None:
 
 def test_the_clock_stops_what_cannot_end_in_time_and_lets_end_what_can() -> None:
     now = time.time()
-    scheduler = made(Deadline(draw_until=now - 1, end=now + 100))
+    scheduler = made(TimeLimit(soft=now - 1, hard=now + 100))
     assert tell(scheduler, "slow", 4, 0.9, elapsed=200.0) == TrialScheduler.STOP
     reason = "the time for searching was up after epoch 4 of 8"
-    assert scheduler.stops["slow"] == Stop(State.OUT_OF_TIME, reason)
+    assert scheduler.stops["slow"] == StopDecision(State.OUT_OF_TIME, reason)
     assert tell(scheduler, "quick", 4, 0.9, elapsed=20.0) == TrialScheduler.CONTINUE
-    early = made(Deadline(draw_until=now + 50, end=now + 100))
+    early = made(TimeLimit(soft=now + 50, hard=now + 100))
     assert tell(early, "slow", 4, 0.9, elapsed=200.0) == TrialScheduler.CONTINUE
 
 

@@ -16,7 +16,7 @@ from carmodels.records import Cause, State, TrialRecord
 from carmodels.space import Choice, Space
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
-from tune.optim.optuna_records import useful
+from tune.optim.optuna_records import transferable_trials
 from tune.optim.searcher import OptunaSearcher, QueueSearcher
 
 ORIGIN = Origin(seed=3, metric="accuracy", data="d", split="s")
@@ -198,8 +198,8 @@ def test_trials_of_another_study_tell_where_to_begin() -> None:
     first = [handed(draws, str(i)) for i in range(3)]
     assert {run.config.image_size for run in first} <= {32, 48}
     assert not states(draws)[3:]
-    assert useful([replace(records[0], config=baseline(SPACE))], SPACE) == []
-    (trial,) = useful(records[:1], SPACE)
+    assert transferable_trials([replace(records[0], config=baseline(SPACE))], SPACE) == []
+    (trial,) = transferable_trials(records[:1], SPACE)
     assert list(trial.intermediate_values) == [2, 4, 6, 8]
 
 

@@ -269,7 +269,7 @@ def test_a_loader_that_hangs_is_an_error_that_says_so(
 
 def test_silence_is_allowed_in_measure_of_what_an_epoch_costs(config: TrialConfig) -> None:
     def costs(seconds: float, answers: float = 0.0) -> Any:
-        return SimpleNamespace(epoch=lambda config, number: seconds, answers=lambda config: answers)
+        return SimpleNamespace(epoch=lambda config, number: seconds, final_predictions=lambda config: answers)
 
     assert Watchdog(None).allowed(config) == LONGEST_SILENCE
     assert Watchdog(costs(1.0)).allowed(config) == watchdogs.SHORTEST_SILENCE

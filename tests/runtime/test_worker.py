@@ -19,7 +19,7 @@ from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Run
-from tune.optim.scheduler import Stop
+from tune.optim.scheduler import StopDecision
 from tune.runtime import worker
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Workers
@@ -207,8 +207,8 @@ def test_a_worker_that_dies_before_its_trial_is_said_to_run_is_known_by_it(
 
 def test_every_ending_has_its_row(study: Study, config: TrialConfig, tmp_path: Path) -> None:
     stops = {
-        "b": Stop(State.PRUNED, "rung at epoch 2"),
-        "f": Stop(State.OUT_OF_TIME, "the time for searching was up"),
+        "b": StopDecision(State.PRUNED, "rung at epoch 2"),
+        "f": StopDecision(State.OUT_OF_TIME, "the time for searching was up"),
     }
     recorder = Recorder(study, "search", 0.0, stops, ProgressCallback())
     done, pruned, failed, cut, late, slow, short, wild = (

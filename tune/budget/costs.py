@@ -1,4 +1,4 @@
-"""What training costs on this hardware, in seconds and memory, and what follows from it."""
+"""What training costs on this hardware, in seconds and GPU memory, from a few measurements."""
 
 from __future__ import annotations
 
@@ -14,121 +14,122 @@ from carmodels.records import TrialRecord
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import VIEWS_KEPT
 
-SLOWER = 1.15  # times the seconds of its first run that a further one is given
-FORWARD_SHARE = 0.35  # of a training step that showing an image to a network takes
-GPU_SHARES = (1 / 4, 1 / 3, 1 / 2, 1.0)  # few, since Ray keeps a worker only for an equal request
-MEMORY_SPARE = 1.15  # of what was measured: the allocator's gaps, the moving average, other batch shapes
-CONTEXT_BYTES = 2**30  # what CUDA itself takes in each process, which the allocator does not see
+RERUN_MARGIN = 1.15  # how much longer than its first run a rerun may take
+FORWARD_COST = 0.35  # of a forward pass, relative to a training step
+GPU_SHARES = (1 / 4, 1 / 3, 1 / 2, 1.0)  # few, because Ray reuses a worker only for an equal request
+MEMORY_MARGIN = 1.15  # over the measured bytes: allocator gaps, the moving average, other batch shapes
+CONTEXT_BYTES = 2**30  # of CUDA itself in each process, invisible to torch's allocator
+_GROUPS = 16  # about as many layer groups as a backbone has, and more than a schedule has stages
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What torch.compile does for a backbone, measured at one size."""
+    """The effect of torch.compile on a backbone, measured at one size."""
 
-    seconds: float  # until the first step is done
-    ratio: float  # of a compiled step's time to that of one which is not
+    seconds: float  # to compile, up to the end of the first step
+    ratio: float  # of a compiled step's time to an eager one's
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What training on one image takes, everything open, by backbone and image size."""
+    """Seconds and bytes of training, by backbone and image size, with all layers trainable."""
 
-    seconds: Mapping[str, Mapping[int, float]]  # per backbone, at the sizes that were measured
+    seconds: Mapping[str, Mapping[int, float]]  # per training image; backbone -> measured size -> seconds
     train: int  # images
     val: int
-    others: int = 0  # that a finished trial is shown once
-    stored: bool = True  # whether what a frozen backbone says of a view is stored: it is, of pretrained ones
-    memory: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # bytes on a GPU, likewise
-    compiled: Mapping[str, Compiled] = field(default_factory=dict)  # per backbone, where it was tried
+    holdout_and_test: int = 0  # images that a trial predicts once, at its end
+    caches_features: bool = True  # whether a frozen backbone's features are stored; only pretrained ones are
+    memory: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # bytes on a GPU, as `seconds`
+    compiled: Mapping[str, Compiled] = field(default_factory=dict)  # by backbone, where it was measured
 
     def image(self, backbone: str, image_size: int) -> float:
-        """Seconds for one image, linear in the area between measured sizes; infinite beyond memory."""
-        return _between(self.seconds[backbone], image_size)
+        """Seconds of a training step for one image; infinite for a size that memory does not hold."""
+        return _interpolate(self.seconds[backbone], image_size)
 
     def epoch(self, config: TrialConfig, number: int) -> float:
-        """Seconds of one epoch (the first is 1): less while the backbone is frozen, or images are small.
+        """Seconds of epoch `number`, counted from 1.
 
-        What a frozen one says of a view of the images may be stored, unless they are mixed.
+        Epochs with a frozen backbone reuse stored features, unless MixUp or CutMix mixes the images.
         """
-        area = (config.eval_size / config.image_size) ** 2  # of a val image, in those that it learns from
-        val = FORWARD_SHARE * self.val * area
-        shown = (config.shown_size(number) / config.image_size) ** 2  # likewise of a training image
-        if _opened(config, number):
-            train = self.train * shown
-        elif self.stored and not (config.mixup or config.cutmix):
-            train = FORWARD_SHARE * self.train * (number <= VIEWS_KEPT)
+        area = (config.shown_size(number) / config.image_size) ** 2
+        val = FORWARD_COST * self.val * _eval_area(config)
+        if _open_groups(config, number):
+            train = self.train * area
+        elif self.caches_features and not (config.mixup or config.cutmix):
+            train = FORWARD_COST * self.train * (number <= VIEWS_KEPT)
             val *= number == 1
         else:
-            train = FORWARD_SHARE * self.train * shown
-        images = train + val
+            train = FORWARD_COST * self.train * area
+        images = train + val  # in training steps of one image
         return self.image(config.backbone, config.image_size) * images if images else 0.0
 
-    def tested(self, config: TrialConfig) -> float:
-        """Seconds for an image that a finished trial is shown."""
-        area = (config.eval_size / config.image_size) ** 2
-        return FORWARD_SHARE * area * self.image(config.backbone, config.image_size)
+    def inference(self, config: TrialConfig) -> float:
+        """Seconds to predict one image with a trained model."""
+        return FORWARD_COST * _eval_area(config) * self.image(config.backbone, config.image_size)
 
-    def answers(self, config: TrialConfig) -> float:
-        """Seconds of what a finished trial is shown."""
-        return (self.val + self.others) * self.tested(config)
+    def final_predictions(self, config: TrialConfig) -> float:
+        """Seconds to predict val, holdout and test at the end of a trial."""
+        return (self.val + self.holdout_and_test) * self.inference(config)
 
     def schedule(self, config: TrialConfig) -> float:
-        """Seconds of the whole schedule, and of what a finished trial is shown."""
+        """Seconds of a whole trial: all epochs and the final predictions."""
         epochs = sum(self.epoch(config, number) for number in range(1, config.epochs + 1))
-        return epochs + self.answers(config)
+        return epochs + self.final_predictions(config)
 
     def gpu_share(self, config: TrialConfig, gpu_bytes: float) -> float:
-        """The smallest of `GPU_SHARES` of a GPU with `gpu_bytes` whose memory holds the configuration."""
+        """The smallest of `GPU_SHARES` of a GPU with `gpu_bytes` that holds the configuration."""
         measured = self.memory.get(config.backbone)
         if not measured:
             return 1.0
-        needed = MEMORY_SPARE * _between(measured, config.image_size) + CONTEXT_BYTES
+        needed = MEMORY_MARGIN * _interpolate(measured, config.image_size) + CONTEXT_BYTES
         return next((share for share in GPU_SHARES if needed <= share * gpu_bytes), 1.0)
 
     def pays_to_compile(self, config: TrialConfig) -> bool:
-        """Whether torch.compile saves more over the whole schedule than it takes.
+        """Whether torch.compile saves more time over the schedule than compiling takes.
 
-        It starts anew whenever other layer groups learn or images grow, so gradual unfreezing seldom repays
-        it.
+        It compiles again for each new set of trainable layers and each new image size, so with gradual
+        unfreezing it rarely pays.
         """
-        found = self.compiled.get(config.backbone)
-        if found is None:
+        compiled = self.compiled.get(config.backbone)
+        if compiled is None:
             return False
-        numbers = range(1, config.epochs + 1)
-        stages = {(_opened(config, n), config.shown_size(n)) for n in numbers if _opened(config, n)}
-        learning = sum(self.epoch(config, n) for n in numbers if _opened(config, n))
-        return learning * (1 - found.ratio) > found.seconds * len(stages)
+        unfrozen = [n for n in range(1, config.epochs + 1) if _open_groups(config, n)]
+        stages = {(_open_groups(config, n), config.shown_size(n)) for n in unfrozen}
+        training = sum(self.epoch(config, n) for n in unfrozen)
+        return training * (1 - compiled.ratio) > compiled.seconds * len(stages)
 
 
-def expected_seconds(record: TrialRecord, costs: Costs | None = None) -> float:
-    """What the whole schedule of a recorded trial takes, by the pace of the epochs it ran, with a margin.
+def rerun_seconds(record: TrialRecord, costs: Costs | None = None) -> float:
+    """Seconds to run a recorded trial's whole schedule again, with a margin.
 
-    By `costs` where that says little, since it had a share of a GPU that it now has to itself.
+    By the pace of the epochs it ran; by `costs` where the pace misleads, because the trial shared a GPU.
     """
     if costs is not None:
-        return SLOWER * costs.schedule(record.config)
-    return SLOWER * record.seconds / max(1, record.epochs_run) * record.config.epochs
+        return RERUN_MARGIN * costs.schedule(record.config)
+    return RERUN_MARGIN * record.seconds / max(1, record.epochs_run) * record.config.epochs
 
 
-def times_as_long(new: TrialConfig, old: TrialConfig, train: float = 1.0) -> float:
-    """How many times as long the schedule of one takes as that of the other, of the same backbone and size.
+def cost_ratio(new: TrialConfig, old: TrialConfig, train: float = 1.0) -> float:
+    """How many times as long `new` trains as `old`, with the same backbone and image size.
 
-    `train`: how many times as many images it learns from. Without those of val, of which there are few.
+    `train` is the ratio of their numbers of training images. Leaves out val, which is small.
     """
-    one = Costs({old.backbone: {old.image_size: 1.0}}, train=1, val=0)
-    return train * one.schedule(new) / one.schedule(old)
+    unit = Costs({old.backbone: {old.image_size: 1.0}}, train=1, val=0)
+    return train * unit.schedule(new) / unit.schedule(old)
 
 
-_MANY = 16  # about as many layer groups as a backbone has, and more than a schedule has stages
+def _eval_area(config: TrialConfig) -> float:
+    """The area of an image at evaluation, relative to training."""
+    return (config.eval_size / config.image_size) ** 2
 
 
-def _opened(config: TrialConfig, number: int) -> int:
-    """About how many layer groups learn in an epoch; 0 is exact."""
-    return trainable_groups(UNFREEZE[config.unfreeze], epoch=number, epochs=config.epochs, groups=_MANY)
+def _open_groups(config: TrialConfig, number: int) -> int:
+    """About how many layer groups are trainable in an epoch; 0 is exact."""
+    return trainable_groups(UNFREEZE[config.unfreeze], epoch=number, epochs=config.epochs, groups=_GROUPS)
 
 
-def _between(measured: Mapping[int, float], image_size: int) -> float:
-    """Linear in the area between the sizes that were measured; infinite beyond the largest finite one."""
+def _interpolate(measured: Mapping[int, float], image_size: int) -> float:
+    """Linear in the image's area between measured sizes; infinite above the largest finite one."""
     sizes = sorted(size for size, value in measured.items() if math.isfinite(value))
     if not sizes or image_size > max(sizes):
         return math.inf

@@ -1,4 +1,4 @@
-"""What a search has time for."""
+"""What fits into the time of a search: single trials, the baseline, about how many trials."""
 
 from __future__ import annotations
 
@@ -16,82 +16,86 @@ from tune.budget.costs import Costs
 from tune.optim.optuna_records import suggest
 from tune.optim.scheduler import REDUCTION_FACTOR
 
-TRIAL_SHARE = 0.7  # of the time for searching that one trial may take on its worker: results/search/NOTES.md
-_SAMPLE = 300  # random configurations over which a plan averages
+TRIAL_SHARE = 0.7  # of the search's time that one trial may take on its worker (results/search/NOTES.md)
+_FILLED_SHARE = 0.9  # share of a worker's time left that `shrink_to_fit` fills
+_SAMPLE = 300  # random configurations over which `trials` averages
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search has time for. Without costs (no limit on time) everything fits."""
+    """The time of a search and what fits into it. Without costs (no time limit) everything fits."""
 
     costs: Costs | None
     end: float  # time.time()
-    workers: int  # cores or whole GPUs that train at a time
-    gpu_bytes: float = 0.0  # memory of a GPU that trials share as their need is; 0: none is shared so
-    longest: float = math.inf  # seconds that a trial may take
+    workers: int  # cores or whole GPUs, each training one trial at a time
+    gpu_bytes: float = 0.0  # memory of a GPU that trials share; 0: trials share none
+    max_trial_seconds: float = math.inf
 
     @property
-    def core_seconds(self) -> float:
-        """Seconds left, over all workers."""
+    def worker_seconds(self) -> float:
+        """Seconds left, summed over workers."""
         return max(0.0, self.end - time.time()) * self.workers
 
     def fits(self, config: TrialConfig) -> bool:
-        """Whether the whole schedule of a trial that starts now ends in time and leaves time for others."""
+        """Whether a trial that starts now ends in time and takes at most `max_trial_seconds`."""
         if self.costs is None:
             return True
         seconds = self.seconds(config)
-        in_time = seconds <= self.longest and time.time() + seconds <= self.end
-        return math.isfinite(seconds) and in_time  # it is not where memory does not hold it
+        in_time = seconds <= self.max_trial_seconds and time.time() + seconds <= self.end
+        return math.isfinite(seconds) and in_time  # infinite: memory does not hold it
 
     def seconds(self, config: TrialConfig) -> float:
-        """What a trial takes, longer on the share of a GPU that it gets."""
+        """Seconds of a trial on the share of a GPU that it gets."""
         assert self.costs is not None
         share = self.costs.gpu_share(config, self.gpu_bytes) if self.gpu_bytes else 1.0
         return self.costs.schedule(config) / share
 
-    def affordable(self, wanted: TrialConfig, sizes: Iterable[int], share: float) -> tuple[TrialConfig, str]:
-        """The configuration for at most this share of the search: smaller, then for fewer epochs, if need be.
+    def shrink_to_fit(
+        self, wanted: TrialConfig, sizes: Iterable[int], share: float
+    ) -> tuple[TrialConfig, str]:
+        """Shrinks the image size, then the epochs, until the trial takes at most `share` of the search.
 
-        Also what was changed for that, in words; empty where nothing was.
+        Returns the configuration and what changed, in words; "" if nothing did.
         """
         if self.costs is None:
             return wanted, ""
-        # One trial runs on one worker: of many workers this share is more than the whole time of one.
-        whole, costs = self.core_seconds, self.costs
+        available, costs = self.worker_seconds, self.costs
 
-        def affords(config: TrialConfig) -> bool:
+        def affordable(config: TrialConfig) -> bool:
             seconds = self.seconds(config)
-            in_time = math.isfinite(seconds) and seconds <= 0.9 * whole / self.workers
-            return in_time and costs.schedule(config) <= share * whole
+            # With many workers, `share` of their time together is more than one worker has.
+            in_time = math.isfinite(seconds) and seconds <= _FILLED_SHARE * available / self.workers
+            return in_time and costs.schedule(config) <= share * available
 
         config = wanted
         for size in sorted((s for s in sizes if s <= wanted.image_size), reverse=True):
             config = replace(wanted, image_size=size)
-            if affords(config):
+            if affordable(config):
                 break
-        while config.epochs > 1 and not affords(config):
+        while config.epochs > 1 and not affordable(config):
             config = replace(config, epochs=config.epochs - 1)
-        smaller, shorter = config.image_size < wanted.image_size, config.epochs < wanted.epochs
-        changed = f" at {config.image_size} instead of {wanted.image_size} px" if smaller else ""
-        return config, changed + (
-            f" for {config.epochs} instead of {wanted.epochs} epochs" if shorter else ""
-        )
+        changed = ""
+        if config.image_size < wanted.image_size:
+            changed += f" at {config.image_size} instead of {wanted.image_size} px"
+        if config.epochs < wanted.epochs:
+            changed += f" for {config.epochs} instead of {wanted.epochs} epochs"
+        return config, changed
 
     def trials(self, space: Space, grace_period: int) -> int:
-        """About how many trials the time buys, drawn at random where they fit and halved at every rung."""
+        """About how many random trials fit, half of them stopped at every rung."""
         assert self.costs is not None
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         drawn = [TrialConfig.from_dict(suggest(study.ask(), space)) for _ in range(_SAMPLE)]
-        costs = [
-            sum(self.costs.epoch(c, n) * _alive(n, grace_period) for n in range(1, c.epochs + 1))
+        seconds = [
+            sum(self.costs.epoch(c, n) * _surviving_share(n, grace_period) for n in range(1, c.epochs + 1))
             for c in drawn
             if self.fits(c)
         ]
-        return round(self.core_seconds / float(np.mean(costs))) if costs else 0
+        return round(self.worker_seconds / float(np.mean(seconds))) if seconds else 0
 
 
-def _alive(epoch: int, grace_period: int) -> float:
-    """The share of trials that successive halving lets run in this epoch."""
+def _surviving_share(epoch: int, grace_period: int) -> float:
+    """The share of trials that successive halving lets run in an epoch."""
     if epoch <= grace_period:
         return 1.0
     return REDUCTION_FACTOR ** -math.ceil(math.log(epoch / grace_period, REDUCTION_FACTOR))
@@ -100,12 +104,11 @@ def _alive(epoch: int, grace_period: int) -> float:
 def make_plan(
     costs: Costs | None, workers: int, space: Space, begun: float, end: float, gpu_bytes: float = 0.0
 ) -> Plan:
-    """The plan for searching a space until `end`, time.time(); `begun` is when that began.
+    """The plan for searching a space from `begun` to `end`, both in seconds of time.time().
 
-    `gpu_bytes` is the memory of a GPU where trials share one, else 0.
+    A trial may take `TRIAL_SHARE` of that time, or what the space's cheapest unfrozen one takes if more.
     """
     if costs is None:
         return Plan(None, end, workers)
-    cheapest = min(costs.schedule(config) for of_one in unfrozen_configs(space).values() for config in of_one)
-    longest = max(TRIAL_SHARE * (end - begun), cheapest)
-    return Plan(costs, end, workers, gpu_bytes, longest)
+    cheapest = min(costs.schedule(c) for configs in unfrozen_configs(space).values() for c in configs)
+    return Plan(costs, end, workers, gpu_bytes, max(TRIAL_SHARE * (end - begun), cheapest))

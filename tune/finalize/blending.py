@@ -120,7 +120,7 @@ def most_seconds(job: Job, folds: int = 0) -> float:
     best = [r.config for r in study.leaderboard() if r.stage == "search"][:MOST_MEMBERS]
     if not best or costs is None:
         return math.inf
-    image = max(costs.tested(config) for config in best)
+    image = max(costs.inference(config) for config in best)
     later = (len(splits.holdout) + len(splits.test)) * MOST_VIEWS * (folds or 1)
     images = len(splits.val) * len(VIEWS) + later
     return MOST_MEMBERS * (image * images + _STARTS * _START) / job.workers.count

@@ -18,10 +18,10 @@ from carmodels.records import Role, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.run import Run
 from tune.budget.clock import LATE_SHARE, Clock
-from tune.budget.costs import Costs, expected_seconds
+from tune.budget.costs import Costs, rerun_seconds
 from tune.budget.stages import RERUNS
 from tune.finalize.retraining import least_seconds
-from tune.optim.standings import CONTENDERS, TAIL, Field, judged, runs_of, without_seed
+from tune.optim.standings import CONTENDERS, TAIL, RunStatistics, runs_by_config, standings_of, without_seed
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.runner import run_trials
@@ -37,17 +37,17 @@ def next_rerun(
     It follows from the records alone. Runs that are `pending` count as if they had come to what is expected
     of them.
     """
-    field = Field.of(runs_of(records), metric, images)
-    if field is None:
+    stats = RunStatistics.of(runs_by_config(records), metric, images)
+    if stats is None:
         return None
-    found = field.expecting(pending).posterior
+    found = stats.with_pending(pending).posterior
     order = np.argsort(-found.mean, kind="stable")[:CONTENDERS]
     chances = found.chances
     if all(chances[j] < TAIL for j in order if j != found.best):
         return None
-    gains = knowledge_gradient(found.mean[order], found.sd[order], field.noise)
+    gains = knowledge_gradient(found.mean[order], found.sd[order], stats.noise)
     pick = int(np.argmax(gains > gains.max() * (1 - 1e-9)))  # the first of equals, whatever the rounding
-    return _reseeded(field.first[order[pick]].run, records, pending)
+    return _reseeded(stats.records[order[pick]].run, records, pending)
 
 
 def knowledge_gradient(means: np.ndarray, sds: np.ndarray, noise: float) -> np.ndarray:
@@ -76,8 +76,8 @@ def most_seconds(study: Study, workers: int, *, most: int, costs: Costs | None =
 
     Infinite where there are none.
     """
-    best = [standing.record for standing in judged(study)[:CONTENDERS]]
-    each = max((expected_seconds(record, costs) for record in best), default=math.inf)
+    best = [standing.record for standing in standings_of(study)[:CONTENDERS]]
+    each = max((rerun_seconds(record, costs) for record in best), default=math.inf)
     return (math.ceil(most / workers) + 0.5) * each if most else 0.0  # the search may end late
 
 
@@ -104,7 +104,7 @@ class Reruns(Searcher):
         if run is None:  # what is running may yet change who is best
             return None if self._pending() else Searcher.FINISHED
         first = self._first()[without_seed(run)]
-        if time.time() + expected_seconds(first, self._costs) > self._end:
+        if time.time() + rerun_seconds(first, self._costs) > self._end:
             return Searcher.FINISHED
         self._handed.append(run)
         note = f"seed {run.origin.seed} of {first.trial_id}"
@@ -127,7 +127,7 @@ class Reruns(Searcher):
         return [run for run in self._handed if run.id not in ended]
 
     def _first(self) -> Mapping[Run, TrialRecord]:
-        return {run: runs[0] for run, runs in runs_of(self._study.records()).items()}
+        return {run: runs[0] for run, runs in runs_by_config(self._study.records()).items()}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

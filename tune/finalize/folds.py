@@ -22,7 +22,7 @@ from carmodels.records import FOLD, FOLDS, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.held_out import splits_for
 from carmodels.training.run import Run
-from tune.optim.standings import judged
+from tune.optim.standings import standings_of
 from tune.runtime.job import Job, as_task
 
 MOST_FOLDED = 3  # configurations
@@ -150,7 +150,7 @@ def judged_on(
     Where several configurations have folds, the best one, too, these alone, on all of train and val; else on
     val, with what each image's own fold says of it. `folded`: those that are ready and not too dear.
     """
-    parents, best = {record.repeats for record in folded}, judged(study)[:1]
+    parents, best = {record.repeats for record in folded}, standings_of(study)[:1]
     if len(parents) > 1 and best and best[0].record.trial_id in parents:
         return [*folded], "oof", study.labels("train") | study.labels("val")
     return [*candidates, *folded], "val", study.labels("val")

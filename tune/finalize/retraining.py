@@ -22,10 +22,10 @@ from carmodels.submission import write_submission
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Run
 from tune.budget.clock import LATE_RETRAIN_SHARE, Clock
-from tune.budget.costs import SLOWER, Costs, expected_seconds, times_as_long
+from tune.budget.costs import RERUN_MARGIN, Costs, cost_ratio, rerun_seconds
 from tune.finalize.folds import MOST_FOLDED, all_folds, fold_records, folds_of, gather, ready, restore
 from tune.optim.searcher import QueueSearcher
-from tune.optim.standings import CONTENDERS, described, judged, without_seed
+from tune.optim.standings import CONTENDERS, standings_json, standings_of, without_seed
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.runner import run_trials
@@ -125,8 +125,8 @@ class Room:
         That says little where its backbone was frozen, and is not any more, or where it shared a GPU.
         """
         if self.costs and (self.packed or (_frozen(record.config) and not _frozen(config))):
-            return train * SLOWER * self.costs.schedule(config)
-        return expected_seconds(record) * times_as_long(config, record.config, train)
+            return train * RERUN_MARGIN * self.costs.schedule(config)
+        return rerun_seconds(record) * cost_ratio(config, record.config, train)
 
     def holds(
         self, record: TrialRecord, config: TrialConfig, runs: int, train: float = 1.0
@@ -229,7 +229,7 @@ def most_seconds(job: Job, *, within: float = math.inf, folds: int = 0) -> float
     way = AS_IN_THE_TRIAL.inside(study)
     if least_seconds(job) > within:
         return 0.0
-    best = [standing.record for standing in judged(study)[:CONTENDERS]]
+    best = [standing.record for standing in standings_of(study)[:CONTENDERS]]
     each = max((room.seconds(r, way.of(r.run)[0].config) for r in best), default=math.inf)
     runs = folds * MOST_FOLDED if folds else SEEDS + CONTENDERS - 1
     images = 1 + len(splits.val) / len(splits.train) if folds else 1.0  # for each that a trial learns from
@@ -246,13 +246,13 @@ def least_seconds(job: Job) -> float:
 
 def backbones(study: Study, trial_id: str | None = None) -> set[str]:
     """Those of the best few, or of the named trial."""
-    best = [] if trial_id else [standing.record for standing in judged(study)[:CONTENDERS]]
+    best = [] if trial_id else [standing.record for standing in standings_of(study)[:CONTENDERS]]
     return {record.config.backbone for record in (_chosen(study, trial_id), *best)}
 
 
 def _alike(study: Study) -> list[TrialRecord]:
     """The best few that cannot be told apart from the best, which is the first of them."""
-    return [standing.record for standing in judged(study)[:CONTENDERS] if not standing.clearly_worse]
+    return [standing.record for standing in standings_of(study)[:CONTENDERS] if not standing.clearly_worse]
 
 
 def _has_time(study: Study, record: TrialRecord, seeds: int, way: Way, room: Room) -> bool:
@@ -308,7 +308,7 @@ def _write_best(study: Study, chosen: TrialRecord, like: Run, again: dict[str, A
         "metric": study.metric,
         "val": chosen.value,
         "retrained": again,
-        "standings": described(judged(study)),
+        "standings": standings_json(standings_of(study)),
     }
     write_json(study.best_file, content)
 
@@ -380,7 +380,7 @@ def _beside(
     busy = [0.0] * room.workers  # seconds that each has work for
     if first:
         busy = _loaded(busy, len(first), room.seconds(chosen, first[0].config))
-    for standing in judged(study) if math.isfinite(room.left) else ():
+    for standing in standings_of(study) if math.isfinite(room.left) else ():
         record = standing.record
         if record == chosen or standing.clearly_worse or len(found) == CONTENDERS - 1:
             continue
@@ -503,7 +503,7 @@ def retrain_folds(
 def _runners_up(study: Study, best: TrialRecord, way: Way, say: Say) -> list[TrialRecord]:
     """The next best few, save those that cannot be trained that way."""
     found = []
-    for standing in judged(study)[:MOST_FOLDED]:
+    for standing in standings_of(study)[:MOST_FOLDED]:
         record = standing.record
         if record == best:
             continue
@@ -700,7 +700,7 @@ def _chosen(study: Study, trial_id: str | None) -> TrialRecord:
         reasons = [r.reason for r in study.records() if r.state is not State.COMPLETE]
         last = f" (the last one: {reasons[-1]})" if reasons else ""
         raise ValueError(f"{study.folder} has no finished trial{last}; --resume goes on, with more --hours")
-    found = judged(study)
+    found = standings_of(study)
     return found[0].record if found else candidates[0]
 
 

@@ -15,7 +15,7 @@ from carmodels.files import write_json
 from carmodels.records import Role, State, TrialRecord
 from carmodels.study import Study
 from tune.budget.clock import STOPS_SHARE, Clock
-from tune.budget.costs import expected_seconds
+from tune.budget.costs import rerun_seconds
 from tune.optim.searcher import QueueSearcher
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
@@ -127,7 +127,7 @@ def check_stops(
             [r.run for r in todo.values()],
             metric=study.metric,
             mode=METRICS[study.metric].mode,
-            fits=lambda run: time.time() + expected_seconds(todo[run.id], costs) <= end,
+            fits=lambda run: time.time() + rerun_seconds(todo[run.id], costs) <= end,
         ),
         roles={r.trial_id: Role(note=f"pruned after epoch {r.epochs_run}") for r in chosen},
         watch=watching(inner),

@@ -21,7 +21,7 @@ from carmodels.study import Study
 from tune.budget.clock import Clock
 from tune.monitor import live
 from tune.optim import importance
-from tune.optim.standings import Standing, judged, leading, sentence
+from tune.optim.standings import Standing, standings_of, standings_sentence, top_standings
 from tune.runtime.callbacks import ProgressCallback, RunState
 
 QUIET_SECONDS = 60.0  # between two lines on how things stand, where the output is no terminal
@@ -127,7 +127,7 @@ class Screen:
 
     def standings(self, study: Study) -> None:
         """The best few by all their runs, and which of them cannot be told apart."""
-        found = judged(study)
+        found = standings_of(study)
         if not found:
             return
         table = Table(title=f"{study.metric} on val over all runs, best first", title_justify="left")
@@ -136,10 +136,10 @@ class Screen:
         for name in ("runs", "mean", "estimate", "95 % interval"):
             table.add_column(name, justify="right")
         table.add_column("cannot be told apart from the best")
-        for standing in leading(found):
+        for standing in top_standings(found):
             table.add_row(*_standing_cells(standing, found[0]))
         self._wide(table)
-        self.say(sentence(found))
+        self.say(standings_sentence(found))
 
     def stops(self, study: Study) -> None:
         """What became of the stopped trials that were finished after all."""

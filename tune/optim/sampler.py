@@ -1,4 +1,4 @@
-"""An Optuna sampler for fine-tuning: a Gaussian process over learning curves, its prior from experience."""
+"""An Optuna sampler for fine-tuning: a Gaussian process over learning curves, with an informed prior."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import scipy.stats
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from carmodels.space import Choice, Space
+from carmodels.space import Choice, Range, Space
 from carmodels.training.config import TrialConfig
-from tune.optim.coordinates import Coordinates, place, value_at
-from tune.optim.gaussian_process import Points, Posterior, Process
+from tune.optim.coordinates import Coordinates, from_unit, to_unit
+from tune.optim.gaussian_process import CurvePoints, GaussianProcess, GPPosterior
 from tune.optim.optuna_records import distribution
 
-_RANDOM, _NEAR = 600, 400  # candidates from anywhere, and near the best that were seen
-_BEST, _ROUNDS, _NEIGHBOURS = 5, 2, 30  # then neighbours of the best candidates, in rounds
-_CHANGED, _STEP = 0.25, 0.12  # a neighbour's share of new values, and the standard deviation of a step
-_FIRST_FIT, _FIT_AGAIN, _FIT_RUNS = 4, 1.15, 150  # ended runs at the first fit, growth to the next, at most
-_CUT = 3.0  # values further below the median than so many times the best is above it count as that
+_RANDOM, _NEAR = 600, 400  # candidates: random ones, and neighbours of the best trials
+_BEST, _ROUNDS, _NEIGHBOURS = 5, 2, 30  # then, in rounds, neighbours of each of the best candidates
+_CHANGED, _STEP = 0.25, 0.12  # of a neighbour: share of changed values, standard deviation of a step
+_FIRST_FIT, _FIT_AGAIN, _FIT_RUNS = 4, 1.15, 150  # ended runs at the first fit, growth to the next, maximum
+_CUT = 3.0  # values are clipped at this multiple of (best - median) below the median
 
 
 class CurveSampler(optuna.samplers.BaseSampler):
     """Draws the configuration with the largest expected improvement at the end of its schedule.
 
-    What trials have reported, in all states, is modelled by `Process`: a curve that was cut off says
-    something of its end, and more of its epochs than its end (freeze-thaw, Swersky et al., 2014). The prior
-    mean is that of `Coordinates`. Trials that run count as what is expected of them (Ginsbourger et al.,
-    2010). The draw depends on the seed and on the trials alone, so a resumed search goes on as it would have.
-    `earlier` are the trials of other studies, with epochs and dimensions as here.
+    A `GaussianProcess` models what trials reported, whatever their state, so that a pruned curve informs its
+    own end (freeze-thaw, Swersky et al., 2014). `Coordinates` gives its prior mean. Running trials count as
+    ended with their predicted value (Ginsbourger et al., 2010). A draw depends only on the seed and the
+    trials, so a resumed search continues as it would have. `accepts` says whether a configuration may be
+    drawn. `earlier` are the trials of other studies, with epochs and dimensions as here.
     """
 
     def __init__(
@@ -49,35 +49,36 @@ class CurveSampler(optuna.samplers.BaseSampler):
         self._seed = seed
         self._accepts = accepts
         self._coordinates = Coordinates(space)
-        self._process = Process(
+        self._process = GaussianProcess(
             self._coordinates.categorical,
-            self._coordinates.longer,
+            self._coordinates.length_shift,
             self._coordinates.trends,
             self._coordinates.coefficients,
         )
         self._fitted_to = -1  # ended runs of this study
-        self._failures = Process(self._coordinates.categorical, self._coordinates.longer)
+        self._failures = GaussianProcess(self._coordinates.categorical, self._coordinates.length_shift)
         self._failures_fitted_to = 0  # ended runs
         self._fallback = optuna.samplers.RandomSampler(seed=seed)
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """All dimensions; those whose condition does not hold are never asked for."""
+        """All dimensions; Optuna never asks for those whose condition does not hold."""
         return {name: distribution(d) for name, d in self._space.dimensions.items()}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The values of the best configuration that is accepted; none where none of the candidates is."""
+        """The values of the best accepted candidate; empty if none is accepted."""
         if "fixed_params" in trial.system_attrs:  # enqueued: nothing to choose
             return {}
         rng = np.random.default_rng([self._seed, trial.number])
         others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
         sign = 1 if study.direction is optuna.study.StudyDirection.MAXIMIZE else -1
-        runs = [r for task, known in enumerate(self._earlier, start=1) for r in self._runs(known, task, sign)]
+        earlier = enumerate(self._earlier, start=1)
+        runs = [r for task, trials in earlier for r in self._runs(trials, task, sign)]
         runs += self._runs(others, 0, sign)
-        chosen = self._improving(runs, rng)
+        chosen = self._best_candidate(runs, rng)
         if chosen is None:
             return {}
         return {name: getattr(chosen, name) for name in self._space.drawn(vars(chosen))}
@@ -89,47 +90,46 @@ class CurveSampler(optuna.samplers.BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """A value at random, where no candidate was accepted."""
+        """A random value, for when no candidate was accepted."""
         return self._fallback.sample_independent(study, trial, param_name, param_distribution)
 
-    # ---- what was seen
+    # ---- the model
 
     def _runs(self, trials: Iterable[FrozenTrial], task: int, sign: int) -> list[_Run]:
-        """The trials with their curves upwards; ended ones first, in the order in which they ended."""
+        """The trials with curves to maximise; ended ones first, in the order they ended."""
         runs = []
         for trial in sorted(trials, key=_order):
             if set(trial.params) >= set(self._space.drawn({**self._space.fixed, **trial.params})):
                 config = TrialConfig.from_dict({**self._space.fixed, **trial.params})
                 ended, failed = trial.state.is_finished(), _failed(trial)
                 curve = {} if failed else _curve(trial.intermediate_values, config.epochs, sign)
-                runs.append(_Run(config, self._coordinates.of(config), curve, ended, failed, task))
+                runs.append(_Run(config, self._coordinates.encode(config), curve, ended, failed, task))
         return runs
 
-    def _model(self, runs: Sequence[_Run]) -> Posterior:
-        """What the runs tell of all configurations. Hyperparameters are fitted anew from time to time."""
-        told = [run for run in runs if run.curve]
-        before = [run for run in told if run.task]
-        ended = [run for run in told if run.ended and not run.task]
-        due = _fit_at(len(ended))
-        if due != self._fitted_to and (due or len(before) >= _FIRST_FIT):
+    def _curve_posterior(self, runs: Sequence[_Run]) -> GPPosterior:
+        """The posterior over curves. Hyperparameters are fitted again when enough runs have ended."""
+        observed = [run for run in runs if run.curve]
+        earlier = [run for run in observed if run.task]
+        ended = [run for run in observed if run.ended and not run.task]
+        due = _fit_size(len(ended))
+        if due != self._fitted_to and (due or len(earlier) >= _FIRST_FIT):
             own = _thinned(ended[:due], _FIT_RUNS)
-            others = _thinned(before, max(1, _FIT_RUNS - len(own)))
-            self._process.fit(*self._points([*others, *own]))
+            others = _thinned(earlier, max(1, _FIT_RUNS - len(own)))
+            self._process.fit(*self._observations([*others, *own]))
             self._fitted_to = due
-        points, values = self._points(told)
-        model = self._process.condition(points, values)
+        points, values = self._observations(observed)
+        posterior = self._process.condition(points, values)
         running = np.array([run.x for run in runs if not run.ended])
         if not len(running):
-            return model
-        expected = Points.at_the_end(running)
-        guessed, _ = model.predict(expected)
-        return self._process.condition(points + expected, np.concatenate([values, guessed]))
+            return posterior
+        ends = CurvePoints.at_end(running)
+        predicted, _ = posterior.predict(ends)
+        return self._process.condition(points + ends, np.concatenate([values, predicted]))
 
-    def _points(self, runs: Sequence[_Run]) -> tuple[Points, np.ndarray]:
-        """Every value of the runs: (N,) points and (N,) values.
+    def _observations(self, runs: Sequence[_Run]) -> tuple[CurvePoints, np.ndarray]:
+        """(N,) points of the runs' curves and their (N,) values.
 
-        In each task they have variance 1 and the level expected of them; values further below the median than
-        `_CUT` times the best is above it are cut to that.
+        In each task the values are clipped (`_CUT`) and scaled to variance 1 and to the prior mean's level.
         """
         rows = [
             (run.x, share, i, run.task, value)
@@ -138,92 +138,94 @@ class CurveSampler(optuna.samplers.BaseSampler):
         ]
         x = np.array([row[0] for row in rows]).reshape(len(rows), len(self._coordinates.categorical))
         time, number, task, values = np.array([row[1:] for row in rows]).reshape(len(rows), 4).T
-        points = Points(x, time, number, task)
-        expected = self._process.expected(points)
+        points = CurvePoints(x, time, number, task)
+        prior_mean = self._process.prior_mean(points)
         scaled = np.empty(len(values))
-        for one in np.unique(task):
-            found = values[task == one]
-            middle = np.median(found)
-            above = found.max() - middle or found.std()  # 0 where most have the best value there can be
-            cut = np.maximum(found, middle - _CUT * above)
-            level = expected[task == one].mean()
-            scaled[task == one] = (cut - cut.mean()) / max(cut.std(), 1e-9) + level
+        for index in np.unique(task):
+            in_task = task == index
+            median = np.median(values[in_task])
+            # the spread where most have the metric's best value
+            above = values[in_task].max() - median or values[in_task].std()
+            clipped = np.maximum(values[in_task], median - _CUT * above)
+            level = prior_mean[in_task].mean()
+            scaled[in_task] = (clipped - clipped.mean()) / max(clipped.std(), 1e-9) + level
         return points, scaled
 
-    def _chance(self, runs: Sequence[_Run]) -> Callable[[np.ndarray], np.ndarray]:
-        """(N, D) -> (N,) log of the probability that a configuration does not fail, by how the others ended.
+    def _log_feasibility(self, runs: Sequence[_Run]) -> Callable[[np.ndarray], np.ndarray]:
+        """(N, D) -> (N,) log probability that a configuration does not fail.
 
-        A process of its own, 0 where a run went well and -2 where it failed (constrained optimisation,
-        Gelbart et al., 2014). Were a failure a bad value instead, all that fails at first would make
-        everything look bad, and what was expected to be best least so.
+        A second process has the value 0 for a run that succeeded and -2 for one that failed (constrained
+        optimisation, Gelbart et al., 2014). With failures as bad values of the first process instead, early
+        failures would make every configuration look bad, and least so the prior's favourites.
         """
         ended = [run for run in runs if run.ended and not run.task]
         if not any(run.failed for run in ended):
             return lambda x: np.zeros(len(x))
 
-        def points(some: Sequence[_Run]) -> tuple[Points, np.ndarray]:
-            return Points.at_the_end(np.array([r.x for r in some])), np.array([-2.0 * r.failed for r in some])
+        def observations(runs: Sequence[_Run]) -> tuple[CurvePoints, np.ndarray]:
+            values = np.array([-2.0 * r.failed for r in runs])
+            return CurvePoints.at_end(np.array([r.x for r in runs])), values
 
-        due = len(ended) if len(ended) <= _FIT_RUNS else _fit_at(len(ended))
+        due = len(ended) if len(ended) <= _FIT_RUNS else _fit_size(len(ended))
         if due != self._failures_fitted_to:
-            well, failed = ([r for r in ended[:due] if r.failed is which] for which in (False, True))
-            self._failures.fit(*points([*_thinned(well, _FIT_RUNS // 2), *_thinned(failed, _FIT_RUNS // 2)]))
+            groups = ([r for r in ended[:due] if r.failed is failed] for failed in (False, True))
+            sample = [run for group in groups for run in _thinned(group, _FIT_RUNS // 2)]
+            self._failures.fit(*observations(sample))
             self._failures_fitted_to = due
-        posterior = self._failures.condition(*points(ended))
+        posterior = self._failures.condition(*observations(ended))
 
-        def chance(x: np.ndarray) -> np.ndarray:
-            mean, deviation = posterior.predict(Points.at_the_end(x))
+        def log_feasibility(x: np.ndarray) -> np.ndarray:
+            mean, deviation = posterior.predict(CurvePoints.at_end(x))
             return scipy.stats.norm.logcdf((mean + 1) / deviation)
 
-        return chance
+        return log_feasibility
 
-    # ---- what comes next
+    # ---- candidates
 
-    def _improving(self, runs: Sequence[_Run], rng: np.random.Generator) -> TrialConfig | None:
+    def _best_candidate(self, runs: Sequence[_Run], rng: np.random.Generator) -> TrialConfig | None:
         """The accepted candidate with the largest expected improvement."""
-        model, chance = self._model(runs), self._chance(runs)
+        posterior, log_feasibility = self._curve_posterior(runs), self._log_feasibility(runs)
         own = [run for run in runs if not run.task]
-        told = [run for run in own if run.curve]
-        known = told or [run for run in own if not run.failed]  # of which at first something is expected
+        rivals = [run for run in own if run.curve] or [run for run in own if not run.failed]
         candidates = [self._random(rng) for _ in range(_RANDOM)]
-        if bases := known or [run for run in runs if run.curve]:
-            means, _ = model.predict(Points.at_the_end(np.array([run.x for run in bases])))
+        if bases := rivals or [run for run in runs if run.curve]:
+            means, _ = posterior.predict(CurvePoints.at_end(np.array([run.x for run in bases])))
             top = [bases[i].config for i in np.argsort(-means)[: _BEST + 1]]
-            candidates += [self._near(top[i % len(top)], rng, _CHANGED, _STEP) for i in range(_NEAR)]
+            candidates += [self._neighbour(top[i % len(top)], rng, _CHANGED, _STEP) for i in range(_NEAR)]
             best = float(means.max())
 
-        def improvement(configs: Sequence[TrialConfig]) -> np.ndarray:
-            x = np.array([self._coordinates.of(c) for c in configs])
-            mean, deviation = model.predict(Points.at_the_end(x))
-            gain = log_expected_improvement(mean, deviation, best) if known else mean
-            return gain + chance(x)
+        def score(configs: Sequence[TrialConfig]) -> np.ndarray:
+            x = np.array([self._coordinates.encode(c) for c in configs])
+            mean, deviation = posterior.predict(CurvePoints.at_end(x))
+            gain = log_expected_improvement(mean, deviation, best) if rivals else mean
+            return gain + log_feasibility(x)
 
-        values = improvement(candidates)
+        scores = score(candidates)
         for _ in range(_ROUNDS):
-            top = [candidates[i] for i in np.argsort(-values)[:_BEST]]
-            more = [self._near(c, rng, _CHANGED, _STEP / 2) for c in top for _ in range(_NEIGHBOURS)]
-            candidates += more
-            values = np.concatenate([values, improvement(more)])
-        return self._first([candidates[i] for i in np.argsort(-values)])
-
-    def _first(self, candidates: Iterable[TrialConfig]) -> TrialConfig | None:
-        return next((config for config in candidates if self._accepts(config)), None)
+            top = [candidates[i] for i in np.argsort(-scores)[:_BEST]]
+            new = [self._neighbour(c, rng, _CHANGED, _STEP / 2) for c in top for _ in range(_NEIGHBOURS)]
+            candidates += new
+            scores = np.concatenate([scores, score(new)])
+        ranked = (candidates[i] for i in np.argsort(-scores))
+        return next((config for config in ranked if self._accepts(config)), None)
 
     def _random(self, rng: np.random.Generator) -> TrialConfig:
-        return self._filled({}, rng, lambda name: True, _STEP)
+        return self._mutate({}, rng, lambda name: True, _STEP)
 
-    def _near(self, base: TrialConfig, rng: np.random.Generator, changed: float, step: float) -> TrialConfig:
-        """A configuration of which about so much is new: another option, or a step away."""
-        return self._filled(vars(base), rng, lambda name: rng.random() < changed, step)
+    def _neighbour(
+        self, base: TrialConfig, rng: np.random.Generator, changed: float, step: float
+    ) -> TrialConfig:
+        """A configuration with about a `changed` share of new values: another option, or a step away."""
+        return self._mutate(vars(base), rng, lambda name: rng.random() < changed, step)
 
-    def _filled(
+    def _mutate(
         self,
         base: Mapping[str, Any],
         rng: np.random.Generator,
         changes: Callable[[str], bool],
         step: float,
     ) -> TrialConfig:
-        """The values of `base` but for those that change, or that are drawn here and were not there."""
+        """`base` with new values for the dimensions that change and for those it has not drawn."""
         before = set(self._space.drawn(base)) if base else set()
         values = dict(self._space.fixed)
         for name, dimension in self._space.dimensions.items():
@@ -234,17 +236,17 @@ class CurveSampler(optuna.samplers.BaseSampler):
             elif isinstance(dimension, Choice):
                 values[name] = dimension.options[rng.integers(len(dimension.options))]
             elif name in before:
-                share = place(dimension, base[name]) + rng.normal(0, step)
-                values[name] = value_at(dimension, float(np.clip(share, 0, 1)))
+                unit = to_unit(dimension, base[name]) + rng.normal(0, step)
+                values[name] = _rounded(dimension, float(np.clip(unit, 0, 1)))
             else:
-                values[name] = value_at(dimension, rng.random())
+                values[name] = _rounded(dimension, rng.random())
         return TrialConfig.from_dict(values)
 
 
 def log_expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> np.ndarray:
-    """(N,) logarithms of the expected improvement over `best` of normal distributions.
+    """(N,) log expected improvement over `best` of normal distributions (Ament et al., 2023).
 
-    Exact to five deviations below, by its asymptote, 0.1 too high there, beyond (Ament et al., 2023).
+    Exact down to five standard deviations below `best`; beyond, an asymptote at most 0.1 too high.
     """
     z = (mean - best) / deviation
     density = scipy.stats.norm.logpdf(z)
@@ -253,14 +255,19 @@ def log_expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: floa
     return np.log(deviation) + np.where(z > -5, np.log(np.maximum(plain, 1e-300)), far)
 
 
+def _rounded(dimension: Range, unit: float) -> float:
+    """The value at a coordinate, to four digits, within the range."""
+    return min(max(float(f"{from_unit(dimension, unit):.4g}"), dimension.low), dimension.high)
+
+
 def _thinned(runs: Sequence[_Run], most: int) -> Sequence[_Run]:
-    """An even choice of at most so many."""
+    """An evenly spaced choice of at most `most` runs."""
     return runs[:: max(1, math.ceil(len(runs) / most))]
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A trial and what it has reported."""
+    """A trial and the values it has reported."""
 
     config: TrialConfig
     x: np.ndarray  # (D,)
@@ -276,23 +283,23 @@ def _order(trial: FrozenTrial) -> tuple[bool, float, int]:
 
 
 def _failed(trial: FrozenTrial) -> bool:
-    """Whether it ended in an error or without a finite value."""
+    """Whether a trial ended in an error or with a value that is not finite."""
     values = trial.intermediate_values
     return trial.state is TrialState.FAIL or (bool(values) and not math.isfinite(values[max(values)]))
 
 
 def _curve(values: Mapping[int, float], epochs: int, sign: int) -> dict[float, float]:
-    """Of finite values by epoch, the last and the one halfway to it, by share of the schedule."""
-    found = {epoch: value for epoch, value in values.items() if math.isfinite(value)}
-    if not found:
+    """The last finite value and the one halfway to it, by share of the schedule."""
+    finite = {epoch: value for epoch, value in values.items() if math.isfinite(value)}
+    if not finite:
         return {}
-    last = max(found)
-    before = max((epoch for epoch in found if epoch <= max(1, last // 2)), default=last)
-    return {epoch / epochs: sign * found[epoch] for epoch in sorted({before, last})}
+    last = max(finite)
+    halfway = max((epoch for epoch in finite if epoch <= max(1, last // 2)), default=last)
+    return {epoch / epochs: sign * finite[epoch] for epoch in sorted({halfway, last})}
 
 
-def _fit_at(ended: int) -> int:
-    """The number of ended runs to fit to, of so many: it grows by steps. 0: too few."""
+def _fit_size(ended: int) -> int:
+    """How many of the ended runs to fit to; grows in steps, so that most draws need no fit. 0: too few."""
     due = 0
     step = _FIRST_FIT
     while step <= ended:

@@ -1,4 +1,4 @@
-"""Which trials go on: asynchronous successive halving that explains itself and knows the clock."""
+"""The Ray Tune scheduler: ASHA that gives a reason for every stop and keeps to a time limit."""
 
 from __future__ import annotations
 
@@ -17,33 +17,32 @@ from carmodels.records import State, TrialRecord
 REDUCTION_FACTOR = 2.0
 
 
-class Stop(NamedTuple):
-    """Why a trial was stopped."""
+class StopDecision(NamedTuple):
+    """Why the scheduler stopped a trial."""
 
     state: State  # PRUNED or OUT_OF_TIME
-    reason: str  # for people
+    reason: str  # a sentence for people
 
 
 @dataclass(frozen=True)
-class Deadline:
-    """Until when a stage may run, in seconds of time.time()."""
+class TimeLimit:
+    """When a stage must end, in seconds of time.time()."""
 
-    draw_until: float  # no new trial after this
-    end: float  # a trial that cannot end by this is stopped at its next epoch
+    soft: float  # from here on, a trial that would pass the hard limit is stopped
+    hard: float
 
 
 class AshaScheduler(AsyncHyperBandScheduler):
-    """ASHA (Li et al., 2020) with reasons for its stops, a clock, and trials that always run to their end.
+    """ASHA (Li et al., 2020) with reasons, a time limit and protected trials.
 
-    Those that do are no peers of others at a rung: the baseline is ahead of better trials in its
-    fourth epoch, and would have the first ones stopped (results/search/NOTES.md).
+    Protected trials, given by run id, run their whole schedule and stay out of the rungs: in its fourth epoch
+    the baseline leads better trials and would stop the first of them (results/search/NOTES.md).
 
-    A result that carries `state` is a trial's last and is never stopped. Ray calls this object in the driver
-    only.
+    A result with `state` is a trial's last and never stops it. Ray uses this object in the driver only.
     """
 
-    _metric: str  # Ray allows None, until it is told by TuneConfig; here it is always given
-    _metric_op: float  # likewise: 1 for max, -1 for min
+    _metric: str  # Ray's type allows None; here it is always set
+    _metric_op: float  # 1 for max, -1 for min; Ray's type allows None
 
     def __init__(
         self,
@@ -52,7 +51,7 @@ class AshaScheduler(AsyncHyperBandScheduler):
         mode: str,
         epochs: int,
         grace_period: int,
-        deadline: Deadline,
+        time_limit: TimeLimit,
         protect: Iterable[str] = (),
     ) -> None:
         super().__init__(
@@ -64,52 +63,54 @@ class AshaScheduler(AsyncHyperBandScheduler):
             reduction_factor=REDUCTION_FACTOR,
             stop_last_trials=False,
         )
-        self.stops: dict[str, Stop] = {}  # by Ray's trial id
-        self._deadline = deadline
+        self.stops: dict[str, StopDecision] = {}  # by Ray's trial id
+        self._time_limit = time_limit
         self._protect = frozenset(protect)
 
     def replay(self, records: Iterable[TrialRecord]) -> None:
-        """Fill the rungs with what an earlier run of the same study has seen, in its order."""
+        """Fills the rungs with the curves that earlier runs of this study recorded, in their order."""
         for record in records:
             if record.trial_id in self._protect:
                 continue
-            trial: Any = SimpleNamespace(trial_id=record.trial_id)  # all that a bracket asks of a trial
+            trial: Any = SimpleNamespace(trial_id=record.trial_id)  # a bracket needs nothing else
             for epoch in record.curve:
-                sign = self._metric_op if np.isfinite(epoch.value) else np.nan
-                self._brackets[0].on_result(trial, epoch.epoch, sign * epoch.value)
+                value = self._metric_op * epoch.value if np.isfinite(epoch.value) else np.nan
+                self._brackets[0].on_result(trial, epoch.epoch, value)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """CONTINUE or STOP, and for the latter the reason in `stops`."""
+        """CONTINUE or STOP; `stops` keeps the decision for a stop."""
         if result.get("state"):
             return TrialScheduler.CONTINUE
         epoch, epochs = result["epoch"], trial.config["config"]["epochs"]
-        stop = self._too_late(result["elapsed"], epoch, epochs)
+        stop = self._out_of_time(result["elapsed"], epoch, epochs)
         if not stop and epoch < epochs and result["run_id"] not in self._protect:
             peers = self._peers(trial, epoch)
             action = super().on_trial_result(tune_controller, trial, result)
             if action == TrialScheduler.STOP:
-                stop = Stop(State.PRUNED, self._reason(result[self._metric], peers, epoch))
+                stop = StopDecision(State.PRUNED, self._reason(result[self._metric], peers, epoch))
         if stop:
             self.stops[trial.trial_id] = stop
         return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Ray enters a trial's last value at the rung that it has passed: not that of a protected one."""
+        """Keeps protected trials out of the rungs: Ray would enter their last value."""
         if result.get("run_id") in self._protect:
             self._trial_info.pop(trial.trial_id, None)
         else:
             super().on_trial_complete(tune_controller, trial, result)
 
-    def _too_late(self, elapsed: float, epoch: int, epochs: int) -> Stop | None:
-        """Why the clock stops this trial; None while what is left of it fits in, by its pace so far."""
+    def _out_of_time(self, elapsed: float, epoch: int, epochs: int) -> StopDecision | None:
+        """A stop after the soft limit, if at the trial's pace it would not end by the hard one."""
         now = time.time()
-        left = elapsed / epoch * (epochs - epoch)
-        if now < self._deadline.draw_until or now + left <= self._deadline.end:
+        remaining = elapsed / epoch * (epochs - epoch)
+        if now < self._time_limit.soft or now + remaining <= self._time_limit.hard:
             return None
-        return Stop(State.OUT_OF_TIME, f"the time for searching was up after epoch {epoch} of {epochs}")
+        return StopDecision(
+            State.OUT_OF_TIME, f"the time for searching was up after epoch {epoch} of {epochs}"
+        )
 
     def _peers(self, trial: Any, epoch: int) -> list[float]:
-        """Values that earlier trials had at the rung this result will be held against."""
+        """Values of earlier trials at the rung this result is compared at; empty if it is at none."""
         for milestone, recorded in self._brackets[0]._rungs:
             if epoch >= milestone:
                 return [] if trial.trial_id in recorded else [v * self._metric_op for v in recorded.values()]
@@ -126,6 +127,6 @@ class AshaScheduler(AsyncHyperBandScheduler):
 
 
 def grace_period(epochs: int) -> int:
-    """Epochs before a trial can be stopped: those in which a slow starter trains only its head, plus two."""
+    """Epochs before a trial can be stopped: the longest head-only phase plus two."""
     head_only = max(row.head_only_epochs or 0 for row in UNFREEZE.values())
     return min(epochs, head_only + 2)

@@ -1,4 +1,4 @@
-"""Which configuration comes next: queued ones first, then draws from Optuna, which is told the truth."""
+"""Ray Tune searchers: a fixed queue of runs, and Optuna over a `Space`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from carmodels.records import Cause, TrialRecord
 from carmodels.space import Space
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Origin, Run
-from tune.optim.optuna_records import learned, params_of, suggest, useful
+from tune.optim.optuna_records import frozen_trial, params_of, suggest, transferable_trials
 from tune.optim.sampler import CurveSampler
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", message="Define-by-run function")  # Ray times the sampler with it
 
 
 class QueueSearcher(Searcher):
-    """Hands out a list of configurations, then ends; before that at one that no longer fits into the time."""
+    """Hands out runs in order. Ends after the last one, or before the first that does not fit."""
 
     def __init__(
         self,
@@ -51,16 +50,18 @@ class QueueSearcher(Searcher):
 
 
 class OptunaSearcher(OptunaSearch):
-    """OptunaSearch over a `Space`: a queue that goes first, a limit, an end of drawing, no trial twice.
+    """OptunaSearch that runs a queue first, draws no configuration twice and reports how trials ended.
 
-    Optuna is told what happened: a stopped trial is pruned (with its intermediate values), a diverged one
-    ends with NaN and has the worst value. All trials share
-    `origin`. Of the queue, what is `optional` (ids) goes only where it fits. `earlier` are the
-    records of other studies, of any data. `storage` gets what has ended, and is not read: a database asked
-    for all trials at each draw takes seconds where hundreds run.
+    Ray's class reports a stopped trial as complete. Here it is pruned and keeps its intermediate values. A
+    diverged trial is complete with the worst value; its last intermediate value is NaN.
+
+    Every trial gets `origin`. `limit` is the most trials, those in `known` included. `known` are this study's
+    records, `earlier` those of other studies, on any data. Queued runs whose ids are in `optional` are left
+    out if they do not fit. `storage` receives trials that ended. It is not read, because with hundreds of
+    trials a database takes seconds for each draw.
     """
 
-    _ot_study: Any  # an optuna.Study; Ray's code starts from None and has no annotation
+    _ot_study: Any  # an optuna.Study; Ray assigns None first, without an annotation
 
     def __init__(
         self,
@@ -86,90 +87,93 @@ class OptunaSearcher(OptunaSearch):
                 space,
                 seed=seed,
                 accepts=self._accepts,
-                earlier=[useful(records, space) for records in earlier],
+                earlier=[transferable_trials(records, space) for records in earlier],
             ),
         )
-        self._kept = storage and optuna.create_study(
+        self._stored_study = storage and optuna.create_study(
             storage=storage, study_name=self._ot_study.study_name, direction=self._ot_study.direction
         )
-        self._dimensions = space
-        self._reported: dict[str, int] = {}  # Ray's trial id -> the last epoch that Optuna knows
+        self._search_space = space
+        self._last_reported: dict[str, int] = {}  # Ray's trial id -> epoch
         self._origin = origin
         self._queue, self._optional = list(queue), optional
-        self._seen = {r.trial_id for r in known} | {run.id for run in queue}
-        self._left = None if limit is None else max(0, limit - len(known))
+        self._used_ids = {r.trial_id for r in known} | {run.id for run in queue}
+        self._remaining = None if limit is None else max(0, limit - len(known))
         self._fits = fits
-        for record in known:
-            if (trial := learned(record, space)) is not None:
-                self._ot_study.add_trial(trial)
-        if self._kept:
-            self._kept.add_trials(self._ot_study.trials)
+        self._ot_study.add_trials([t for r in known if (t := frozen_trial(r, space)) is not None])
+        if self._stored_study:
+            self._stored_study.add_trials(self._ot_study.trials)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # omits FINISHED
-        """The next run as a dictionary, or FINISHED at the limit, after the time, with nothing new left."""
+        """The next run as a dictionary; FINISHED at the limit or where no new run ends in time."""
         while self._queue and self._queue[0].id in self._optional and not self._fits(self._queue[0].config):
-            self._queue.pop(0)  # it stays the row that it was, one of `limit`
-            self._count()
-        if self._left == 0:
+            self._queue.pop(0)
+            self._count()  # its record stays and counts towards the limit
+        if self._remaining == 0:
             return Searcher.FINISHED
-        run = self._queued(trial_id) if self._queue else self._drawn(trial_id)
+        run = self._next_queued(trial_id) if self._queue else self._draw(trial_id)
         if run is None:
             return Searcher.FINISHED
         self._count()
         return run.to_dict()
 
     def _count(self) -> None:
-        if self._left:
-            self._left -= 1
+        if self._remaining:
+            self._remaining -= 1
 
-    def _queued(self, trial_id: str) -> Run:
-        """The next of the queue. It is a trial of Optuna's where the space could have drawn it."""
+    def _next_queued(self, trial_id: str) -> Run:
+        """The next of the queue, which becomes an Optuna trial if the space can draw it."""
         run = self._queue.pop(0)
-        params = params_of(run.config, self._dimensions)
+        params = params_of(run.config, self._search_space)
         if params is not None:
             self._ot_study.enqueue_trial(params)
-            self._asked(trial_id)
+            self._ask(trial_id)
         return run
 
-    def _asked(self, trial_id: str) -> dict[str, Any]:
-        """What Optuna gives for a new trial."""
-        with warnings.catch_warnings():  # Ray takes a sampler that thinks for a training in the wrong place
-            warnings.filterwarnings("ignore", message="Define-by-run function")
-            drawn = super().suggest(trial_id)
-        assert drawn is not None
-        return drawn
-
-    def _drawn(self, trial_id: str) -> Run | None:
-        """A run that was not drawn before and ends in time; None where none is found."""
-        drawn = self._asked(trial_id)
-        config = TrialConfig.from_dict(drawn)
+    def _draw(self, trial_id: str) -> Run | None:
+        """A new run that ends in time; None if the sampler finds none."""
+        config = TrialConfig.from_dict(self._ask(trial_id))
         if self._accepts(config):
             run = Run(config, self._origin)
-            self._seen.add(run.id)
+            self._used_ids.add(run.id)
             return run
         self._tell(trial_id, state=TrialState.FAIL)
         return None
 
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: Ray would write all trials again and again, and we resume from trials.jsonl."""
-
     def _accepts(self, config: TrialConfig) -> bool:
-        return Run(config, self._origin).id not in self._seen and self._fits(config)
+        return Run(config, self._origin).id not in self._used_ids and self._fits(config)
+
+    def _ask(self, trial_id: str) -> dict[str, Any]:
+        """The fields of Optuna's next configuration."""
+        with warnings.catch_warnings():  # Ray takes a draw of over a second for training in the driver
+            warnings.filterwarnings("ignore", message="Define-by-run function")
+            values = super().suggest(trial_id)
+        assert values is not None
+        return values
+
+    def _tell(self, trial_id: str, value: float | None = None, state: TrialState | None = None) -> None:
+        """Ends an Optuna trial, and copies it to the storage."""
+        trial = self._ot_study.tell(self._ot_trials.pop(trial_id), value, state)
+        if self._stored_study:
+            self._stored_study.add_trial(trial)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a search resumes from trials.jsonl, and Ray would write all trials again and again."""
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Tell Optuna an epoch's value, once: Ray repeats a trial's last, a trial begun anew all of them."""
-        if trial_id not in self._ot_trials:  # of what was queued, some are not Optuna's
+        """Reports an epoch to Optuna once: Ray repeats the last result, a restarted trial all of them."""
+        if trial_id not in self._ot_trials:  # queued, and not of the space
             return
         epoch = result["epoch"]
-        if self._reported.get(trial_id, 0) < epoch:
+        if self._last_reported.get(trial_id, 0) < epoch:
             diverged = result.get("cause") == Cause.DIVERGED
             self._ot_trials[trial_id].report(math.nan if diverged else result[self.metric], epoch)
-            self._reported[trial_id] = epoch
+            self._last_reported[trial_id] = epoch
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell Optuna how a trial of its own ended."""
+        """Tells Optuna whether a trial is complete, pruned or failed."""
         if trial_id not in self._ot_trials:
             return
         if error or not result or self.metric not in result:
@@ -180,9 +184,3 @@ class OptunaSearcher(OptunaSearch):
             self._tell(trial_id, result["best_value"])
         else:
             self._tell(trial_id, state=TrialState.PRUNED)
-
-    def _tell(self, trial_id: str, value: float | None = None, state: TrialState | None = None) -> None:
-        """Tell Optuna how a trial of its own ended."""
-        observed = self._ot_study.tell(self._ot_trials.pop(trial_id), value, state)
-        if self._kept:
-            self._kept.add_trial(observed)

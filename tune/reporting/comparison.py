@@ -14,7 +14,7 @@ from carmodels.files import read_json, write_whole
 from carmodels.formatting import duration, gain_text, interval_text, range_text, score_text
 from carmodels.records import TrialRecord
 from carmodels.study import Study
-from tune.optim.standings import judged
+from tune.optim.standings import standings_of
 from tune.reporting import charts
 from tune.reporting.page import counts, refuse_empty, rendered
 
@@ -44,7 +44,7 @@ class Side:
     @property
     def best(self) -> TrialRecord | None:
         """By all runs on val; None before a trial has finished."""
-        found = judged(self.study)
+        found = standings_of(self.study)
         return found[0].record if found else next(iter(self.study.leaderboard()), None)
 
 

@@ -31,7 +31,7 @@ from carmodels.records import FOLD, FOLD_IN, State, TrialRecord
 from carmodels.space import Space, space_of
 from carmodels.study import Study
 from tune.optim.importance import CAVEAT, UNKNOWN, edges, importances
-from tune.optim.standings import described, judged, sentence
+from tune.optim.standings import standings_json, standings_of, standings_sentence
 from tune.reporting import charts
 from tune.reporting.charts import Chart
 from tune.reporting.mistakes import found_mistakes
@@ -68,7 +68,7 @@ def render(study: Study, refresh: int = 0) -> str:
     results = read_json(study.ensemble_file) if study.ensemble_file.is_file() else None
     space, metric = space_of(facts), facts["metric"]
     rows, columns = table(study)
-    standings = judged(study)
+    standings = standings_of(study)
     finished = any(r.stage == "search" and r.state is State.COMPLETE and not r.baseline for r in records)
     mattered = importances(records, space, metric) if space is not None else None
     images = sections(study, records, space, results)
@@ -94,8 +94,8 @@ def render(study: Study, refresh: int = 0) -> str:
         caveat=CAVEAT,
         unknown=UNKNOWN,
         edges=edges(records, space, metric) if space is not None and finished else None,
-        standings=described(standings),
-        verdict=sentence(standings) if standings else "",
+        standings=standings_json(standings),
+        verdict=standings_sentence(standings) if standings else "",
         stops=found_stops,
         stops_verdict=stops_sentence(found_stops) if found_stops else "",
         mistakes=found_mistakes(study) if results else None,

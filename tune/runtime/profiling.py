@@ -97,8 +97,8 @@ def costs_of(job: Job, space: Space) -> Costs:
         seconds={b: {int(size): value for size, value in m["seconds"].items()} for b, m in of.items()},
         train=len(job.splits.train),
         val=len(job.splits.val),
-        others=len(job.splits.holdout) + len(job.splits.test),
-        stored=job.weights.source != "none",
+        holdout_and_test=len(job.splits.holdout) + len(job.splits.test),
+        caches_features=job.weights.source != "none",
         memory={b: {int(size): value for size, value in m["bytes"].items()} for b, m in of.items()},
         compiled={b: Compiled(**m["compiled"]) for b, m in of.items() if m["compiled"]},
     )

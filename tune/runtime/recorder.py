@@ -17,7 +17,7 @@ from carmodels.study import Study
 from carmodels.training.config import EpochMetrics
 from carmodels.training.run import Run
 from tune.budget.stages import WEIGHTS_KEPT
-from tune.optim.scheduler import Stop
+from tune.optim.scheduler import StopDecision
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.watchdog import Watchdog
 from tune.runtime.worker import completed_before
@@ -39,7 +39,7 @@ class Recorder(NotPickled, Callback):
     study: Study
     stage: str
     begun: float  # time.time() at the stage's start; earlier where it was gone on with
-    stops: Mapping[str, Stop]  # why the scheduler stopped a trial, by Ray's trial id
+    stops: Mapping[str, StopDecision]  # why the scheduler stopped a trial, by Ray's trial id
     watch: ProgressCallback
     roles: Mapping[str, Role] = field(default_factory=dict)  # by run id
     running: dict[str, list[EpochMetrics]] = field(default_factory=dict)  # Ray's trial id -> epochs so far
@@ -96,7 +96,7 @@ class Recorder(NotPickled, Callback):
                 value=last["best_value"],
             )
         else:
-            stop = self.stops.get(trial.trial_id, Stop(State.PRUNED, "stopped by the scheduler"))
+            stop = self.stops.get(trial.trial_id, StopDecision(State.PRUNED, "stopped by the scheduler"))
             self._write(trial, stop.state, stop.reason)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

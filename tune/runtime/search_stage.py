@@ -16,10 +16,10 @@ from carmodels.study import Study
 from carmodels.training.run import Origin, Run
 from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.plan import Plan, make_plan
-from tune.optim.optuna_records import useful
-from tune.optim.scheduler import AshaScheduler, Deadline, grace_period
+from tune.optim.optuna_records import transferable_trials
+from tune.optim.scheduler import AshaScheduler, TimeLimit, grace_period
 from tune.optim.searcher import OptunaSearcher
-from tune.optim.standings import CONTENDERS, judged
+from tune.optim.standings import CONTENDERS, standings_of
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.packing import Packing
@@ -65,7 +65,7 @@ def search(
     roles = {r.trial_id: Role(baseline=True, note=r.note) for r in records if r.baseline}
     queue = [r.run for r in again]
     if not roles:
-        config, changed = plan.affordable(baseline(space), space.image_sizes, BASELINE_SHARE)
+        config, changed = plan.shrink_to_fit(baseline(space), space.image_sizes, BASELINE_SHARE)
         first = Run(config, origin)
         queue.insert(0, first)
         roles[first.id] = Role(baseline=True, note=f"baseline{changed}")
@@ -79,13 +79,14 @@ def search(
         mode=mode,
         epochs=int(space.fixed["epochs"]),
         grace_period=grace,
-        deadline=Deadline(draw_until=end, end=late),
+        time_limit=TimeLimit(soft=end, hard=late),
         protect=roles,
     )
     scheduler.replay(known)
     earlier = study.earlier()
     for folder, found in earlier.items() if resumed else ():
-        say(f"Warm start: {len(useful(found, space))} of {len(found)} trials of {folder} are of this space.")
+        count = len(transferable_trials(found, space))
+        say(f"Warm start: {count} of {len(found)} trials of {folder} are of this space.")
     study.optuna_file.unlink(missing_ok=True)  # it repeats what trials.jsonl says, and is rebuilt from that
     draws = OptunaSearcher(
         space,
@@ -122,9 +123,9 @@ def _with_time_for_what_follows(plan: Plan, study: Study, clock: Clock) -> Plan:
     """For a longer search: no trial that confirming and retraining would have no time left for."""
     if plan.costs is None:
         return plan
-    dearest = max(plan.seconds(standing.record.config) for standing in judged(study)[:CONTENDERS])
+    dearest = max(plan.seconds(standing.record.config) for standing in standings_of(study)[:CONTENDERS])
     later = clock.at(clock.retrain) - clock.at(clock.search)
-    return replace(plan, longest=min(plan.longest, max(dearest, later / 2)))
+    return replace(plan, max_trial_seconds=min(plan.max_trial_seconds, max(dearest, later / 2)))
 
 
 def _to_run_again(record: TrialRecord, plan: Plan) -> bool:

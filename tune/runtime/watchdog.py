@@ -41,7 +41,7 @@ class Watchdog:
         if self.costs is None:
             return LONGEST_SILENCE
         epoch = max(self.costs.epoch(config, number) for number in range(1, config.epochs + 1))
-        last = ANSWERS_SLOWER * self.costs.answers(config)  # the last one is told of when these are written
+        last = ANSWERS_SLOWER * self.costs.final_predictions(config)  # before the last epoch is reported
         return min(LONGEST_SILENCE, max(SHORTEST_SILENCE, MUCH_SLOWER * epoch) + last)
 
     def end(self) -> None:
