@@ -30,7 +30,7 @@ from torch import nn
 from carmodels.catalog import Augment, Step
 from carmodels.data.dataset import Splits, open_dataset
 from carmodels.data.loader import Loader
-from carmodels.data.resplit import with_all_labelled
+from carmodels.data.resplit import merge_into_train
 from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
 from carmodels.evaluation.metrics import log_loss
 from carmodels.evaluation.predictions import Predictions
@@ -155,7 +155,7 @@ class Place:
 
     def splits(self) -> Splits:
         """All labelled images in train, to be cut into folds."""
-        return with_all_labelled(open_dataset(self.data, cache_dir=self.cache, max_size=128))
+        return merge_into_train(open_dataset(self.data, cache_dir=self.cache, max_size=128))
 
     @property
     def folder(self) -> Path:
@@ -251,7 +251,7 @@ def train(base: Run, run: Run, variant: Variant, place: Place) -> str:
 
 def through(run: Run, variant: Variant, place: Place, parts: Splits, start: Path | None) -> Trainer:
     """The whole schedule; orders of images follow from the numbers of the epochs."""
-    unseen = replace(parts, val=parts.val.part(np.arange(len(parts.val)) == 0))
+    unseen = replace(parts, val=parts.val.subset(np.arange(len(parts.val)) == 0))
     training = Trainer(run, unseen, weights=place.weights, device=torch.device("cpu"), start=start)
     for epoch in range(1, run.config.epochs + 1):
         training.epoch(epoch + 100 * variant.order)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from carmodels.data.dataset import Splits
-from carmodels.data.resplit import with_fold
+from carmodels.data.resplit import hold_out_fold
 from carmodels.data.splits import assign_folds
 from carmodels.evaluation.calibration import tempered
 from carmodels.evaluation.metrics import accuracy
@@ -58,7 +58,7 @@ def test_more_folds_than_there_are_images_to_keep_apart_are_refused() -> None:
 
 
 def test_every_image_of_train_and_val_is_held_out_once_and_holdout_is_never_touched(splits: Splits) -> None:
-    parts = [with_fold(splits, folds=4, fold=fold, seed=3) for fold in range(4)]
+    parts = [hold_out_fold(splits, folds=4, fold=fold, seed=3) for fold in range(4)]
     both = {*splits.train.ids, *splits.val.ids}
     assert sorted(i for part in parts for i in part.val.ids) == sorted(both)
     for part in parts:

@@ -111,9 +111,9 @@ def test_a_cache_that_fills_the_disk_is_taken_away_and_the_next_one_is_whole(
 
     paths = save_many(tmp_path / "images", 40)
     monkeypatch.setattr(
-        image_cache, "estimated_bytes", lambda *arguments: 0
+        image_cache, "estimate_cache_bytes", lambda *arguments: 0
     )  # another process fills it meanwhile
-    monkeypatch.setattr(image_cache, "SPARE_DISK", 0)
+    monkeypatch.setattr(image_cache, "RESERVED_DISK_BYTES", 0)
     disk.fill(spare=16 * 2**10)
     with pytest.raises(OSError, match="No space left"):
         open_images(paths, disk.folder / "images" / "a", 32, None)
@@ -259,7 +259,7 @@ class Stuck(list):
 def test_a_loader_that_hangs_is_an_error_that_says_so(
     splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaders, "PATIENCE", 2.0)
+    monkeypatch.setattr(loaders, "LOADER_TIMEOUT", 2.0)
     split = replace(splits.val, rows=np.arange(8), ids=splits.val.ids[:8], labels=splits.val.labels[:8])
     images = Stuck([np.zeros((40, 40, 3), np.uint8)] * 8)
     loader = Loader(images, split, image_size=32, batch_size=4, processes=1)
