@@ -15,7 +15,7 @@ from safetensors.torch import save
 from carmodels.data.dataset import Splits
 from carmodels.data.resplit import hold_out_fold
 from carmodels.data.splits import assign_folds
-from carmodels.evaluation.calibration import tempered
+from carmodels.evaluation.calibration import apply_temperature
 from carmodels.evaluation.metrics import accuracy
 from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.files import write_whole
@@ -337,7 +337,9 @@ def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_m
     blended, temperature = _answers(Members(job, weights, given), ("plain",), labels)
     assert temperature == 1.0
     expected = sum(
-        weight / 2 * tempered(study.predictions(run.trial_id, "holdout").probs, given[record.trial_id])
+        weight
+        / 2
+        * apply_temperature(study.predictions(run.trial_id, "holdout").probs, given[record.trial_id])
         for record, weight in weights.items()
         for run in folds.fold_records(study, record.run)
     )

@@ -15,7 +15,7 @@ import numpy as np
 import vl_convert
 
 from carmodels.evaluation.calibration import with_temperature
-from carmodels.evaluation.intervals import share_interval
+from carmodels.evaluation.intervals import proportion_interval
 from carmodels.evaluation.metrics import log_loss
 from carmodels.files import read_json, write_whole
 from carmodels.formatting import duration, gain_text, interval_text, points_text, range_text, score_text
@@ -291,7 +291,7 @@ def recall(confused: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for k, images in enumerate(confused.sum(axis=1).tolist()):
         if images:
-            share = share_interval(int(confused[k, k]), images)
+            share = proportion_interval(int(confused[k, k]), images)
             found.append(
                 {
                     "column": k,

@@ -13,7 +13,7 @@ import numpy as np
 
 from carmodels.data.layout import image_names
 from carmodels.ensembling.network import Ensemble, EnsembleSpec, decoded
-from carmodels.evaluation.calibration import FEWEST_ANSWERED, confidence_threshold, selective_accuracy
+from carmodels.evaluation.calibration import MIN_ANSWERED, confidence_threshold, selective_accuracy
 from carmodels.evaluation.intervals import Interval
 from carmodels.files import csv_text, write_whole
 from carmodels.study import Study
@@ -66,7 +66,7 @@ class Threshold:
         """In words."""
         if math.isinf(self.confidence):
             return (
-                f"No answer is sure: not even the {FEWEST_ANSWERED} most confident ones on val are right in "
+                f"No answer is sure: not even the {MIN_ANSWERED} most confident ones on val are right in "
                 f"{self.wanted:.0%} of cases; a lower --not-sure gives answers."
             )
         if not self.confidence:
