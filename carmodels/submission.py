@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from carmodels.evaluation.predictions import Predictions, refuse_duplicates
-from carmodels.files import csv_text, write_whole
+from carmodels.files import csv_text, write_atomic
 
 _DEFAULT_HEADER = ["Id", "Category"]  # without a sample file
 
@@ -42,4 +42,4 @@ def write_submission(predictions: Predictions, out: Path, *, sample: Path | None
         header = list(template.columns)
         predictions = predictions.aligned(tuple(template.iloc[:, 0]), theirs=f"the sample file {sample}")
     categories = [predictions.classes[index] for index in predictions.probs.argmax(axis=1)]
-    write_whole(out, csv_text([header, *zip(predictions.ids, categories, strict=True)]))
+    write_atomic(out, csv_text([header, *zip(predictions.ids, categories, strict=True)]))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from carmodels.data.decode import reraise_resource_error
-from carmodels.files import write_whole
+from carmodels.files import write_atomic
 
 
 class DamagedCache(ValueError):
@@ -52,7 +52,7 @@ def file_digests(paths: Sequence[Path], manifest: Path) -> list[str]:
 def write_checksummed(path: Path, value: Any) -> None:
     """Write JSON below a line with its SHA-256, atomically."""
     body = json.dumps(value).encode()
-    write_whole(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    write_atomic(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def read_checksummed(path: Path) -> Any:

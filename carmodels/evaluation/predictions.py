@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from carmodels.files import write_whole
+from carmodels.files import write_atomic
 from carmodels.formatting import names_text
 
 _SUM_TOLERANCE = 1e-3  # of a row's sum; half-precision softmax needs it
@@ -54,7 +54,7 @@ class Predictions:
             classes=np.array(self.classes, dtype=str),
             probs=self.probs,
         )
-        write_whole(path, buffer.getvalue())
+        write_atomic(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Predictions:

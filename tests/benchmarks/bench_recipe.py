@@ -34,7 +34,7 @@ from carmodels.data.resplit import merge_into_train
 from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
 from carmodels.evaluation.metrics import log_loss
 from carmodels.evaluation.predictions import Predictions
-from carmodels.files import csv_text, write_whole
+from carmodels.files import csv_text, write_atomic
 from carmodels.models.classifier import Classifier, save_weights
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
@@ -244,7 +244,7 @@ def train(base: Run, run: Run, variant: Variant, place: Place) -> str:
     if TUNED in variant.looks:
         tune(model, run, parts, max(LARGER.values()))
         keep(TUNED, model, max(LARGER.values()))
-    write_whole(place.seconds_file(name), json.dumps({"cpu_seconds": seconds}))
+    write_atomic(place.seconds_file(name), json.dumps({"cpu_seconds": seconds}))
     origin = run.origin
     return f"seed {origin.seed}, fold {origin.fold}, {run.config.epochs} epochs: {seconds:.0f} s"
 
@@ -381,7 +381,7 @@ def write(found: list[dict[str, Any]]) -> None:
     table = [{**row, **on} for row in found]
     FILE.parent.mkdir(parents=True, exist_ok=True)
     if table:
-        write_whole(FILE, csv_text([tuple(table[0]), *(tuple(row.values()) for row in table)]))
+        write_atomic(FILE, csv_text([tuple(table[0]), *(tuple(row.values()) for row in table)]))
 
 
 def show(found: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from carmodels.data.splits import assign_folds
 from carmodels.evaluation.calibration import apply_temperature
 from carmodels.evaluation.metrics import accuracy
 from carmodels.evaluation.predictions import Predictions, blend
-from carmodels.files import write_whole
+from carmodels.files import write_atomic
 from carmodels.models.classifier import load_weights
 from carmodels.models.weights import Weights
 from carmodels.records import FOLD, FOLD_IN, FOLDS, State, TrialRecord
@@ -176,7 +176,7 @@ def answers(study: Study, config: TrialConfig, value: float) -> TrialRecord:
     study.append(complete(run, value))
     for one in folds.folds_of(run, 2):
         study.append(complete(one, value, stage=FOLD, repeats=run.id))
-        write_whole(study.weights_file(one.id), save({"x": torch.zeros(1)}))
+        write_atomic(study.weights_file(one.id), save({"x": torch.zeros(1)}))
     ids = tuple(study.labels("train") | study.labels("val"))
     oof = Predictions(ids, ("0", "1"), np.full((len(ids), 2), 0.5, np.float32))
     together = folds.all_folds(one)
@@ -267,7 +267,7 @@ def test_folds_that_were_trained_again_are_gathered_anew(
     [old] = folds.gather(study)
     assert folds.gather(study) == []
     flipped = study.predictions_file(old.trial_id, "val", "flip")
-    write_whole(flipped, b"of the models before")
+    write_atomic(flipped, b"of the models before")
     study.append(replace(first, state=State.RUNNING))
     assert folds.gather(study) == folds.ready(study) == []  # one of two models is no member
     unsure = study.predictions(first.trial_id, "oof")

@@ -25,7 +25,7 @@ from carmodels.data import loader as loaders
 from carmodels.data.cache import open_images
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
-from carmodels.files import append_line, write_whole
+from carmodels.files import append_line, write_atomic
 from carmodels.records import CUT_OFF, Cause, State
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
@@ -84,10 +84,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_full_disk_leaves_the_old_file_whole(disk: Disk) -> None:
     path = disk.folder / "table"
-    write_whole(path, "old")
+    write_atomic(path, "old")
     disk.fill(spare=64 * 2**10)
     with pytest.raises(OSError, match="No space left") as caught:
-        write_whole(path, os.urandom(2**20))
+        write_atomic(path, os.urandom(2**20))
     assert caught.value.errno == errno.ENOSPC
     assert [(p.name, p.read_text()) for p in disk.folder.iterdir()] == [("table", "old")]
 

@@ -17,7 +17,7 @@ import vl_convert
 from carmodels.evaluation.calibration import with_temperature
 from carmodels.evaluation.intervals import proportion_interval
 from carmodels.evaluation.metrics import log_loss
-from carmodels.files import read_json, write_whole
+from carmodels.files import read_json, write_atomic
 from carmodels.formatting import duration, gain_text, interval_text, points_text, range_text, score_text
 from carmodels.records import FOLD, FOLD_IN, State, TrialRecord
 from carmodels.space import Space, space_of
@@ -50,7 +50,7 @@ def write_report(study: Study, path: Path | None = None) -> Path:
     ValueError without a trial.
     """
     path = path or study.report_file
-    write_whole(path, render(study))
+    write_atomic(path, render(study))
     return path
 
 

@@ -15,7 +15,7 @@ from carmodels.data.layout import image_names
 from carmodels.ensembling.network import Ensemble, EnsembleSpec, decoded
 from carmodels.evaluation.calibration import MIN_ANSWERED, confidence_threshold, selective_accuracy
 from carmodels.evaluation.intervals import Interval
-from carmodels.files import csv_text, write_whole
+from carmodels.files import csv_text, write_atomic
 from carmodels.study import Study
 
 ACCURACY = 0.95  # that answers are to have, where a user does not say
@@ -188,4 +188,4 @@ def write_answers(found: Sequence[Answer], spec: EnsembleSpec, path: Path) -> No
         ]
         for answer in found
     ]
-    write_whole(path, csv_text([header, *rows]))
+    write_atomic(path, csv_text([header, *rows]))
