@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever kills the process: how everything under `results/` is written."""
+"""Atomic writes, appends and checked reads of a study's files, and the paths that users give."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from typing import Any, NoReturn
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON, whole or not at all; NaN and infinity become null."""
-    write_whole(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
+    """Write indented JSON, atomically. NaN and infinity become null."""
+    write_atomic(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError naming a file that is no JSON object; later, LackingKey for what it does not say."""
+    """The JSON object in the file. ValueError names a damaged file, MissingKeyError an absent key."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda values: _Known(path, values))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda o: _CheckedDict(path, o))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); bring a copy back, or delete it") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (it holds no object); bring a copy back, or delete it")
-    return found
+    return content
 
 
-class LackingKey(ValueError, KeyError):
-    """A file of the study does not say what it should; a KeyError as well, which templates expect."""
+class MissingKeyError(ValueError, KeyError):
+    """A file lacks a key that it should have. Also a KeyError, as templates expect."""
 
-    __str__ = ValueError.__str__  # KeyError's puts it in quotes
+    __str__ = ValueError.__str__  # KeyError's would quote the message
 
 
-class _Known(dict[str, Any]):
-    """What a file says; asked for what it does not say, it names the file."""
+class _CheckedDict(dict[str, Any]):
+    """An object from a JSON file. A missing key raises an error that names the file."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         super().__init__(values)
-        self._path = path  # templates ask for a key as for an attribute, and a file may have a key `path`
+        self._path = path  # private, as templates read keys as attributes and a file may have a key `path`
 
     def __missing__(self, key: str) -> NoReturn:
-        raise LackingKey(
+        raise MissingKeyError(
             f"{self._path} has no {key!r}: it is damaged, or of another version of this program; "
             "use the version it was made with, or begin another study"
         )
 
 
 def json_ready(value: Any) -> Any:
-    """The value in JSON's own types."""
+    """The value in JSON's types. NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -61,7 +61,7 @@ def json_ready(value: Any) -> Any:
 
 
 def user_path(text: str | Path) -> Path:
-    """The absolute path that a user means, with `~` as the home folder; ValueError names what is no path."""
+    """The absolute path for what a user typed, `~` expanded. ValueError names text that is no path."""
     try:
         path = Path(text).expanduser().absolute()
     except RuntimeError:
@@ -74,9 +74,9 @@ def user_path(text: str | Path) -> Path:
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:
-    """Rows as RFC 4180 has it, but for line ends of Unix; None is empty.
+    """Rows as CSV (RFC 4180, but with Unix line ends). None becomes an empty cell.
 
-    Python 3.11's csv.writer leaves a carriage return in a name without quotes, with these line ends.
+    With these line ends, csv.writer of Python 3.11 does not quote a carriage return.
     """
     return "".join(",".join(map(_field, row)) + "\n" for row in rows)
 
@@ -86,11 +86,11 @@ def _field(value: object) -> str:
     return f'"{text.replace(chr(34), 2 * chr(34))}"' if any(c in text for c in '",\r\n') else text
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Puts `content` (text as UTF-8) at `path`, whose folder must exist, in place of what was there.
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write `content`, text as UTF-8, to `path`, atomically. The folder must exist.
 
-    A reader sees the old file or the new one, never a part: the bytes go to a temporary file beside it, which
-    is renamed once they are on the disk. OSError leaves the old file as it was and no temporary file.
+    Readers see the old file or the new one, never a part: a temporary file is written beside it, synced to
+    disk and renamed. After an OSError the old file is unchanged and no temporary file is left.
     """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -107,17 +107,17 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds `line` and a newline to `path`, made where it is missing, in one write, and waits for the disk.
+    """Append `line` and a newline to `path` in one write, synced to disk. Creates a missing file.
 
-    A file that does not end with a newline was torn by an earlier append: the line then starts on a new one.
-    ValueError for a line with a newline in it; OSError where the disk took only a part.
+    If an earlier append was cut off, the line starts on a new one. ValueError for a line that contains a
+    newline, OSError if the disk took only a part.
     """
     if "\n" in line:
         raise ValueError(f"the line for {path} has a newline in it: {line!r}; append its lines one by one")
-    # unbuffered, so that one call is one write and lines of two processes cannot mix
+    # Unbuffered: one call is one write, so lines of two processes cannot mix.
     with path.open("ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
-        data = (("\n" if _is_torn(path, end) else "") + line + "\n").encode()
+        data = (("\n" if _lacks_newline(path, end) else "") + line + "\n").encode()
         written = file.write(data)
         if written != len(data):
             raise OSError(f"{path}: only {written} of {len(data)} bytes were written; is the disk full?")
@@ -126,7 +126,8 @@ def append_line(path: Path, line: str) -> None:
         _sync_folder(path.parent)
 
 
-def _is_torn(path: Path, end: int) -> bool:
+def _lacks_newline(path: Path, end: int) -> bool:
+    """Whether the file, of `end` bytes, has content that does not end with a newline."""
     if end == 0:
         return False
     with path.open("rb") as file:
@@ -135,7 +136,7 @@ def _is_torn(path: Path, end: int) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new name is on the disk only once its folder is."""
+    """Sync the folder to disk, since a new file name is stored in it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,42 +1,49 @@
-"""Figures and errors as people read them."""
+"""Scores, durations, names and errors as text for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, without line ends."""
+    """The error's message on one line."""
     return " ".join(str(error).split())
 
 
+def names_text(names: Iterable[object], limit: int = 5) -> str:
+    """The names in quotes. Past `limit` it gives their number instead."""
+    quoted = [repr(str(name)) for name in names]
+    more = f" ... ({len(quoted)} in all)" if len(quoted) > limit else ""
+    return ", ".join(quoted[:limit]) + more
+
+
 def score_text(metric: str, value: float | None) -> str:
-    """A score: per cent, but for log loss; a dash where there is none."""
+    """A score in per cent, or as a number for log loss. None becomes a dash."""
     if value is None:
         return "-"
     return f"{value:.4f}" if metric == "log_loss" else f"{100 * value:.1f} %"
 
 
 def points_text(metric: str, value: float) -> str:
-    """A difference between two scores, with its sign."""
+    """A difference between two scores, signed, in percentage points or as a number for log loss."""
     return f"{value:+.4f}" if metric == "log_loss" else f"{100 * value:+.1f}"
 
 
-def range_text(metric: str, found: Mapping[str, float]) -> str:
-    """The ends of an interval."""
-    low, high = (score_text(metric, found[end]).removesuffix(" %") for end in ("low", "high"))
+def range_text(metric: str, interval: Mapping[str, float]) -> str:
+    """The bounds of an interval."""
+    low, high = (score_text(metric, interval[end]).removesuffix(" %") for end in ("low", "high"))
     return f"{low} to {high}"
 
 
-def interval_text(metric: str, found: Mapping[str, float]) -> str:
-    """A score and the ends of its interval."""
-    return f"{score_text(metric, found['value'])} ({range_text(metric, found)})"
+def interval_text(metric: str, interval: Mapping[str, float]) -> str:
+    """A score and the bounds of its interval."""
+    return f"{score_text(metric, interval['value'])} ({range_text(metric, interval)})"
 
 
-def gain_text(metric: str, found: Mapping[str, float]) -> tuple[str, str]:
-    """A difference between two scores and the ends of its interval."""
-    value, low, high = (points_text(metric, found[name]) for name in ("value", "low", "high"))
+def gain_text(metric: str, interval: Mapping[str, float]) -> tuple[str, str]:
+    """A difference between two scores, and the bounds of its interval."""
+    value, low, high = (points_text(metric, interval[name]) for name in ("value", "low", "high"))
     return value, f"{low} to {high}"
 
 
@@ -57,7 +64,7 @@ def stops_sentence(results: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 12 min, 3.5 h."""
+    """Seconds in the unit that suits them: 45 s, 12 min, 3.5 h."""
     seconds = max(0.0, seconds)
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -17,7 +17,7 @@ import numpy as np
 from carmodels.catalog import BACKBONES
 from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.predictions import Predictions
-from carmodels.files import append_line, csv_text, read_json, write_json, write_whole
+from carmodels.files import append_line, csv_text, read_json, write_atomic, write_json
 from carmodels.records import CUT_OFF, FOLD, State, TrialRecord
 
 VERSION = "0.2"  # of what a study's files hold: raise it whenever an older study could be misread
@@ -364,4 +364,4 @@ def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, names: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> None:
-    write_whole(path, csv_text([names, *rows]))
+    write_atomic(path, csv_text([names, *rows]))

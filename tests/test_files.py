@@ -7,27 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from carmodels.files import append_line, write_whole
+from carmodels.files import append_line, write_atomic
 
 
 @pytest.mark.parametrize("content", ["Bögen\r\nund Räder\n", "", b"\x00\xff\r\n"])
 def test_what_is_written_is_what_is_read(tmp_path: Path, content: bytes | str) -> None:
-    write_whole(tmp_path / "file", content)
+    write_atomic(tmp_path / "file", content)
     expected = content.encode() if isinstance(content, str) else content
     assert (tmp_path / "file").read_bytes() == expected
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
-    write_whole(tmp_path / "file", "a long first version")
-    write_whole(tmp_path / "file", "second")
+    write_atomic(tmp_path / "file", "a long first version")
+    write_atomic(tmp_path / "file", "second")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "second")]
 
 
 def test_a_reader_that_opened_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
-    write_whole(tmp_path / "file", "first version")
+    write_atomic(tmp_path / "file", "first version")
     with (tmp_path / "file").open("rb", buffering=0) as reader:
         assert reader.read(5) == b"first"
-        write_whole(tmp_path / "file", "second")
+        write_atomic(tmp_path / "file", "second")
         assert reader.read() == b" version"
 
 
@@ -35,13 +35,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary_one(tmp_path: P
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "inside").touch()
     with pytest.raises(OSError, match="taken"):
-        write_whole(tmp_path / "taken", "a file cannot replace a folder")
+        write_atomic(tmp_path / "taken", "a file cannot replace a folder")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_a_file_is_as_readable_by_others_as_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
-    write_whole(tmp_path / "whole", "")
+    write_atomic(tmp_path / "whole", "")
     assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 

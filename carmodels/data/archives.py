@@ -1,4 +1,4 @@
-"""Zip files, unpacked once into the cache: nothing outside their folder, no links, no bombs."""
+"""Unpacks zip files into the cache, safely: no paths outside the folder, no links, no zip bombs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from filelock import FileLock
 from carmodels.data.digests import file_digests
 from carmodels.formatting import one_line
 
-_BOMB_RATIO = 100  # unpacked over packed bytes; photographs stay below 2, deflate ends at 1032
-_BOMB_FLOOR = 100 << 20  # bytes that are unpacked whatever the ratio
+_BOMB_RATIO = 100  # unpacked over packed bytes; photographs stay below 2, deflate cannot exceed 1032
+_BOMB_MIN_BYTES = 100 << 20  # smaller contents pass, whatever their ratio
 
-# what zipfile and its decompressors let out on damaged bytes
-_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, UnicodeDecodeError)
+# What zipfile and its decompressors raise on corrupt bytes.
+_BAD_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, UnicodeDecodeError)
 
-# the OSErrors that are the archive's fault and not the machine's: from bz2 (no number), from a wrong offset
-# (EINVAL), from names that cannot be files
-_ITS_FAULT = (None, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+# OSErrors that the archive causes, not the machine: bz2 sets no number, a wrong offset gives EINVAL, the rest
+# come from names that cannot be files.
+_ARCHIVE_ERRNOS = (None, errno.EINVAL, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
-def unpacked(archive: Path, cache_dir: Path) -> Path:
-    """The folder with the content of `archive`, unpacked unless it is there; others wait meanwhile."""
+def unpack_once(archive: Path, cache_dir: Path) -> Path:
+    """The folder in `cache_dir` with the content of `archive`. One process unpacks it, others wait."""
     [digest] = file_digests(
         [archive], cache_dir / "digests" / f"{hashlib.sha256(str(archive).encode()).hexdigest()[:12]}.json"
     )
@@ -49,16 +49,17 @@ def unpacked(archive: Path, cache_dir: Path) -> Path:
 
 
 def _unpack(archive: Path, folder: Path, *, nested: bool) -> None:
-    """Unpack `archive` and, one level deep, the zips in it, each in its place."""
+    """Unpack `archive` into `folder`. With `nested`, also unpack the zips in it, each where it lies."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as packed:
             _check_members(packed, archive, folder)
+            _check_size(packed, archive, folder)
             packed.extractall(folder, [n for n in packed.namelist() if not n.startswith("__MACOSX/")])
-    except _DAMAGE as error:
+    except _BAD_ZIP as error:
         raise ValueError(f"{archive.name!r} is damaged: {one_line(error)}; fetch it again") from None
     except OSError as error:
-        if error.errno not in _ITS_FAULT:
+        if error.errno not in _ARCHIVE_ERRNOS:
             raise
         reason = error.strerror or one_line(error)
         raise ValueError(f"{archive.name!r} cannot be unpacked: {reason}; fetch it again") from None
@@ -71,7 +72,7 @@ def _check_members(packed: zipfile.ZipFile, archive: Path, folder: Path) -> None
     for member in packed.infolist():
         if not member.filename:
             raise ValueError(f"{archive.name!r} holds a file without a name: fetch it again")
-        path = PureWindowsPath(member.filename)  # which takes slashes of both kinds, and drives
+        path = PureWindowsPath(member.filename)  # understands both kinds of slashes, and drives
         if path.anchor or ".." in path.parts:
             raise ValueError(
                 f"{archive.name!r} names {member.filename!r}, outside its folder: it is not safe to unpack"
@@ -85,8 +86,11 @@ def _check_members(packed: zipfile.ZipFile, archive: Path, folder: Path) -> None
                 f"{archive.name!r} would overwrite {member.filename!r}, which lies beside it or came from "
                 "another zip: unpack them into folders of their own and give the folder"
             )
+
+
+def _check_size(packed: zipfile.ZipFile, archive: Path, folder: Path) -> None:
     size = sum(member.file_size for member in packed.infolist())
-    if size > max(_BOMB_FLOOR, _BOMB_RATIO * archive.stat().st_size):
+    if size > max(_BOMB_MIN_BYTES, _BOMB_RATIO * archive.stat().st_size):
         raise ValueError(
             f"{archive.name!r} would unpack to {size:,} bytes, over {_BOMB_RATIO} times its own size"
         )

@@ -1,4 +1,4 @@
-"""Image files of any kind to upright 8-bit RGB."""
+"""Decodes image files to upright 8-bit RGB and shrinks them for the cache."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-cv2.setNumThreads(0)  # OpenCV takes every core of the machine otherwise, in each worker that imports this
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # by content, whatever the file is called
+cv2.setNumThreads(0)  # otherwise OpenCV takes every core, in each worker that imports this
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # recognised by content, not by the file's name
 
-# The cache's shorter side over the largest image size. On 150 photographs of cars9 every one came out within
-# 40 dB of decoding afresh, at 96 to 224 px as largest size; at 1.75 one did not, at 1.5 twelve, at 1.25 half
-# of them.
-SPARE = 2.0
-LARGE = 30e6  # pixels from which on images are decoded one at a time: they take 4 bytes each
+# The shorter side of a cached image over the largest image size that trials use. Measured on 150 photographs
+# of cars9, with 96 to 224 px as largest size, against resizing the decoded file: with 2.0 all reach 40 dB,
+# with 1.75 all but one, with 1.5 all but twelve, with 1.25 half of them.
+OVERSIZE_FACTOR = 2.0
+LARGE_PIXELS = 30e6  # larger images are decoded one at a time: decoding takes 4 bytes a pixel
 
-# what Pillow lets out on damaged files, as found by trying some thousands
+# What Pillow raises on damaged files, found by trying some thousands.
 _PARSER_ERRORS = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, struct.error)
 
 
@@ -31,12 +31,12 @@ class BrokenImage(ValueError):
 
 
 def read_image(path: Path) -> Image.Image:
-    """The image at `path` as upright 8-bit RGB, transparent parts on white (as shops show cut-out cars).
+    """The image at `path` as upright 8-bit RGB. Transparent parts become white, as in shop photographs.
 
     Raises BrokenImage, or ValueError for an image of more than 178 megapixels (Pillow's bomb limit).
     """
     try:
-        if not path.is_file():  # a named pipe would be waited for, for ever
+        if not path.is_file():  # opening a named pipe would block for ever
             raise BrokenImage(_no_file(path))
         with Image.open(path, formats=FORMATS) as image:
             image.load()
@@ -49,31 +49,31 @@ def read_image(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{str(path)!r} is too large: {error}; remove or shrink it") from None
     except _PARSER_ERRORS as error:
-        raise_machine_trouble(error)
+        reraise_resource_error(error)
         raise BrokenImage(f"it cannot be decoded: {error}") from None
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """As EXIF says; as it is stored where EXIF is damaged, as viewers show it."""
+    """Rotate in place as EXIF says. Damaged EXIF is ignored, as image viewers do."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except _PARSER_ERRORS as error:
-        raise_machine_trouble(error)
+        reraise_resource_error(error)
 
 
-_one_large = threading.Lock()
+_large_image_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def room_for(path: Path) -> Iterator[None]:
-    """While an image is decoded: of large ones, by their headers, one at a time in this process."""
+def decode_slot(path: Path) -> Iterator[None]:
+    """Hold this while decoding. Large images, judged by their headers, take turns within the process."""
     size = header_size(path)
-    with _one_large if size and size[0] * size[1] > LARGE else contextlib.nullcontext():
+    with _large_image_lock if size and size[0] * size[1] > LARGE_PIXELS else contextlib.nullcontext():
         yield
 
 
-def raise_machine_trouble(error: Exception) -> None:
-    """Too few file handles or too little memory say nothing about the file that was being read."""
+def reraise_resource_error(error: Exception) -> None:
+    """Raise an error that is the machine's (no file handles, no memory) and not the file's; ignore others."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise error
 
@@ -91,7 +91,7 @@ def _unknown_kind(path: Path) -> str:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+    if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it to white
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -100,12 +100,12 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def shrink(image: Image.Image, max_size: int) -> np.ndarray:
-    """(H, W, 3) uint8 whose shorter side is 2 * max_size pixels, or less where the image is smaller.
+    """(H, W, 3) uint8 with a shorter side of 2 * max_size pixels. Smaller images keep their size.
 
-    Lanczos, since resizing again to what a trial asks for is then closest to resizing the original: 3 dB
-    better than an area average at max_size.
+    Uses Lanczos: a second resize to a trial's image size then comes closest to resizing the original, 3 dB
+    closer at max_size than with an area average.
     """
-    scale = min(1.0, SPARE * max_size / min(image.size))
+    scale = min(1.0, OVERSIZE_FACTOR * max_size / min(image.size))
     if scale < 1.0:
         width, height = (max(1, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -113,10 +113,11 @@ def shrink(image: Image.Image, max_size: int) -> np.ndarray:
 
 
 def header_size(path: Path) -> tuple[int, int] | None:
+    """Width and height by the file's header, pixels. None if it cannot be read."""
     try:
         if not path.is_file():
             return None
         with Image.open(path, formats=FORMATS) as image:
             return image.size
     except (*_PARSER_ERRORS, Image.DecompressionBombError):
-        return None  # reading it whole will tell
+        return None  # `read_image` will give the reason

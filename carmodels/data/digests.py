@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered by path, size and modification time."""
+"""SHA-256 digests of files, cached by path, size and modification time, and JSON files with a checksum."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from carmodels.data.decode import raise_machine_trouble
-from carmodels.files import write_whole
+from carmodels.data.decode import reraise_resource_error
+from carmodels.files import write_atomic
 
 
 class DamagedCache(ValueError):
@@ -19,43 +19,44 @@ class DamagedCache(ValueError):
 
 
 def file_digests(paths: Sequence[Path], manifest: Path) -> list[str]:
-    """SHA-256 of each file's bytes in hex, "" for one that cannot be read.
+    """SHA-256 of each file in hex, "" for a file that cannot be read.
 
-    `manifest` remembers digests by path, size and modification time, so that unchanged files are not read.
+    `manifest` keeps digests by path, size and modification time. Unchanged files are not read again.
     """
     known: dict[str, list[Any]] = {}
     with contextlib.suppress(DamagedCache):
-        known = read_checked(manifest)
+        known = read_checksummed(manifest)
 
     def entry(path: Path) -> list[Any]:
         try:
             if not path.is_file():
                 return [None, None, ""]
             stat = path.stat()
-            old = known.get(str(path), [None, None, ""])
-            if old[:2] == [stat.st_size, stat.st_mtime_ns]:
-                return old
+            remembered = known.get(str(path), [None, None, ""])
+            if remembered[:2] == [stat.st_size, stat.st_mtime_ns]:
+                return remembered
             with path.open("rb") as file:
                 return [stat.st_size, stat.st_mtime_ns, hashlib.file_digest(file, "sha256").hexdigest()]
         except OSError as error:
-            raise_machine_trouble(error)
+            reraise_resource_error(error)
             return [None, None, ""]
 
     with ThreadPoolExecutor() as pool:
         entries = dict(zip(map(str, paths), pool.map(entry, paths), strict=True))
     if entries != known:
         manifest.parent.mkdir(parents=True, exist_ok=True)
-        write_checked(manifest, entries)
+        write_checksummed(manifest, entries)
     return [entries[str(path)][2] for path in paths]
 
 
-def write_checked(path: Path, value: Any) -> None:
-    """Write JSON below a line that holds its SHA-256; whole or not at all."""
+def write_checksummed(path: Path, value: Any) -> None:
+    """Write JSON below a line with its SHA-256, atomically."""
     body = json.dumps(value).encode()
-    write_whole(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    write_atomic(path, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
-def read_checked(path: Path) -> Any:
+def read_checksummed(path: Path) -> Any:
+    """What `write_checksummed` wrote. Raises DamagedCache."""
     try:
         digest, _, body = path.read_bytes().partition(b"\n")
     except (FileNotFoundError, NotADirectoryError):

@@ -1,15 +1,15 @@
-"""A data set on disk to four splits of decoded images.
+"""Finds the labelled and the test images of a data set on disk.
 
-`open_dataset` takes a folder or a zip of it. The first of these that applies says where the images are:
+A data set is a folder, or a zip of it. The first of these that applies says where the labelled images are:
 
     train.csv with path,label     anywhere below the folder of the CSV
     train.csv with Id,Category    train/<Category>/<Id>, as in the competition
     train/                        train/<class>/
     anything else                 <class>/
 
-Test images are those of a test.csv with path; else those in `test_upload` or `test`, in the order of the
-first column of a sample submission, if there is one; else there are none. `classes.txt` ("<category> <name>"
-a line) gives names for display. A train.csv is complete: images that it does not name are not used.
+Images that a train.csv does not name are not used. Test images are those of a test.csv with path. Without
+one they are those in `test_upload` or `test`, in the order of the sample submission if there is one.
+`classes.txt` gives names for display, one "<category> <name>" a line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from carmodels.data.archives import unpacked
+from carmodels.data.archives import unpack_once
 from carmodels.formatting import one_line
 from carmodels.submission import read_sample
 
@@ -32,29 +32,21 @@ _TEST_FOLDERS = ("test_upload", "test")
 _PATH_COLUMNS = ("path", "file", "filename", "image")
 _LABEL_COLUMNS = ("label", "class", "category")
 
-_IMAGE_SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-}  # some only to be refused
+# Suffixes that mark an image; the formats among them that are not supported get a clear error later.
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_INNER_ARCHIVES = {"train.zip": ("train",), "test.zip": _TEST_FOLDERS, "test_upload.zip": _TEST_FOLDERS}
 
 
 @dataclass(frozen=True)
 class ListedImage:
     id: str
     path: Path
-    category: str = ""  # empty for test
+    category: str = ""  # empty for a test image
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a data set says it holds, before an image is opened."""
+    """The images that a data set lists. None has been opened yet."""
 
     labelled: list[ListedImage]  # sorted by id
     test: list[ListedImage]  # in the order of the sample file or test.csv, else sorted by id
@@ -62,29 +54,26 @@ class Listing:
     sample_file: Path | None
 
 
-_INNER_ARCHIVES = {"train.zip": ("train",), "test.zip": _TEST_FOLDERS, "test_upload.zip": _TEST_FOLDERS}
-
-
 def data_roots(path: Path, cache_dir: Path) -> tuple[Path, ...]:
-    """The folders in which to look for the parts of the data set: `path` and what was unpacked for it."""
+    """The folders to search for the parts of the data set: `path`, and archives in it, unpacked."""
     if path.is_dir():
         archives = [
             path / name
             for name, folders in _INNER_ARCHIVES.items()
             if (path / name).is_file() and not any((path / folder).is_dir() for folder in folders)
         ]
-        return path, *(unpacked(archive, cache_dir) for archive in archives)
+        return path, *(unpack_once(archive, cache_dir) for archive in archives)
     if not path.exists():
         raise ValueError(f"the data {str(path)!r} does not exist: give a folder or a zip")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"the data {str(path)!r} is neither a folder nor an intact zip")
-    folder = unpacked(path, cache_dir)
+    folder = unpack_once(path, cache_dir)
     inside = [path for path in folder.iterdir() if path.name[0] != "."]
-    return (inside[0],) if len(inside) == 1 and _is_whole(inside[0]) else (folder,)
+    return (inside[0],) if len(inside) == 1 and _holds_dataset(inside[0]) else (folder,)
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether the only thing in a zip is a folder that holds the whole data set."""
+def _holds_dataset(folder: Path) -> bool:
+    """Whether `folder`, the only entry of a zip, is the whole data set and not one of its parts."""
     if _find([folder], "train.csv", "train"):
         return True
     if not folder.is_dir() or folder.name in ("train", *_TEST_FOLDERS):
@@ -95,17 +84,17 @@ def _is_whole(folder: Path) -> bool:
 
 
 def list_images(roots: Sequence[Path], path: Path) -> Listing:
-    """`roots` are looked through in order; `path` is what the user gave, for messages."""
+    """The images found in `roots`, searched in order. `path` is what the user gave, for messages."""
     table, sample = _find(roots, "train.csv"), _find(roots, *_SAMPLE_FILES)
     labelled = _from_folders(roots) if table is None else _from_table(table, roots)
     if not labelled:
         raise ValueError(
             f"no images in {str(path)!r}: it needs train.csv, or a folder for each class in it or train/"
         )
-    test = _tests(roots, sample)
+    test = _list_tests(roots, sample)
     for images in (labelled, test):
-        _refuse_twice(images)
-        _refuse_undecodable(images)
+        _refuse_duplicate_ids(images)
+        _refuse_non_utf8_names(images)
     labelled.sort(key=lambda image: image.id)
     return Listing(labelled, test, _read_names(_find(roots, "classes.txt")), sample)
 
@@ -116,10 +105,13 @@ def _find(roots: Sequence[Path], *names: str) -> Path | None:
 
 def _from_table(table: Path, roots: Sequence[Path]) -> list[ListedImage]:
     frame = _read_table(table)
-    path, label = _first(frame, _PATH_COLUMNS), _first(frame, _LABEL_COLUMNS)
+    path, label = _first_column(frame, _PATH_COLUMNS), _first_column(frame, _LABEL_COLUMNS)
     if path and label:
         rows = list(zip(frame[path], frame[label], strict=True))
-        return [ListedImage(_inside(i, table), table.parent / i, _label(label, table)) for i, label in rows]
+        return [
+            ListedImage(_checked_path(i, table), table.parent / i, _checked_label(label, table))
+            for i, label in rows
+        ]
     if not {"id", "category"} <= set(frame.columns):
         raise ValueError(
             f"{str(table)!r} has the columns {list(frame)}; needed are Id,Category or path,label"
@@ -128,20 +120,20 @@ def _from_table(table: Path, roots: Sequence[Path]) -> list[ListedImage]:
     if train is None:
         raise ValueError(f"there is no train folder (or train.zip) beside {str(table)!r}")
     for category in sorted(set(frame["category"])):
-        if not (train / _inside(category, table)).is_dir():
+        if not (train / _checked_path(category, table)).is_dir():
             raise ValueError(f"the class {category!r} of {str(table)!r} has no folder in {str(train)!r}")
     rows = list(zip(frame["id"], frame["category"], strict=True))
-    return [ListedImage(_inside(i, table), train / category / i, category) for i, category in rows]
+    return [ListedImage(_checked_path(i, table), train / category / i, category) for i, category in rows]
 
 
 def _from_folders(roots: Sequence[Path]) -> list[ListedImage]:
     train = _find(roots, "train")
-    apart = () if train else _TEST_FOLDERS
+    not_classes = () if train else _TEST_FOLDERS
     base = train or roots[0]
     folders = [folder for folder in sorted(base.iterdir()) if folder.is_dir()]
     labelled = []
     for folder in folders:
-        if folder.name in apart or folder.name.startswith("."):
+        if folder.name in not_classes or folder.name.startswith("."):
             continue
         if base.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"the class folder {str(folder)!r} is a link to what holds it: remove the link")
@@ -152,21 +144,11 @@ def _from_folders(roots: Sequence[Path]) -> list[ListedImage]:
     return labelled
 
 
-def _tests(roots: Sequence[Path], sample: Path | None) -> list[ListedImage]:
+def _list_tests(roots: Sequence[Path], sample: Path | None) -> list[ListedImage]:
     table, folder = _find(roots, "test.csv"), _find(roots, *_TEST_FOLDERS)
-    ids = [] if sample is None else [_inside(i, sample) for i in read_sample(sample).iloc[:, 0]]
+    ids = [] if sample is None else [_checked_path(i, sample) for i in read_sample(sample).iloc[:, 0]]
     if table is not None:
-        frame = _read_table(table)
-        path = _first(frame, _PATH_COLUMNS)
-        if path is None:
-            raise ValueError(f"{str(table)!r} has the columns {list(frame)}; needed is path")
-        names = [_inside(i, table) for i in frame[path]]
-        if sample is not None and (odd := sorted(set(names) ^ set(ids))):
-            raise ValueError(
-                f"{str(table)!r} and {str(sample)!r} do not list the same images, only one of them names "
-                f"{odd[0]!r}: correct one, or take one away"
-            )
-        return [ListedImage(name, table.parent / name) for name in names]
+        return _tests_from_table(table, sample, ids)
     if folder is None and sample is not None:
         raise ValueError(f"{str(sample)!r} lists test images, but there is no test_upload or test folder")
     if folder is None:
@@ -183,28 +165,42 @@ def _tests(roots: Sequence[Path], sample: Path | None) -> list[ListedImage]:
     return [ListedImage(name, folder / name) for name in names]
 
 
+def _tests_from_table(table: Path, sample: Path | None, sample_ids: Sequence[str]) -> list[ListedImage]:
+    frame = _read_table(table)
+    path = _first_column(frame, _PATH_COLUMNS)
+    if path is None:
+        raise ValueError(f"{str(table)!r} has the columns {list(frame)}; needed is path")
+    names = [_checked_path(i, table) for i in frame[path]]
+    if sample is not None and (mismatched := sorted(set(names) ^ set(sample_ids))):
+        raise ValueError(
+            f"{str(table)!r} and {str(sample)!r} do not list the same images, only one of them names "
+            f"{mismatched[0]!r}: correct one, or take one away"
+        )
+    return [ListedImage(name, table.parent / name) for name in names]
+
+
 def image_names(folder: Path) -> list[str]:
     """Paths of the images at any depth below `folder`, relative to it, sorted.
 
-    Without hidden files and folders; links to folders are followed, but to none that leads back.
+    Skips hidden files and folders. Follows links to folders, except to one above `folder` or already visited.
     """
-    found: list[Path] = []
-    top, seen = folder.resolve(), set[Path]()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        here = Path(parent).resolve()
-        if here in seen or (here != top and top.is_relative_to(here)):
+    files: list[Path] = []
+    top, visited = folder.resolve(), set[Path]()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = Path(parent).resolve()
+        if real in visited or (real != top and top.is_relative_to(real)):
             folders.clear()
             continue
-        seen.add(here)
+        visited.add(real)
         folders[:] = [name for name in folders if name[0] != "."]
-        found += [Path(parent, name).relative_to(folder) for name in files if name[0] != "."]
-    return sorted(p.as_posix() for p in found if p.suffix.lower() in _IMAGE_SUFFIXES)
+        files += [Path(parent, name).relative_to(folder) for name in names if name[0] != "."]
+    return sorted(file.as_posix() for file in files if file.suffix.lower() in _IMAGE_SUFFIXES)
 
 
 def _read_table(table: Path) -> pd.DataFrame:
     """All columns as text, column names in lower case."""
     try:
-        # header=None: with one, pandas drops what a longer row has more, and renames columns of the same name
+        # header=None: otherwise pandas drops surplus cells of a long row and renames columns of the same name
         rows = pd.read_csv(table, header=None, dtype=str, na_filter=False, encoding="utf-8-sig").fillna("")
     except (ValueError, OSError) as error:
         raise ValueError(
@@ -216,12 +212,12 @@ def _read_table(table: Path) -> pd.DataFrame:
     return pd.DataFrame(rows.iloc[1:].to_numpy(), columns=columns)
 
 
-def _first(frame: pd.DataFrame, columns: Sequence[str]) -> str | None:
+def _first_column(frame: pd.DataFrame, columns: Sequence[str]) -> str | None:
     return next((column for column in columns if column in frame), None)
 
 
-def _inside(name: str, source: Path) -> str:
-    """`name` if it is a relative path that stays below its folder; `source` says where it was found."""
+def _checked_path(name: str, source: Path) -> str:
+    """`name`, a relative path that stays below its folder. ValueError names `source`, which lists it."""
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
         raise ValueError(
@@ -230,21 +226,21 @@ def _inside(name: str, source: Path) -> str:
     return name
 
 
-def _label(name: str, source: Path) -> str:
-    """`name` if it can be that of a class; `source` says where it was found."""
+def _checked_label(name: str, source: Path) -> str:
+    """`name`, usable as a class name. ValueError names `source`, which lists it."""
     if not name.strip() or "\0" in name:
         raise ValueError(f"{str(source)!r} has the label {name!r}, which names no class: correct the row")
     return name
 
 
-def _refuse_twice(images: list[ListedImage]) -> None:
+def _refuse_duplicate_ids(images: list[ListedImage]) -> None:
     name, count = next(iter(Counter(image.id for image in images).most_common(1)), ("", 0))
     if count > 1:
         raise ValueError(f"the id {name!r} is there {count} times: ids must be unique")
 
 
-def _refuse_undecodable(images: list[ListedImage]) -> None:
-    """File systems keep bytes; a name that is no text could not be written into a table."""
+def _refuse_non_utf8_names(images: list[ListedImage]) -> None:
+    """File names are bytes. One that is not UTF-8 could not be written to a table."""
     for image in images:
         try:
             image.id.encode()
@@ -253,14 +249,15 @@ def _refuse_undecodable(images: list[ListedImage]) -> None:
 
 
 def _read_names(path: Path | None) -> dict[str, str]:
+    """Category -> name for display, from classes.txt; empty without one."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines() if path else []
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not UTF-8: {one_line(error)}; save it as such") from None
-    words = [line.split(maxsplit=1) for line in lines if line.strip()]
-    for found in words:
-        if len(found) != 2:
-            raise ValueError(f"{str(path)!r} has the line {found[0]!r}; needed is '<category> <name>'")
-    if twice := [category for category, count in Counter(word[0] for word in words).items() if count > 1]:
+    rows = [line.split(maxsplit=1) for line in lines if line.strip()]
+    for row in rows:
+        if len(row) != 2:
+            raise ValueError(f"{str(path)!r} has the line {row[0]!r}; needed is '<category> <name>'")
+    if twice := [category for category, count in Counter(row[0] for row in rows).items() if count > 1]:
         raise ValueError(f"{str(path)!r} names the class {twice[0]!r} more than once: keep one line")
-    return {category: name.strip() for category, name in words}
+    return {category: name.strip() for category, name in rows}

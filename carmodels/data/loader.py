@@ -1,4 +1,4 @@
-"""Loaders: the images of a split, varied or shown through a view, as batches of 8-bit tensors."""
+"""Loads the images of a split, augmented or through a view, as batches of 8-bit tensors."""
 
 from __future__ import annotations
 
@@ -16,32 +16,30 @@ from carmodels.data.splits import Split
 from carmodels.data.transforms import (
     LazyGenerator,
     apply_transforms,
+    apply_view,
     make_transform,
     random_crop,
     resize_fast,
-    seen,
 )
 
-PATIENCE = (
-    900.0  # seconds for a batch, after which a loader process counts as hung and a RuntimeError says so
-)
+LOADER_TIMEOUT = 900.0  # seconds for one batch; torch then raises RuntimeError: the process hangs
 
-Images = ImageCache | Sequence[np.ndarray]  # (H, W, 3) uint8 each, by row
+ImageSource = ImageCache | Sequence[np.ndarray]  # (H, W, 3) uint8 each, by row
 
 
 class Batch(NamedTuple):
-    """What a step of training or prediction needs."""
+    """Input of one step of training or prediction."""
 
     images: torch.Tensor  # (B, 3, S, S) uint8, channels_last
     labels: torch.Tensor  # (B,) int64, -1 where unknown
-    rows: np.ndarray  # (B,) int64, positions in the split
+    positions: np.ndarray  # (B,) int64, in the split
 
 
-class _Plan(NamedTuple):
-    """A batch to be made."""
+class _BatchSpec(NamedTuple):
+    """What a loader process needs to assemble one batch."""
 
     epoch: int
-    positions: np.ndarray  # in the split
+    positions: np.ndarray  # (B,) int64, in the split
     size: int  # side, pixels
     strength: float  # of the augmentation, 0 to 1
 
@@ -49,15 +47,16 @@ class _Plan(NamedTuple):
 class Loader:
     """Batches of a split, epoch by epoch.
 
-    An image is varied by `augment`, or shown as `view` says (whose scale is the caller's matter: it sets
-    image_size), or neither: the whole image squashed to a square of image_size pixels. What it looks like
-    depends on seed, epoch and its position in the split alone; the order, if `shuffle`, on seed and epoch.
-    processes=0 works in the calling process; more start with the first epoch and live as long as the loader.
+    Images are augmented by `augment`, or shown through `view`, or plain; each is resized to a square of
+    image_size pixels. A view's scale is ignored here: the caller sets image_size by it. An image depends on
+    seed, epoch and its position in the split alone, the order with `shuffle` on seed and epoch.
+
+    processes=0 loads in the calling process. More start with the first epoch and live as long as the loader.
     """
 
     def __init__(
         self,
-        images: Images,
+        images: ImageSource,
         split: Split,
         *,
         image_size: int,
@@ -78,45 +77,48 @@ class Loader:
             )
         self._images, self._batch_size, self._seed = len(split), batch_size, seed
         self._shuffle, self._drop_last = shuffle, drop_last
-        self._size = image_size
+        self._image_size = image_size
         self._batches = _Batches(images, split, augment, view, seed)
-        self._plan: list[_Plan] = []
-        self._workers = _start_workers(self._batches, self._plan, processes) if processes else None
+        self._specs: list[_BatchSpec] = []
+        self._workers = _start_workers(self._batches, self._specs, processes) if processes else None
 
     def __len__(self) -> int:
         """Batches of an epoch."""
         spare = 0 if self._drop_last else self._batch_size - 1
         return (self._images + spare) // self._batch_size
 
-    def orders(self, number: int) -> list[np.ndarray]:
-        """Positions in the split, batch by batch, in epoch `number`, 0 or more."""
+    def batch_positions(self, epoch: int) -> list[np.ndarray]:
+        """Positions in the split, one array a batch, in epoch 0 or later."""
         order = np.arange(self._images)
         if self._shuffle:
-            order = np.random.default_rng((self._seed, number)).permutation(order)
+            order = np.random.default_rng((self._seed, epoch)).permutation(order)
         return [order[n * self._batch_size : (n + 1) * self._batch_size] for n in range(len(self))]
 
     def epoch(
-        self, number: int, *, like: int | None = None, size: int | None = None, strength: float = 1.0
+        self, number: int, *, augment_epoch: int | None = None, size: int | None = None, strength: float = 1.0
     ) -> Iterator[Batch]:
-        """The batches of epoch `number`, 0 or more; with `like`, of images as they are in that epoch.
+        """The batches of epoch `number`, 0 or later, in its order.
 
-        `size` in pixels is another one than the loader's. With a strength below 1 crops cut off that much
-        less, and that share of the steps is taken.
+        With `augment_epoch` the images are augmented as in that epoch. `size`, in pixels, replaces
+        image_size. A strength below 1 scales down what crops cut off, and is the probability of each
+        further augmentation step.
         """
-        shown, size = number if like is None else like, size or self._size
-        plan = [_Plan(shown, order, size, strength) for order in self.orders(number)]
+        augment_epoch, size = number if augment_epoch is None else augment_epoch, size or self._image_size
+        specs = [
+            _BatchSpec(augment_epoch, positions, size, strength) for positions in self.batch_positions(number)
+        ]
         if self._workers is None:
-            return map(self._batches.__getitem__, plan)
-        self._plan[:] = plan
+            return map(self._batches.__getitem__, specs)
+        self._specs[:] = specs
         return iter(self._workers)
 
 
 class _Batches(Dataset[Batch]):
-    """Assembles the batch of an epoch and positions in the split; nothing is carried from one to the next."""
+    """Assembles a batch from its specification. Keeps no state between batches."""
 
     def __init__(
         self,
-        images: Images,
+        images: ImageSource,
         split: Split,
         augment: Augment | None,
         view: View | None,
@@ -127,45 +129,44 @@ class _Batches(Dataset[Batch]):
         self._augment, self._view = augment, view or View()
         self._steps = [make_transform(step) for step in augment.steps] if augment else []
 
-    def __getitem__(self, plan: _Plan) -> Batch:
-        pixels = np.empty((len(plan.positions), plan.size, plan.size, 3), np.uint8)
-        for place, position in zip(pixels, plan.positions.tolist(), strict=True):
-            image = self._image(plan, position, place)
-            if image is not place:
-                place[:] = image
-        labels = torch.from_numpy(self._labels[plan.positions])
-        return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels, plan.positions)
+    def __getitem__(self, spec: _BatchSpec) -> Batch:
+        pixels = np.empty((len(spec.positions), spec.size, spec.size, 3), np.uint8)
+        for out, position in zip(pixels, spec.positions.tolist(), strict=True):
+            image = self._image(spec, position, out)
+            if image is not out:
+                out[:] = image
+        labels = torch.from_numpy(self._labels[spec.positions])
+        return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels, spec.positions)
 
-    def _image(self, plan: _Plan, position: int, place: np.ndarray) -> np.ndarray:
-        """(size, size, 3), in `place` or elsewhere."""
+    def _image(self, spec: _BatchSpec, position: int, out: np.ndarray) -> np.ndarray:
+        """(size, size, 3), which may or may not be `out`."""
         image = self._images[self._rows[position]]
         if self._augment is None:
-            return seen(image, self._view, plan.size)
-        rng = LazyGenerator(self._seed, plan.epoch, position)
-        draw = random.Random((self._seed << 64) + (plan.epoch << 32) + position)
-        crop = image
+            return apply_view(image, self._view, spec.size)
+        rng = LazyGenerator(self._seed, spec.epoch, position)
+        py_random = random.Random((self._seed << 64) + (spec.epoch << 32) + position)
         if self._augment.crop:
-            least, most = (1 - plan.strength * (1 - share) for share in self._augment.crop)
-            crop = random_crop(image, (least, most), draw)
+            smallest, largest = (1 - spec.strength * (1 - share) for share in self._augment.crop)
+            image = random_crop(image, (smallest, largest), py_random)
         steps = self._steps
-        if plan.strength < 1:
-            steps = [step for step in steps if draw.random() < plan.strength]
-        return apply_transforms(steps, resize_fast(crop, plan.size, place), rng, draw)
+        if spec.strength < 1:
+            steps = [step for step in steps if py_random.random() < spec.strength]
+        return apply_transforms(steps, resize_fast(image, spec.size, out), rng, py_random)
 
 
-def _start_workers(batches: _Batches, plan: list[_Plan], processes: int) -> DataLoader[Batch]:
+def _start_workers(batches: _Batches, specs: list[_BatchSpec], processes: int) -> DataLoader[Batch]:
     return DataLoader(
         batches,
-        batch_size=None,  # an item of the plan is a whole batch
-        sampler=plan,
+        batch_size=None,  # each item is a whole batch already
+        sampler=specs,
         num_workers=processes,
-        timeout=PATIENCE,
-        collate_fn=_as_it_is,
+        timeout=LOADER_TIMEOUT,
+        collate_fn=_identity,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=True,
-        generator=torch.Generator(),  # an epoch draws from the global one otherwise
+        generator=torch.Generator(),  # otherwise an epoch draws from the global one
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

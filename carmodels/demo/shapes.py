@@ -1,15 +1,13 @@
-"""Ten classes of cars by their proportions, and random ones beside them."""
+"""The ten classes of the built-in data set, by their proportions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 
 @dataclass(frozen=True)
 class BodyShape:
-    """A vehicle's proportions, nose to the left: x in shares of the length from the nose, z of the height."""
+    """A vehicle's proportions. x is a share of the length from the nose, z a share of the height."""
 
     length: float  # metres
     width: float  # metres
@@ -22,12 +20,12 @@ class BodyShape:
     roof_front: float  # x of the windscreen's top
     roof_rear: float  # x of the rear window's top
     deck: float  # x of the rear window's foot
-    tail: float  # z of all behind it: boot, cargo bed, box
-    pillars: tuple[float, ...]  # shares of the side between cowl and deck, glass between each two
-    doors: int  # on a side; each ends at a pillar
+    tail: float  # z behind the deck: of the boot, cargo bed or box
+    pillars: tuple[float, ...]  # shares of the way from cowl to deck, with glass between each two
+    doors: int  # on each side; each ends at a pillar
     axles: tuple[float, ...] = (0.18, 0.80)  # x
     open_top: bool = False
-    bed: bool = False  # hollow behind the deck
+    bed: bool = False  # a cargo bed, open behind the deck
     rails: bool = False  # on the roof
     cladding: bool = False  # dark plastic along the sill
 
@@ -68,7 +66,7 @@ CLASSES: dict[str, BodyShape] = {
 }
 # fmt: on
 
-# Each image draws a vehicle's proportions anew, evenly within so much to either side of its row.
+# Each image draws its proportions uniformly within this distance of its class's.
 VARIATION = {
     "length": 0.25,
     "width": 0.05,
@@ -83,48 +81,3 @@ VARIATION = {
     "deck": 0.015,
     "tail": 0.02,
 }
-
-
-def other_shapes(rng: np.random.Generator, count: int) -> list[BodyShape]:
-    """`count` vehicles of random proportions, none `reachable` from one of `CLASSES`."""
-    shapes: list[BodyShape] = []
-    while len(shapes) < count:
-        shape = _random_shape(rng)
-        if not any(reachable(shape, row) for row in CLASSES.values()):
-            shapes.append(shape)
-    return shapes
-
-
-def reachable(one: BodyShape, other: BodyShape) -> bool:
-    """Whether the two may come to equal proportions in an image, whatever their pillars, doors and axles."""
-    return all(abs(getattr(one, name) - getattr(other, name)) <= 2 * by for name, by in VARIATION.items())
-
-
-def _random_shape(rng: np.random.Generator) -> BodyShape:
-    height = rng.uniform(1.2, 3.2)
-    belt = rng.uniform(0.45, 0.7)
-    cowl = rng.uniform(0.03, 0.4)
-    roof_front = cowl + rng.uniform(0.03, 0.15)
-    deck = rng.uniform(roof_front + 0.15, 0.98)
-    windows = int(rng.integers(1, 6))
-    return BodyShape(
-        length=height * rng.uniform(1.6, 3.6),
-        width=1.3 + 0.3 * height,
-        height=height,
-        clearance=rng.uniform(0.13, 0.4),
-        wheel=rng.uniform(0.26, 0.26 + 0.1 * height),
-        nose=belt - rng.uniform(0.0, 0.15),
-        belt=belt,
-        cowl=cowl,
-        roof_front=roof_front,
-        roof_rear=rng.uniform(roof_front + 0.08, deck),
-        deck=deck,
-        tail=belt + rng.choice([0.0, 0.03, rng.uniform(-0.15, 0.5)]),
-        pillars=tuple(np.linspace(0, rng.uniform(0.3, 0.97), windows + 1)),
-        doors=int(rng.integers(0, min(windows, 3) + 1)),
-        axles=(rng.uniform(0.1, 0.22), *np.sort(rng.uniform(0.5, 0.88, rng.choice([1, 2], p=[0.7, 0.3])))),
-        open_top=bool(rng.random() < 0.15),
-        bed=bool(rng.random() < 0.3),
-        rails=bool(rng.random() < 0.3),
-        cladding=bool(rng.random() < 0.3),
-    )

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from carmodels.ensembling.network import EXPORTED, Ensemble
-from carmodels.files import write_whole
+from carmodels.files import write_atomic
 
 TOLERANCE = 1e-4  # by which probabilities may differ between onnxruntime and torch
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -48,8 +48,8 @@ def export(ensemble: Ensemble, folder: Path) -> float:
         for file in Path(unchecked).iterdir():  # the graph, and its parameters where they are too many for it
             file.replace(folder / file.name)
     state = {name: value.detach().contiguous() for name, value in ensemble.state_dict().items()}
-    write_whole(parameters, save(state, metadata={"format": "pt"}))
-    write_whole(described, json.dumps(ensemble.spec.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_atomic(parameters, save(state, metadata={"format": "pt"}))
+    write_atomic(described, json.dumps(ensemble.spec.to_dict(), indent=2, ensure_ascii=False) + "\n")
     return difference
 
 

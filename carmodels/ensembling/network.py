@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from carmodels.catalog import VIEWS
-from carmodels.data.decode import read_image, room_for, shrink
+from carmodels.data.decode import decode_slot, read_image, shrink
 from carmodels.data.loader import Loader
 from carmodels.data.splits import Split
 from carmodels.files import read_json
@@ -141,7 +141,7 @@ def _tempered(probs: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def decoded(path: Path, max_size: int) -> np.ndarray:
     """An image (H, W, 3) as a search's cache would hold it; ValueError, the reason alone, for a bad one."""
-    with room_for(path):
+    with decode_slot(path):
         return shrink(read_image(path), max_size)
 
 

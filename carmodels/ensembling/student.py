@@ -12,7 +12,7 @@ from carmodels.catalog import AUGMENTS
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
 from carmodels.ensembling.network import Ensemble
-from carmodels.evaluation.calibration import tempered
+from carmodels.evaluation.calibration import apply_temperature
 from carmodels.models.classifier import Classifier
 from carmodels.training.forward import autocast
 from carmodels.training.run import Run
@@ -81,7 +81,7 @@ def soft_targets(
         raise ValueError(f"{confidence=} and {share=} must be from 0 to 1")
     flat = answers.reshape(-1, answers.shape[-1])
     temperature = _as_sure_as(flat, confidence)
-    softer = tempered(flat, temperature).reshape(answers.shape)
+    softer = apply_temperature(flat, temperature).reshape(answers.shape)
     right = np.eye(answers.shape[-1])[labels]
     return (share * softer + (1 - share) * right).astype(np.float32), temperature
 
@@ -91,7 +91,7 @@ def _as_sure_as(probs: np.ndarray, confidence: float) -> float:
     from scipy.optimize import brentq  # here, as every trial would pay for it at its start
 
     def surer(log_t: float) -> float:
-        return float(tempered(probs, np.exp(log_t)).max(axis=1).mean()) - confidence
+        return float(apply_temperature(probs, np.exp(log_t)).max(axis=1).mean()) - confidence
 
     if surer(0.0) <= 0:
         return 1.0

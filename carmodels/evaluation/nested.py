@@ -1,4 +1,4 @@
-"""Nested check: what a choice is worth on images that it was not made on."""
+"""NestedCheck check: the score of a choice on images that it was not made on."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 
 from carmodels.evaluation.metrics import get_metric, log_loss
 
-_ROUNDING = 1e-9  # of a mean of scores
+_TIE = 1e-9  # smaller differences of mean scores are rounding errors
 
 
 @dataclass(frozen=True)
-class Nested:
-    """What a choice is worth on images that it was not made on."""
+class NestedCheck:
+    """Result of `nested_check`."""
 
-    chosen: float  # mean score over the repeats
-    before: float  # likewise, of what it would replace
-    gains: tuple[float, ...]  # in each repeat, > 0: better
-    helps: bool  # on average; where there is no difference, by log loss
+    chosen: float  # mean score of the choice over the repeats
+    before: float  # mean score of what the choice replaces
+    gains: tuple[float, ...]  # of each repeat, > 0: better
+    helps: bool  # better on average; ties are broken by log loss
 
     @property
     def gain(self) -> float:
@@ -36,28 +36,29 @@ def nested_check(
     repeats: int = 5,
     seed: int = 0,
     until: float = math.inf,
-) -> Nested:
-    """Choose on one half of the images, score on the other, both ways, in stratified halves anew each time.
+) -> NestedCheck:
+    """Two-fold check: chooses on each half of the images and scores on the other half.
 
-    `choose` is given the rows, (N / 2,), that it may look at, and returns probabilities (N, C) of what it
-    would choose and of what that would replace. After the first repeat it ends at `until`, time.time().
+    `choose(rows)` may look at the rows (N / 2,) only. It returns probabilities (N, C) of its choice and of
+    what the choice replaces. Every repeat draws new stratified halves. No repeat but the first starts after
+    `until`, in seconds of time.time().
     """
-    row, rng = get_metric(metric), np.random.default_rng(seed)
+    scorer, rng = get_metric(metric), np.random.default_rng(seed)
     scores: list[list[float]] = []
     losses: list[list[float]] = []
     while not scores or (len(scores) < repeats and time.time() < until):
-        held_out = _held_out(choose, _halves(labels, rng))
-        scores.append([row.score(probs, labels) for probs in held_out])
-        losses.append([log_loss(probs, labels) for probs in held_out])
+        both_probs = _out_of_half(choose, _halves(labels, rng))
+        scores.append([scorer.score(probs, labels) for probs in both_probs])
+        losses.append([log_loss(probs, labels) for probs in both_probs])
     chosen, before = np.mean(scores, axis=0).tolist()
     loss_chosen, loss_before = np.mean(losses, axis=0).tolist()
-    gain = row.gain(chosen, before)
-    helps = gain > _ROUNDING or (abs(gain) <= _ROUNDING and loss_chosen < loss_before)
-    return Nested(chosen, before, tuple(row.gain(new, old) for new, old in scores), helps)
+    gain = scorer.gain(chosen, before)
+    helps = gain > _TIE or (abs(gain) <= _TIE and loss_chosen < loss_before)
+    return NestedCheck(chosen, before, tuple(scorer.gain(new, old) for new, old in scores), helps)
 
 
 def _halves(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """labels (N,) -> (N,) whether an image is in the first half: half of each class, give or take one."""
+    """labels (N,) -> (N,) bool, whether an image is in the first half. Stratified by class."""
     order = rng.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     first = np.zeros(len(labels), bool)
@@ -65,15 +66,13 @@ def _halves(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return first
 
 
-def _held_out(
+def _out_of_half(
     choose: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], first: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N, C) of what is chosen, and of what that replaces, for each half as it was chosen on the other."""
-    if first.all():  # of one image there are no halves
+    """Probabilities (N, C) of the choice and of what it replaces, each half from a choice on the other."""
+    if first.all():  # one image has no halves
         _, before = choose(np.flatnonzero(first))
         return before, before
-    by_first, by_second = (choose(np.flatnonzero(half)) for half in (first, ~first))
-    chosen, before = (
-        np.where(first[:, None], second, one) for one, second in zip(by_first, by_second, strict=True)
-    )
+    on_first, on_second = (choose(np.flatnonzero(half)) for half in (first, ~first))
+    chosen, before = (np.where(first[:, None], b, a) for a, b in zip(on_first, on_second, strict=True))
     return chosen, before

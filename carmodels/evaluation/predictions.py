@@ -1,7 +1,4 @@
-"""Probabilities that carry their ids: metrics, intervals, blending, ensemble selection and temperature.
-
-Labels are class indices, (N,) integers that follow the rows of `probs`.
-"""
+"""Predictions: class probabilities together with their ids, so rows are matched by id, never by position."""
 
 from __future__ import annotations
 
@@ -15,20 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from carmodels.files import write_whole
+from carmodels.files import write_atomic
+from carmodels.formatting import names_text
 
-_SUM_TOLERANCE = 1e-3  # what half-precision softmax leaves
+_SUM_TOLERANCE = 1e-3  # of a row's sum; half-precision softmax needs it
 
-# what np.load raises for a file with a byte changed, a file cut off, and a file that is no zip
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
+# What np.load raises for a changed byte, a truncated file, and a file that is not a zip.
+_BAD_NPZ = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """One model's probabilities for some images; checked when made, and the array cannot be written to.
+    """One model's probabilities for some images. Checked when created; the array is read-only.
 
-    ValueError for an id or class twice or not a text, a shape other than (ids, classes), a value that is not
-    a probability, and a row whose sum is further than 0.001 from 1.
+    ValueError for duplicate ids or classes or ones that are not text, a shape other than (ids, classes), a
+    value that is not a probability, and a row whose sum differs from 1 by more than 0.001.
     """
 
     ids: tuple[str, ...]
@@ -36,21 +34,19 @@ class Predictions:
     probs: np.ndarray  # (N, C), float32
 
     def __post_init__(self) -> None:
-        for what in ("ids", "classes"):
-            names = tuple(getattr(self, what))
-            if not all(isinstance(name, str) for name in names):
-                raise ValueError(
-                    f"{what} must be text: {few_names(n for n in names if not isinstance(n, str))}"
-                )
-            refuse_doubles(names, what)
-            object.__setattr__(self, what, names)
+        for field in ("ids", "classes"):
+            names = tuple(getattr(self, field))
+            if not_text := [name for name in names if not isinstance(name, str)]:
+                raise ValueError(f"{field} must be text: {names_text(not_text)}")
+            refuse_duplicates(names, field)
+            object.__setattr__(self, field, names)
         probs = np.array(self.probs, dtype=np.float32)
         _check_probs(probs, self.ids, len(self.classes))
         probs.setflags(write=False)
         object.__setattr__(self, "probs", probs)
 
     def save(self, path: Path) -> None:
-        """Writes an npz of three arrays (ids, classes, probs), whole or not at all."""
+        """Write an npz of three arrays (ids, classes, probs), atomically."""
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -58,44 +54,42 @@ class Predictions:
             classes=np.array(self.classes, dtype=str),
             probs=self.probs,
         )
-        write_whole(path, buffer.getvalue())
+        write_atomic(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Predictions:
-        """What `save` wrote; nothing in the file is ever run. ValueError naming a damaged file."""
+        """What `save` wrote, without unpickling anything. ValueError names a damaged file."""
         data = path.read_bytes()
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as stored:
                 ids, classes, probs = (stored[name] for name in ("ids", "classes", "probs"))
             return cls(tuple(ids.tolist()), tuple(classes.tolist()), probs)
-        except _DAMAGE as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it to have it made anew") from error
+        except _BAD_NPZ as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it to have it computed again") from error
 
     def aligned(
         self, ids: Sequence[str], *, ours: str = "the predictions", theirs: str = "the ids asked for"
     ) -> Predictions:
-        """The same rows in the order of `ids`; ValueError naming ids that are double, or that one side lacks.
+        """The same rows in the order of `ids`. ValueError for duplicate ids, or ids that one side lacks.
 
-        Errors call the side of these predictions `ours` and the side of `ids` `theirs`.
+        `ours` names these predictions in errors, `theirs` names `ids`.
         """
-        refuse_doubles(ids, theirs)
+        refuse_duplicates(ids, theirs)
         row_of = {name: row for row, name in enumerate(self.ids)}
-        asked = set(ids)
-        lacking = {
+        wanted = set(ids)
+        missing = {
             ours: [name for name in ids if name not in row_of],
-            theirs: [name for name in self.ids if name not in asked],
+            theirs: [name for name in self.ids if name not in wanted],
         }
-        if any(lacking.values()):
+        if any(missing.values()):
             raise ValueError(
-                "; ".join(f"missing from {side}: {few_names(x)}" for side, x in lacking.items() if x)
+                "; ".join(f"missing from {side}: {names_text(x)}" for side, x in missing.items() if x)
             )
-        rows = np.array([row_of[name] for name in ids], dtype=np.intp)
-        return Predictions(tuple(ids), self.classes, self.probs[rows])
+        return self.take(np.array([row_of[name] for name in ids], dtype=np.intp))
 
-    def rows(self, chosen: np.ndarray) -> Predictions:
-        """Some of the images, by the positions of their rows."""
-        ids = tuple(self.ids[row] for row in chosen.tolist())
-        return Predictions(ids, self.classes, self.probs[chosen])
+    def take(self, rows: np.ndarray) -> Predictions:
+        """The given rows, in that order."""
+        return Predictions(tuple(self.ids[row] for row in rows.tolist()), self.classes, self.probs[rows])
 
 
 def _check_probs(probs: np.ndarray, ids: Sequence[str], classes: int) -> None:
@@ -105,31 +99,24 @@ def _check_probs(probs: np.ndarray, ids: Sequence[str], classes: int) -> None:
         )
     wrong = ~(np.isfinite(probs) & (probs >= 0)).all(axis=1)
     if wrong.any():
-        raise ValueError(f"probabilities that are negative or not finite: {few_names(np.array(ids)[wrong])}")
+        raise ValueError(f"probabilities that are negative or not finite: {names_text(np.array(ids)[wrong])}")
     sums = probs.sum(axis=1)
     wrong = np.abs(sums - 1) > _SUM_TOLERANCE
     if wrong.any():
-        raise ValueError(f"rows must sum to 1, not {sums[wrong][0]:.4g}: {few_names(np.array(ids)[wrong])}")
+        raise ValueError(f"rows must sum to 1, not {sums[wrong][0]:.4g}: {names_text(np.array(ids)[wrong])}")
 
 
-def refuse_doubles(names: Iterable[str], where: str) -> None:
-    """ValueError naming what is in `where` more than once."""
-    doubles = [name for name, count in Counter(names).items() if count > 1]
-    if doubles:
-        raise ValueError(f"more than once in {where}: {few_names(doubles)}")
-
-
-def few_names(names: Iterable[object], shown: int = 5) -> str:
-    """'a', 'b' and so on, and how many in all where that is more than are shown."""
-    listed = [repr(str(name)) for name in names]
-    more = f" ... ({len(listed)} in all)" if len(listed) > shown else ""
-    return ", ".join(listed[:shown]) + more
+def refuse_duplicates(names: Iterable[str], where: str) -> None:
+    """ValueError if a name is in `where` more than once."""
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"more than once in {where}: {names_text(duplicates)}")
 
 
 def blend(members: Sequence[Predictions], weights: Sequence[float] | None = None) -> Predictions:
-    """The weighted mean of the members' probabilities, matched by id, with rows in the first one's order.
+    """The weighted mean of the members' probabilities, matched by id, in the order of the first member.
 
-    Weights (default: equal) are scaled to sum 1. ValueError naming ids or classes that differ.
+    Weights are equal by default and are scaled to sum 1. ValueError for bad weights, or members whose ids or
+    classes differ.
     """
     members = align_all([(f"members[{index}]", member) for index, member in enumerate(members)])
     shares = np.ones(len(members)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -141,14 +128,14 @@ def blend(members: Sequence[Predictions], weights: Sequence[float] | None = None
 
 
 def align_all(named: Sequence[tuple[str, Predictions]]) -> list[Predictions]:
-    """The members with rows in the first one's order; ValueError where ids or classes differ."""
+    """The members with their rows in the order of the first. ValueError if ids or classes differ."""
     if not named:
         raise ValueError("there are no predictions to combine")
     first_name, first = named[0]
     for name, member in named:
         if member.classes != first.classes:
             raise ValueError(
-                f"classes differ: {few_names(first.classes)} in {first_name}, "
-                f"{few_names(member.classes)} in {name}"
+                f"classes differ: {names_text(first.classes)} in {first_name}, "
+                f"{names_text(member.classes)} in {name}"
             )
     return [member.aligned(first.ids, ours=name, theirs=first_name) for name, member in named]

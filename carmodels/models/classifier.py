@@ -11,7 +11,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from carmodels.catalog import HEADS, Head
-from carmodels.files import write_whole
+from carmodels.files import write_atomic
 from carmodels.models.backbones import TimmNetwork, create_backbone
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
@@ -104,7 +104,7 @@ def build(config: TrialConfig, *, classes: int, weights: Weights) -> Classifier:
 def save_weights(model: Classifier, path: Path) -> None:
     """Write a trained model's parameters and buffers as safetensors, whole or not at all."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_whole(path, save(state))
+    write_atomic(path, save(state))
 
 
 def weights_damage(path: Path) -> str:

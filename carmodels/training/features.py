@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from carmodels.files import write_whole
+from carmodels.files import write_atomic
 
 VIEWS_KEPT = 4  # random views of each training image
 VERSION = 1  # of what the files hold
@@ -48,7 +48,7 @@ class FeatureStore:
             if found is None:
                 found, buffer = compute().astype(np.float16), io.BytesIO()
                 np.save(buffer, found, allow_pickle=False)
-                write_whole(path, buffer.getvalue())
+                write_atomic(path, buffer.getvalue())
                 self._make_room()
         with suppress(FileNotFoundError):  # another process may have made room
             os.utime(path)

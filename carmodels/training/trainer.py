@@ -261,7 +261,7 @@ class Trainer:
             "weights": self.weights.identity(self.config.backbone),
             "data": self.splits.fingerprint,
             "split": self.splits.split_hash,
-            "decoded": self.splits.opening.max_size,
+            "decoded": self.splits.open_arguments.max_size,
             "device": self.device.type,
         }
 
@@ -273,8 +273,8 @@ class Trainer:
             return ((batch.images, batch.labels) for batch in batches)
         view = (number - 1) % len(self.targets)
         targets = self.targets[view]
-        batches = self.train_loader.epoch(number, like=view, size=size, strength=strength)
-        return ((batch.images, targets[batch.rows]) for batch in batches)
+        batches = self.train_loader.epoch(number, augment_epoch=view, size=size, strength=strength)
+        return ((batch.images, targets[batch.positions]) for batch in batches)
 
     def _remembered(self, store: FeatureStore, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of the frozen backbone's outputs for one of the stored views, in this epoch's order."""
@@ -297,7 +297,7 @@ class Trainer:
         found = store.get(content, len(self.splits.train), lambda: self._outputs(shown, view))
         outputs = torch.from_numpy(np.array(found)).to(self.device)  # all of them, once
         labels = torch.from_numpy(_labels(self.splits.train)).to(self.device)
-        for order in loader.orders(number):
+        for order in loader.batch_positions(number):
             chosen = torch.from_numpy(order).to(self.device)
             yield outputs[chosen].float(), labels[chosen]
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from carmodels.data.dataset import open_dataset
-from carmodels.evaluation.intervals import Interval, share_interval
+from carmodels.evaluation.intervals import Interval, proportion_interval
 from carmodels.files import read_json
 from carmodels.records import State
 from carmodels.study import Study
@@ -208,7 +208,7 @@ def report(made: Iterable[Mapping[str, str]]) -> None:
             if row[f"{name} right"]:
                 counts[row["arm"], name].append((int(row[f"{name} right"]), int(row["images"])))
     shares = {
-        key: share_interval(*(sum(column) for column in zip(*found, strict=True)))
+        key: proportion_interval(*(sum(column) for column in zip(*found, strict=True)))
         for key, found in counts.items()
     }
     names = ["arm", "model", "splits", "images", "holdout accuracy", "gain on the tutorial, points"]

@@ -30,11 +30,11 @@ from torch import nn
 from carmodels.catalog import Augment, Step
 from carmodels.data.dataset import Splits, open_dataset
 from carmodels.data.loader import Loader
-from carmodels.data.resplit import with_all_labelled
+from carmodels.data.resplit import merge_into_train
 from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
 from carmodels.evaluation.metrics import log_loss
 from carmodels.evaluation.predictions import Predictions
-from carmodels.files import csv_text, write_whole
+from carmodels.files import csv_text, write_atomic
 from carmodels.models.classifier import Classifier, save_weights
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
@@ -155,7 +155,7 @@ class Place:
 
     def splits(self) -> Splits:
         """All labelled images in train, to be cut into folds."""
-        return with_all_labelled(open_dataset(self.data, cache_dir=self.cache, max_size=128))
+        return merge_into_train(open_dataset(self.data, cache_dir=self.cache, max_size=128))
 
     @property
     def folder(self) -> Path:
@@ -244,14 +244,14 @@ def train(base: Run, run: Run, variant: Variant, place: Place) -> str:
     if TUNED in variant.looks:
         tune(model, run, parts, max(LARGER.values()))
         keep(TUNED, model, max(LARGER.values()))
-    write_whole(place.seconds_file(name), json.dumps({"cpu_seconds": seconds}))
+    write_atomic(place.seconds_file(name), json.dumps({"cpu_seconds": seconds}))
     origin = run.origin
     return f"seed {origin.seed}, fold {origin.fold}, {run.config.epochs} epochs: {seconds:.0f} s"
 
 
 def through(run: Run, variant: Variant, place: Place, parts: Splits, start: Path | None) -> Trainer:
     """The whole schedule; orders of images follow from the numbers of the epochs."""
-    unseen = replace(parts, val=parts.val.part(np.arange(len(parts.val)) == 0))
+    unseen = replace(parts, val=parts.val.subset(np.arange(len(parts.val)) == 0))
     training = Trainer(run, unseen, weights=place.weights, device=torch.device("cpu"), start=start)
     for epoch in range(1, run.config.epochs + 1):
         training.epoch(epoch + 100 * variant.order)
@@ -381,7 +381,7 @@ def write(found: list[dict[str, Any]]) -> None:
     table = [{**row, **on} for row in found]
     FILE.parent.mkdir(parents=True, exist_ok=True)
     if table:
-        write_whole(FILE, csv_text([tuple(table[0]), *(tuple(row.values()) for row in table)]))
+        write_atomic(FILE, csv_text([tuple(table[0]), *(tuple(row.values()) for row in table)]))
 
 
 def show(found: list[dict[str, Any]]) -> None:

@@ -22,9 +22,54 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
 from carmodels.demo.drawing import draw_vehicle
-from carmodels.demo.shapes import other_shapes
+from carmodels.demo.shapes import CLASSES, VARIATION, BodyShape
 
 SIZES = (48, 64, 96)  # pixels; each batch takes one, for the search draws the image size too
+
+
+def other_shapes(rng: np.random.Generator, count: int) -> list[BodyShape]:
+    """`count` vehicles of random proportions that no image of a demo class can show."""
+    shapes: list[BodyShape] = []
+    while len(shapes) < count:
+        shape = random_shape(rng)
+        if not any(may_coincide(shape, known) for known in CLASSES.values()):
+            shapes.append(shape)
+    return shapes
+
+
+def may_coincide(first: BodyShape, second: BodyShape) -> bool:
+    """Whether images of the two can have equal proportions. Ignores pillars, doors and axles."""
+    return all(abs(getattr(first, name) - getattr(second, name)) <= 2 * by for name, by in VARIATION.items())
+
+
+def random_shape(rng: np.random.Generator) -> BodyShape:
+    height = rng.uniform(1.2, 3.2)
+    belt = rng.uniform(0.45, 0.7)
+    cowl = rng.uniform(0.03, 0.4)
+    roof_front = cowl + rng.uniform(0.03, 0.15)
+    deck = rng.uniform(roof_front + 0.15, 0.98)
+    windows = int(rng.integers(1, 6))
+    return BodyShape(
+        length=height * rng.uniform(1.6, 3.6),
+        width=1.3 + 0.3 * height,
+        height=height,
+        clearance=rng.uniform(0.13, 0.4),
+        wheel=rng.uniform(0.26, 0.26 + 0.1 * height),
+        nose=belt - rng.uniform(0.0, 0.15),
+        belt=belt,
+        cowl=cowl,
+        roof_front=roof_front,
+        roof_rear=rng.uniform(roof_front + 0.08, deck),
+        deck=deck,
+        tail=belt + rng.choice([0.0, 0.03, rng.uniform(-0.15, 0.5)]),
+        pillars=tuple(np.linspace(0, rng.uniform(0.3, 0.97), windows + 1)),
+        doors=int(rng.integers(0, min(windows, 3) + 1)),
+        axles=(rng.uniform(0.1, 0.22), *np.sort(rng.uniform(0.5, 0.88, rng.choice([1, 2], p=[0.7, 0.3])))),
+        open_top=bool(rng.random() < 0.15),
+        bed=bool(rng.random() < 0.3),
+        rails=bool(rng.random() < 0.3),
+        cladding=bool(rng.random() < 0.3),
+    )
 
 
 def draw(seed: int, shapes: int, images: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -314,10 +314,10 @@ def test_what_hangs_together_without_being_copies_is_cut() -> None:
 def test_large_images_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(0, 200, 100).save(tmp_path / "a.png")
     for least, alone in ((19_999, True), (20_000, False)):
-        monkeypatch.setattr(decode, "LARGE", least)
-        with decode.room_for(tmp_path / "a.png"):
-            assert decode._one_large.locked() == alone
-        assert not decode._one_large.locked()
+        monkeypatch.setattr(decode, "LARGE_PIXELS", least)
+        with decode.decode_slot(tmp_path / "a.png"):
+            assert decode._large_image_lock.locked() == alone
+        assert not decode._large_image_lock.locked()
 
 
 def test_a_copy_in_another_size_and_quality_is_a_near_duplicate_and_another_image_is_not(

@@ -23,7 +23,7 @@ from carmodels.data.dataset import Splits, open_dataset
 from carmodels.data.layout import image_names
 from carmodels.data.loader import Batch, Loader
 from carmodels.data.splits import assign_splits
-from carmodels.data.transforms import resize, seen
+from carmodels.data.transforms import apply_view, resize
 
 CLASSES, EACH, TESTS = ("2", "10", "1"), 8, 5
 
@@ -208,7 +208,7 @@ def test_a_zip_that_may_not_be_read_is_named(
     archive = pack(competition / "test_upload", competition / "test.zip", "test_upload")
     monkeypatch.setattr(archives, "file_digests", lambda paths, manifest: [""])
     with pytest.raises(ValueError, match=r"test\.zip' cannot be read: look at its rights"):
-        archives.unpacked(archive, tmp_path / "cache")
+        archives.unpack_once(archive, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("below", ["train", "."])
@@ -567,7 +567,7 @@ def test_splits_are_sent_without_their_images(splits: Splits) -> None:
 def by_position(batches: Iterator[Batch]) -> np.ndarray:
     """(N, 3, S, S) images of an epoch in the order of the split."""
     found = {
-        int(row): image for batch in batches for row, image in zip(batch.rows, batch.images, strict=True)
+        int(row): image for batch in batches for row, image in zip(batch.positions, batch.images, strict=True)
     }
     return np.stack([found[row].numpy() for row in range(len(found))])
 
@@ -580,7 +580,7 @@ def test_a_batch_holds_what_the_split_says(splits: Splits) -> None:
     assert batches[0].images.shape == (5, 3, 24, 24)
     assert batches[0].images.dtype == torch.uint8
     assert batches[0].images.is_contiguous(memory_format=torch.channels_last)
-    np.testing.assert_array_equal(np.concatenate([batch.rows for batch in batches]), np.arange(18))
+    np.testing.assert_array_equal(np.concatenate([batch.positions for batch in batches]), np.arange(18))
     np.testing.assert_array_equal(torch.cat([batch.labels for batch in batches]), splits.train.labels)
     for row, image in zip(splits.train.rows, by_position(iter(batches)), strict=True):
         expected = cv2.resize(splits.images[row], (24, 24), interpolation=cv2.INTER_AREA)
@@ -633,20 +633,20 @@ def test_each_view_is_the_same_every_time(splits: Splits, name: str) -> None:
 def test_each_view_shows_what_its_row_says(splits: Splits) -> None:
     image = splits.images[splits.val.rows[0]]
     height, width = image.shape[:2]
-    plain = seen(image, VIEWS["plain"], 24)
+    plain = apply_view(image, VIEWS["plain"], 24)
     np.testing.assert_array_equal(plain, resize(image, 24))
-    np.testing.assert_array_equal(seen(image, VIEWS["flip"], 24), plain[:, ::-1])
+    np.testing.assert_array_equal(apply_view(image, VIEWS["flip"], 24), plain[:, ::-1])
     corner = image[: round(0.88 * height), round(0.12 * width) :]
-    np.testing.assert_array_equal(seen(image, VIEWS["top_right"], 24), resize(corner, 24))
+    np.testing.assert_array_equal(apply_view(image, VIEWS["top_right"], 24), resize(corner, 24))
     for name, wanted in (
         ("brighter", plain * 1.15),
         ("darker", plain * 0.87),
         ("more_contrast", (plain - 127.5) * 1.2 + 127.5),
         ("less_contrast", (plain - 127.5) * 0.8 + 127.5),
     ):
-        assert np.abs(seen(image, VIEWS[name], 24) - wanted.clip(0, 255)).max() <= 0.5 + 1e-9
+        assert np.abs(apply_view(image, VIEWS[name], 24) - wanted.clip(0, 255)).max() <= 0.5 + 1e-9
     speck = np.full((1, 1, 3), 9, np.uint8)
-    assert all(seen(speck, row, 2).shape == (2, 2, 3) for row in VIEWS.values())
+    assert all(apply_view(speck, row, 2).shape == (2, 2, 3) for row in VIEWS.values())
 
 
 def test_the_plain_view_is_the_plain_image_to_the_bit(splits: Splits) -> None:
@@ -669,14 +669,14 @@ def test_loader_processes_change_nothing_and_live_on(splits: Splits) -> None:
             assert torch.equal(found.images, expected.images)
             assert torch.equal(found.labels, expected.labels)
             assert found.images.is_contiguous(memory_format=torch.channels_last)
-            np.testing.assert_array_equal(found.rows, expected.rows)
+            np.testing.assert_array_equal(found.positions, expected.positions)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_shuffling_depends_on_seed_and_epoch(splits: Splits) -> None:
     def order(seed: int, epoch: int) -> list[int]:
         loader = Loader(splits.images, splits.train, image_size=8, batch_size=5, seed=seed, shuffle=True)
-        return np.concatenate([batch.rows for batch in loader.epoch(epoch)]).tolist()
+        return np.concatenate([batch.positions for batch in loader.epoch(epoch)]).tolist()
 
     assert order(0, 0) == order(0, 0)
     assert sorted(order(0, 0)) == list(range(18))
@@ -685,7 +685,7 @@ def test_shuffling_depends_on_seed_and_epoch(splits: Splits) -> None:
 
 def test_drop_last_leaves_whole_batches_and_refuses_to_leave_none(splits: Splits) -> None:
     loader = Loader(splits.images, splits.train, image_size=8, batch_size=5, drop_last=True)
-    assert [len(batch.rows) for batch in loader.epoch(0)] == [5, 5, 5]
+    assert [len(batch.positions) for batch in loader.epoch(0)] == [5, 5, 5]
     assert len(loader) == 3
     with pytest.raises(ValueError, match="batch_size=19 is more than the 18 images of train"):
         Loader(splits.images, splits.train, image_size=8, batch_size=19, drop_last=True)

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from carmodels.data import layout
-from carmodels.data.archives import unpacked
-from carmodels.data.cache import estimated_bytes
+from carmodels.data.archives import unpack_once
+from carmodels.data.cache import estimate_cache_bytes
 from carmodels.data.decode import read_image, shrink
 from carmodels.data.duplicates import perceptual_hash
 from carmodels.evaluation.predictions import Predictions
@@ -101,7 +101,7 @@ def test_any_bytes_are_a_table_or_refused_by_name(tmp_path: Path, content: bytes
 @quick
 @given(name=TEXT | st.text("./\\a\0", max_size=8))
 def test_a_name_that_is_accepted_stays_in_its_folder(tmp_path: Path, name: str) -> None:
-    if not refused(lambda: layout._inside(name, tmp_path / "train.csv"), repr(name)):
+    if not refused(lambda: layout._checked_path(name, tmp_path / "train.csv"), repr(name)):
         inside = (tmp_path / name).resolve()
         assert inside != tmp_path.resolve()
         assert inside.is_relative_to(tmp_path.resolve())
@@ -250,7 +250,7 @@ def test_a_damaged_image_is_read_or_refused_and_never_anything_else(tmp_path: Pa
         warnings.simplefilter("ignore")  # as where the cache is built
         for seed in range(MUTANTS):
             path.write_bytes(mutant(content, seed))
-            assert estimated_bytes([path], 16) >= 0
+            assert estimate_cache_bytes([path], 16) >= 0
             try:
                 image = read_image(path)
             except ValueError:
@@ -288,7 +288,7 @@ def test_a_damaged_zip_is_unpacked_or_refused_and_nothing_is_written_elsewhere(
         path.write_bytes(mutant(content, seed))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a name twice
-            refusals += refused(lambda: unpacked(path, cache), ".zip'")
+            refusals += refused(lambda: unpack_once(path, cache), ".zip'")
         assert {found.name for found in tmp_path.iterdir()} == {"cars.zip", "cache"}
         assert {found.name for found in cache.iterdir()} <= {"digests", "unpacked"}
         assert not list((cache / "unpacked").glob("*.tmp"))

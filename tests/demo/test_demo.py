@@ -19,7 +19,9 @@ from carmodels.demo import folder as folder_module
 from carmodels.demo import shapes
 from carmodels.demo.drawing import draw_vehicle
 from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
-from carmodels.demo.shapes import CLASSES, other_shapes, reachable
+from carmodels.demo.shapes import CLASSES
+
+from benchmarks import pretrain_demo
 
 WEIGHTS = sorted(DEMO_WEIGHTS.glob("*.safetensors"))
 
@@ -123,22 +125,23 @@ def test_every_class_differs_from_every_other_in_the_same_scene() -> None:
 
 
 def test_shapes_for_pretraining_are_none_of_the_classes() -> None:
-    shapes = other_shapes(np.random.default_rng(0), 60)
+    shapes = pretrain_demo.other_shapes(np.random.default_rng(0), 60)
     assert len(set(shapes)) == 60
-    assert not any(reachable(shape, row) for shape in shapes for row in CLASSES.values())
+    assert not any(pretrain_demo.may_coincide(shape, row) for shape in shapes for row in CLASSES.values())
 
 
 def test_a_class_drawn_by_chance_is_not_used_for_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
-    (other,) = other_shapes(np.random.default_rng(0), 1)
+    (other,) = pretrain_demo.other_shapes(np.random.default_rng(0), 1)
     chances = iter([replace(CLASSES["sedan"], doors=3), other])
-    monkeypatch.setattr(shapes, "_random_shape", lambda rng: next(chances))
-    assert other_shapes(np.random.default_rng(0), 1) == [other]
+    monkeypatch.setattr(pretrain_demo, "random_shape", lambda rng: next(chances))
+    assert pretrain_demo.other_shapes(np.random.default_rng(0), 1) == [other]
 
 
-def test_shapes_whose_images_may_coincide_are_reachable() -> None:
+def test_shapes_within_twice_the_variation_may_coincide() -> None:
     sedan = CLASSES["sedan"]
-    assert reachable(sedan, replace(sedan, length=sedan.length + 0.49))  # each varies by 0.25 metres
-    assert not reachable(sedan, replace(sedan, length=sedan.length + 0.51))
+    within, beyond = (replace(sedan, length=sedan.length + metres) for metres in (0.49, 0.51))
+    assert pretrain_demo.may_coincide(sedan, within)  # the length of each varies by 0.25 metres
+    assert not pretrain_demo.may_coincide(sedan, beyond)
 
 
 def test_weights_are_two_backbones_of_the_catalog_in_three_megabytes() -> None:

@@ -20,12 +20,12 @@ from carmodels.evaluation.intervals import (
     accuracy_interval,
     bootstrap_interval,
     paired_gain,
+    proportion_interval,
+    proportion_prediction_interval,
     score_interval,
     score_prediction_interval,
-    share_interval,
-    share_prediction_interval,
 )
-from carmodels.evaluation.metrics import METRICS, accuracy, log_loss, macro_f1, right_and_wrong
+from carmodels.evaluation.metrics import METRICS, accuracy, count_fixed_and_broken, log_loss
 from carmodels.evaluation.nested import nested_check
 from carmodels.evaluation.predictions import Predictions, blend
 
@@ -205,7 +205,7 @@ def test_metrics_agree_with_scikit_learn(seed: int, rows: int) -> None:
     probs = drawn(labels, seed).probs
     guesses = probs.argmax(axis=1)
     assert accuracy(probs, labels) == pytest.approx(sklearn.metrics.accuracy_score(labels, guesses))
-    assert macro_f1(probs, labels) == pytest.approx(
+    assert METRICS["macro_f1"].score(probs, labels) == pytest.approx(
         sklearn.metrics.f1_score(labels, guesses, average="macro")
     )
     expected = sklearn.metrics.log_loss(labels, probs, labels=range(len(CLASSES)))
@@ -699,35 +699,36 @@ def test_images_both_models_get_right_do_not_blur_their_difference() -> None:
 def test_changed_minds_are_counted_each_way() -> None:
     labels = np.array([0, 0, 0, 1, 1])
     before, after = np.eye(2)[[0, 1, 1, 0, 1]], np.eye(2)[[1, 0, 0, 0, 1]]
-    assert right_and_wrong(before, after, labels) == (2, 1)
-    assert right_and_wrong(after, before, labels) == (1, 2)
+    assert count_fixed_and_broken(before, after, labels) == (2, 1)
+    assert count_fixed_and_broken(after, before, labels) == (1, 2)
 
 
 def test_a_prediction_interval_of_ever_more_images_is_the_bootstrap_interval() -> None:
-    for hits, among in ((0, 20), (13, 20), (270, 300), (300, 300)):
-        wilson, predicted = share_interval(hits, among), share_prediction_interval(hits, among, 10**9)
+    for hits, total in ((0, 20), (13, 20), (270, 300), (300, 300)):
+        wilson = proportion_interval(hits, total)
+        predicted = proportion_prediction_interval(hits, total, 10**9)
         np.testing.assert_allclose(
             (predicted.low, predicted.high), (wilson.low, wilson.high), rtol=0, atol=1e-6
         )
-        widths = [share_prediction_interval(hits, among, m) for m in (10, 100, 1000)]
+        widths = [proportion_prediction_interval(hits, total, m) for m in (10, 100, 1000)]
         assert all(a.high - a.low > b.high - b.low for a, b in pairwise([*widths, wilson]))
 
 
-@pytest.mark.parametrize(("among", "hidden"), [(150, 300), (297, 660), (60, 2000), (2000, 60)])
-def test_of_hidden_shares_95_in_100_lie_in_their_prediction_interval(among: int, hidden: int) -> None:
+@pytest.mark.parametrize(("total", "hidden"), [(150, 300), (297, 660), (60, 2000), (2000, 60)])
+def test_of_hidden_shares_95_in_100_lie_in_their_prediction_interval(total: int, hidden: int) -> None:
     """No simulation: summed over everything that can be seen and everything that can be hidden."""
-    found = [share_prediction_interval(hits, among, hidden) for hits in range(among + 1)]
+    found = [proportion_prediction_interval(hits, total, hidden) for hits in range(total + 1)]
     ends = np.array([(i.low, i.high) for i in found])[:, :, None]
     shares = np.arange(hidden + 1) / hidden
     inside = (shares >= ends[:, 0] - 1e-12) & (shares <= ends[:, 1] + 1e-12)
     for p in np.linspace(0.3, 0.98, 30):
-        seen, later = (binom.pmf(np.arange(count + 1), count, p) for count in (among, hidden))
+        seen, later = (binom.pmf(np.arange(count + 1), count, p) for count in (total, hidden))
         assert 0.945 <= seen @ inside @ later <= 0.97
 
 
 def test_an_interval_that_forgets_the_hidden_sample_covers_too_seldom() -> None:
     """What the prediction interval is for: Wilson's says where the true share lies, not the hidden one."""
-    wilson = np.array([(i.low, i.high) for i in (share_interval(h, 297) for h in range(298))])
+    wilson = np.array([(i.low, i.high) for i in (proportion_interval(h, 297) for h in range(298))])
     shares = np.arange(661)[None] / 660
     inside = (shares >= wilson[:, :1]) & (shares <= wilson[:, 1:])
     assert binom.pmf(np.arange(298), 297, 0.85) @ inside @ binom.pmf(np.arange(661), 660, 0.85) < 0.92
@@ -749,7 +750,7 @@ def test_of_other_metrics_about_95_in_100_lie_in_their_interval(name: str) -> No
 
 
 def test_hidden_images_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="hidden=0 and among=5 must be at least 1"):
-        share_prediction_interval(2, 5, 0)
+    with pytest.raises(ValueError, match="hidden=0 and total=5 must be at least 1"):
+        proportion_prediction_interval(2, 5, 0)
     with pytest.raises(ValueError, match="hidden=0 must be at least 1"):
         score_prediction_interval("log_loss", drawn(drawn_labels(5), 0).probs, drawn_labels(5), 0)

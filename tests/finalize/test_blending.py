@@ -14,7 +14,7 @@ import pytest
 from carmodels.catalog import VIEWS
 from carmodels.ensembling.selection import Selection, select_ensemble
 from carmodels.evaluation.metrics import accuracy, log_loss
-from carmodels.evaluation.nested import Nested
+from carmodels.evaluation.nested import NestedCheck
 from carmodels.evaluation.predictions import Predictions
 from carmodels.records import State, TrialRecord
 from carmodels.study import Study
@@ -96,7 +96,7 @@ def test_where_the_check_fails_the_best_model_stands_alone(monkeypatch: pytest.M
     assert kept.weights == some.select(EVERY).weights
     assert kept.sentence.startswith("The ensemble is kept: ")
     single = some.select(EVERY).single
-    monkeypatch.setattr(Library, "check", lambda self, until: Nested(0.8, 0.85, (-0.05,), False))
+    monkeypatch.setattr(Library, "check", lambda self, until: NestedCheck(0.8, 0.85, (-0.05,), False))
     left = some.choose(until=0)
     assert (left.weights, left.gains) == ({single: 1.0}, {single: 0.0})
     assert left.sentence.startswith("The ensemble is left out for the best model: ")
@@ -150,7 +150,7 @@ def test_what_is_chosen_on_one_half_does_not_know_the_labels_of_the_other(
 @pytest.mark.parametrize("helps", [True, False])
 def test_the_verdict_is_said(helps: bool) -> None:
     two = Selection({"a": 0.5, "b": 0.5}, 0.9, "a", 0.85, {"a": 0.0, "b": 0.05})
-    check = Nested(0.88, 0.86, (0.02, 0.02), helps)
+    check = NestedCheck(0.88, 0.86, (0.02, 0.02), helps)
     start = "The ensemble is kept" if helps else "The ensemble is left out for the best model"
     assert _sentence(two, check) == (
         f"{start}: chosen on one half of val, the ensemble has 0.8800 on the other, "

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save
 
 from carmodels.data.dataset import Splits
-from carmodels.data.resplit import with_fold
+from carmodels.data.resplit import hold_out_fold
 from carmodels.data.splits import assign_folds
-from carmodels.evaluation.calibration import tempered
+from carmodels.evaluation.calibration import apply_temperature
 from carmodels.evaluation.metrics import accuracy
 from carmodels.evaluation.predictions import Predictions, blend
-from carmodels.files import write_whole
+from carmodels.files import write_atomic
 from carmodels.models.classifier import load_weights
 from carmodels.models.weights import Weights
 from carmodels.records import FOLD, FOLD_IN, FOLDS, State, TrialRecord
@@ -58,7 +58,7 @@ def test_more_folds_than_there_are_images_to_keep_apart_are_refused() -> None:
 
 
 def test_every_image_of_train_and_val_is_held_out_once_and_holdout_is_never_touched(splits: Splits) -> None:
-    parts = [with_fold(splits, folds=4, fold=fold, seed=3) for fold in range(4)]
+    parts = [hold_out_fold(splits, folds=4, fold=fold, seed=3) for fold in range(4)]
     both = {*splits.train.ids, *splits.val.ids}
     assert sorted(i for part in parts for i in part.val.ids) == sorted(both)
     for part in parts:
@@ -176,7 +176,7 @@ def answers(study: Study, config: TrialConfig, value: float) -> TrialRecord:
     study.append(complete(run, value))
     for one in folds.folds_of(run, 2):
         study.append(complete(one, value, stage=FOLD, repeats=run.id))
-        write_whole(study.weights_file(one.id), save({"x": torch.zeros(1)}))
+        write_atomic(study.weights_file(one.id), save({"x": torch.zeros(1)}))
     ids = tuple(study.labels("train") | study.labels("val"))
     oof = Predictions(ids, ("0", "1"), np.full((len(ids), 2), 0.5, np.float32))
     together = folds.all_folds(one)
@@ -267,7 +267,7 @@ def test_folds_that_were_trained_again_are_gathered_anew(
     [old] = folds.gather(study)
     assert folds.gather(study) == []
     flipped = study.predictions_file(old.trial_id, "val", "flip")
-    write_whole(flipped, b"of the models before")
+    write_atomic(flipped, b"of the models before")
     study.append(replace(first, state=State.RUNNING))
     assert folds.gather(study) == folds.ready(study) == []  # one of two models is no member
     unsure = study.predictions(first.trial_id, "oof")
@@ -337,7 +337,9 @@ def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_m
     blended, temperature = _answers(Members(job, weights, given), ("plain",), labels)
     assert temperature == 1.0
     expected = sum(
-        weight / 2 * tempered(study.predictions(run.trial_id, "holdout").probs, given[record.trial_id])
+        weight
+        / 2
+        * apply_temperature(study.predictions(run.trial_id, "holdout").probs, given[record.trial_id])
         for record, weight in weights.items()
         for run in folds.fold_records(study, record.run)
     )

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from carmodels.evaluation.predictions import Predictions
-from carmodels.files import read_json, write_json, write_whole
+from carmodels.files import read_json, write_atomic, write_json
 from carmodels.records import FOLD, FOLD_IN, Cause, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
@@ -230,7 +230,7 @@ def test_where_the_time_allows_training_is_longer_and_a_shorter_run_is_no_run_of
 
 def left_weights(study: Study, *records: TrialRecord) -> None:
     for record in records:
-        write_whole(study.weights_file(record.trial_id), save({"x": torch.zeros(1)}))
+        write_atomic(study.weights_file(record.trial_id), save({"x": torch.zeros(1)}))
 
 
 def onward(study: Study, seconds: float = math.inf, **way: Any) -> tuple[list[tuple[int, str]], int]:

@@ -62,7 +62,7 @@ def random_views(
     found = []
     with torch.inference_mode():
         for number in range(RANDOM_VIEWS):
-            batches = [(b.rows, fitted.model(b.images).softmax(1).numpy()) for b in loader.epoch(number)]
+            batches = [(b.positions, fitted.model(b.images).softmax(1).numpy()) for b in loader.epoch(number)]
             found.append(tuple(np.concatenate(column) for column in zip(*batches, strict=True)))
     return found
 

@@ -25,7 +25,7 @@ from carmodels.data import loader as loaders
 from carmodels.data.cache import open_images
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
-from carmodels.files import append_line, write_whole
+from carmodels.files import append_line, write_atomic
 from carmodels.records import CUT_OFF, Cause, State
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
@@ -84,10 +84,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_full_disk_leaves_the_old_file_whole(disk: Disk) -> None:
     path = disk.folder / "table"
-    write_whole(path, "old")
+    write_atomic(path, "old")
     disk.fill(spare=64 * 2**10)
     with pytest.raises(OSError, match="No space left") as caught:
-        write_whole(path, os.urandom(2**20))
+        write_atomic(path, os.urandom(2**20))
     assert caught.value.errno == errno.ENOSPC
     assert [(p.name, p.read_text()) for p in disk.folder.iterdir()] == [("table", "old")]
 
@@ -111,9 +111,9 @@ def test_a_cache_that_fills_the_disk_is_taken_away_and_the_next_one_is_whole(
 
     paths = save_many(tmp_path / "images", 40)
     monkeypatch.setattr(
-        image_cache, "estimated_bytes", lambda *arguments: 0
+        image_cache, "estimate_cache_bytes", lambda *arguments: 0
     )  # another process fills it meanwhile
-    monkeypatch.setattr(image_cache, "SPARE_DISK", 0)
+    monkeypatch.setattr(image_cache, "RESERVED_DISK_BYTES", 0)
     disk.fill(spare=16 * 2**10)
     with pytest.raises(OSError, match="No space left"):
         open_images(paths, disk.folder / "images" / "a", 32, None)
@@ -259,7 +259,7 @@ class Stuck(list):
 def test_a_loader_that_hangs_is_an_error_that_says_so(
     splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaders, "PATIENCE", 2.0)
+    monkeypatch.setattr(loaders, "LOADER_TIMEOUT", 2.0)
     split = replace(splits.val, rows=np.arange(8), ids=splits.val.ids[:8], labels=splits.val.labels[:8])
     images = Stuck([np.zeros((40, 40, 3), np.uint8)] * 8)
     loader = Loader(images, split, image_size=32, batch_size=4, processes=1)

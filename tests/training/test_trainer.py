@@ -59,7 +59,8 @@ def test_the_seed_of_the_head_decides_its_initial_weights_and_nothing_else(
     assert torch.equal(head(made(1, None)), head(made(1, 1)))
     assert not torch.equal(head(made(1, None)), head(made(1, 0)))
     orders = [
-        [b.tolist() for b in made(*seeds).train_loader.orders(1)] for seeds in ((1, None), (1, 0), (0, 1))
+        [b.tolist() for b in made(*seeds).train_loader.batch_positions(1)]
+        for seeds in ((1, None), (1, 0), (0, 1))
     ]
     assert orders[0] == orders[1] != orders[2]
     assert Run(config, Origin(head_seed=3)).id != Run(config).id
@@ -110,7 +111,7 @@ def test_targets_are_learnt_in_the_place_of_labels_and_shown_as_they_were_made(
     )
     for number, view in ((1, 0), (2, 1), (3, 0)):
         images, targets = next(iter(trainer.shown(number)))
-        rows = trainer.train_loader.orders(number)[0]
+        rows = trainer.train_loader.batch_positions(number)[0]
         assert torch.equal(images, next(loader.epoch(view)).images[rows])
         assert np.array_equal(targets.numpy(), (right if view == 0 else 1 - right)[rows])
     with pytest.raises(ValueError, match="no mixup, no features"):

@@ -13,7 +13,7 @@ import ray
 from filelock import FileLock, Timeout
 
 from carmodels.data.dataset import Splits, open_dataset
-from carmodels.files import write_whole
+from carmodels.files import write_atomic
 from carmodels.models.weights import Weights
 from carmodels.study import Study
 from carmodels.training.held_out import splits_for
@@ -43,7 +43,7 @@ def held(study: Study) -> Iterator[None]:
             f"{study.folder} is in use by {whose}; wait for its end, stop it, or give another --study NAME"
         ) from None
     try:
-        write_whole(owner, f"process {os.getpid()} on {platform.node()}")
+        write_atomic(owner, f"process {os.getpid()} on {platform.node()}")
         yield
     finally:
         owner.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from carmodels.files import user_path, write_whole
+from carmodels.files import user_path, write_atomic
 from carmodels.study import Study
 from tune.budget.clock import Clock
 from tune.cli import session
@@ -33,6 +33,6 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     screen.answer(results, study)
     screen.say(f"Report: {write_report(study)}")
     if out:
-        write_whole(out, study.submission_file.read_bytes())
+        write_atomic(out, study.submission_file.read_bytes())
         screen.say(f"Copied to {options.out}.")
     return 0

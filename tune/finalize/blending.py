@@ -15,7 +15,7 @@ from carmodels.ensembling.selection import Selection, select_ensemble
 from carmodels.evaluation.calibration import fit_temperature, with_temperature
 from carmodels.evaluation.intervals import paired_gain, score_interval, score_prediction_interval
 from carmodels.evaluation.metrics import METRICS
-from carmodels.evaluation.nested import Nested, nested_check
+from carmodels.evaluation.nested import NestedCheck, nested_check
 from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.files import read_json, write_json
 from carmodels.models.classifier import weights_damage
@@ -206,7 +206,7 @@ class Chosen:
 
     weights: Mapping[str, float]  # by trial id
     gains: Mapping[str, float]  # as in `Selection`
-    check: Nested
+    check: NestedCheck
     sentence: str
 
 
@@ -269,12 +269,12 @@ class Library:
         return self._selected(self.tempered(rows), rows)
 
     def _selected(self, tempered: Mapping[str, Predictions], rows: np.ndarray) -> Selection:
-        some = {name: p.rows(rows) for name, p in tempered.items()}
+        some = {name: p.take(rows) for name, p in tempered.items()}
         return select_ensemble(
             some, self.truth[rows], metric=self.metric, costs=self.costs, max_cost=self.max_cost
         )
 
-    def check(self, until: float) -> Nested:
+    def check(self, until: float) -> NestedCheck:
         """Whether choosing an ensemble on one half of the images beats the best one on the other."""
 
         def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +291,7 @@ class Library:
         return select_ensemble(some, self.truth, metric=self.metric, rounds=0, max_members=1).single
 
 
-def _sentence(selection: Selection, check: Nested) -> str:
+def _sentence(selection: Selection, check: NestedCheck) -> str:
     """What the nested check says, in words."""
     halves = f"chosen on one half of val, the ensemble has {check.chosen:.4f} on the other, the best model "
     halves += f"{check.before:.4f} ({check.gain:+.4f}, mean of {len(check.gains)} cuts)"

@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from carmodels.data.dataset import Splits
-from carmodels.data.resplit import with_fold
+from carmodels.data.resplit import hold_out_fold
 from carmodels.data.splits import Split
 from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.predictions import Predictions, blend
@@ -30,7 +30,7 @@ MOST_FOLDED = 3  # configurations
 
 def check_filled(splits: Splits, folds: int, seed: int) -> None:
     """Raises ValueError where the images do not fill so many folds."""
-    with_fold(splits, folds=folds, fold=0, seed=seed)
+    hold_out_fold(splits, folds=folds, fold=0, seed=seed)
 
 
 def folds_of(run: Run, folds: int) -> list[Run]:
@@ -177,4 +177,4 @@ def shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> li
 def _held_out(job: Job, run: TrialRecord, images: Split) -> Split:
     """Those of the images that one fold's model has not learnt from."""
     held_out = set(splits_for(run.origin, job.splits).val.ids)
-    return images.part(np.array([name in held_out for name in images.ids], bool))
+    return images.subset(np.array([name in held_out for name in images.ids], bool))

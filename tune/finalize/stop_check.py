@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
-from carmodels.evaluation.intervals import share_interval
+from carmodels.evaluation.intervals import proportion_interval
 from carmodels.evaluation.metrics import METRICS
 from carmodels.files import write_json
 from carmodels.records import Role, State, TrialRecord
@@ -98,7 +98,7 @@ def judged_stops(
         "finished": len(verdicts),
         "wrong": wrong,
         "debatable": sum(v.verdict == DEBATABLE for v in verdicts),
-        "wrong_share": asdict(share_interval(wrong, len(verdicts))) if verdicts else None,
+        "wrong_share": asdict(proportion_interval(wrong, len(verdicts))) if verdicts else None,
         "seconds_saved": sum(v.seconds_saved for v in verdicts),
         "trials": [asdict(v) for v in verdicts],
     }

@@ -16,8 +16,8 @@ from carmodels.catalog import VIEWS
 from carmodels.data.splits import Split
 from carmodels.ensembling.selection import choose_views
 from carmodels.evaluation.calibration import with_temperature
-from carmodels.evaluation.metrics import METRICS, log_loss, right_and_wrong
-from carmodels.evaluation.nested import Nested, nested_check
+from carmodels.evaluation.metrics import METRICS, count_fixed_and_broken, log_loss
+from carmodels.evaluation.nested import NestedCheck, nested_check
 from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.models.classifier import build
 from carmodels.models.weights import Weights
@@ -258,7 +258,7 @@ def _tried(
     metric: str, shown: Mapping[str, np.ndarray], views: Sequence[str], truth: np.ndarray
 ) -> dict[str, Any]:
     probs = _mean(shown, views)
-    right, wrong = right_and_wrong(shown["plain"], probs, truth)
+    right, wrong = count_fixed_and_broken(shown["plain"], probs, truth)
     score = METRICS[metric].score(probs, truth)
     return {
         "views": views,
@@ -270,7 +270,11 @@ def _tried(
 
 
 def _verdict(
-    metric: str, shown: Mapping[str, np.ndarray], views: tuple[str, ...], truth: np.ndarray, check: Nested
+    metric: str,
+    shown: Mapping[str, np.ndarray],
+    views: tuple[str, ...],
+    truth: np.ndarray,
+    check: NestedCheck,
 ) -> tuple[tuple[str, ...], str]:
     """The views that are kept, and why, in words."""
     before = METRICS[metric].score(shown["plain"], truth)

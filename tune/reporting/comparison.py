@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from carmodels.evaluation.intervals import Interval, paired_gain
-from carmodels.files import read_json, write_whole
+from carmodels.files import read_json, write_atomic
 from carmodels.formatting import duration, gain_text, interval_text, range_text, score_text
 from carmodels.records import TrialRecord
 from carmodels.study import Study
@@ -51,7 +51,7 @@ class Side:
 def write_comparison(studies: Sequence[Study], path: Path | None = None) -> Path:
     """Write the page to `path` (compare.html beside the first study), whole or not at all."""
     path = path or studies[0].folder.parent / PAGE
-    write_whole(path, render(studies))
+    write_atomic(path, render(studies))
     return path
 
 

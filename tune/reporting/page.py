@@ -15,9 +15,9 @@ import numpy as np
 import vl_convert
 
 from carmodels.evaluation.calibration import with_temperature
-from carmodels.evaluation.intervals import share_interval
+from carmodels.evaluation.intervals import proportion_interval
 from carmodels.evaluation.metrics import log_loss
-from carmodels.files import read_json, write_whole
+from carmodels.files import read_json, write_atomic
 from carmodels.formatting import (
     duration,
     gain_text,
@@ -57,7 +57,7 @@ def write_report(study: Study, path: Path | None = None) -> Path:
     ValueError without a trial.
     """
     path = path or study.report_file
-    write_whole(path, render(study))
+    write_atomic(path, render(study))
     return path
 
 
@@ -298,7 +298,7 @@ def recall(confused: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for k, images in enumerate(confused.sum(axis=1).tolist()):
         if images:
-            share = share_interval(int(confused[k, k]), images)
+            share = proportion_interval(int(confused[k, k]), images)
             found.append(
                 {
                     "column": k,

@@ -13,9 +13,9 @@ import numpy as np
 
 from carmodels.data.layout import image_names
 from carmodels.ensembling.network import Ensemble, EnsembleSpec, decoded
-from carmodels.evaluation.calibration import FEWEST_ANSWERED, confidence_threshold, selective_accuracy
+from carmodels.evaluation.calibration import MIN_ANSWERED, confidence_threshold, selective_accuracy
 from carmodels.evaluation.intervals import Interval
-from carmodels.files import csv_text, write_whole
+from carmodels.files import csv_text, write_atomic
 from carmodels.study import Study
 
 NOT_SURE = "not sure"
@@ -65,7 +65,7 @@ class Threshold:
         """In words."""
         if math.isinf(self.confidence):
             return (
-                f"No answer is sure: not even the {FEWEST_ANSWERED} most confident ones on val are right in "
+                f"No answer is sure: not even the {MIN_ANSWERED} most confident ones on val are right in "
                 f"{self.wanted:.0%} of cases; a lower --not-sure gives answers."
             )
         if not self.confidence:
@@ -187,4 +187,4 @@ def write_answers(found: Sequence[Answer], spec: EnsembleSpec, path: Path) -> No
         ]
         for answer in found
     ]
-    write_whole(path, csv_text([header, *rows]))
+    write_atomic(path, csv_text([header, *rows]))

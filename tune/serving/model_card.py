@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from carmodels.ensembling.network import EXPORTED, EnsembleSpec
-from carmodels.files import read_json, write_whole
+from carmodels.files import read_json, write_atomic
 from carmodels.formatting import interval_text, score_text
 from carmodels.study import Study
 from tune.serving.inference import Threshold
@@ -32,7 +32,7 @@ def write_card(
         score=lambda value: score_text(metric, value),
         interval=lambda found: interval_text(metric, found),
     )
-    write_whole(folder / EXPORTED[-1], text)
+    write_atomic(folder / EXPORTED[-1], text)
 
 
 def _template() -> jinja2.Template:
