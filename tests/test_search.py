@@ -40,8 +40,8 @@ from tune import search
 from tune.budget import clock
 from tune.budget.clock import Clock
 from tune.cli import session, study_folder
-from tune.finalize.retraining import LONGER
-from tune.finalize.stop_check import at_rungs
+from tune.finalize.schedules import RETRAIN_EPOCHS_RATIO
+from tune.finalize.stop_check import pruned_in_search
 from tune.finalize.stop_check import sentence as stops_sentence
 from tune.optim.standings import judged, sentence
 from tune.reporting.mistakes import found_mistakes
@@ -303,7 +303,7 @@ def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place
     assert len(finished) == len(set(finished))
     reruns = [r for r in study.records() if r.stage == "confirm"]
     trial = next(r for r in study.records() if r.trial_id == best["trial_id"])
-    assert best["config"]["epochs"] == LONGER * trial.config.epochs  # no time limit
+    assert best["config"]["epochs"] == RETRAIN_EPOCHS_RATIO * trial.config.epochs  # no time limit
     assert best["config"]["continues"] == trial.trial_id
     longer = f"{best['config']['epochs']} epochs more each, on from its weights"
     assert longer in " ".join(whole.split())
@@ -501,7 +501,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     assert result.returncode == 0, result.stderr
     assert f"{len(cut)} queued again" in result.stdout
     holdout = json.loads(study.stops_file.read_text())
-    assert holdout["stopped"] == len(at_rungs(study.records()))
+    assert holdout["stopped"] == len(pruned_in_search(study.records()))
     assert holdout["finished"] == min(2, holdout["stopped"]) == len(study.stops.leaderboard())
     assert stops_sentence(holdout) in result.stdout
     records = {r.trial_id: r for r in study.records()}
@@ -719,14 +719,18 @@ def test_what_is_killed_while_it_begins_leaves_no_half_study(
 def test_a_search_that_has_nothing_more_to_draw_does_not_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stage in (search.confirmation, search.retraining, search.blending):
-        monkeypatch.setattr(stage, "most_seconds", lambda *given, **more: 0.0)
+    for stage, estimate in (
+        (search.confirmation, "confirmation_seconds"),
+        (search.retraining, "retraining_seconds"),
+        (search.blending, "ensemble_seconds"),
+    ):
+        monkeypatch.setattr(stage, estimate, lambda *given, **more: 0.0)
     job = Job(Study(tmp_path), None, None, Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
     options = search.parser().parse_args([])
     for begun, longer in ((time.time() - 150, False), (time.time() - 600, True)):  # of 620 s for the search
         clock = Clock(begun, 1000)
         assert (search.with_spare_time(job, options, clock) != clock) == longer
-    monkeypatch.setattr(search.confirmation, "most_seconds", lambda *given, **more: 1e6)
+    monkeypatch.setattr(search.confirmation, "confirmation_seconds", lambda *given, **more: 1e6)
     assert search.with_spare_time(job, options, clock).search == pytest.approx(0.88)  # they have 0.12 at most
 
 

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         "--epochs",
         type=int,
         metavar="N",
-        help=f"length of the schedule ({distillation.LONGER} times that of the study's trials)",
+        help=f"length of the schedule ({distillation.STUDENT_EPOCHS} times that of the study's trials)",
     )
     add_cache_options(p)
     return p

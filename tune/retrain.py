@@ -20,7 +20,7 @@ from carmodels.training.config import setting
 from tune.budget.clock import Clock
 from tune.cli import session
 from tune.cli.options import Parser, add_fold_options, add_machine_options, check_folds, guarded
-from tune.finalize import folds, retraining
+from tune.finalize import folds, repeats, retraining, schedules
 from tune.monitor.terminal import Screen
 
 MOST_SEEDS = 1000
@@ -67,25 +67,25 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     if options.seeds is not None and options.seeds > MOST_SEEDS:
         raise ValueError(f"--seeds {options.seeds} must be at most {MOST_SEEDS}")
     changes = dict(setting(text) for text in options.set)
-    way = retraining.Way(options.epochs, changes, options.onward)
+    retrain_options = schedules.RetrainOptions(options.epochs, changes, options.onward)
     if options.onward and (options.folds or options.fold_in):
         raise ValueError("--onward: what folds hold out the trial has learnt from; leave one of them out")
     if "patience" in changes and (options.folds or options.fold_in):
         raise ValueError("--set patience: what is held out must not end training; leave it out")
-    new_head = sorted(retraining.NEW_HEAD & changes.keys())
+    new_head = sorted(schedules.HEAD_FIELDS & changes.keys())
     if new_head and options.onward:
         raise ValueError(f"--set {new_head[0]}: the weights of the trial have another; leave out --onward")
     for name in ("backbone", "image_size", "epochs"):
-        if name in way.changes:
+        if name in changes:
             raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")
     study = Study(user_path(options.study))
     clock = Clock(time.time())
     with session.open_job(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
         if options.folds:
-            folds.check_filled(job.splits, options.folds, study.facts["seed"])
+            folds.check_fold_count(job.splits, options.folds, study.facts["seed"])
         if options.folds or options.fold_in or (options.epochs and not options.onward) or new_head:
-            fetch_weights(job.weights, retraining.backbones(study, options.trial))  # for new models
+            fetch_weights(job.weights, retraining.retrained_backbones(study, options.trial))  # for new models
         before = study.records()
         completed = retraining.retrain_all(
             job,
@@ -93,8 +93,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
             watch=session.watched(job, clock, None, screen),
             say=screen.say,
             trial_id=options.trial,
-            seeds=options.seeds or retraining.SEEDS,
-            way=way,
+            seeds=options.seeds or repeats.SEEDS,
+            options=retrain_options,
             folds=options.folds,
             fold_in=options.fold_in,
         )

@@ -25,7 +25,7 @@ from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict, view_size
 from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import TrainResult, fit
-from tune.finalize.views import Members, Paces, Verdict, judge_views
+from tune.finalize.views import EnsembleMembers, PredictionTimes, ViewsVerdict, select_tta_views
 from tune.runtime.job import Job
 
 RANDOM_VIEWS = 10
@@ -121,13 +121,15 @@ class MadeUp:
         workers = SimpleNamespace(count=2)
         return SimpleNamespace(splits=splits, workers=workers, study=SimpleNamespace(metric="accuracy"))
 
-    def repeats(self) -> bool:
+    def reproduce_predictions(self) -> bool:
         return self.same
 
-    def costs(self, paces: Paces, views: Sequence[str], *, on_val: bool = False) -> dict[str, float]:
+    def costs(
+        self, times: PredictionTimes, views: Sequence[str], *, on_val: bool = False
+    ) -> dict[str, float]:
         return {view: self.cost[view] / (self.folds if on_val else 1) for view in views}
 
-    def show(self, split: str, views: Sequence[str]) -> list[Path]:
+    def predict_missing(self, split: str, views: Sequence[str]) -> list[Path]:
         return []
 
     def blended(self, split: str, views: Sequence[str]) -> Predictions:
@@ -135,14 +137,16 @@ class MadeUp:
         return Predictions(IDS, CLASSES, self.shown[views[0]])
 
 
-def judged(members: MadeUp, limit: int = 4, seconds: float = math.inf, most: float = math.inf) -> Verdict:
+def judged(
+    members: MadeUp, limit: int = 4, seconds: float = math.inf, most: float = math.inf
+) -> ViewsVerdict:
     labels = dict(zip(IDS, LABELS.tolist(), strict=True))
-    return judge_views(
-        cast(Members, members),
+    return select_tta_views(
+        cast(EnsembleMembers, members),
         labels,
         limit=limit,
         seconds=seconds,
-        paces=cast(Paces, None),
+        times=cast(PredictionTimes, None),
         max_cost=most,
     )
 
@@ -186,7 +190,7 @@ def test_views_that_are_lucky_on_val_are_left_out() -> None:
 
 def test_where_no_view_helps_none_is_kept() -> None:
     assert judged(MadeUp(views_of({"plain": 0.95}))).sentence.startswith("left out, no gain on val")
-    assert judged(MadeUp(views_of({})), limit=1) == Verdict(("plain",), "not asked for")
+    assert judged(MadeUp(views_of({})), limit=1) == ViewsVerdict(("plain",), "not asked for")
     lost = judged(MadeUp(views_of({}), same=False))
     assert lost.sentence == "left out, the plain view does not give again what the trial left"
 
@@ -222,14 +226,17 @@ def test_val_is_shown_to_one_model_of_folds_alone_which_leaves_time_for_more_vie
 
 
 def test_folds_cost_what_all_their_models_do_but_on_val(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Paces, "measure", lambda self, runs, views=(): None)
+    monkeypatch.setattr(PredictionTimes, "measure", lambda self, runs, views=(): None)
     single = TrialConfig("test_resnet", image_size=32, epochs=2)
     runs = (Run(single), Run(single, Origin(folds=3)))
     records = [TrialRecord(r.id, single, State.COMPLETE, 2, 0.5, 1.0, "", origin=r.origin) for r in runs]
     job = cast(Job, None)
-    members, paces = Members(job, dict.fromkeys(records, 0.5), {}), Paces(job, {("test_resnet", 32): 0.002})
-    assert members.costs(paces, ["flip"]) == {"flip": pytest.approx(8.0)}
-    assert members.costs(paces, ["flip"], on_val=True) == {"flip": pytest.approx(4.0)}
+    members, times = (
+        EnsembleMembers(job, dict.fromkeys(records, 0.5), {}),
+        PredictionTimes(job, {("test_resnet", 32): 0.002}),
+    )
+    assert members.costs(times, ["flip"]) == {"flip": pytest.approx(8.0)}
+    assert members.costs(times, ["flip"], on_val=True) == {"flip": pytest.approx(4.0)}
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -24,13 +24,16 @@ from carmodels.study import Study
 from carmodels.submission import write_submission
 from tune.budget.clock import Clock
 from tune.finalize import folds, soups
-from tune.finalize.views import MOST_VIEWS, Members, Paces, judge_views
+from tune.finalize.views import MOST_VIEWS, EnsembleMembers, PredictionTimes, select_tta_views
 from tune.runtime.job import Job, Say
 from tune.runtime.recorder import WEIGHTS_KEPT
 
 SOUP_SHARE = 0.3  # of the time that is left, after which no further soup is tried
 MOST_MEMBERS = 8  # of `select_ensemble`
-_STARTS, _START = 5, 10.0  # tasks of a member, for timing it, each split and soups; seconds until one works
+_TASKS_PER_MEMBER, _TASK_START_SECONDS = (
+    5,
+    10.0,
+)  # tasks of a member, for timing it, each split and soups; seconds until one works
 CHECK_SHARE = 0.2  # of the rest, after which the nested check is not repeated once more
 
 
@@ -48,52 +51,58 @@ def ensemble(
     `max_seconds` is what all members with all views may take one worker for 1,000 images.
     """
     study, labels = job.study, job.study.labels("val")
-    ready = _with_weights(study, say)
-    trained = _trained(study, ready, top)
-    _restore(job, list({*trained, *(r for r in ready if r.baseline)}), say)
-    paces = Paces(job)
-    folds.restore(job)
-    folds.gather(study)
-    whole = folds.ready(study)
+    ready = _with_intact_weights(study, say)
+    trained = _candidates(study, ready, top)
+    _recompute_predictions(job, list({*trained, *(r for r in ready if r.baseline)}), say)
+    times = PredictionTimes(job)
+    folds.recompute_fold_predictions(job)
+    folds.record_complete_folds(study)
+    whole = folds.usable_fold_sets(study)
     for record in study.records():
         if record.stage == FOLDS and record not in whole:
             name = f"{record.trial_id}, {record.origin.folds} folds of {record.repeats}"
             say(f"Left out: {name}: the weights of some are lost.")
-    folded = _affordable(whole, paces, max_seconds)
-    _, on, _ = folds.judged_on(study, trained, folded)  # where it is out of fold, folds alone are chosen from
-    cooked = soups.cook(job, trained, until=time.time() + SOUP_SHARE * clock.left) if on == "val" else []
-    for record in cooked:
+    folded = _within_cost(whole, times, max_seconds)
+    _, on, _ = folds.ensemble_candidates(
+        study, trained, folded
+    )  # where it is out of fold, folds alone are chosen from
+    new_soups = (
+        soups.make_soups(job, trained, until=time.time() + SOUP_SHARE * clock.left) if on == "val" else []
+    )
+    for record in new_soups:
         say(f"Soup {record.trial_id}: {record.reason}, {record.config.title}; val {record.value:.4f}.")
-    candidates, on, asked = folds.judged_on(study, [*trained, *cooked], folded)
-    _restore(job, candidates, say)
-    paces.measure(record.run for record in candidates)
-    library = Library.of(study, candidates, on, asked, paces, max_seconds)
+    candidates, on, asked = folds.ensemble_candidates(study, [*trained, *new_soups], folded)
+    _recompute_predictions(job, candidates, say)
+    times.measure(record.run for record in candidates)
+    library = ModelLibrary.from_study(study, candidates, on, asked, times, max_seconds)
     chosen = library.choose(until=time.time() + CHECK_SHARE * clock.left)
     say(f"{chosen.sentence}.")
     records = {r.trial_id: r for r in [*trained, *candidates]}
-    members = Members(
+    members = EnsembleMembers(
         job, {records[i]: w for i, w in chosen.weights.items()}, library.temperatures(library.all_rows)
     )
-    verdict = judge_views(members, labels, limit=views, seconds=clock.left, paces=paces, max_cost=max_seconds)
+    verdict = select_tta_views(
+        members, labels, limit=views, seconds=clock.left, times=times, max_cost=max_seconds
+    )
     for line in (*(f"  {line}" for line in verdict.lines), f"Test-time augmentation: {verdict.sentence}"):
         say(f"{line}.")
-    blended, temperature = _answers(members, verdict.views, labels)
+    blended, temperature = _save_blended(members, verdict.views, labels)
     truth = np.array(list(labels.values()))
-    best = library.best_of([r.trial_id for r in trained]) if on == "val" else trained[0].trial_id
+    best = library.best_single([r.trial_id for r in trained]) if on == "val" else trained[0].trial_id
     single = records[best]
     results = {
         "metric": study.metric,
         "members": [
             described
             for record, weight in members.weights.items()
-            for described in _described_members(study, record, weight, chosen.gains, members, library)
+            for described in _member_rows(study, record, weight, chosen.gains, members, library)
         ],
         "temperature": temperature,
         "tta": asdict(verdict),
         "nested": {**asdict(chosen.check), "gain": chosen.check.gain, "sentence": chosen.sentence},
-        "soups": [_soup(record) for record in cooked],
+        "soups": [_soup_row(record) for record in new_soups],
         "cost": {
-            "seconds_per_1000": sum(members.costs(paces, verdict.views).values()),
+            "seconds_per_1000": sum(members.costs(times, verdict.views).values()),
             "most": max_seconds,
             "device": job.workers.device,
             "cores": job.workers.cpus,
@@ -102,8 +111,8 @@ def ensemble(
             "ensemble": METRICS[study.metric].score(blended["val"].aligned(list(labels)).probs, truth),
             "single": {"trial_id": single.trial_id, "value": single.value},
         },
-        "holdout": _holdout(study, study.metric, blended["holdout"], single.trial_id),
-        **_submitted(job, blended),
+        "holdout": _holdout_results(study, study.metric, blended["holdout"], single.trial_id),
+        **_write_submission(job, blended),
     }
     study.thumbnails_file.unlink(missing_ok=True)  # of the mistakes of the ensemble before
     write_json(study.ensemble_file, results)
@@ -111,7 +120,7 @@ def ensemble(
     return results
 
 
-def most_seconds(job: Job, folds: int = 0) -> float:
+def ensemble_seconds(job: Job, folds: int = 0) -> float:
     """What the ensemble takes at most, by the costs of the dearest of the best trials; infinite without.
 
     With `folds`, of which each member has so many models: only one of them sees an image of val.
@@ -123,15 +132,15 @@ def most_seconds(job: Job, folds: int = 0) -> float:
     image = max(costs.tested(config) for config in best)
     later = (len(splits.holdout) + len(splits.test)) * MOST_VIEWS * (folds or 1)
     images = len(splits.val) * len(VIEWS) + later
-    return MOST_MEMBERS * (image * images + _STARTS * _START) / job.workers.count
+    return MOST_MEMBERS * (image * images + _TASKS_PER_MEMBER * _TASK_START_SECONDS) / job.workers.count
 
 
-def _answers(
-    members: Members, views: Sequence[str], labels: Mapping[str, int]
+def _save_blended(
+    members: EnsembleMembers, views: Sequence[str], labels: Mapping[str, int]
 ) -> tuple[dict[str, Predictions], float]:
     """The ensemble's probabilities of each split, which are kept, and their temperature, fitted on val."""
     splits, study = members.job.splits, members.job.study
-    models = _models(members)
+    models = _single_models(members)
     found = {"val": members.blended("val", views)}
     found |= {s.name: models.blended(s.name, views) for s in (splits.holdout, splits.test) if len(s)}
     truth = np.array(list(labels.values()))
@@ -146,30 +155,30 @@ def _answers(
     return blended, temperature
 
 
-def _models(members: Members) -> Members:
+def _single_models(members: EnsembleMembers) -> EnsembleMembers:
     """Each model by itself, those of folds too, with its member's temperature: as in the exported network."""
     models: dict[TrialRecord, float] = {}
     temperatures: dict[str, float] = {}
     for record, weight in members.weights.items():
-        of = folds.models_of(members.job.study, record)
+        of = folds.member_models(members.job.study, record)
         models |= dict.fromkeys(of, weight / len(of))
         temperatures |= dict.fromkeys((one.trial_id for one in of), members.temperatures[record.trial_id])
-    return Members(members.job, models, temperatures)
+    return EnsembleMembers(members.job, models, temperatures)
 
 
-def _submitted(job: Job, blended: Mapping[str, Predictions]) -> dict[str, Any]:
+def _write_submission(job: Job, blended: Mapping[str, Predictions]) -> dict[str, Any]:
     """Write the submission, and say what it holds and is going to score; nothing without test images."""
     if "test" not in blended:
         return {}
     study, test = job.study, blended["test"]
     write_submission(test, study.submission_file, sample=job.splits.sample_file)
     return {
-        "submission": _described(study, job.splits.class_names, test),
-        "hidden": _expected(study, study.metric, blended["holdout"], len(test.ids)),
+        "submission": _submission_summary(study, job.splits.class_names, test),
+        "hidden": _expected_test_score(study, study.metric, blended["holdout"], len(test.ids)),
     }
 
 
-def _trained(study: Study, ready: Sequence[TrialRecord], top: int) -> list[TrialRecord]:
+def _candidates(study: Study, ready: Sequence[TrialRecord], top: int) -> list[TrialRecord]:
     """The best `top` trials of the search and all later runs, of what is ready, best first."""
     searched = [r for r in ready if r.stage == "search"][:top]
     found = [r for r in ready if r in searched or (r.stage in TRAINED and r.stage != "search")]
@@ -178,7 +187,7 @@ def _trained(study: Study, ready: Sequence[TrialRecord], top: int) -> list[Trial
     return found
 
 
-def _with_weights(study: Study, say: Say) -> list[TrialRecord]:
+def _with_intact_weights(study: Study, say: Say) -> list[TrialRecord]:
     """Finished runs whose weights are there and intact, best first."""
     there = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
     damaged = {r.trial_id: d for r in there if (d := weights_damage(study.weights_file(r.trial_id)))}
@@ -187,21 +196,21 @@ def _with_weights(study: Study, say: Say) -> list[TrialRecord]:
     return [r for r in there if r.trial_id not in damaged]
 
 
-def _affordable(records: Sequence[TrialRecord], paces: Paces, most: float) -> list[TrialRecord]:
+def _within_cost(records: Sequence[TrialRecord], times: PredictionTimes, most: float) -> list[TrialRecord]:
     """Those that take one worker at most so many seconds for 1,000 images."""
-    paces.measure(record.run for record in records)
-    return [record for record in records if 1000 * paces.of(record.run) <= most]
+    times.measure(record.run for record in records)
+    return [record for record in records if 1000 * times.seconds_per_image(record.run) <= most]
 
 
-def _restore(job: Job, records: Sequence[TrialRecord], say: Say) -> None:
+def _recompute_predictions(job: Job, records: Sequence[TrialRecord], say: Say) -> None:
     """Make probabilities that are missing or damaged anew, from the weights."""
     for split in ("val", "holdout"):
-        for file in Members(job, dict.fromkeys(records, 1.0), {}).show(split, ("plain",)):
+        for file in EnsembleMembers(job, dict.fromkeys(records, 1.0), {}).predict_missing(split, ("plain",)):
             say(f"{file} was damaged, it is made anew from the weights.")
 
 
 @dataclass(frozen=True)
-class Chosen:
+class EnsembleChoice:
     """Who is in the ensemble, and why."""
 
     weights: Mapping[str, float]  # by trial id
@@ -211,7 +220,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Library:
+class ModelLibrary:
     """What an ensemble is chosen from, and by."""
 
     metric: str
@@ -221,17 +230,17 @@ class Library:
     max_cost: float
 
     @classmethod
-    def of(
+    def from_study(
         cls,
         study: Study,
         candidates: Sequence[TrialRecord],
         on: str,
         labels: Mapping[str, int],
-        paces: Paces,
+        times: PredictionTimes,
         max_cost: float,
-    ) -> Library:
+    ) -> ModelLibrary:
         """The candidates' answers on a split; ValueError where none of them is cheap enough."""
-        costs = {r.trial_id: 1000 * paces.of(r.run) for r in candidates}
+        costs = {r.trial_id: 1000 * times.seconds_per_image(r.run) for r in candidates}
         if min(costs.values()) > max_cost:
             raise ValueError(
                 f"--max-seconds-per-1000 {max_cost:g} is less than the fastest candidate takes here, "
@@ -244,11 +253,11 @@ class Library:
     def all_rows(self) -> np.ndarray:
         return np.arange(len(self.truth))
 
-    def choose(self, until: float) -> Chosen:
+    def choose(self, until: float) -> EnsembleChoice:
         """The ensemble, or the best model alone where choosing one does not help on other images."""
         found, check = self.select(self.all_rows), self.check(until)
         alone = {found.single: 1.0}
-        return Chosen(
+        return EnsembleChoice(
             weights=found.weights if check.helps else alone,
             gains=found.gains if check.helps else dict.fromkeys(alone, 0.0),
             check=check,
@@ -285,7 +294,7 @@ class Library:
 
         return nested_check(choose, self.truth, metric=self.metric, until=until)
 
-    def best_of(self, names: Sequence[str]) -> str:
+    def best_single(self, names: Sequence[str]) -> str:
         """The best of these alone, of those that are cheap enough."""
         some = {name: self.probs[name] for name in names if self.costs[name] <= self.max_cost}
         return select_ensemble(some, self.truth, metric=self.metric, rounds=0, max_members=1).single
@@ -300,16 +309,16 @@ def _sentence(selection: Selection, check: Nested) -> str:
     return f"The ensemble is {'kept' if check.helps else 'left out for the best model'}: {halves}"
 
 
-def _described_members(
+def _member_rows(
     study: Study,
     record: TrialRecord,
     weight: float,
     gains: Mapping[str, float],
-    members: Members,
-    library: Library,
+    members: EnsembleMembers,
+    library: ModelLibrary,
 ) -> list[dict[str, Any]]:
     """The models of what was chosen: that itself, or its folds, which share what there is to it."""
-    models = folds.models_of(study, record)
+    models = folds.member_models(study, record)
     return [
         {
             "trial_id": one.trial_id,
@@ -325,7 +334,7 @@ def _described_members(
     ]
 
 
-def _soup(record: TrialRecord) -> dict[str, Any]:
+def _soup_row(record: TrialRecord) -> dict[str, Any]:
     return {
         "trial_id": record.trial_id,
         "title": record.config.title,
@@ -334,14 +343,14 @@ def _soup(record: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _described(study: Study, names: Sequence[str], test: Predictions) -> dict[str, Any]:
+def _submission_summary(study: Study, names: Sequence[str], test: Predictions) -> dict[str, Any]:
     """What the submission says: its rows, and how many of them are of each class, by name."""
     counts = np.bincount(test.probs.argmax(1), minlength=len(names)).tolist()
     given = [{"class": c, "name": n, "rows": k} for c, n, k in zip(test.classes, names, counts, strict=True)]
     return {"file": study.submission_file.name, "rows": len(test.ids), "classes": given}
 
 
-def _holdout(study: Study, metric: str, ensembled: Predictions, single: str) -> dict[str, Any]:
+def _holdout_results(study: Study, metric: str, ensembled: Predictions, single: str) -> dict[str, Any]:
     """The one look at holdout: ensemble, best single trial and baseline, with 95 % intervals."""
     labels = study.labels("holdout")
     truth = np.array(list(labels.values()))
@@ -358,7 +367,7 @@ def _holdout(study: Study, metric: str, ensembled: Predictions, single: str) -> 
     return {**scores, "images": len(truth), "looks": looks}
 
 
-def _expected(study: Study, metric: str, holdout: Predictions, images: int) -> dict[str, Any]:
+def _expected_test_score(study: Study, metric: str, holdout: Predictions, images: int) -> dict[str, Any]:
     """What the submission is going to score: a 95 % prediction interval, from holdout alone."""
     labels = study.labels("holdout")
     truth = np.array(list(labels.values()))

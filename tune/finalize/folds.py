@@ -28,17 +28,17 @@ from tune.runtime.job import Job, as_task
 MOST_FOLDED = 3  # configurations
 
 
-def check_filled(splits: Splits, folds: int, seed: int) -> None:
+def check_fold_count(splits: Splits, folds: int, seed: int) -> None:
     """Raises ValueError where the images do not fill so many folds."""
     with_fold(splits, folds=folds, fold=0, seed=seed)
 
 
-def folds_of(run: Run, folds: int) -> list[Run]:
+def fold_runs(run: Run, folds: int) -> list[Run]:
     """A run for each fold, without patience: the held-out fold never influences selection."""
     return [run.with_config(patience=0).with_origin(folds=folds, fold=fold) for fold in range(folds)]
 
 
-def all_folds(run: Run) -> Run:
+def fold_set(run: Run) -> Run:
     """What the models of all folds together are called by."""
     return run.with_origin(fold=None)
 
@@ -46,10 +46,10 @@ def all_folds(run: Run) -> Run:
 def fold_records(study: Study, run: Run) -> list[TrialRecord]:
     """The complete runs of single folds, fold by fold, of what all of them together are called by."""
     found = [r for r in study.records() if r.stage == FOLD and r.state is State.COMPLETE]
-    return sorted((r for r in found if all_folds(r.run) == run), key=lambda r: r.origin.fold or 0)
+    return sorted((r for r in found if fold_set(r.run) == run), key=lambda r: r.origin.fold or 0)
 
 
-def gather(study: Study) -> list[TrialRecord]:
+def record_complete_folds(study: Study) -> list[TrialRecord]:
     """Write down each configuration whose folds are all finished, with its probabilities; those that are new.
 
     Its value is that of val, as for other trials, from answers of models that have not seen an image. It is
@@ -59,7 +59,7 @@ def gather(study: Study) -> list[TrialRecord]:
     found: dict[Run, list[TrialRecord]] = defaultdict(list)
     for record in study.records():
         if record.stage == FOLD and record.state is State.COMPLETE:
-            found[all_folds(record.run)].append(record)
+            found[fold_set(record.run)].append(record)
     places = {r.trial_id: place for place, r in enumerate(study.records())}
 
     def new(run: Run, parts: Sequence[TrialRecord]) -> bool:
@@ -70,10 +70,12 @@ def gather(study: Study) -> list[TrialRecord]:
         answered = all(study.has_predictions(r.trial_id, "oof") for r in parts)
         return len(parts) == run.origin.folds and answered
 
-    return [_gathered(study, run) for run, parts in found.items() if there(run, parts) and new(run, parts)]
+    return [
+        _record_fold_set(study, run) for run, parts in found.items() if there(run, parts) and new(run, parts)
+    ]
 
 
-def restore(job: Job) -> None:
+def recompute_fold_predictions(job: Job) -> None:
     """Make anew what finished folds with intact weights have said, where it was lost or damaged."""
     study, splits = job.study, job.splits
     runs = [r for r in study.records() if r.stage == FOLD and r.state is State.COMPLETE]
@@ -82,22 +84,22 @@ def restore(job: Job) -> None:
     lost = [(r, name) for r, name in wanted if not study.has_predictions(r.trial_id, name)]
     if not lost:
         return
-    task = as_task(_said, job.workers)
+    task = as_task(_predict_fold, job.workers)
     for (run, name), said in zip(lost, ray.get([task.remote(job, *one) for one in lost]), strict=True):
         said.save(study.predictions_file(run.trial_id, name))
 
 
-def _said(job: Job, run: TrialRecord, name: str) -> Predictions:
+def _predict_fold(job: Job, run: TrialRecord, name: str) -> Predictions:
     images = splits_for(run.origin, job.splits).val if name == "oof" else getattr(job.splits, name)
     return job.predict_again(run, images, ("plain",))[0]
 
 
-def _gathered(study: Study, run: Run) -> TrialRecord:
+def _record_fold_set(study: Study, run: Run) -> TrialRecord:
     parts, metric = fold_records(study, run), METRICS[study.metric]
     study.forget_predictions(run.id)
     on_val = study.labels("val")
     labels = study.labels("train") | on_val
-    oof = joined([study.predictions(r.trial_id, "oof") for r in parts]).aligned(list(labels))
+    oof = concatenated([study.predictions(r.trial_id, "oof") for r in parts]).aligned(list(labels))
     val = Predictions(tuple(on_val), oof.classes, oof.probs[[name in on_val for name in labels]])
     answers = {"oof": oof, "val": val}
     for split in ("holdout", "test"):
@@ -124,13 +126,13 @@ def _gathered(study: Study, run: Run) -> TrialRecord:
     return record
 
 
-def joined(parts: Sequence[Predictions]) -> Predictions:
+def concatenated(parts: Sequence[Predictions]) -> Predictions:
     """Predictions of different images as one."""
     ids = tuple(i for part in parts for i in part.ids)
     return Predictions(ids, parts[0].classes, np.concatenate([part.probs for part in parts]))
 
 
-def ready(study: Study) -> list[TrialRecord]:
+def usable_fold_sets(study: Study) -> list[TrialRecord]:
     """Configurations whose folds have all left their weights, and intact, best first."""
     found = [r for r in study.leaderboard() if r.stage == FOLDS]
     return [
@@ -142,7 +144,7 @@ def ready(study: Study) -> list[TrialRecord]:
     ]
 
 
-def judged_on(
+def ensemble_candidates(
     study: Study, candidates: Sequence[TrialRecord], folded: Sequence[TrialRecord]
 ) -> tuple[list[TrialRecord], str, dict[str, int]]:
     """The candidates of an ensemble, the split that it is chosen on, and the labels there.
@@ -156,25 +158,25 @@ def judged_on(
     return [*candidates, *folded], "val", study.labels("val")
 
 
-def models_of(study: Study, record: TrialRecord) -> list[TrialRecord]:
+def member_models(study: Study, record: TrialRecord) -> list[TrialRecord]:
     """The records whose weights a member of an ensemble has: its folds, or itself."""
     return fold_records(study, record.run) if record.stage == FOLDS else [record]
 
 
-def shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
+def predict_with_folds(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
     """What the models of all folds say of a split through each view: on val each of its own fold alone."""
     images: Split = getattr(job.splits, split)
     said = []
     for run in fold_records(job.study, record.run):
-        own = _held_out(job, run, images) if split == "val" else images
+        own = _held_out_images(job, run, images) if split == "val" else images
         if len(own):
             said.append(job.predict_again(run, own, views))
     if split == "val":
-        return [joined(parts).aligned(images.ids) for parts in zip(*said, strict=True)]
+        return [concatenated(parts).aligned(images.ids) for parts in zip(*said, strict=True)]
     return [blend(parts) for parts in zip(*said, strict=True)]
 
 
-def _held_out(job: Job, run: TrialRecord, images: Split) -> Split:
+def _held_out_images(job: Job, run: TrialRecord, images: Split) -> Split:
     """Those of the images that one fold's model has not learnt from."""
     held_out = set(splits_for(run.origin, job.splits).val.ids)
     return images.part(np.array([name in held_out for name in images.ids], bool))

@@ -29,20 +29,20 @@ from tune.finalize import folds
 from tune.runtime.job import Job, as_task
 
 MOST_VIEWS = 4  # an image, the plain one included
-_HALF_PRECISION = 0.02  # by how much probabilities differ between two batch layouts on a GPU
-_ROUNDING = 1e-5
-_TIMED = 64  # images
-_JUDGING = 0.5  # of the time that is left: for showing val; the rest is for holdout and test
+_HALF_PRECISION_TOLERANCE = 0.02  # by how much probabilities differ between two batch layouts on a GPU
+_ROUNDING_TOLERANCE = 1e-5
+_TIMED_IMAGES = 64  # images
+_VAL_SHARE = 0.5  # of the time that is left: for showing val; the rest is for holdout and test
 
 
 @dataclass(frozen=True)
-class Paces:
+class PredictionTimes:
     """What showing an image to a model takes one worker here, in seconds, as measured; each shape once."""
 
     job: Job
     seconds: dict[tuple[str, int], float] = field(default_factory=dict)  # by backbone and size in pixels
 
-    def of(self, run: Run, view: str = "plain") -> float:
+    def seconds_per_image(self, run: Run, view: str = "plain") -> float:
         """Seconds an image, loading included, by all models of a run over folds."""
         return (run.origin.folds or 1) * self.seconds[self._key(run.config, view)]
 
@@ -66,7 +66,7 @@ def prediction_seconds(job: Job, config: TrialConfig, size: int) -> float:
     model = build(config, classes=len(job.splits.classes), weights=Weights("none"))
     val = job.splits.val
     assert val.labels is not None
-    many = _TIMED * (1 + job.workers.processes)  # loader processes take a while to begin
+    many = _TIMED_IMAGES * (1 + job.workers.processes)  # loader processes take a while to begin
     some = Split(val.name, val.ids[:many], val.labels[:many], val.rows[:many])
     taken = []
     for _ in range(3):
@@ -77,7 +77,7 @@ def prediction_seconds(job: Job, config: TrialConfig, size: int) -> float:
 
 
 @dataclass(frozen=True)
-class Members:
+class EnsembleMembers:
     """An ensemble's trials with their weights, and the probabilities they give through any views."""
 
     job: Job
@@ -86,7 +86,7 @@ class Members:
 
     def blended(self, split: str, views: Sequence[str]) -> Predictions:
         """The weighted mean over members of each one's mean over views; what is missing on disk is made."""
-        self.show(split, views)
+        self.predict_missing(split, views)
         means = [blend([self._tempered(record, split, view) for view in views]) for record in self.weights]
         return blend(means, list(self.weights.values()))
 
@@ -94,7 +94,7 @@ class Members:
         found = self.job.study.predictions(record.trial_id, split, view)
         return with_temperature(found, self.temperatures[record.trial_id])
 
-    def show(self, split: str, views: Sequence[str]) -> list[Path]:
+    def predict_missing(self, split: str, views: Sequence[str]) -> list[Path]:
         """Show the split to every member through every view whose probabilities are missing or damaged.
 
         They are made side by side. What comes back are the files that were there, but damaged.
@@ -107,47 +107,53 @@ class Members:
         # few tasks: each may start a process
         parts = math.ceil(self.job.workers.count / max(1, sum(map(bool, missing.values()))))
         tasks = [(r, vs[k::parts]) for r, vs in missing.items() for k in range(parts) if vs[k::parts]]
-        task = as_task(_shown, self.job.workers)
+        task = as_task(_predict_views, self.job.workers)
         made = ray.get([task.remote(self.job, r, split, vs) for r, vs in tasks])
         for (record, vs), found in zip(tasks, made, strict=True):
             for view, predictions in zip(vs, found, strict=True):
                 predictions.save(path(record.trial_id, split, view))
         return damaged
 
-    def repeats(self) -> bool:
+    def reproduce_predictions(self) -> bool:
         """Show val to the first member again: whether that gives what it left.
 
         Where it does not, images and ids have come apart, or this is another kind of machine.
         """
         record = next(iter(self.weights))
         before = self.job.study.predictions(record.trial_id, "val")
-        task = as_task(_shown, self.job.workers)
+        task = as_task(_predict_views, self.job.workers)
         again = ray.get(task.remote(self.job, record, "val", ("plain",)))[0].aligned(before.ids)
-        tolerance = _ROUNDING if record.stage == FOLDS else 0.0  # whose images come in other batches now
+        tolerance = (
+            _ROUNDING_TOLERANCE if record.stage == FOLDS else 0.0
+        )  # whose images come in other batches now
         if self.job.workers.gpus:
-            tolerance = _HALF_PRECISION
+            tolerance = _HALF_PRECISION_TOLERANCE
         return np.allclose(again.probs, before.probs, rtol=0, atol=tolerance)
 
-    def costs(self, paces: Paces, views: Iterable[str], *, on_val: bool = False) -> dict[str, float]:
+    def costs(
+        self, times: PredictionTimes, views: Iterable[str], *, on_val: bool = False
+    ) -> dict[str, float]:
         """Seconds that all members together take for 1,000 images, by view.
 
         On val each image is shown to one model of folds alone.
         """
         runs, views = [record.run for record in self.weights], tuple(views)
-        paces.measure(runs, views)
+        times.measure(runs, views)
         shares = {run: 1 / (run.origin.folds or 1) if on_val else 1.0 for run in runs}
-        return {view: 1000 * sum(shares[r] * paces.of(r, view) for r in runs) for view in views}
+        return {
+            view: 1000 * sum(shares[r] * times.seconds_per_image(r, view) for r in runs) for view in views
+        }
 
 
-def _shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
+def _predict_views(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
     """One trial's probabilities for one split through each of the views, from the weights it left."""
     if record.stage == FOLDS:
-        return folds.shown(job, record, split, views)
+        return folds.predict_with_folds(job, record, split, views)
     return job.predict_again(record, getattr(job.splits, split), views)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ViewsVerdict:
     """Which views are averaged over, and how that was judged."""
 
     views: tuple[str, ...]
@@ -158,10 +164,10 @@ class Verdict:
     @property
     def lines(self) -> list[str]:
         """Each set that was tried, in words."""
-        return [_line(row) for row in self.tried]
+        return [_row_text(row) for row in self.tried]
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _row_text(row: Mapping[str, Any]) -> str:
     name = ", ".join(row["views"])
     if "left_out" in row:
         return f"{name}: left out, {row['left_out']}"
@@ -169,15 +175,15 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{name}: val {row['val']:.4f}, log loss {row['log_loss']:.4f}, {counts}"
 
 
-def judge_views(
-    members: Members,
+def select_tta_views(
+    members: EnsembleMembers,
     labels: Mapping[str, int],
     *,
     limit: int,
     seconds: float,
-    paces: Paces,
+    times: PredictionTimes,
     max_cost: float = math.inf,
-) -> Verdict:
+) -> ViewsVerdict:
     """Add views to the plain one on val, as far as `seconds` allow, each the one that helps most.
 
     That is judged by log loss, which a few hundred images tell more surely than accuracy: views that it
@@ -187,19 +193,19 @@ def judge_views(
     other by the study's metric.
     """
     if limit < 2:
-        return Verdict(("plain",), "not asked for")
+        return ViewsVerdict(("plain",), "not asked for")
     ends = time.time() + seconds
-    if not members.repeats():
-        return Verdict(("plain",), "left out, the plain view does not give again what the trial left")
-    costs = members.costs(paces, VIEWS)
-    on_val = members.costs(paces, VIEWS, on_val=True)
-    most, left_out = _affordable(members.job, costs, on_val, limit, ends - time.time(), max_cost)
+    if not members.reproduce_predictions():
+        return ViewsVerdict(("plain",), "left out, the plain view does not give again what the trial left")
+    costs = members.costs(times, VIEWS)
+    on_val = members.costs(times, VIEWS, on_val=True)
+    most, left_out = _plan_views(members.job, costs, on_val, limit, ends - time.time(), max_cost)
     if len(left_out) == len(VIEWS) - 1:
         reason = "no time for it" if most < 2 else "every view would cost too much"
-        return Verdict(("plain",), f"left out, {reason}", _left_out(left_out))
+        return ViewsVerdict(("plain",), f"left out, {reason}", _left_out_rows(left_out))
     ids, truth = list(labels), np.array(list(labels.values()))
     tried_on = [view for view in VIEWS if view not in left_out]
-    members.show("val", tried_on)
+    members.predict_missing("val", tried_on)
     shown = {view: members.blended("val", (view,)).aligned(ids).probs for view in tried_on}
     metric = members.job.study.metric
 
@@ -208,18 +214,20 @@ def judge_views(
         return choose_views(some, truth[rows], metric="log_loss", most=most, costs=costs, max_cost=max_cost)
 
     def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return _mean(shown, chosen(rows)), shown["plain"]
+        return _mean_probs(shown, chosen(rows)), shown["plain"]
 
     views = chosen(np.arange(len(truth)))
     sets: list[tuple[str, ...]] = [("plain", view) for view in shown if view != "plain"]
     sets += [views[:count] for count in range(3, len(views) + 1)]
-    tried = tuple(_tried(metric, shown, views, truth) for views in sets)
+    tried = tuple(_score_views(metric, shown, views, truth) for views in sets)
     check = nested_check(choose, truth, metric=metric, until=ends)
-    kept, sentence = _verdict(metric, shown, views, truth, check)
-    return Verdict(kept, sentence, tried + _left_out(left_out), {**asdict(check), "gain": check.gain})
+    kept, sentence = _decision(metric, shown, views, truth, check)
+    return ViewsVerdict(
+        kept, sentence, tried + _left_out_rows(left_out), {**asdict(check), "gain": check.gain}
+    )
 
 
-def _affordable(
+def _plan_views(
     job: Job,
     costs: Mapping[str, float],
     on_val: Mapping[str, float],
@@ -230,8 +238,8 @@ def _affordable(
     """How many views an image there is time for, and why views are left out that are not to be tried."""
     splits, workers = job.splits, job.workers.count
     later = (len(splits.holdout) + len(splits.test)) * max(costs.values()) / 1000 / workers  # for each view
-    most = min(limit, 1 + int(min((1 - _JUDGING) * seconds / later, limit))) if later else limit
-    left, left_out = _JUDGING * seconds, {}
+    most = min(limit, 1 + int(min((1 - _VAL_SHARE) * seconds / later, limit))) if later else limit
+    left, left_out = _VAL_SHARE * seconds, {}
     for view in VIEWS:
         if view == "plain":
             continue
@@ -246,19 +254,19 @@ def _affordable(
     return most, left_out
 
 
-def _left_out(reasons: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+def _left_out_rows(reasons: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
     return tuple({"views": ("plain", view), "left_out": reason} for view, reason in reasons.items())
 
 
-def _mean(shown: Mapping[str, np.ndarray], views: Sequence[str]) -> np.ndarray:
+def _mean_probs(shown: Mapping[str, np.ndarray], views: Sequence[str]) -> np.ndarray:
     found: np.ndarray = np.mean([shown[view] for view in views], axis=0)
     return found
 
 
-def _tried(
+def _score_views(
     metric: str, shown: Mapping[str, np.ndarray], views: Sequence[str], truth: np.ndarray
 ) -> dict[str, Any]:
-    probs = _mean(shown, views)
+    probs = _mean_probs(shown, views)
     right, wrong = right_and_wrong(shown["plain"], probs, truth)
     score = METRICS[metric].score(probs, truth)
     return {
@@ -270,14 +278,14 @@ def _tried(
     }
 
 
-def _verdict(
+def _decision(
     metric: str, shown: Mapping[str, np.ndarray], views: tuple[str, ...], truth: np.ndarray, check: Nested
 ) -> tuple[tuple[str, ...], str]:
     """The views that are kept, and why, in words."""
     before = METRICS[metric].score(shown["plain"], truth)
     if len(views) < 2:
         return views, f"left out, no gain on val ({before:.4f})"
-    found = _tried(metric, shown, views, truth)
+    found = _score_views(metric, shown, views, truth)
     scores = f"{', '.join(views)}: val {before:.4f} -> {found['val']:.4f}, log loss {found['log_loss']:.4f}"
     halves = f"chosen on one half of val it gains {check.gain:+.4f} on the other"
     if not check.helps:
