@@ -115,9 +115,8 @@ def test_the_models_of_all_folds_answer_what_they_have_not_seen(
     [record] = folds.record_complete_folds(study)
     assert folds.record_complete_folds(study) == []
     assert (record.trial_id, record.stage) == (folds.fold_set(runs[0]).id, FOLDS)
-    assert (
-        folds.usable_fold_sets(study) == study.leaderboard() == [record]
-    )  # a fold's own value is no value on val
+    # a fold's own value is no value on val
+    assert folds.usable_fold_sets(study) == study.leaderboard() == [record]
     labels = study.labels("train") | study.labels("val")
     oof = study.predictions(record.trial_id, "oof").aligned(list(labels))
     for one in (first, second):
@@ -271,9 +270,8 @@ def test_folds_that_were_trained_again_are_gathered_anew(
     flipped = study.predictions_file(old.trial_id, "val", "flip")
     write_whole(flipped, b"of the models before")
     study.append(replace(first, state=State.RUNNING))
-    assert (
-        folds.record_complete_folds(study) == folds.usable_fold_sets(study) == []
-    )  # one of two models is no member
+    # one of two models is no member
+    assert folds.record_complete_folds(study) == folds.usable_fold_sets(study) == []
     unsure = study.predictions(first.trial_id, "oof")
     replace(unsure, probs=np.full_like(unsure.probs, 0.1)).save(study.predictions_file(first.trial_id, "oof"))
     study.append(first)

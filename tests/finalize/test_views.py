@@ -231,10 +231,8 @@ def test_folds_cost_what_all_their_models_do_but_on_val(monkeypatch: pytest.Monk
     runs = (Run(single), Run(single, Origin(folds=3)))
     records = [TrialRecord(r.id, single, State.COMPLETE, 2, 0.5, 1.0, "", origin=r.origin) for r in runs]
     job = cast(Job, None)
-    members, times = (
-        EnsembleMembers(job, dict.fromkeys(records, 0.5), {}),
-        PredictionTimes(job, {("test_resnet", 32): 0.002}),
-    )
+    members = EnsembleMembers(job, dict.fromkeys(records, 0.5), {})
+    times = PredictionTimes(job, {("test_resnet", 32): 0.002})
     assert members.costs(times, ["flip"]) == {"flip": pytest.approx(8.0)}
     assert members.costs(times, ["flip"], on_val=True) == {"flip": pytest.approx(4.0)}
 

@@ -94,7 +94,7 @@ def distil(
         "temperature": temperature,
         "tta": {"views": ["plain"], "sentence": "left out, the student is to be fast"},
         "taught": {"views": views, "temperature": softness, "share": TAUGHT},
-        "val": _scores(study, "val"),
+        "val": _val_scores(study),
         "holdout": {**_holdout_comparison(study), "looks": looks},
     }
     write_json(student_file, results)
@@ -133,7 +133,7 @@ def _available_backbones(job: Job) -> list[str]:
 
 
 def _student_config(study: Study, backbone: str, epochs: int | None) -> Run:
-    """The search's best trial, of this backbone if there is one, with a long schedule and full fine-tuning."""
+    """The search's best trial (of this backbone, if any) with a long schedule and full fine-tuning."""
     board = [r for r in study.leaderboard() if r.stage == "search"]
     same_backbone = [r for r in board if r.config.backbone == backbone]
     best = (same_backbone or board)[0].run
@@ -192,10 +192,10 @@ def _save_predictions(job: Job, trained: TrainResult, record: TrialRecord) -> fl
     return temperature
 
 
-def _scores(study: Study, split: str) -> dict[str, float]:
-    """The study's metric for student and ensemble."""
+def _val_scores(study: Study) -> dict[str, float]:
+    """The study's metric on val for student and ensemble."""
     metric = METRICS[study.metric]
-    return {name: metric.score(*study.answers(name, split)) for name in (STUDENT, "ensemble")}
+    return {name: metric.score(*study.answers(name, "val")) for name in (STUDENT, "ensemble")}
 
 
 def _holdout_comparison(study: Study) -> dict[str, Any]:
