@@ -101,7 +101,7 @@ def retraining_seconds(job: Job, *, within: float = math.inf, folds: int = 0) ->
     longest = ((record, options.new_model_runs(record.run)[0].config) for record in best)
     seconds = max((budget.training_seconds(*run) for run in longest), default=math.inf)
     runs = folds * MOST_FOLDED if folds else SEEDS + CONTENDERS - 1
-    image_ratio = 1 + len(splits.val) / len(splits.train) if folds else 1.0  # a fold's upper bound
+    image_ratio = 1 + len(splits.val) / len(splits.train) if folds else 1.0  # upper bound
     return seconds * image_ratio * math.ceil(runs / budget.workers)
 
 
@@ -222,11 +222,11 @@ def _all_folds_complete(study: Study, template: Run, folds: int) -> bool:
 def _started_templates(study: Study, record: TrialRecord, folds: int, options: RetrainOptions) -> list[Run]:
     """Templates of other lengths, from commands with less time, that still lack some of their folds."""
     template = options.new_model_runs(record.run)[0].with_config(patience=0)
-    others = (r.run for r in study.records() if r.stage == FOLD and r.origin.folds == folds)
     if options.epochs:
         return []
     epochs = template.config.epochs
-    started = {run.with_origin(folds=0, fold=None) for run in others}
+    fold_models = (r.run for r in study.records() if r.stage == FOLD and r.origin.folds == folds)
+    started = {run.with_origin(folds=0, fold=None) for run in fold_models}
     alike = [run for run in started if run.with_config(epochs=epochs) == template]
     return [run for run in alike if _missing_folds(study, run, folds)]
 

@@ -40,9 +40,7 @@ class PredictionTimes:
     """Measured prediction time per image on one worker; each backbone and size is measured once."""
 
     job: Job
-    seconds: dict[tuple[str, int], float] = field(
-        default_factory=dict
-    )  # per image, by backbone and side in pixels
+    seconds: dict[tuple[str, int], float] = field(default_factory=dict)  # by backbone and side in pixels
 
     def seconds_per_image(self, run: Run, view: str = "plain") -> float:
         """Seconds per image, including loading; of a fold set, all its models together."""
@@ -97,7 +95,7 @@ class EnsembleMembers:
         return with_temperature(predictions, self.temperatures[record.trial_id])
 
     def predict_missing(self, split: str, views: Sequence[str]) -> list[Path]:
-        """Compute missing or damaged predictions of every member and view, side by side; damaged files."""
+        """Compute missing or damaged predictions of all members and views, side by side; damaged files."""
         study, path = self.job.study, self.job.study.predictions_file
         missing = {
             r: [v for v in views if not study.has_predictions(r.trial_id, split, v)] for r in self.weights
@@ -155,10 +153,8 @@ class ViewsVerdict:
 
     views: tuple[str, ...]
     sentence: str
-    tried: tuple[
-        dict[str, Any], ...
-    ] = ()  # one row per set of views: val, log loss, images corrected and spoilt
-    nested: dict[str, Any] | None = None  # the nested check: scores on the half of val not used for choosing
+    tried: tuple[dict[str, Any], ...] = ()  # a row per set: val, log loss, images corrected and spoilt
+    nested: dict[str, Any] | None = None  # the check: scores on the other half of val
 
     @property
     def lines(self) -> list[str]:
