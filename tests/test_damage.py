@@ -25,7 +25,7 @@ from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import fit
 from tune.finalize import blending, soups, views
-from tune.finalize.views import Members
+from tune.finalize.views import EnsembleMembers
 from tune.runtime.job import Job, Workers
 from tune.runtime.worker import _leave
 
@@ -156,20 +156,20 @@ def test_damaged_probabilities_are_made_anew_from_the_weights(
     record = ended(Run(replace(config, epochs=1)))
     path = left.study.predictions_file(record.trial_id, "val")
     before = left.study.predictions(record.trial_id, "val")
-    members = Members(left, {record: 1.0}, {})
-    assert members.show("val", ("plain",)) == []
+    members = EnsembleMembers(left, {record: 1.0}, {})
+    assert members.predict_missing("val", ("plain",)) == []
     cut(path, share)
-    assert members.show("val", ("plain",)) == [path]
+    assert members.predict_missing("val", ("plain",)) == [path]
     assert (left.study.predictions(record.trial_id, "val").probs == before.probs).all()
 
 
 def test_damaged_weights_stay_out_of_the_ensemble_by_name(left: Job, config: TrialConfig) -> None:
     record, said = ended(Run(replace(config, epochs=1))), list[str]()
     left.study.append(record)
-    assert blending._with_weights(left.study, said.append) == [record]
+    assert blending._with_intact_weights(left.study, said.append) == [record]
     path = left.study.weights_file(record.trial_id)
     cut(path, 0.5)
-    assert blending._with_weights(left.study, said.append) == []
+    assert blending._with_intact_weights(left.study, said.append) == []
     (words,) = said
     assert words.startswith(f"Left out: {path} is damaged (")
 
@@ -195,14 +195,14 @@ def test_a_soup_that_the_clock_cut_short_is_tried_again_where_there_is_time(
     left: Job, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record, other, name = ingredients(left, config)
-    old = replace(record, trial_id=name, stage=soups.STAGE, reason="of 2 of 9", cut_short=True)
+    old = replace(record, trial_id=name, stage=soups.SOUP, reason="of 2 of 9", cut_short=True)
     left.study.append(old)
     new = replace(old, reason="of 3 of 9", cut_short=False, value=0.7)
-    monkeypatch.setattr(soups, "_cook", lambda job, name, *more: new)
-    assert soups.cook(left, [record, other], until=0.0) == [old]
-    assert soups.cook(left, [record, other], until=time.time() + 99) == [new]
-    monkeypatch.setattr(soups, "_cook", lambda job, name, *more: pytest.fail("it is whole"))
-    assert soups.cook(left, [record, other], until=time.time() + 99) == [new]
+    monkeypatch.setattr(soups, "_make_soup", lambda job, name, *more: new)
+    assert soups.make_soups(left, [record, other], until=0.0) == [old]
+    assert soups.make_soups(left, [record, other], until=time.time() + 99) == [new]
+    monkeypatch.setattr(soups, "_make_soup", lambda job, name, *more: pytest.fail("it is whole"))
+    assert soups.make_soups(left, [record, other], until=time.time() + 99) == [new]
 
 
 @pytest.mark.usefixtures("here")
@@ -210,11 +210,11 @@ def test_a_soup_that_was_damaged_is_tried_again_and_not_read(
     left: Job, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record, other, name = ingredients(left, config)
-    left.study.append(replace(record, trial_id=name, stage=soups.STAGE))
+    left.study.append(replace(record, trial_id=name, stage=soups.SOUP))
     tried: list[str] = []
-    monkeypatch.setattr(soups, "_cook", lambda job, name, *more: tried.append(name))
-    assert [r.trial_id for r in soups.cook(left, [record, other], until=0.0)] == [name]
+    monkeypatch.setattr(soups, "_make_soup", lambda job, name, *more: tried.append(name))
+    assert [r.trial_id for r in soups.make_soups(left, [record, other], until=0.0)] == [name]
     assert tried == []
     cut(left.study.weights_file(name), 0.5)
-    assert soups.cook(left, [record, other], until=0.0) == []
+    assert soups.make_soups(left, [record, other], until=0.0) == []
     assert tried == [name]

@@ -44,8 +44,8 @@ from tune.cli import session, study_folder
 from tune.cli.options import written
 from tune.commands import run_search
 from tune.finalize import blending, confirmation, retraining
-from tune.finalize.retraining import LONGER
-from tune.finalize.stop_check import at_rungs
+from tune.finalize.schedules import RETRAIN_EPOCHS_RATIO
+from tune.finalize.stop_check import pruned_in_search
 from tune.optim.standings import standings_of, standings_sentence
 from tune.reporting.mistakes import found_mistakes
 from tune.runtime import search_stage
@@ -307,7 +307,7 @@ def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place
     assert len(complete) == len(set(complete))
     reruns = [r for r in study.records() if r.stage == "confirm"]
     trial = next(r for r in study.records() if r.trial_id == best["trial_id"])
-    assert best["config"]["epochs"] == LONGER * trial.config.epochs  # no time limit
+    assert best["config"]["epochs"] == RETRAIN_EPOCHS_RATIO * trial.config.epochs  # no time limit
     assert best["origin"]["continues"] == trial.trial_id
     longer = f"{best['config']['epochs']} epochs more each, on from its weights"
     assert longer in " ".join(whole.split())
@@ -504,7 +504,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     assert result.returncode == 0, result.stderr
     assert f"{len(cut)} queued again" in result.stdout
     check = json.loads(study.stops_file.read_text())
-    assert check["stopped"] == len(at_rungs(study.records()))
+    assert check["stopped"] == len(pruned_in_search(study.records()))
     assert check["finished"] == min(2, check["stopped"]) == len(study.stops.leaderboard())
     assert stops_sentence(check) in result.stdout
     records = {r.trial_id: r for r in study.records()}
@@ -723,14 +723,18 @@ def test_what_is_killed_while_it_begins_leaves_no_half_study(
 def test_a_search_that_has_nothing_more_to_draw_does_not_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stage in (confirmation, retraining, blending):
-        monkeypatch.setattr(stage, "most_seconds", lambda *given, **more: 0.0)
+    for stage, estimate in (
+        (confirmation, "confirmation_seconds"),
+        (retraining, "retraining_seconds"),
+        (blending, "ensemble_seconds"),
+    ):
+        monkeypatch.setattr(stage, estimate, lambda *given, **more: 0.0)
     job = Job(Study(tmp_path), None, None, Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
     options = search.parser().parse_args([])
     for begun, longer in ((time.time() - 150, False), (time.time() - 600, True)):  # of 620 s for the search
         clock = Clock(begun, 1000)
         assert (run_search.with_spare_time(job, options, clock) != clock) == longer
-    monkeypatch.setattr(confirmation, "most_seconds", lambda *given, **more: 1e6)
+    monkeypatch.setattr(confirmation, "confirmation_seconds", lambda *given, **more: 1e6)
     spared = run_search.with_spare_time(job, options, clock)
     assert spared.search == pytest.approx(0.88)  # the later stages have 0.12 at most
 

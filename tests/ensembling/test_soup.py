@@ -161,13 +161,13 @@ def test_a_soup_says_of_how_many_models_the_time_held_a_try(
         unsure = replace(ingredients[0].val, probs=np.full_like(ingredients[0].val.probs, 0.1))
         unsure.save(study.predictions_file(run.id, "val"))
     job = Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
-    whole = soups._cook(job, "whole", group, math.inf)
+    whole = soups._make_soup(job, "whole", group, math.inf)
     assert whole is not None
     assert whole.reason.endswith(" models of 3")
     assert whole.whole
     moments = iter([0.0, 2.0])  # the time is up before the third is tried
     monkeypatch.setattr("carmodels.ensembling.soup.time", SimpleNamespace(time=lambda: next(moments)))
-    cut = soups._cook(job, "cut", group, 1.0)
+    cut = soups._make_soup(job, "cut", group, 1.0)
     assert cut is not None
     assert cut.reason == "the mean of the weights of 2 models of 3, the time was up after 2 of them"
     assert cut.cut_short
@@ -186,12 +186,12 @@ def test_a_soup_is_a_record_with_weights_and_answers_of_its_own(
         shutil.copy(ingredient.weights, study.weights_file(record.trial_id))
         unsure = replace(ingredient.val, probs=np.full_like(ingredient.val.probs, 0.1))
         unsure.save(study.predictions_file(record.trial_id, "val"))
-    assert soups._kinds([*group, replace(group[0], origin=Origin(seed=9))]) == [group]
-    assert soups._kinds(group[:1]) == []
+    assert soups._by_kind([*group, replace(group[0], origin=Origin(seed=9))]) == [group]
+    assert soups._by_kind(group[:1]) == []
     name = soups.soup_id(group)
     assert name != soups.soup_id(group[::-1])
     job = Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
-    record = soups._cook(job, name, group, math.inf)
+    record = soups._make_soup(job, name, group, math.inf)
     assert record is not None
     assert (record.trial_id, record.stage, record.state) == (name, "soup", State.COMPLETE)
     assert len(record.ingredients) > 1

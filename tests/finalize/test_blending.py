@@ -22,7 +22,7 @@ from carmodels.training.config import TrialConfig
 from carmodels.training.run import Run
 from tune.budget.costs import Costs
 from tune.budget.stages import MOST_VIEWS
-from tune.finalize.blending import Library, _sentence, most_seconds
+from tune.finalize.blending import ModelLibrary, _sentence, ensemble_seconds
 from tune.runtime.job import Job, Workers
 
 ROWS = 160
@@ -41,8 +41,8 @@ def answers(skill: float, seed: int, sharpness: float = 1.0) -> Predictions:
 
 def library(
     probs: dict[str, Predictions], metric: str = "accuracy", most: float = math.inf, **costs: float
-) -> Library:
-    return Library(metric, probs, TRUTH, {name: costs.get(name, 1.0) for name in probs}, most)
+) -> ModelLibrary:
+    return ModelLibrary(metric, probs, TRUTH, {name: costs.get(name, 1.0) for name in probs}, most)
 
 
 def test_an_ensemble_takes_at_most_what_all_members_take_to_be_shown_everything(tmp_path: Path) -> None:
@@ -52,16 +52,16 @@ def test_an_ensemble_takes_at_most_what_all_members_take_to_be_shown_everything(
     costs = Costs({"test_resnet": {32: 0.01, 64: 0.04}}, train=500, val=100)
     workers = Workers(2, 1, 0.0)
     job = Job(study, splits, None, workers, tmp_path, costs)  # type: ignore[arg-type]
-    assert math.isinf(most_seconds(job))
+    assert math.isinf(ensemble_seconds(job))
     for size, value in ((32, 0.9), (64, 0.8)):
         config = TrialConfig("test_resnet", image_size=size, epochs=2)
         study.append(TrialRecord(Run(config).id, config, State.COMPLETE, 2, value, 1.0, "ran"))
     images = 100 * len(VIEWS) + 500 * MOST_VIEWS
-    assert most_seconds(job) >= 8 * 0.35 * 0.04 * images / 2
-    assert most_seconds(job) == pytest.approx(8 * (0.35 * 0.04 * images + 50) / 2)
+    assert ensemble_seconds(job) >= 8 * 0.35 * 0.04 * images / 2
+    assert ensemble_seconds(job) == pytest.approx(8 * (0.35 * 0.04 * images + 50) / 2)
     images += 4 * 500 * MOST_VIEWS
-    assert most_seconds(job, folds=5) == pytest.approx(8 * (0.35 * 0.04 * images + 50) / 2)
-    assert math.isinf(most_seconds(replace(job, costs=None)))
+    assert ensemble_seconds(job, folds=5) == pytest.approx(8 * (0.35 * 0.04 * images + 50) / 2)
+    assert math.isinf(ensemble_seconds(replace(job, costs=None)))
 
 
 def test_models_that_err_apart_are_kept_and_copies_of_one_are_not() -> None:
@@ -96,7 +96,7 @@ def test_where_the_check_fails_the_best_model_stands_alone(monkeypatch: pytest.M
     assert kept.weights == some.select(EVERY).weights
     assert kept.sentence.startswith("The ensemble is kept: ")
     single = some.select(EVERY).single
-    monkeypatch.setattr(Library, "check", lambda self, until: NestedCheck(0.8, 0.85, (-0.05,), False))
+    monkeypatch.setattr(ModelLibrary, "check", lambda self, until: NestedCheck(0.8, 0.85, (-0.05,), False))
     left = some.choose(until=0)
     assert (left.weights, left.gains) == ({single: 1.0}, {single: 0.0})
     assert left.sentence.startswith("The ensemble is left out for the best model: ")
@@ -122,9 +122,9 @@ def test_the_check_looks_at_nothing_but_its_half_and_keeps_to_the_cost() -> None
     some = library(probs, most=3.0, **dear)
     found = some.select(EVERY)
     assert set(found.weights) == {"m3", "m4", "m5"}
-    assert some.best_of(list(probs)) in found.weights
+    assert some.best_single(list(probs)) in found.weights
     best = max(("m3", "m4", "m5"), key=lambda name: accuracy(probs[name].probs, TRUTH))
-    assert some.best_of(list(probs)) == best
+    assert some.best_single(list(probs)) == best
     free = library(probs)
     assert free.check(until=0).before >= some.check(until=0).before - 0.1
 

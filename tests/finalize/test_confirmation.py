@@ -21,7 +21,7 @@ from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 from tune.budget.costs import RERUN_MARGIN
-from tune.finalize.confirmation import Reruns, knowledge_gradient, most_seconds, next_rerun
+from tune.finalize.confirmation import RerunSearcher, confirmation_seconds, knowledge_gradient, next_rerun
 from tune.optim.standings import (
     CONTENDERS,
     Standing,
@@ -273,12 +273,12 @@ def test_without_a_complete_trial_or_images_there_is_no_standing() -> None:
 def test_reruns_take_at_most_as_many_runs_of_the_dearest_of_the_best(tmp_path: Path) -> None:
     study = Study(tmp_path / "study")
     study.begin({"metric": "accuracy"}, [("val", f"{n}.jpg", 0) for n in range(IMAGES)])
-    assert math.isinf(most_seconds(study, 2, most=6))
-    assert most_seconds(study, 2, most=0) == 0
+    assert math.isinf(confirmation_seconds(study, 2, max_reruns=6))
+    assert confirmation_seconds(study, 2, max_reruns=0) == 0
     for record in field(0.9, 0.89, 0.88, 0.87, 0.5):
         study.append(replace(record, seconds=1000.0 if record.value == 0.5 else 100 * (record.value or 0)))
-    assert most_seconds(study, 2, most=6) == pytest.approx(3.5 * RERUN_MARGIN * 90)
-    assert most_seconds(study, 4, most=6) == pytest.approx(2.5 * RERUN_MARGIN * 90)
+    assert confirmation_seconds(study, 2, max_reruns=6) == pytest.approx(3.5 * RERUN_MARGIN * 90)
+    assert confirmation_seconds(study, 4, max_reruns=6) == pytest.approx(2.5 * RERUN_MARGIN * 90)
 
 
 def test_the_sentence_names_the_best_and_those_that_cannot_be_told_apart() -> None:
@@ -412,9 +412,11 @@ def study(tmp_path: Path) -> Study:
     return study
 
 
-def made(study: Study, most: int = 3, end: float = float("inf")) -> tuple[Reruns, dict[str, Role]]:
+def made(
+    study: Study, max_reruns: int = 3, end: float = float("inf")
+) -> tuple[RerunSearcher, dict[str, Role]]:
     roles: dict[str, Role] = {}
-    return Reruns(study, most=most, end=end, roles=roles), roles
+    return RerunSearcher(study, max_reruns=max_reruns, end=end, roles=roles), roles
 
 
 def ended(study: Study, values: object, value: float | None = 0.9, **more: Any) -> None:
@@ -435,7 +437,7 @@ def test_reruns_come_one_by_one_up_to_the_cap_each_with_its_role(study: Study) -
     assert len(roles) == 3
     resumed, _ = made(study)
     assert resumed.suggest("x") == Searcher.FINISHED
-    assert isinstance(made(study, most=4)[0].suggest("x"), dict)
+    assert isinstance(made(study, max_reruns=4)[0].suggest("x"), dict)
 
 
 def test_an_interrupted_rerun_goes_first_and_one_that_failed_is_not_tried_again(study: Study) -> None:
@@ -459,7 +461,7 @@ def test_a_rerun_that_was_lost_with_its_machine_is_tried_again(study: Study) -> 
 
 
 def test_with_the_cap_running_the_searcher_waits_and_does_not_end(study: Study) -> None:
-    reruns, _ = made(study, most=2)
+    reruns, _ = made(study, max_reruns=2)
     running = [reruns.suggest("x"), reruns.suggest("x")]
     assert reruns.suggest("x") is None
     for values in running:
@@ -473,4 +475,4 @@ def test_a_rerun_that_would_not_end_in_time_is_not_begun(study: Study) -> None:
 
 
 def test_no_reruns_are_made_where_none_are_wanted(study: Study) -> None:
-    assert made(study, most=0)[0].next() is None
+    assert made(study, max_reruns=0)[0].next() is None

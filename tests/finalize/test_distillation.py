@@ -110,15 +110,15 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
     seconds = {"test_resnet": 2e-3, "test_efficientnet": 1e-3}
     with monkeypatch.context() as patch:
         patch.setattr(distillation, "prediction_seconds", lambda job, config, size: seconds[config.backbone])
-        fastest = distillation._student(job, None, None, said.append)
-        named = distillation._student(job, "test_resnet", 7, said.append)
+        fastest = distillation._student_run(job, None, None, said.append)
+        named = distillation._student_run(job, "test_resnet", 7, said.append)
     for student, expected in ((fastest, ("test_efficientnet", 32, 8)), (named, ("test_resnet", 48, 7))):
         config = student.config
         assert (config.backbone, config.image_size, config.epochs) == expected
     assert said[0] == "Milliseconds an image: test_efficientnet 1.0, test_resnet 2.0."
-    assert distillation._backbones(job) == [name for name in BACKBONES if name.startswith("test_")]
+    assert distillation._available_backbones(job) == [name for name in BACKBONES if name.startswith("test_")]
     with pytest.raises(ValueError, match=r"--backbone resnet50: there are weights for test_"):
-        distillation._student(job, "resnet50", None, said.append)
+        distillation._student_run(job, "resnet50", None, said.append)
     config = replace(CONFIGS[1], unfreeze="frozen", augment="none", mixup=0.2, image_size=48)
     frozen = Run(config, Origin(seed=1))
     onward = frozen.with_config(unfreeze="full", mixup=0.0).with_origin(continues=frozen.id)
@@ -128,7 +128,7 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
                 like.id, like.config, State.COMPLETE, 2, value, 1.0, "ran", stage=stage, origin=like.origin
             )
         )
-    student = distillation._configured(study, "test_efficientnet", 3)
+    student = distillation._student_config(study, "test_efficientnet", 3)
     config = student.config
     assert (config.unfreeze, config.augment, config.mixup, config.image_size) == ("full", "crop", 0.0, 48)
     assert (student.origin.continues, config.layer_decay) == ("", 0.5)
@@ -143,8 +143,8 @@ def test_a_student_is_trained_longer_than_the_space_says_and_not_than_a_shortene
         other.begin({**study.facts, **facts, "images": {}}, [])
         config = CONFIGS[0]  # 3 epochs
         other.append(TrialRecord(Run(config).id, config, State.COMPLETE, 3, 0.6, 1.0, "ran"))
-        assert distillation._configured(other, "test_resnet", None).config.epochs == epochs
-        assert distillation._configured(other, "test_resnet", 7).config.epochs == 7
+        assert distillation._student_config(other, "test_resnet", None).config.epochs == epochs
+        assert distillation._student_config(other, "test_resnet", 7).config.epochs == 7
 
 
 def test_a_study_is_distilled_and_the_student_answers(

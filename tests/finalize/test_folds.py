@@ -28,8 +28,8 @@ from carmodels.training.forward import predict
 from carmodels.training.held_out import splits_for
 from carmodels.training.run import Origin, Run
 from tune.finalize import folds
-from tune.finalize.blending import Library, _affordable, _answers
-from tune.finalize.views import Members, Paces
+from tune.finalize.blending import ModelLibrary, _save_blended, _within_cost
+from tune.finalize.views import EnsembleMembers, PredictionTimes
 from tune.runtime import recorder, worker
 from tune.runtime.job import Job, Workers
 
@@ -108,14 +108,15 @@ def test_the_models_of_all_folds_answer_what_they_have_not_seen(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, splits = job.study, job.splits
-    runs = folds.folds_of(Run(replace(config, patience=3, image_size=48)), 2)
+    runs = folds.fold_runs(Run(replace(config, patience=3, image_size=48)), 2)
     first = trained(runs[0], job, FOLD, monkeypatch)
-    assert folds.gather(study) == []
+    assert folds.record_complete_folds(study) == []
     second = trained(runs[1], job, FOLD, monkeypatch)
-    [record] = folds.gather(study)
-    assert folds.gather(study) == []
-    assert (record.trial_id, record.stage) == (folds.all_folds(runs[0]).id, FOLDS)
-    assert folds.ready(study) == study.leaderboard() == [record]  # a fold's own value is no value on val
+    [record] = folds.record_complete_folds(study)
+    assert folds.record_complete_folds(study) == []
+    assert (record.trial_id, record.stage) == (folds.fold_set(runs[0]).id, FOLDS)
+    # a fold's own value is no value on val
+    assert folds.usable_fold_sets(study) == study.leaderboard() == [record]
     labels = study.labels("train") | study.labels("val")
     oof = study.predictions(record.trial_id, "oof").aligned(list(labels))
     for one in (first, second):
@@ -132,15 +133,15 @@ def test_the_models_of_all_folds_answer_what_they_have_not_seen(
     holdout = blend([study.predictions(r.trial_id, "holdout") for r in (first, second)])
     np.testing.assert_allclose(study.predictions(record.trial_id, "holdout").probs, holdout.probs)
     for split in ("val", "holdout"):
-        [again] = folds.shown(job, record, split, ("plain",))
+        [again] = folds.predict_with_folds(job, record, split, ("plain",))
         before = study.predictions(record.trial_id, split).aligned(again.ids)
         np.testing.assert_allclose(again.probs, before.probs, atol=1e-6)
-    [flipped] = folds.shown(job, record, "val", ("flip",))
+    [flipped] = folds.predict_with_folds(job, record, "val", ("flip",))
     assert flipped.ids == splits.val.ids
     assert (flipped.probs != val.probs).any()
-    assert [r.trial_id for r in folds.models_of(study, record)] == [first.trial_id, second.trial_id]
+    assert [r.trial_id for r in folds.member_models(study, record)] == [first.trial_id, second.trial_id]
     study.weights_file(first.trial_id).unlink()
-    assert folds.ready(study) == []
+    assert folds.usable_fold_sets(study) == []
 
 
 def test_a_model_that_learnt_from_everything_answers_the_test_images_alone(
@@ -174,12 +175,12 @@ def answers(study: Study, config: TrialConfig, value: float) -> TrialRecord:
     """A configuration whose folds are there, with probabilities of its own."""
     run = Run(config)
     study.append(complete(run, value))
-    for one in folds.folds_of(run, 2):
+    for one in folds.fold_runs(run, 2):
         study.append(complete(one, value, stage=FOLD, repeats=run.id))
         write_atomic(study.weights_file(one.id), save({"x": torch.zeros(1)}))
     ids = tuple(study.labels("train") | study.labels("val"))
     oof = Predictions(ids, ("0", "1"), np.full((len(ids), 2), 0.5, np.float32))
-    together = folds.all_folds(one)
+    together = folds.fold_set(one)
     oof.save(study.predictions_file(together.id, "oof"))
     record = complete(together, value, stage=FOLDS, repeats=run.id)
     study.append(record)
@@ -192,17 +193,17 @@ def test_an_ensemble_is_chosen_out_of_fold_where_all_candidates_have_folds(
     study = job.study
     plain = complete(Run(config), 0.5)
 
-    def judged() -> tuple[list[TrialRecord], str, dict[str, int]]:
-        return folds.judged_on(study, [plain], folds.ready(study))
+    def standings_of() -> tuple[list[TrialRecord], str, dict[str, int]]:
+        return folds.ensemble_candidates(study, [plain], folds.usable_fold_sets(study))
 
-    assert judged() == ([plain], "val", study.labels("val"))
+    assert standings_of() == ([plain], "val", study.labels("val"))
     one = answers(study, config, 0.4)
-    assert judged() == ([plain, one], "val", study.labels("val"))
+    assert standings_of() == ([plain, one], "val", study.labels("val"))
     better = answers(study, replace(config, lr=1e-2), 0.6)
-    candidates, on, labels = judged()
+    candidates, on, labels = standings_of()
     assert (candidates, on) == ([better, one], "oof")
     study.weights_file(folds.fold_records(study, better.run)[0].trial_id).write_bytes(b"cut")
-    assert judged()[0] == [plain, one]
+    assert standings_of()[0] == [plain, one]
     assert set(labels) == {*job.splits.train.ids, *job.splits.val.ids}
 
 
@@ -211,7 +212,7 @@ def test_folds_of_what_is_no_longer_the_best_do_not_shut_it_out(config: TrialCon
     both = [answers(study, replace(config, lr=1e-2), 0.6), answers(study, config, 0.4)]
     better = complete(Run(replace(config, lr=2e-2)), 0.9)
     study.append(better)
-    candidates, on, _ = folds.judged_on(study, [better], folds.ready(study))
+    candidates, on, _ = folds.ensemble_candidates(study, [better], folds.usable_fold_sets(study))
     assert (candidates, on) == ([better, *both], "val")
 
 
@@ -220,21 +221,21 @@ def test_folds_of_one_configuration_in_two_lengths_are_not_several(config: Trial
     longer = answers(study, replace(config, epochs=4), 0.5)
     one = answers(study, config, 0.6)
     study.append(replace(longer, repeats=one.repeats))
-    assert folds.judged_on(study, [], folds.ready(study))[1] == "val"
+    assert folds.ensemble_candidates(study, [], folds.usable_fold_sets(study))[1] == "val"
 
 
 def test_probabilities_of_folds_that_were_lost_are_gathered_anew(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = job.study
-    for one in folds.folds_of(Run(config), 2):
+    for one in folds.fold_runs(Run(config), 2):
         trained(one, job, FOLD, monkeypatch)
-    [record] = folds.gather(study)
+    [record] = folds.record_complete_folds(study)
     file = study.predictions_file(record.trial_id, "oof")
     before = file.read_bytes()
     file.write_bytes(before[:100])
-    assert folds.ready(study) == []
-    assert folds.gather(study) == folds.ready(study) == [record]
+    assert folds.usable_fold_sets(study) == []
+    assert folds.record_complete_folds(study) == folds.usable_fold_sets(study) == [record]
     assert study.has_predictions(record.trial_id, "oof")
 
 
@@ -248,13 +249,13 @@ def test_folds_that_are_too_dear_leave_the_choice_to_single_models(
         study.predictions_file(plain.trial_id, "val")
     )
     both = [answers(study, replace(config, lr=1e-2), 0.6), answers(study, config, 0.4)]
-    paces = Paces(job, {("test_resnet", 32): 0.004})  # 4 s for 1,000 images, folds 8 s
-    monkeypatch.setattr(Paces, "measure", lambda self, runs, views=(): None)
+    times = PredictionTimes(job, {("test_resnet", 32): 0.004})  # 4 s for 1,000 images, folds 8 s
+    monkeypatch.setattr(PredictionTimes, "measure", lambda self, runs, views=(): None)
     for most, expected in ((9.0, (both, "oof")), (5.0, ([plain], "val"))):
-        folded = _affordable(folds.ready(study), paces, most)
-        candidates, on, labels = folds.judged_on(study, [plain], folded)
+        folded = _within_cost(folds.usable_fold_sets(study), times, most)
+        candidates, on, labels = folds.ensemble_candidates(study, [plain], folded)
         assert (candidates, on) == expected
-        assert set(Library.of(study, candidates, on, labels, paces, most).probs) == {
+        assert set(ModelLibrary.from_study(study, candidates, on, labels, times, most).probs) == {
             r.trial_id for r in candidates
         }
 
@@ -263,17 +264,18 @@ def test_folds_that_were_trained_again_are_gathered_anew(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = job.study
-    first, second = (trained(one, job, FOLD, monkeypatch) for one in folds.folds_of(Run(config), 2))
-    [old] = folds.gather(study)
-    assert folds.gather(study) == []
+    first, second = (trained(one, job, FOLD, monkeypatch) for one in folds.fold_runs(Run(config), 2))
+    [old] = folds.record_complete_folds(study)
+    assert folds.record_complete_folds(study) == []
     flipped = study.predictions_file(old.trial_id, "val", "flip")
     write_atomic(flipped, b"of the models before")
     study.append(replace(first, state=State.RUNNING))
-    assert folds.gather(study) == folds.ready(study) == []  # one of two models is no member
+    # one of two models is no member
+    assert folds.record_complete_folds(study) == folds.usable_fold_sets(study) == []
     unsure = study.predictions(first.trial_id, "oof")
     replace(unsure, probs=np.full_like(unsure.probs, 0.1)).save(study.predictions_file(first.trial_id, "oof"))
     study.append(first)
-    [new] = folds.gather(study)
+    [new] = folds.record_complete_folds(study)
     assert (new.trial_id, new.at) == (old.trial_id, old.at)
     assert new.note != old.note
     assert not flipped.exists()
@@ -281,35 +283,35 @@ def test_folds_that_were_trained_again_are_gathered_anew(
     oof = study.predictions(new.trial_id, "oof").aligned([*unsure.ids, *kept.ids])
     np.testing.assert_allclose(oof.probs[: len(unsure.ids)], 0.1)
     np.testing.assert_array_equal(oof.probs[len(unsure.ids) :], kept.probs)
-    assert folds.gather(study) == []
-    assert folds.ready(study) == [new]
+    assert folds.record_complete_folds(study) == []
+    assert folds.usable_fold_sets(study) == [new]
 
 
 def test_what_folds_have_said_and_lost_is_made_anew_from_their_weights(
     config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = job.study
-    first, _ = (trained(one, job, FOLD, monkeypatch) for one in folds.folds_of(Run(config), 2))
-    [record] = folds.gather(study)
+    first, _ = (trained(one, job, FOLD, monkeypatch) for one in folds.fold_runs(Run(config), 2))
+    [record] = folds.record_complete_folds(study)
     files = [study.predictions_file(first.trial_id, name) for name in ("oof", "holdout")]
     files.append(study.predictions_file(record.trial_id, "oof"))
     before = [Predictions.load(file).probs for file in files]
     files[0].write_bytes(files[0].read_bytes()[:50])
     for file in files[1:]:
         file.unlink()
-    assert folds.gather(study) == []  # left out, and not the end of all
+    assert folds.record_complete_folds(study) == []  # left out, and not the end of all
     monkeypatch.setattr(folds, "as_task", lambda function, workers: SimpleNamespace(remote=function))
     monkeypatch.setattr(folds.ray, "get", list)
-    folds.restore(job)
-    assert folds.gather(study) == folds.ready(study) == [record]
+    folds.recompute_fold_predictions(job)
+    assert folds.record_complete_folds(study) == folds.usable_fold_sets(study) == [record]
     for file, probs in zip(files, before, strict=True):
         np.testing.assert_allclose(Predictions.load(file).probs, probs, atol=1e-6)
 
 
 def test_more_folds_than_the_images_fill_are_refused_beforehand(splits: Splits) -> None:
-    folds.check_filled(splits, 2, 0)
+    folds.check_fold_count(splits, 2, 0)
     with pytest.raises(ValueError, match="folds=500: no image is left for"):
-        folds.check_filled(splits, 500, 0)
+        folds.check_fold_count(splits, 500, 0)
 
 
 def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_mean(
@@ -332,9 +334,9 @@ def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_m
             for split in ("val", "holdout", "test"):
                 said(one.trial_id, split)
     given = {r.trial_id: t for r, t in zip(weights, (2.0, 0.5), strict=True)}
-    monkeypatch.setattr(Members, "show", lambda self, split, views: [])
+    monkeypatch.setattr(EnsembleMembers, "predict_missing", lambda self, split, views: [])
     labels = dict.fromkeys(job.splits.val.ids, 0) | dict.fromkeys(job.splits.val.ids[::2], 1)
-    blended, temperature = _answers(Members(job, weights, given), ("plain",), labels)
+    blended, temperature = _save_blended(EnsembleMembers(job, weights, given), ("plain",), labels)
     assert temperature == 1.0
     expected = sum(
         weight
@@ -347,14 +349,14 @@ def test_each_model_of_folds_has_the_temperature_of_its_own_answers_before_the_m
     plain = complete(Run(config), 0.5)
     for split in ("val", "holdout", "test"):
         said(plain.trial_id, split)
-    mixed = Members(job, {**weights, plain: 1.0}, {**given, plain.trial_id: 1.0})
-    assert _answers(mixed, ("plain",), labels)[1] != 1.0
+    mixed = EnsembleMembers(job, {**weights, plain: 1.0}, {**given, plain.trial_id: 1.0})
+    assert _save_blended(mixed, ("plain",), labels)[1] != 1.0
 
 
 def test_predictions_of_different_images_are_joined() -> None:
     parts = [
         Predictions((name,), ("a", "b"), np.array([row])) for name, row in (("x", [1, 0]), ("y", [0, 1]))
     ]
-    both = folds.joined(parts)
+    both = folds.concatenated(parts)
     assert both.ids == ("x", "y")
     np.testing.assert_array_equal(both.probs, np.eye(2))

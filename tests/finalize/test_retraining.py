@@ -23,21 +23,16 @@ from carmodels.training.run import Origin, Run
 from tune.budget.clock import Clock
 from tune.budget.costs import RERUN_MARGIN, Costs, rerun_seconds
 from tune.budget.plan import Plan
-from tune.finalize import confirmation, retraining
-from tune.finalize.retraining import (
-    LONGER,
-    Room,
-    Way,
-    _announced,
-    _beside,
-    _chosen,
-    _folds_to_train,
-    _missing_folds,
-    _to_train,
-    retrain,
-    retrain_folds,
-    retrain_on_everything,
+from tune.finalize import confirmation, repeats, retraining, schedules
+from tune.finalize.repeats import (
+    _announcement,
+    _plan_repeats,
+    _runner_up_runs,
+    chosen_trial,
+    retrain_new_seeds,
 )
+from tune.finalize.retraining import _missing_folds, _plan_folds, retrain_folds, retrain_on_all_labelled
+from tune.finalize.schedules import RETRAIN_EPOCHS_RATIO, RetrainOptions, TimeBudget
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Workers
 from tune.runtime.search_stage import _to_run_again, _with_time_for_what_follows
@@ -62,7 +57,8 @@ LUCKY, STEADY = run(1e-3, 0.93), run(2e-3, 0.92)
 @pytest.fixture(autouse=True)
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has run has left its weights."""
-    monkeypatch.setattr(retraining, "_lost", lambda study, run: False)
+    for module in (repeats, retraining):
+        monkeypatch.setattr(module, "weights_lost", lambda study, record: False)
 
 
 @pytest.fixture
@@ -101,8 +97,10 @@ def test_a_longer_search_draws_nothing_that_later_stages_have_no_time_for(study:
     costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 80 s, as the best ones
     clock, plan = Clock(0.0, 1000, search=0.3, confirm=0.5, retrain=0.9), Plan(costs, math.inf, 1)
     assert _with_time_for_what_follows(plan, study, clock).max_trial_seconds == pytest.approx(300)
-    shorter = replace(plan, max_trial_seconds=200)
-    assert _with_time_for_what_follows(shorter, study, clock).max_trial_seconds == 200
+    assert (
+        _with_time_for_what_follows(replace(plan, max_trial_seconds=200), study, clock).max_trial_seconds
+        == 200
+    )
     little = replace(clock, search=0.8)
     assert _with_time_for_what_follows(plan, study, little).max_trial_seconds == pytest.approx(80)
     unbounded = Plan(None, math.inf, 1)
@@ -114,15 +112,16 @@ def test_what_retraining_takes_at_most_goes_by_the_dearest_of_the_best(study: St
     job = Job(study, splits, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
     slow = replace(run(4e-3, 0.90), seconds=160.0)
     study.append(slow)
-    each = LONGER * rerun_seconds(slow)
-    assert retraining.most_seconds(job) == pytest.approx(3 * each)  # three seeds, three others, two workers
-    assert retraining.most_seconds(job, folds=4) == pytest.approx(6 * 850 / 700 * each)
+    each = RETRAIN_EPOCHS_RATIO * rerun_seconds(slow)
+    # three seeds, three others, two workers
+    assert retraining.retraining_seconds(job) == pytest.approx(3 * each)
+    assert retraining.retraining_seconds(job, folds=4) == pytest.approx(6 * 850 / 700 * each)
     half = rerun_seconds(run(4e-3, 0.85)) / 2  # of the cheapest
-    assert retraining.most_seconds(job, within=1.01 * half) == pytest.approx(3 * each)
-    assert retraining.most_seconds(job, within=0.99 * half) == 0
+    assert retraining.retraining_seconds(job, within=1.01 * half) == pytest.approx(3 * each)
+    assert retraining.retraining_seconds(job, within=0.99 * half) == 0
     empty = Study(study.folder / "empty")
     empty.begin({"metric": "accuracy"}, [])
-    assert math.isinf(retraining.most_seconds(replace(job, study=empty)))
+    assert math.isinf(retraining.retraining_seconds(replace(job, study=empty)))
 
 
 def test_reruns_leave_retraining_the_time_for_its_shortest_run(
@@ -149,7 +148,7 @@ def test_where_the_best_takes_too_long_the_next_that_is_as_good_is_retrained(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[Run] = []
-    monkeypatch.setattr(retraining, "_train", lambda job, runs, **more: trained.extend(runs) or True)
+    monkeypatch.setattr(repeats, "train_runs", lambda job, runs, **more: trained.extend(runs) or True)
     slow = replace(run(4e-3, 0.935), seconds=800.0)
     study.append(slow)
     job = Job(study, None, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
@@ -158,7 +157,7 @@ def test_where_the_best_takes_too_long_the_next_that_is_as_good_is_retrained(
         said: list[str] = []
         trained.clear()
         clock = Clock(time.time(), 110, retrain=0.9)
-        assert retrain(job, clock=clock, watch=ProgressCallback(), say=said.append, **more)
+        assert retrain_new_seeds(job, clock=clock, watch=ProgressCallback(), say=said.append, **more)
         return read_json(study.best_file)["trial_id"], said, len(trained)
 
     best, said, runs = retrained()
@@ -172,29 +171,29 @@ def test_where_the_best_takes_too_long_the_next_that_is_as_good_is_retrained(
 
 
 def test_of_single_runs_the_best_is_retrained(study: Study) -> None:
-    assert _chosen(study, None) == LUCKY
-    assert _chosen(study, STEADY.trial_id) == STEADY
+    assert chosen_trial(study, None) == LUCKY
+    assert chosen_trial(study, STEADY.trial_id) == STEADY
     with pytest.raises(ValueError, match=r"--trial nobody: no finished trial of .* has this id"):
-        _chosen(study, "nobody")
+        chosen_trial(study, "nobody")
 
 
 def test_the_best_by_all_its_runs_is_retrained_and_not_the_lucky_one(study: Study) -> None:
     for seed, value in ((1, 0.87), (2, 0.88)):
         study.append(run(1e-3, value, seed, "confirm"))
     assert study.leaderboard()[0] == LUCKY
-    assert _chosen(study, None) == STEADY
-    assert _chosen(study, LUCKY.trial_id) == LUCKY
+    assert chosen_trial(study, None) == STEADY
+    assert chosen_trial(study, LUCKY.trial_id) == LUCKY
 
 
 def test_retraining_does_not_change_who_is_retrained_when_it_goes_on(study: Study) -> None:
     for seed, value in ((1, 0.80), (2, 0.81)):
         study.append(run(1e-3, value, seed, "retrain"))
-    assert _chosen(study, None) == LUCKY
+    assert chosen_trial(study, None) == LUCKY
 
 
 def to_train(study: Study, seconds: float = math.inf, epochs: int | None = None) -> tuple[list[int], int]:
     """Seeds, and epochs of each, that two workers have in a job with so many seconds left for retraining."""
-    runs, like = _to_train(study, LUCKY, 3, Way(epochs), Room(seconds, 2))
+    runs, like = _plan_repeats(study, LUCKY, 3, RetrainOptions(epochs), TimeBudget(seconds, 2))
     assert all(r == like.with_origin(seed=r.origin.seed) for r in runs)
     assert LUCKY.run.with_config(epochs=like.config.epochs).with_origin(head_seed=0) == like
     return [r.origin.seed for r in runs], like.config.epochs
@@ -214,7 +213,7 @@ def test_only_seeds_that_have_not_run_are_trained(study: Study) -> None:
 @pytest.fixture
 def longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retraining is twice as long as the trial where there is time."""
-    monkeypatch.setattr(retraining, "LONGER", 2.0)
+    monkeypatch.setattr(schedules, "RETRAIN_EPOCHS_RATIO", 2.0)
 
 
 @pytest.mark.usefixtures("longer")
@@ -235,7 +234,7 @@ def left_weights(study: Study, *records: TrialRecord) -> None:
 
 def onward(study: Study, seconds: float = math.inf, **way: Any) -> tuple[list[tuple[int, str]], int]:
     """Seeds with the runs they go on from, and epochs, on two workers."""
-    runs, like = _to_train(study, LUCKY, 3, Way(**way), Room(seconds, 2))
+    runs, like = _plan_repeats(study, LUCKY, 3, RetrainOptions(**way), TimeBudget(seconds, 2))
     starts = {r.trial_id: r.origin.init_seed for r in study.records()} | {"": 0}
     for one in runs:
         own = {"seed": one.origin.seed, "continues": one.origin.continues}
@@ -250,7 +249,7 @@ def test_for_want_of_time_training_goes_on_from_the_runs_that_left_weights_in_tu
     left_weights(study, STEADY)
     assert onward(study, 100) == ([(1, ""), (2, "")], 8)
     with pytest.raises(ValueError, match=f"--onward: .* has no weights of {LUCKY.trial_id}; leave it"):
-        onward(study, goes_on=True)
+        onward(study, must_continue=True)
     left_weights(study, LUCKY, again)
     own = [(seed, LUCKY.trial_id) for seed in (1, 2, 3)]
     assert onward(study) == (own, 16)
@@ -261,10 +260,12 @@ def test_for_want_of_time_training_goes_on_from_the_runs_that_left_weights_in_tu
     assert onward(study, 100) == (both[:2], 8)
     assert onward(study, 70) == (both[:2], 6)
     assert onward(study, 20) == ([], 8)
-    assert onward(study, goes_on=True) == (both, 16)
-    assert onward(study, goes_on=True, epochs=5) == (both, 5)
+    assert onward(study, must_continue=True) == (both, 16)
+    assert onward(study, must_continue=True, epochs=5) == (both, 5)
     assert onward(study, epochs=5) == ([(1, ""), (2, ""), (3, "")], 5)
-    deeper, like = _to_train(study, LUCKY, 3, Way(changes={"head_depth": 1}), Room(math.inf, 2))
+    deeper, like = _plan_repeats(
+        study, LUCKY, 3, RetrainOptions(changes={"head_depth": 1}), TimeBudget(math.inf, 2)
+    )
     assert [r.origin.continues for r in deeper] == [""] * 3  # the weights have another head
     assert like.config.epochs == 16
     done = LUCKY.run.with_origin(seed=1, head_seed=0, continues=LUCKY.trial_id)
@@ -280,12 +281,12 @@ def test_a_frozen_backbone_is_opened_at_what_that_costs_here(study: Study) -> No
     record = of(frozen, LUCKY, seconds=2.0)  # its outputs were stored
     study.append(record)
     opened = frozen.with_config(unfreeze="full", layer_decay=0.5)
-    assert Way().of(frozen) == [opened.with_config(epochs=16), opened]
-    assert Way(changes={"unfreeze": "frozen"}).of(frozen)[1] == frozen
+    assert RetrainOptions().new_model_runs(frozen) == [opened.with_config(epochs=16), opened]
+    assert RetrainOptions(changes={"unfreeze": "frozen"}).new_model_runs(frozen)[1] == frozen
     costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 10 s an epoch
 
     def trained(seconds: float) -> tuple[list[str], int]:
-        runs, like = _to_train(study, record, 3, Way(), Room(seconds, 2, costs))
+        runs, like = _plan_repeats(study, record, 3, RetrainOptions(), TimeBudget(seconds, 2, costs))
         assert {(r.config.unfreeze, r.config.layer_decay) for r in runs} <= {("full", 0.5)}
         return [r.origin.continues for r in runs], like.config.epochs
 
@@ -296,7 +297,9 @@ def test_a_frozen_backbone_is_opened_at_what_that_costs_here(study: Study) -> No
     assert trained(100) == ([record.trial_id] * 2, 8)
     assert trained(60) == ([record.trial_id] * 2, 5)
     assert trained(40) == ([], 8)
-    assert Room(100, 2, costs).seconds(record, frozen.config) == pytest.approx(2 * RERUN_MARGIN)
+    assert TimeBudget(100, 2, costs).training_seconds(record, frozen.config) == pytest.approx(
+        2 * RERUN_MARGIN
+    )
 
 
 def test_what_time_retraining_leaves_goes_to_the_next_best(study: Study) -> None:
@@ -304,8 +307,8 @@ def test_what_time_retraining_leaves_goes_to_the_next_best(study: Study) -> None
     left_weights(study, LUCKY, STEADY)
 
     def beside(seconds: float, workers: int = 2) -> list[tuple[float, int, str]]:
-        runs, _ = _to_train(study, LUCKY, 3, Way(), Room(seconds, workers))
-        found = _beside(study, LUCKY, runs, Way(), Room(seconds, workers))
+        runs, _ = _plan_repeats(study, LUCKY, 3, RetrainOptions(), TimeBudget(seconds, workers))
+        found = _runner_up_runs(study, LUCKY, runs, RetrainOptions(), TimeBudget(seconds, workers))
         assert all(record.config.lr == one.config.lr for one, record in found.items())
         return [(r.config.lr, r.config.epochs, r.origin.continues) for r in found]
 
@@ -322,9 +325,9 @@ def test_what_time_retraining_leaves_goes_to_the_next_best(study: Study) -> None
 
 def test_going_on_all_of_the_backbone_is_open() -> None:
     gradual = LUCKY.run.with_config(unfreeze="gradual")
-    *_, like = Way(changes={"ema": 0.998}).onward(gradual, "parent")
+    *_, like = RetrainOptions(changes={"ema": 0.998}).continued_runs(gradual, "parent")
     assert like == gradual.with_config(unfreeze="full", ema=0.998).with_origin(continues="parent")
-    words = _announced(replace(LUCKY, config=gradual.config), 2, 0, like)
+    words = _announcement(replace(LUCKY, config=gradual.config), 2, 0, like)
     assert words.endswith(
         "new seeds: 2; 8 epochs more each, on from its weights, unfreeze full instead of gradual, "
         "ema 0.998 instead of 0.0."
@@ -351,7 +354,7 @@ def test_what_was_cut_short_does_not_stand_in_the_way_of_a_shorter_schedule(stud
 def test_the_best_is_written_down_as_what_was_trained(study: Study) -> None:
     job = Job(study, None, None, Workers(1, 1, 0.0), study.folder)  # type: ignore[arg-type]
     said: list[str] = []
-    assert retrain(job, clock=Clock(time.time(), 1e-3), watch=ProgressCallback(), say=said.append)
+    assert retrain_new_seeds(job, clock=Clock(time.time(), 1e-3), watch=ProgressCallback(), say=said.append)
     assert said == ["Retraining is left out: the time that is left does not hold one run of it."]
     best = read_json(study.best_file)
     assert best["retrained"] == {}
@@ -360,14 +363,16 @@ def test_the_best_is_written_down_as_what_was_trained(study: Study) -> None:
 
 def test_nothing_is_left_of_time_that_is_over(study: Study) -> None:
     job = Job(study, None, None, Workers(2, 1, 0.0), study.folder)  # type: ignore[arg-type]
-    assert Room.until(time.time() - 1000, job).left == 0
+    assert TimeBudget.until(time.time() - 1000, job).seconds_left == 0
 
 
 def test_what_shared_a_gpu_is_planned_by_what_it_takes_alone() -> None:
     costs = Costs({"test_resnet": {32: 0.01}}, train=100, val=0)  # 8 s, of which the trial took 80
     longer = replace(LUCKY.config, epochs=16)
-    assert Room(100, 2, costs, packed=True).seconds(LUCKY, longer) == pytest.approx(16 * RERUN_MARGIN)
-    assert Room(100, 2, costs).seconds(LUCKY, longer) == pytest.approx(160 * RERUN_MARGIN)
+    assert TimeBudget(100, 2, costs, packed=True).training_seconds(LUCKY, longer) == pytest.approx(
+        16 * RERUN_MARGIN
+    )
+    assert TimeBudget(100, 2, costs).training_seconds(LUCKY, longer) == pytest.approx(160 * RERUN_MARGIN)
     assert rerun_seconds(LUCKY, costs) == pytest.approx(8 * RERUN_MARGIN)
 
 
@@ -404,7 +409,7 @@ def test_seeds_that_diverged_are_used_up_and_runs_without_weights_are_not_there(
     gone = run(1e-3, 0.9, 2, "retrain")
     study.append(gone)
     assert to_train(study, epochs=8) == ([3], 8)
-    monkeypatch.setattr(retraining, "_lost", lambda study, run: run.trial_id == gone.trial_id)
+    monkeypatch.setattr(repeats, "weights_lost", lambda study, record: record.trial_id == gone.trial_id)
     assert to_train(study, epochs=8) == ([2, 3], 8)
 
 
@@ -418,21 +423,21 @@ def test_a_shorter_schedule_is_only_for_want_of_a_whole_one(study: Study) -> Non
 def test_what_retraining_does_is_said() -> None:
     name = f"{LUCKY.config.title} ({LUCKY.trial_id})"
     same = LUCKY.run
-    assert _announced(LUCKY, 3, 0, same) == f"Retraining {name}, new seeds: 3; 8 epochs each."
+    assert _announcement(LUCKY, 3, 0, same) == f"Retraining {name}, new seeds: 3; 8 epochs each."
     there = f"Retraining {name}, new seeds: 1, 2 more are there; 8 epochs each."
-    assert _announced(LUCKY, 1, 2, same) == there
-    [other] = Way(16, {"ema": 0.998, "start_image_size": 16}).of(same)
-    assert _announced(LUCKY, 2, 0, other) == (
+    assert _announcement(LUCKY, 1, 2, same) == there
+    [other] = RetrainOptions(16, {"ema": 0.998, "start_image_size": 16}).new_model_runs(same)
+    assert _announcement(LUCKY, 2, 0, other) == (
         f"Retraining {name}, new seeds: 2; 16 epochs each instead of 8, ema 0.998 instead of 0.0, "
         "start_image_size 16 instead of 0."
     )
-    assert _announced(LUCKY, 0, 3, same) == f"Retraining {name} is left out, new seeds that are there: 3."
-    assert _announced(LUCKY, 0, 0, same).startswith("Retraining is left out: the time that is left")
+    assert _announcement(LUCKY, 0, 3, same) == f"Retraining {name} is left out, new seeds that are there: 3."
+    assert _announcement(LUCKY, 0, 0, same).startswith("Retraining is left out: the time that is left")
 
 
 def over_folds(study: Study, seconds: float, chosen: tuple[TrialRecord, ...]) -> list[tuple[float, int]]:
     """Learning rate and epochs of what is trained over four folds on two workers, on as many images."""
-    planned = _folds_to_train(study, chosen, 4, Way(), Room(seconds, 2), train=1.0)
+    planned = _plan_folds(study, chosen, 4, RetrainOptions(), TimeBudget(seconds, 2), image_ratio=1.0)
     return [(like.config.lr, like.config.epochs) for like in planned.values()]
 
 
@@ -463,7 +468,7 @@ def test_new_seeds_take_the_place_of_folds_that_do_not_fit(
         trained.extend((stage, r.origin.seed, r.config.epochs) for r in runs)
         return True
 
-    monkeypatch.setattr(retraining, "_train", collect)
+    monkeypatch.setattr(repeats, "train_runs", collect)
     said: list[str] = []
     clock = Clock(time.time(), 60, retrain=1.0)
     assert retrain_folds(job, folds=4, clock=clock, watch=ProgressCallback(), say=said.append)
@@ -501,7 +506,7 @@ def left_folds(study: Study, like: Run, *, cut_short: int) -> list[TrialRecord]:
 def test_folds_that_are_all_there_are_not_left_out_for_new_seeds(
     study: Study, training: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retraining, "gather", lambda study: [])
+    monkeypatch.setattr(retraining, "record_complete_folds", lambda study: [])
     left_folds(study, LUCKY.run, cut_short=1)
     said: list[str] = []
     over = Clock(time.time() - 10, 1.0)
@@ -550,7 +555,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
                 answer.save(job.study.predictions_file(one.id, "test"))
         return told.ends is not State.INTERRUPTED
 
-    monkeypatch.setattr(retraining, "run_trials", run_trials)
+    monkeypatch.setattr(repeats, "run_trials", run_trials)
     return told
 
 
@@ -558,26 +563,30 @@ def test_a_model_of_everything_that_the_clock_cut_short_is_trained_again(
     study: Study, training: SimpleNamespace
 ) -> None:
     said: list[str] = []
-    common: dict[str, Any] = {"watch": ProgressCallback(), "say": said.append, "way": Way(epochs=8)}
+    common: dict[str, Any] = {
+        "watch": ProgressCallback(),
+        "say": said.append,
+        "options": RetrainOptions(epochs=8),
+    }
     unbounded, over = Clock(time.time()), Clock(time.time() - 10, 1.0)
-    assert retrain_on_everything(a_job(study), clock=unbounded, **common)
+    assert retrain_on_all_labelled(a_job(study), clock=unbounded, **common)
     first, *others = training.asked
     assert [r.origin.seed for r in (first, *others)] == [1, 2, 3]
     done = {r.trial_id: r for r in study.records()}
     study.append(cut(done[first.id]))
     study.fold_in_file.unlink()
     training.asked.clear()
-    assert retrain_on_everything(a_job(study), clock=over, **common)
+    assert retrain_on_all_labelled(a_job(study), clock=over, **common)
     assert training.asked == []
     assert "the mean of 2 models that learnt from everything" in said[-1]  # the whole ones
     training.ends = State.INTERRUPTED
-    assert not retrain_on_everything(a_job(study), clock=unbounded, **common)
+    assert not retrain_on_all_labelled(a_job(study), clock=unbounded, **common)
     assert training.asked == [first]
     assert {r.trial_id: r for r in study.records()}[first.id] == cut(done[first.id])
     training.ends = State.COMPLETE
-    assert retrain_on_everything(a_job(study), clock=unbounded, **common)
+    assert retrain_on_all_labelled(a_job(study), clock=unbounded, **common)
     assert training.asked == [first, first]
-    assert retrain_on_everything(a_job(study), clock=unbounded, **common)
+    assert retrain_on_all_labelled(a_job(study), clock=unbounded, **common)
     assert training.asked == [first, first]
 
 
@@ -587,14 +596,14 @@ def test_shorter_models_of_everything_are_used_and_not_made_again(
     said: list[str] = []
     common: dict[str, Any] = {"watch": ProgressCallback(), "say": said.append}
     little = {"clock": Clock(time.time(), 120, retrain=1.0), **common}
-    assert retrain_on_everything(a_job(study), **little)
+    assert retrain_on_all_labelled(a_job(study), **little)
     made = [(r.origin.seed, r.config.epochs) for r in training.asked]
     assert [seed for seed, _ in made] == [1, 2]
     assert all(4 <= epochs < 8 for _, epochs in made)
     study.fold_in_file.unlink()
     training.asked.clear()
     over = Clock(time.time() - 10, 1.0)
-    assert retrain_on_everything(a_job(study), clock=over, **common)
+    assert retrain_on_all_labelled(a_job(study), clock=over, **common)
     assert training.asked == []
     assert "the mean of 2 models that learnt from everything" in said[-1]
 
@@ -604,13 +613,13 @@ def test_models_of_everything_whose_answers_are_lost_or_damaged_are_made_anew(
 ) -> None:
     said: list[str] = []
     common: dict[str, Any] = {"clock": Clock(time.time()), "watch": ProgressCallback(), "say": said.append}
-    assert retrain_on_everything(a_job(study), way=Way(epochs=8), **common)
+    assert retrain_on_all_labelled(a_job(study), options=RetrainOptions(epochs=8), **common)
     first, second, _ = training.asked
     files = [study.predictions_file(one.id, "test") for one in (first, second)]
     files[0].unlink()
     files[1].write_bytes(files[1].read_bytes()[:50])
     training.asked.clear()
-    assert retrain_on_everything(a_job(study), way=Way(epochs=8), **common)
+    assert retrain_on_all_labelled(a_job(study), options=RetrainOptions(epochs=8), **common)
     assert training.asked == [first, second]
     assert "the mean of 3 models that learnt from everything" in said[-1]
 
@@ -627,14 +636,16 @@ def test_new_seeds_take_the_place_of_folds_of_which_one_diverges(
     made = [r for r in study.records() if r.stage != "search"]
     assert [r.repeats for r in made] == [LUCKY.trial_id] * 7
     training.asked.clear()
-    assert retrain_folds(a_job(study), folds=4, trial_id=LUCKY.trial_id, way=Way(epochs=16), **common)
+    assert retrain_folds(
+        a_job(study), folds=4, trial_id=LUCKY.trial_id, options=RetrainOptions(epochs=16), **common
+    )
     assert training.asked == []  # they would diverge again
 
 
 def test_where_nothing_learns_from_everything_that_is_said(study: Study, training: SimpleNamespace) -> None:
     said: list[str] = []
     over = Clock(time.time() - 10, 1.0)
-    assert retrain_on_everything(a_job(study), clock=over, watch=ProgressCallback(), say=said.append)
+    assert retrain_on_all_labelled(a_job(study), clock=over, watch=ProgressCallback(), say=said.append)
     assert training.asked == []
     assert [line.endswith("on everything is left out: there is no time for it.") for line in said] == [True]
 
@@ -642,18 +653,18 @@ def test_where_nothing_learns_from_everything_that_is_said(study: Study, trainin
 def test_a_runner_up_that_does_not_take_a_change_is_left_out_and_the_best_is_not(
     study: Study, training: SimpleNamespace
 ) -> None:
-    training.ends = State.PRUNED  # there is nothing to gather
+    training.ends = State.PRUNED  # there are no complete folds
     large = LUCKY.run.with_config(image_size=64, lr=4e-3)
     study.append(of(large, LUCKY, value=0.95))
     said: list[str] = []
     common: dict[str, Any] = {"clock": Clock(time.time()), "watch": ProgressCallback(), "say": said.append}
-    way = Way(epochs=8, changes={"start_image_size": 48})
-    assert retrain_folds(a_job(study), folds=2, way=way, **common)
+    options = RetrainOptions(epochs=8, changes={"start_image_size": 48})
+    assert retrain_folds(a_job(study), folds=2, options=options, **common)
     assert {r.config.image_size for r in training.asked} == {64}
     left_out = f"{LUCKY.config.title} ({LUCKY.trial_id}) is left out: start_image_size=48 must be at most"
     assert any(line.startswith(left_out) for line in said)
     with pytest.raises(ValueError, match="start_image_size=48 must be at most image_size=32"):
-        retrain_folds(a_job(study), folds=2, way=way, trial_id=LUCKY.trial_id, **common)
+        retrain_folds(a_job(study), folds=2, options=options, trial_id=LUCKY.trial_id, **common)
 
 
 @pytest.mark.usefixtures("longer")
@@ -662,30 +673,34 @@ def test_a_schedule_that_the_search_had_shortened_is_trained_at_the_length_of_th
 ) -> None:
     fixed = {"backbone": "test_resnet", "image_size": 32, "epochs": 8}
     write_json(study.folder / "study.json", {**study.facts, "space": {"dimensions": {}, "fixed": fixed}})
-    way, short = Way().inside(study), run(4e-3, 0.95, epochs=5)
+    options, short = RetrainOptions().for_study(study), run(4e-3, 0.95, epochs=5)
     study.append(short)
 
     def lengths(runs: list[Run]) -> list[tuple[int, str]]:
         return [(r.config.epochs, r.origin.continues) for r in runs]
 
-    assert lengths(way.of(short.run)) == [(16, ""), (10, ""), (8, ""), (5, "")]
-    assert lengths(way.of(LUCKY.run)) == [(16, ""), (8, "")]
+    assert lengths(options.new_model_runs(short.run)) == [(16, ""), (10, ""), (8, ""), (5, "")]
+    assert lengths(options.new_model_runs(LUCKY.run)) == [(16, ""), (8, "")]
     every = [(epochs, "it") for epochs in range(16, 7, -1)]
-    assert lengths(way.all_of(short.run, ["it"])) == every
-    assert lengths(way.all_of(LUCKY.run, ["it"])) == every
-    assert lengths(Way(epochs=3).inside(study).of(short.run)) == [(3, "")]
+    assert lengths(options.candidate_runs(short.run, ["it"])) == every
+    assert lengths(options.candidate_runs(LUCKY.run, ["it"])) == every
+    assert lengths(RetrainOptions(epochs=3).for_study(study).new_model_runs(short.run)) == [(3, "")]
     for seconds, epochs in ((190, 16), (120, 10), (100, 8), (60, 5)):  # 10 s an epoch, given 11.5
-        assert _to_train(study, short, 2, way, Room(seconds, 2))[1].config.epochs == epochs
+        assert _plan_repeats(study, short, 2, options, TimeBudget(seconds, 2))[1].config.epochs == epochs
 
 
 def test_without_a_limit_of_time_nothing_takes_the_place_of_the_best(
     study: Study, training: SimpleNamespace
 ) -> None:
     training.ends, training.cause = State.FAILED, Cause.DIVERGED
-    common: dict[str, Any] = {"clock": Clock(time.time()), "watch": ProgressCallback(), "way": Way(epochs=8)}
+    common: dict[str, Any] = {
+        "clock": Clock(time.time()),
+        "watch": ProgressCallback(),
+        "options": RetrainOptions(epochs=8),
+    }
     for diverged in (False, True):  # the second time all seeds of the best have
         said: list[str] = []
         training.asked.clear()
-        assert retrain(a_job(study), say=said.append, **common)
+        assert retrain_new_seeds(a_job(study), say=said.append, **common)
         assert len(training.asked) == (0 if diverged else 3)
         assert not any(line.startswith("The time that is left does not hold one run of") for line in said)

@@ -22,7 +22,7 @@ from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import fit
-from tune.finalize.stop_check import at_rungs, drawn, judge, judged_stops
+from tune.finalize.stop_check import judge_stop, pruned_in_search, sample, stops_summary
 from tune.runtime.job import Job, Workers
 
 ROOT = Path(__file__).parents[2]
@@ -53,15 +53,15 @@ def test_only_what_the_scheduler_pruned_in_the_search_is_drawn_from() -> None:
         replace(record(34, 0.5), stage="retrain"),
         *BOARD,
     ]
-    assert at_rungs([*PRUNED, *others]) == PRUNED
+    assert pruned_in_search([*PRUNED, *others]) == PRUNED
 
 
 def test_a_draw_is_random_by_its_seed_and_leads_a_larger_one() -> None:
-    assert drawn(PRUNED, 4, 0) == drawn(list(reversed(PRUNED)), 4, 0)
-    assert drawn(PRUNED, 6, 0)[:4] == drawn(PRUNED, 4, 0)
-    assert drawn(PRUNED, 4, 0) != drawn(PRUNED, 4, 1)
-    assert len(drawn(PRUNED, 50, 0)) == len(PRUNED)
-    counts = Counter(r.trial_id for seed in range(600) for r in drawn(PRUNED, 4, seed))
+    assert sample(PRUNED, 4, 0) == sample(list(reversed(PRUNED)), 4, 0)
+    assert sample(PRUNED, 6, 0)[:4] == sample(PRUNED, 4, 0)
+    assert sample(PRUNED, 4, 0) != sample(PRUNED, 4, 1)
+    assert len(sample(PRUNED, 50, 0)) == len(PRUNED)
+    counts = Counter(r.trial_id for seed in range(600) for r in sample(PRUNED, 4, seed))
     assert all(150 < counts[r.trial_id] < 250 for r in PRUNED)  # 200 expected, standard deviation 12
 
 
@@ -72,7 +72,7 @@ def test_a_draw_is_random_by_its_seed_and_leads_a_larger_one() -> None:
 def test_a_stop_is_wrong_where_the_trial_would_have_been_the_best(
     value: float, over_best: float, verdict: str
 ) -> None:
-    found = judge(PRUNED[0], complete(value), BOARD, "accuracy")
+    found = judge_stop(PRUNED[0], complete(value), BOARD, "accuracy")
     assert found is not None
     assert (found.verdict, found.over_best) == (verdict, pytest.approx(over_best))
     assert found.seconds_saved == 3 + 4 + 5 + 6 + 7 + 8
@@ -81,7 +81,7 @@ def test_a_stop_is_wrong_where_the_trial_would_have_been_the_best(
 
 @pytest.mark.parametrize(("value", "verdict"), [(0.69, "wrong"), (0.75, "debatable"), (0.81, "right")])
 def test_where_less_is_better_the_verdicts_turn_round(value: float, verdict: str) -> None:
-    found = judge(PRUNED[0], complete(value), BOARD, "log_loss")
+    found = judge_stop(PRUNED[0], complete(value), BOARD, "log_loss")
     assert found is not None
     assert found.verdict == verdict
     assert found.over_best == pytest.approx(0.7 - value)
@@ -90,7 +90,7 @@ def test_where_less_is_better_the_verdicts_turn_round(value: float, verdict: str
 def test_a_check_counts_its_verdicts_and_says_how_sure_they_are() -> None:
     chosen = PRUNED[:4]
     done = {f.trial_id: f for f in (complete(0.95, 1), complete(0.85, 2), complete(0.6, 3))}
-    results = judged_stops(chosen, done, BOARD, metric="accuracy", stopped=12)
+    results = stops_summary(chosen, done, BOARD, metric="accuracy", stopped=12)
     assert [row["verdict"] for row in results["trials"]] == ["wrong", "debatable", "right"]
     assert (results["drawn"], results["finished"], results["seconds_saved"]) == (4, 3, 99.0)
     assert results["wrong_share"]["value"] == pytest.approx(1 / 3)
@@ -102,9 +102,10 @@ def test_a_check_counts_its_verdicts_and_says_how_sure_they_are() -> None:
 
 
 def test_a_check_without_stops_or_time_says_so() -> None:
-    none = judged_stops([], {}, BOARD, metric="accuracy", stopped=0)
-    assert "there is no stop to check" in stops_sentence(none)
-    late = judged_stops(PRUNED[:2], {}, BOARD, metric="accuracy", stopped=12)
+    assert "there is no stop to check" in stops_sentence(
+        stops_summary([], {}, BOARD, metric="accuracy", stopped=0)
+    )
+    late = stops_summary(PRUNED[:2], {}, BOARD, metric="accuracy", stopped=12)
     assert stops_sentence(late).endswith("none was finished: there was no time for it.")
 
 
@@ -170,7 +171,7 @@ def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
 
 def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of_it(job: Job) -> None:
     study = job.study
-    first, second = drawn(at_rungs(study.records()), 2, 0)
+    first, second = sample(pruned_in_search(study.records()), 2, 0)
     study.begin_stops().append(
         replace(first, state=State.COMPLETE, epochs_run=8, value=0.95, stage="stop_check")
     )

@@ -25,7 +25,7 @@ from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict, view_size
 from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import TrainResult, fit
-from tune.finalize.views import Members, Paces, Verdict, judge_views
+from tune.finalize.views import EnsembleMembers, PredictionTimes, ViewsVerdict, select_tta_views
 from tune.runtime.job import Job
 
 RANDOM_VIEWS = 10
@@ -121,13 +121,15 @@ class MadeUp:
         workers = SimpleNamespace(count=2)
         return SimpleNamespace(splits=splits, workers=workers, study=SimpleNamespace(metric="accuracy"))
 
-    def repeats(self) -> bool:
+    def reproduce_predictions(self) -> bool:
         return self.same
 
-    def costs(self, paces: Paces, views: Sequence[str], *, on_val: bool = False) -> dict[str, float]:
+    def costs(
+        self, times: PredictionTimes, views: Sequence[str], *, on_val: bool = False
+    ) -> dict[str, float]:
         return {view: self.cost[view] / (self.folds if on_val else 1) for view in views}
 
-    def show(self, split: str, views: Sequence[str]) -> list[Path]:
+    def predict_missing(self, split: str, views: Sequence[str]) -> list[Path]:
         return []
 
     def blended(self, split: str, views: Sequence[str]) -> Predictions:
@@ -135,14 +137,16 @@ class MadeUp:
         return Predictions(IDS, CLASSES, self.shown[views[0]])
 
 
-def judged(members: MadeUp, limit: int = 4, seconds: float = math.inf, most: float = math.inf) -> Verdict:
+def standings_of(
+    members: MadeUp, limit: int = 4, seconds: float = math.inf, most: float = math.inf
+) -> ViewsVerdict:
     labels = dict(zip(IDS, LABELS.tolist(), strict=True))
-    return judge_views(
-        cast(Members, members),
+    return select_tta_views(
+        cast(EnsembleMembers, members),
         labels,
         limit=limit,
         seconds=seconds,
-        paces=cast(Paces, None),
+        times=cast(PredictionTimes, None),
         max_cost=most,
     )
 
@@ -153,7 +157,7 @@ def views_of(right: dict[str, float]) -> dict[str, np.ndarray]:
 
 def test_views_that_help_are_kept_with_what_they_set_right_and_wrong() -> None:
     members = MadeUp(views_of({"plain": 0.7, "flip": 0.7, "larger": 0.75, "smaller": 0.7}))
-    verdict = judged(members)
+    verdict = standings_of(members)
     assert verdict.views[0] == "plain"
     assert 2 < len(verdict.views) <= 4
     assert verdict.views[1] in ("flip", "larger", "smaller")
@@ -178,36 +182,38 @@ def test_views_that_are_lucky_on_val_are_left_out() -> None:
             few = rng.permutation(120)[:12]
             right = np.where(rng.random(12) < 0.7, LABELS[few], (LABELS[few] + 1) % 4)
             shown[view][few] = np.eye(4)[right]
-    verdict = judged(MadeUp(shown))
+    verdict = standings_of(MadeUp(shown))
     assert verdict.views == ("plain",)
     assert verdict.sentence.startswith("left out plain, ")
     assert "but chosen on one half of val it gains" in verdict.sentence
 
 
 def test_where_no_view_helps_none_is_kept() -> None:
-    assert judged(MadeUp(views_of({"plain": 0.95}))).sentence.startswith("left out, no gain on val")
-    assert judged(MadeUp(views_of({})), limit=1) == Verdict(("plain",), "not asked for")
-    lost = judged(MadeUp(views_of({}), same=False))
+    assert standings_of(MadeUp(views_of({"plain": 0.95}))).sentence.startswith("left out, no gain on val")
+    assert standings_of(MadeUp(views_of({})), limit=1) == ViewsVerdict(("plain",), "not asked for")
+    lost = standings_of(MadeUp(views_of({}), same=False))
     assert lost.sentence == "left out, the plain view does not give again what the trial left"
 
 
 def test_costs_and_the_clock_are_kept_to() -> None:
     right = {"plain": 0.6, "flip": 0.9, "larger": 0.95, "smaller": 0.9}
     cost = {**dict.fromkeys(VIEWS, 1.0), "larger": 2.0}
-    free = judged(MadeUp(views_of(right), cost))
+    free = standings_of(MadeUp(views_of(right), cost))
     assert len(free.views) > 2
     members = MadeUp(views_of(right), cost)
-    dear = judged(members, most=2.5)
+    dear = standings_of(members, most=2.5)
     assert dear.views in (("plain", "flip"), ("plain", "smaller"))
     assert "larger" not in members.asked
     reason = "plain, larger: left out, with it 1,000 images would take 3.0 s, more than 2.5 s"
     assert reason in dear.lines
-    assert judged(MadeUp(views_of(right)), most=1.5).sentence == "left out, every view would cost too much"
+    assert (
+        standings_of(MadeUp(views_of(right)), most=1.5).sentence == "left out, every view would cost too much"
+    )
     hurried = MadeUp(views_of(right), dict.fromkeys(VIEWS, 100_000.0))
-    assert judged(hurried, seconds=10).sentence == "left out, no time for it"
+    assert standings_of(hurried, seconds=10).sentence == "left out, no time for it"
     assert hurried.asked == []
     some = MadeUp(views_of(right), dict.fromkeys(VIEWS, 1000.0))  # 60 s for val, 210 s for the rest, a view
-    verdict = judged(some, seconds=500)
+    verdict = standings_of(some, seconds=500)
     assert [view for view in some.asked if view != "plain"] == ["flip", "larger", "larger_flip", "smaller"]
     assert len(verdict.views) == 2
     assert all("left_out" in row for row in verdict.tried[4:])
@@ -217,19 +223,20 @@ def test_costs_and_the_clock_are_kept_to() -> None:
 def test_val_is_shown_to_one_model_of_folds_alone_which_leaves_time_for_more_views() -> None:
     right = {"plain": 0.6, "flip": 0.9, "larger": 0.95, "smaller": 0.9}
     members = MadeUp(views_of(right), dict.fromkeys(VIEWS, 1000.0), folds=3)  # 20 s for val, a view
-    judged(members, seconds=500)
+    standings_of(members, seconds=500)
     assert len([view for view in members.asked if view != "plain"]) == 12
 
 
 def test_folds_cost_what_all_their_models_do_but_on_val(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Paces, "measure", lambda self, runs, views=(): None)
+    monkeypatch.setattr(PredictionTimes, "measure", lambda self, runs, views=(): None)
     single = TrialConfig("test_resnet", image_size=32, epochs=2)
     runs = (Run(single), Run(single, Origin(folds=3)))
     records = [TrialRecord(r.id, single, State.COMPLETE, 2, 0.5, 1.0, "", origin=r.origin) for r in runs]
     job = cast(Job, None)
-    members, paces = Members(job, dict.fromkeys(records, 0.5), {}), Paces(job, {("test_resnet", 32): 0.002})
-    assert members.costs(paces, ["flip"]) == {"flip": pytest.approx(8.0)}
-    assert members.costs(paces, ["flip"], on_val=True) == {"flip": pytest.approx(4.0)}
+    members = EnsembleMembers(job, dict.fromkeys(records, 0.5), {})
+    times = PredictionTimes(job, {("test_resnet", 32): 0.002})
+    assert members.costs(times, ["flip"]) == {"flip": pytest.approx(8.0)}
+    assert members.costs(times, ["flip"], on_val=True) == {"flip": pytest.approx(4.0)}
 
 
 @pytest.mark.parametrize("view", VIEWS)

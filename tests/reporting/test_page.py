@@ -30,7 +30,7 @@ from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 from tune.cli.study_folder import describe_space
 from tune.commands import run_report
-from tune.finalize.stop_check import judged_stops
+from tune.finalize.stop_check import stops_summary
 from tune.monitor.terminal import Screen
 from tune.optim.importance import CAVEAT, UNKNOWN, edges, importances
 from tune.optim.optuna_records import suggest
@@ -250,7 +250,7 @@ def test_the_page_shows_what_became_of_the_pruned_trials_that_were_finished(stud
         r.trial_id: replace(r, value=v, curve=2 * r.curve) for r, v in zip(pruned, (0.3, 1.0), strict=True)
     }
     board = study.leaderboard()
-    write_json(study.stops_file, judged_stops(pruned, done, board, metric="accuracy", stopped=14))
+    write_json(study.stops_file, stops_summary(pruned, done, board, metric="accuracy", stopped=14))
     page = render(study)
     rows = cells(page, "stops")
     assert [row[-1] for row in rows[1:]] == ["right", "wrong"]

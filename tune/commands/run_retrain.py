@@ -13,15 +13,15 @@ from carmodels.study import Study
 from carmodels.training.config import setting
 from tune.budget.clock import Clock
 from tune.cli import session
-from tune.finalize import folds, retraining
+from tune.finalize import folds, repeats, retraining, schedules
 from tune.monitor.terminal import Screen
 
 
 def run(options: argparse.Namespace, screen: Screen) -> int:
     """Retrain and print the table."""
     changes = dict(setting(text) for text in options.set)
-    way = retraining.Way(options.epochs, changes, options.onward)
-    new_head = sorted(retraining.NEW_HEAD & changes.keys())
+    retrain_options = schedules.RetrainOptions(options.epochs, changes, options.onward)
+    new_head = sorted(schedules.HEAD_FIELDS & changes.keys())
     if new_head and options.onward:
         raise ValueError(f"--set {new_head[0]}: the weights of the trial have another; leave out --onward")
     study = Study(user_path(options.study))
@@ -29,9 +29,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     with session.open_job(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
         if options.folds:
-            folds.check_filled(job.splits, options.folds, study.facts["seed"])
+            folds.check_fold_count(job.splits, options.folds, study.facts["seed"])
         if options.folds or options.fold_in or (options.epochs and not options.onward) or new_head:
-            fetch_weights(job.weights, retraining.backbones(study, options.trial))  # for new models
+            fetch_weights(job.weights, retraining.retrained_backbones(study, options.trial))  # for new models
         before = study.records()
         completed = retraining.retrain_all(
             job,
@@ -39,8 +39,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
             watch=session.watched(job, clock, None, screen),
             say=screen.say,
             trial_id=options.trial,
-            seeds=options.seeds or retraining.SEEDS,
-            way=way,
+            seeds=options.seeds or repeats.SEEDS,
+            options=retrain_options,
             folds=options.folds,
             fold_in=options.fold_in,
         )

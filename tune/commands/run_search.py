@@ -43,7 +43,7 @@ from tune.cli.study_folder import (
     earlier_studies,
     refuse_within,
 )
-from tune.finalize import blending, confirmation, folds, retraining, stop_check
+from tune.finalize import blending, confirmation, folds, repeats, retraining, stop_check
 from tune.monitor.terminal import Screen
 from tune.optim.standings import CONTENDERS
 from tune.runtime import search_stage
@@ -78,9 +78,9 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: what they need is on this disk now
     splits = session.open_data(data, options, space.largest_size, options.seed, screen)
     if options.fold_in:
-        retraining.check_test(splits)
+        retraining.check_has_test(splits)
     if options.folds:
-        folds.check_filled(splits, options.folds, options.seed)
+        folds.check_fold_count(splits, options.folds, options.seed)
     clock, trials = budget(options, space, bare, begun)
     facts = {
         "data": study.relative(data),
@@ -204,11 +204,13 @@ def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Cloc
     packed = job.costs if job.workers.packed else None
     less = retraining.FOLD_IN_SHARE if options.fold_in else 0.0
     within = clock.at(clock.retrain - less) - time.time()
-    reruns = confirmation.most_seconds(job.study, job.workers.count, most=options.confirm, costs=packed)
+    reruns = confirmation.confirmation_seconds(
+        job.study, job.workers.count, max_reruns=options.confirm, costs=packed
+    )
     return clock.with_spare_time(
         confirm=min(reruns, clock.seconds * (clock.confirm - clock.search)),  # and no more, by their bounds
-        retrain=retraining.most_seconds(job, within=within, folds=options.folds) + less * clock.seconds,
-        ensemble=blending.most_seconds(job, folds=options.folds),
+        retrain=retraining.retraining_seconds(job, within=within, folds=options.folds) + less * clock.seconds,
+        ensemble=blending.ensemble_seconds(job, folds=options.folds),
         stops=STOPS_SHARE if options.check_stops else 0.0,
     )
 
@@ -232,7 +234,7 @@ def trained_further(
             return False
         screen.stops(job.study)
     if last >= STAGES.index("confirm"):
-        if not confirmation.confirm(job, clock=clock, watch=watch, say=say, most=options.confirm):
+        if not confirmation.confirm(job, clock=clock, watch=watch, say=say, max_reruns=options.confirm):
             return False
         screen.standings(job.study)
     return last < STAGES.index("retrain") or retraining.retrain_all(
@@ -246,8 +248,8 @@ def models_later(options: argparse.Namespace) -> int:
     found = options.check_stops  # until all of these have ended
     found += 1 + options.confirm if until >= STAGES.index("confirm") else 1  # and the baseline's
     if until >= STAGES.index("retrain"):
-        found += folds.MOST_FOLDED * options.folds if options.folds else retraining.SEEDS + CONTENDERS - 1
-        found += retraining.SEEDS if options.fold_in else 0
+        found += folds.MOST_FOLDED * options.folds if options.folds else repeats.SEEDS + CONTENDERS - 1
+        found += repeats.SEEDS if options.fold_in else 0
     return found + (CONTENDERS if until >= STAGES.index("ensemble") else 0)
 
 

@@ -1,4 +1,4 @@
-"""The last stage: members, views and temperatures by val, one score on holdout, ensemble.json, submission."""
+"""The last stage: choose an ensemble on val, score it once on holdout, write results and submission."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from carmodels.submission import write_submission
 from tune.budget.clock import Clock
 from tune.budget.stages import MOST_VIEWS, WEIGHTS_KEPT
 from tune.finalize import folds, soups
-from tune.finalize.views import Members, Paces, judge_views
+from tune.finalize.views import EnsembleMembers, PredictionTimes, select_tta_views
 from tune.runtime.job import Job, Say
 
-SOUP_SHARE = 0.3  # of the time that is left, after which no further soup is tried
-MOST_MEMBERS = 8  # of `select_ensemble`
-_STARTS, _START = 5, 10.0  # tasks of a member, for timing it, each split and soups; seconds until one works
-CHECK_SHARE = 0.2  # of the rest, after which the nested check is not repeated once more
+SOUP_SHARE = 0.3  # of the remaining time, for making soups
+MOST_MEMBERS = 8  # as in `select_ensemble`
+_TASKS_PER_MEMBER = 5  # timing, one per split, soups
+_TASK_START_SECONDS = 10.0
+CHECK_SHARE = 0.2  # of the remaining time, for repeats of the nested check
 
 
 def ensemble(
@@ -45,55 +46,52 @@ def ensemble(
 ) -> dict[str, Any]:
     """Choose members, views and temperatures on val, score once on holdout, write ensemble and submission.
 
-    `max_seconds` is what all members with all views may take one worker for 1,000 images.
+    `top`: trials of the search to choose from; `views`: most views per image; `max_seconds`: limit for 1,000
+    images on one worker, all members and views. Returns the content of ensemble.json.
     """
     study, labels = job.study, job.study.labels("val")
-    ready = _with_weights(study, say)
-    trained = _trained(study, ready, top)
-    _restore(job, list({*trained, *(r for r in ready if r.baseline)}), say)
-    paces = Paces(job)
-    folds.restore(job)
-    folds.gather(study)
-    whole = folds.ready(study)
-    for record in study.records():
-        if record.stage == FOLDS and record not in whole:
-            name = f"{record.trial_id}, {record.origin.folds} folds of {record.repeats}"
-            say(f"Left out: {name}: the weights of some are lost.")
-    folded = _affordable(whole, paces, max_seconds)
-    _, on, _ = folds.judged_on(study, trained, folded)  # where it is out of fold, folds alone are chosen from
-    cooked = soups.cook(job, trained, until=time.time() + SOUP_SHARE * clock.left) if on == "val" else []
-    for record in cooked:
+    intact = _with_intact_weights(study, say)
+    trained = _candidates(study, intact, top)
+    _recompute_predictions(job, list({*trained, *(r for r in intact if r.baseline)}), say)
+    times = PredictionTimes(job)
+    fold_sets = _within_cost(_fold_sets(job, say), times, max_seconds)
+    _, split, _ = folds.ensemble_candidates(study, trained, fold_sets)
+    until = time.time() + SOUP_SHARE * clock.left
+    new_soups = soups.make_soups(job, trained, until=until) if split == "val" else []  # else only fold sets
+    for record in new_soups:
         say(f"Soup {record.trial_id}: {record.reason}, {record.config.title}; val {record.value:.4f}.")
-    candidates, on, asked = folds.judged_on(study, [*trained, *cooked], folded)
-    _restore(job, candidates, say)
-    paces.measure(record.run for record in candidates)
-    library = Library.of(study, candidates, on, asked, paces, max_seconds)
+    candidates, split, split_labels = folds.ensemble_candidates(study, [*trained, *new_soups], fold_sets)
+    _recompute_predictions(job, candidates, say)
+    times.measure(record.run for record in candidates)
+    library = ModelLibrary.from_study(study, candidates, split, split_labels, times, max_seconds)
     chosen = library.choose(until=time.time() + CHECK_SHARE * clock.left)
     say(f"{chosen.sentence}.")
     records = {r.trial_id: r for r in [*trained, *candidates]}
-    members = Members(
+    members = EnsembleMembers(
         job, {records[i]: w for i, w in chosen.weights.items()}, library.temperatures(library.all_rows)
     )
-    verdict = judge_views(members, labels, limit=views, seconds=clock.left, paces=paces, max_cost=max_seconds)
+    verdict = select_tta_views(
+        members, labels, limit=views, seconds=clock.left, times=times, max_cost=max_seconds
+    )
     for line in (*(f"  {line}" for line in verdict.lines), f"Test-time augmentation: {verdict.sentence}"):
         say(f"{line}.")
-    blended, temperature = _answers(members, verdict.views, labels)
+    blended, temperature = _save_blended(members, verdict.views, labels)
     truth = np.array(list(labels.values()))
-    best = library.best_of([r.trial_id for r in trained]) if on == "val" else trained[0].trial_id
+    best = library.best_single([r.trial_id for r in trained]) if split == "val" else trained[0].trial_id
     single = records[best]
     results = {
         "metric": study.metric,
         "members": [
-            described
+            row
             for record, weight in members.weights.items()
-            for described in _described_members(study, record, weight, chosen.gains, members, library)
+            for row in _member_rows(study, record, weight, chosen.gains, members, library)
         ],
         "temperature": temperature,
         "tta": asdict(verdict),
         "nested": {**asdict(chosen.check), "gain": chosen.check.gain, "sentence": chosen.sentence},
-        "soups": [_soup(record) for record in cooked],
+        "soups": [_soup_row(record) for record in new_soups],
         "cost": {
-            "seconds_per_1000": sum(members.costs(paces, verdict.views).values()),
+            "seconds_per_1000": sum(members.costs(times, verdict.views).values()),
             "most": max_seconds,
             "device": job.workers.device,
             "cores": job.workers.cpus,
@@ -102,19 +100,19 @@ def ensemble(
             "ensemble": METRICS[study.metric].score(blended["val"].aligned(list(labels)).probs, truth),
             "single": {"trial_id": single.trial_id, "value": single.value},
         },
-        "holdout": _holdout(study, study.metric, blended["holdout"], single.trial_id),
-        **_submitted(job, blended),
+        "holdout": _holdout_results(study, blended["holdout"], single.trial_id),
+        **_submission_results(job, blended),
     }
-    study.thumbnails_file.unlink(missing_ok=True)  # of the mistakes of the ensemble before
+    study.thumbnails_file.unlink(missing_ok=True)  # shows the mistakes of the previous ensemble
     write_json(study.ensemble_file, results)
     study.write_table()
     return results
 
 
-def most_seconds(job: Job, folds: int = 0) -> float:
-    """What the ensemble takes at most, by the costs of the dearest of the best trials; infinite without.
+def ensemble_seconds(job: Job, folds: int = 0) -> float:
+    """Upper bound on the seconds of this stage, from the slowest of the best trials; infinite without any.
 
-    With `folds`, of which each member has so many models: only one of them sees an image of val.
+    `folds`: models per member. Only one of them predicts a val image.
     """
     study, splits, costs = job.study, job.splits, job.costs
     best = [r.config for r in study.leaderboard() if r.stage == "search"][:MOST_MEMBERS]
@@ -123,86 +121,102 @@ def most_seconds(job: Job, folds: int = 0) -> float:
     image = max(costs.inference(config) for config in best)
     later = (len(splits.holdout) + len(splits.test)) * MOST_VIEWS * (folds or 1)
     images = len(splits.val) * len(VIEWS) + later
-    return MOST_MEMBERS * (image * images + _STARTS * _START) / job.workers.count
+    return MOST_MEMBERS * (image * images + _TASKS_PER_MEMBER * _TASK_START_SECONDS) / job.workers.count
 
 
-def _answers(
-    members: Members, views: Sequence[str], labels: Mapping[str, int]
+def _fold_sets(job: Job, say: Say) -> list[TrialRecord]:
+    """The usable fold sets, best first, their predictions recomputed if lost. Reports unusable ones."""
+    folds.recompute_fold_predictions(job)
+    folds.record_complete_folds(job.study)
+    usable = folds.usable_fold_sets(job.study)
+    for record in job.study.records():
+        if record.stage == FOLDS and record not in usable:
+            name = f"{record.trial_id}, {record.origin.folds} folds of {record.repeats}"
+            say(f"Left out: {name}: the weights of some are lost.")
+    return usable
+
+
+def _save_blended(
+    members: EnsembleMembers, views: Sequence[str], labels: Mapping[str, int]
 ) -> tuple[dict[str, Predictions], float]:
-    """The ensemble's probabilities of each split, which are kept, and their temperature, fitted on val."""
+    """Save the ensemble's predictions; (predictions by split, their temperature, fitted on val)."""
     splits, study = members.job.splits, members.job.study
-    models = _models(members)
-    found = {"val": members.blended("val", views)}
-    found |= {s.name: models.blended(s.name, views) for s in (splits.holdout, splits.test) if len(s)}
+    models = _single_models(members)
+    raw = {"val": members.blended("val", views)}
+    raw |= {s.name: models.blended(s.name, views) for s in (splits.holdout, splits.test) if len(s)}
     truth = np.array(list(labels.values()))
-    temperature = fit_temperature(found["val"].aligned(list(labels)).probs, truth)
+    temperature = fit_temperature(raw["val"].aligned(list(labels)).probs, truth)
     if all(record.stage == FOLDS for record in members.weights):
-        # On val one model of each member answers, on other images the mean of all its folds, which is less
-        # sure: what fits the one does not fit the other. Each model has a temperature of its own already.
+        # One model per member predicts a val image, the mean of all its folds any other. The mean is less
+        # confident, so val's temperature does not fit it. Each model has its own temperature already.
         temperature = 1.0
-    blended = {split: with_temperature(predictions, temperature) for split, predictions in found.items()}
+    blended = {split: with_temperature(predictions, temperature) for split, predictions in raw.items()}
     for split, predictions in blended.items():
         predictions.save(study.predictions_file("ensemble", split))
     return blended, temperature
 
 
-def _models(members: Members) -> Members:
-    """Each model by itself, those of folds too, with its member's temperature: as in the exported network."""
+def _single_models(members: EnsembleMembers) -> EnsembleMembers:
+    """Fold sets replaced by their models, each with its member's temperature, as in the exported network."""
     models: dict[TrialRecord, float] = {}
     temperatures: dict[str, float] = {}
     for record, weight in members.weights.items():
-        of = folds.models_of(members.job.study, record)
-        models |= dict.fromkeys(of, weight / len(of))
-        temperatures |= dict.fromkeys((one.trial_id for one in of), members.temperatures[record.trial_id])
-    return Members(members.job, models, temperatures)
+        temperature = members.temperatures[record.trial_id]
+        parts = folds.member_models(members.job.study, record)
+        models |= dict.fromkeys(parts, weight / len(parts))
+        temperatures |= dict.fromkeys((part.trial_id for part in parts), temperature)
+    return EnsembleMembers(members.job, models, temperatures)
 
 
-def _submitted(job: Job, blended: Mapping[str, Predictions]) -> dict[str, Any]:
-    """Write the submission, and say what it holds and is going to score; nothing without test images."""
+def _submission_results(job: Job, blended: Mapping[str, Predictions]) -> dict[str, Any]:
+    """Write the submission; its summary and expected score, or nothing without test images."""
     if "test" not in blended:
         return {}
     study, test = job.study, blended["test"]
     write_submission(test, study.submission_file, sample=job.splits.sample_file)
     return {
-        "submission": _described(study, job.splits.class_names, test),
-        "hidden": _expected(study, study.metric, blended["holdout"], len(test.ids)),
+        "submission": _submission_summary(study, job.splits.class_names, test),
+        "hidden": _expected_test_score(study, blended["holdout"], len(test.ids)),
     }
 
 
-def _trained(study: Study, ready: Sequence[TrialRecord], top: int) -> list[TrialRecord]:
-    """The best `top` trials of the search and all later runs, of what is ready, best first."""
-    searched = [r for r in ready if r.stage == "search"][:top]
-    found = [r for r in ready if r in searched or (r.stage in TRAINED and r.stage != "search")]
-    if not found:
+def _candidates(study: Study, records: Sequence[TrialRecord], top: int) -> list[TrialRecord]:
+    """The best `top` trials of the search and all reruns and retrained runs; `records` is best first."""
+    searched = [r for r in records if r.stage == "search"][:top]
+    later = [stage for stage in TRAINED if stage != "search"]
+    candidates = [r for r in records if r in searched or r.stage in later]
+    if not candidates:
         raise ValueError(f"{study.folder} has no finished trial to make a submission from; --resume goes on")
-    return found
+    return candidates
 
 
-def _with_weights(study: Study, say: Say) -> list[TrialRecord]:
-    """Finished runs whose weights are there and intact, best first."""
-    there = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
-    damaged = {r.trial_id: d for r in there if (d := weights_damage(study.weights_file(r.trial_id)))}
+def _with_intact_weights(study: Study, say: Say) -> list[TrialRecord]:
+    """Complete runs with intact weights, best first. Reports damaged ones."""
+    saved = [r for r in study.leaderboard() if study.weights_file(r.trial_id).is_file()]
+    damaged = {r.trial_id: d for r in saved if (d := weights_damage(study.weights_file(r.trial_id)))}
     for trial_id, damage in damaged.items():
         say(f"Left out: {study.weights_file(trial_id)} is damaged ({damage}); bring a copy back.")
-    return [r for r in there if r.trial_id not in damaged]
+    return [r for r in saved if r.trial_id not in damaged]
 
 
-def _affordable(records: Sequence[TrialRecord], paces: Paces, most: float) -> list[TrialRecord]:
-    """Those that take one worker at most so many seconds for 1,000 images."""
-    paces.measure(record.run for record in records)
-    return [record for record in records if 1000 * paces.of(record.run) <= most]
+def _within_cost(
+    records: Sequence[TrialRecord], times: PredictionTimes, max_cost: float
+) -> list[TrialRecord]:
+    """The records that take one worker at most `max_cost` seconds for 1,000 images."""
+    times.measure(record.run for record in records)
+    return [record for record in records if 1000 * times.seconds_per_image(record.run) <= max_cost]
 
 
-def _restore(job: Job, records: Sequence[TrialRecord], say: Say) -> None:
-    """Make probabilities that are missing or damaged anew, from the weights."""
+def _recompute_predictions(job: Job, records: Sequence[TrialRecord], say: Say) -> None:
+    """Recompute missing or damaged predictions from the weights. Reports damaged files."""
     for split in ("val", "holdout"):
-        for file in Members(job, dict.fromkeys(records, 1.0), {}).show(split, ("plain",)):
+        for file in EnsembleMembers(job, dict.fromkeys(records, 1.0), {}).predict_missing(split, ("plain",)):
             say(f"{file} was damaged, it is made anew from the weights.")
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Who is in the ensemble, and why."""
+class EnsembleChoice:
+    """The members of the ensemble, and the evidence."""
 
     weights: Mapping[str, float]  # by trial id
     gains: Mapping[str, float]  # as in `Selection`
@@ -211,8 +225,8 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Library:
-    """What an ensemble is chosen from, and by."""
+class ModelLibrary:
+    """The candidates of an ensemble with their predictions and costs, and the labels to choose by."""
 
     metric: str
     probs: Mapping[str, Predictions]  # by trial id, rows in the order of truth
@@ -221,78 +235,79 @@ class Library:
     max_cost: float
 
     @classmethod
-    def of(
+    def from_study(
         cls,
         study: Study,
         candidates: Sequence[TrialRecord],
-        on: str,
+        split: str,
         labels: Mapping[str, int],
-        paces: Paces,
+        times: PredictionTimes,
         max_cost: float,
-    ) -> Library:
-        """The candidates' answers on a split; ValueError where none of them is cheap enough."""
-        costs = {r.trial_id: 1000 * paces.of(r.run) for r in candidates}
+    ) -> ModelLibrary:
+        """The candidates' predictions for a split; ValueError if none is cheap enough."""
+        costs = {r.trial_id: 1000 * times.seconds_per_image(r.run) for r in candidates}
         if min(costs.values()) > max_cost:
             raise ValueError(
                 f"--max-seconds-per-1000 {max_cost:g} is less than the fastest candidate takes here, "
                 f"{min(costs.values()):.2f} s; allow more"
             )
-        probs = {r.trial_id: study.predictions(r.trial_id, on).aligned(list(labels)) for r in candidates}
+        probs = {r.trial_id: study.predictions(r.trial_id, split).aligned(list(labels)) for r in candidates}
         return cls(study.metric, probs, np.array(list(labels.values())), costs, max_cost)
 
     @property
     def all_rows(self) -> np.ndarray:
         return np.arange(len(self.truth))
 
-    def choose(self, until: float) -> Chosen:
-        """The ensemble, or the best model alone where choosing one does not help on other images."""
-        found, check = self.select(self.all_rows), self.check(until)
-        alone = {found.single: 1.0}
-        return Chosen(
-            weights=found.weights if check.helps else alone,
-            gains=found.gains if check.helps else dict.fromkeys(alone, 0.0),
+    def choose(self, until: float) -> EnsembleChoice:
+        """The ensemble, or the best model alone if the nested check shows no gain."""
+        selection, check = self.select(self.all_rows), self.check(until)
+        single = {selection.single: 1.0}
+        return EnsembleChoice(
+            weights=selection.weights if check.helps else single,
+            gains=selection.gains if check.helps else dict.fromkeys(single, 0.0),
             check=check,
-            sentence=_sentence(found, check),
+            sentence=_sentence(selection, check),
         )
 
     def temperatures(self, rows: np.ndarray) -> dict[str, float]:
-        """Each model's temperature, fitted on these rows; that of folds is of each of their models."""
+        """Each candidate's temperature, fitted on these rows. All models of a fold set share one."""
         return {name: fit_temperature(p.probs[rows], self.truth[rows]) for name, p in self.probs.items()}
 
     def tempered(self, rows: np.ndarray) -> dict[str, Predictions]:
-        """All rows, with the temperatures fitted on some."""
-        found = self.temperatures(rows)
-        return {name: with_temperature(p, found[name]) for name, p in self.probs.items()}
+        """Calibrated predictions of all rows, with temperatures fitted on `rows`."""
+        temperatures = self.temperatures(rows)
+        return {name: with_temperature(p, temperatures[name]) for name, p in self.probs.items()}
 
     def select(self, rows: np.ndarray) -> Selection:
-        """The ensemble by these rows alone."""
+        """The ensemble chosen on these rows alone."""
         return self._selected(self.tempered(rows), rows)
 
     def _selected(self, tempered: Mapping[str, Predictions], rows: np.ndarray) -> Selection:
-        some = {name: p.take(rows) for name, p in tempered.items()}
+        part = {name: p.take(rows) for name, p in tempered.items()}
         return select_ensemble(
-            some, self.truth[rows], metric=self.metric, costs=self.costs, max_cost=self.max_cost
+            part, self.truth[rows], metric=self.metric, costs=self.costs, max_cost=self.max_cost
         )
 
     def check(self, until: float) -> NestedCheck:
-        """Whether choosing an ensemble on one half of the images beats the best one on the other."""
+        """An ensemble chosen on half of the rows against the best model, scored on the other half."""
 
         def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             tempered = self.tempered(rows)
-            found = self._selected(tempered, rows)
-            mixed = blend([tempered[name] for name in found.weights], list(found.weights.values()))
-            return mixed.probs, tempered[found.single].probs
+            selection = self._selected(tempered, rows)
+            members = [tempered[name] for name in selection.weights]
+            blended = blend(members, list(selection.weights.values()))
+            return blended.probs, tempered[selection.single].probs
 
         return nested_check(choose, self.truth, metric=self.metric, until=until)
 
-    def best_of(self, names: Sequence[str]) -> str:
-        """The best of these alone, of those that are cheap enough."""
-        some = {name: self.probs[name] for name in names if self.costs[name] <= self.max_cost}
-        return select_ensemble(some, self.truth, metric=self.metric, rounds=0, max_members=1).single
+    def best_single(self, names: Sequence[str]) -> str:
+        """The best of the named candidates that are cheap enough."""
+        affordable = {name: self.probs[name] for name in names if self.costs[name] <= self.max_cost}
+        return select_ensemble(affordable, self.truth, metric=self.metric, rounds=0, max_members=1).single
 
 
 def _sentence(selection: Selection, check: NestedCheck) -> str:
-    """What the nested check says, in words."""
+    """The decision and the nested check's scores in words."""
     halves = f"chosen on one half of val, the ensemble has {check.chosen:.4f} on the other, the best model "
     halves += f"{check.before:.4f} ({check.gain:+.4f}, mean of {len(check.gains)} cuts)"
     if len(selection.weights) == 1:
@@ -300,32 +315,32 @@ def _sentence(selection: Selection, check: NestedCheck) -> str:
     return f"The ensemble is {'kept' if check.helps else 'left out for the best model'}: {halves}"
 
 
-def _described_members(
+def _member_rows(
     study: Study,
     record: TrialRecord,
     weight: float,
     gains: Mapping[str, float],
-    members: Members,
-    library: Library,
+    members: EnsembleMembers,
+    library: ModelLibrary,
 ) -> list[dict[str, Any]]:
-    """The models of what was chosen: that itself, or its folds, which share what there is to it."""
-    models = folds.models_of(study, record)
+    """Rows of ensemble.json for one member. Each model of a fold set has a row with its share."""
+    models = folds.member_models(study, record)
     return [
         {
-            "trial_id": one.trial_id,
-            "title": one.config.title,
-            "stage": one.stage,
+            "trial_id": model.trial_id,
+            "title": model.config.title,
+            "stage": model.stage,
             "weight": weight / len(models),
             "gain": gains[record.trial_id] / len(models),
             "val": record.value,
             "temperature": members.temperatures[record.trial_id],
             "seconds_per_1000": library.costs[record.trial_id] / len(models),
         }
-        for one in models
+        for model in models
     ]
 
 
-def _soup(record: TrialRecord) -> dict[str, Any]:
+def _soup_row(record: TrialRecord) -> dict[str, Any]:
     return {
         "trial_id": record.trial_id,
         "title": record.config.title,
@@ -334,21 +349,23 @@ def _soup(record: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _described(study: Study, names: Sequence[str], test: Predictions) -> dict[str, Any]:
-    """What the submission says: its rows, and how many of them are of each class, by name."""
+def _submission_summary(study: Study, names: Sequence[str], test: Predictions) -> dict[str, Any]:
+    """The submission's file name, number of rows and rows per predicted class."""
     counts = np.bincount(test.probs.argmax(1), minlength=len(names)).tolist()
-    given = [{"class": c, "name": n, "rows": k} for c, n, k in zip(test.classes, names, counts, strict=True)]
-    return {"file": study.submission_file.name, "rows": len(test.ids), "classes": given}
+    classes = [
+        {"class": c, "name": n, "rows": k} for c, n, k in zip(test.classes, names, counts, strict=True)
+    ]
+    return {"file": study.submission_file.name, "rows": len(test.ids), "classes": classes}
 
 
-def _holdout(study: Study, metric: str, ensembled: Predictions, single: str) -> dict[str, Any]:
-    """The one look at holdout: ensemble, best single trial and baseline, with 95 % intervals."""
+def _holdout_results(study: Study, ensembled: Predictions, single: str) -> dict[str, Any]:
+    """Holdout scores of ensemble, best single trial and baseline, with 95 % intervals. Counts looks."""
     labels = study.labels("holdout")
     truth = np.array(list(labels.values()))
     probs = {"ensemble": ensembled.aligned(list(labels)).probs}
     baselines = (r.trial_id for r in study.leaderboard() if r.baseline)
     baseline = next((name for name in baselines if study.has_predictions(name, "holdout")), None)
-    named = {"single": single} | ({"baseline": baseline} if baseline else {})
+    metric, named = study.metric, {"single": single} | ({"baseline": baseline} if baseline else {})
     for name, trial_id in named.items():
         probs[name], _ = study.answers(trial_id, "holdout")
     scores: dict[str, Any] = {name: asdict(score_interval(metric, p, truth)) for name, p in probs.items()}
@@ -358,9 +375,10 @@ def _holdout(study: Study, metric: str, ensembled: Predictions, single: str) -> 
     return {**scores, "images": len(truth), "looks": looks}
 
 
-def _expected(study: Study, metric: str, holdout: Predictions, images: int) -> dict[str, Any]:
-    """What the submission is going to score: a 95 % prediction interval, from holdout alone."""
+def _expected_test_score(study: Study, holdout: Predictions, images: int) -> dict[str, Any]:
+    """The submission's expected score: a 95 % prediction interval from holdout."""
     labels = study.labels("holdout")
     truth = np.array(list(labels.values()))
-    found = score_prediction_interval(metric, holdout.aligned(list(labels)).probs, truth, images)
-    return {**asdict(found), "images": images}
+    probs = holdout.aligned(list(labels)).probs
+    interval = score_prediction_interval(study.metric, probs, truth, images)
+    return {**asdict(interval), "images": images}

@@ -1,4 +1,4 @@
-"""Running the best few configurations again with new seeds, until it is clear which is best."""
+"""Reruns: the best configurations run again with new seeds until it is clear which is best."""
 
 from __future__ import annotations
 
@@ -20,133 +20,132 @@ from carmodels.training.run import Run
 from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.costs import Costs, rerun_seconds
 from tune.budget.stages import RERUNS
-from tune.finalize.retraining import least_seconds
+from tune.finalize.retraining import shortest_retraining_seconds
 from tune.optim.standings import CONTENDERS, TAIL, RunStatistics, runs_by_config, standings_of, without_seed
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.runner import run_trials
 
-_ENDED = (State.COMPLETE, State.FAILED)  # a seed that is used up
+_ENDED = (State.COMPLETE, State.FAILED)  # the seed is used up
 
 
 def next_rerun(
     records: Sequence[TrialRecord], *, metric: str, images: int, pending: Sequence[Run] = ()
 ) -> Run | None:
-    """The run from which most is to be gained; None where the best is told apart from its contenders.
+    """The run with the largest expected gain; None once the best is clearly better than every contender.
 
-    It follows from the records alone. Runs that are `pending` count as if they had come to what is expected
-    of them.
+    A function of the records alone. `pending` runs count with their expected value.
     """
     stats = RunStatistics.of(runs_by_config(records), metric, images)
     if stats is None:
         return None
-    found = stats.with_pending(pending).posterior
-    order = np.argsort(-found.mean, kind="stable")[:CONTENDERS]
-    chances = found.chances
-    if all(chances[j] < TAIL for j in order if j != found.best):
+    posterior = stats.with_pending(pending).posterior
+    order = np.argsort(-posterior.mean, kind="stable")[:CONTENDERS]
+    chances = posterior.chances
+    if all(chances[j] < TAIL for j in order if j != posterior.best):
         return None
-    gains = knowledge_gradient(found.mean[order], found.sd[order], stats.noise)
-    pick = int(np.argmax(gains > gains.max() * (1 - 1e-9)))  # the first of equals, whatever the rounding
-    return _reseeded(stats.records[order[pick]].run, records, pending)
+    gains = knowledge_gradient(posterior.mean[order], posterior.sd[order], stats.noise)
+    pick = int(np.argmax(gains > gains.max() * (1 - 1e-9)))  # the first of equals, despite rounding
+    return _with_next_seed(stats.records[order[pick]].run, records, pending)
 
 
 def knowledge_gradient(means: np.ndarray, sds: np.ndarray, noise: float) -> np.ndarray:
-    """What a further run of each, (J,), adds to the worth of the one that is then chosen.
+    """Expected gain, (J,), in the chosen configuration's mean from one more run of each configuration.
 
-    The expected value of information of Gupta & Miescke (1996) and Frazier et al. (2008): large where a
-    configuration is close to the best (of the best: to the second) and not well known. In simulated fields of
-    eight as far apart as the noise, six runs halve what the choice falls short of the best (tests).
+    The knowledge gradient of Gupta & Miescke (1996) and Frazier et al. (2008): large for an uncertain
+    configuration close to the best one (for the best: to the second). In simulated fields of eight, spread as
+    widely as the noise, six runs halve the regret of the choice (tests).
     """
     rivals = np.array([np.delete(means, j).max() for j in range(len(means))])
-    moves = sds**2 / np.sqrt(sds**2 + noise**2)  # of the posterior mean, by a run, standard deviation
+    moves = sds**2 / np.sqrt(
+        sds**2 + noise**2
+    )  # standard deviation of the change in the posterior mean from one run
     normal = NormalDist()
     z = -np.abs(means - rivals) / moves
     return moves * np.array([x * normal.cdf(x) + normal.pdf(x) for x in z.tolist()])
 
 
-def _reseeded(run: Run, records: Iterable[TrialRecord], pending: Iterable[Run]) -> Run:
-    """The run with its next seed: retraining counts on from the same one."""
+def _with_next_seed(run: Run, records: Iterable[TrialRecord], pending: Iterable[Run]) -> Run:
+    """The run with its first unused seed. Retraining counts seeds from the same start."""
     used = {r.trial_id for r in records if r.state in _ENDED} | {r.id for r in pending}
-    seeds = (run.with_origin(seed=run.origin.seed + more) for more in count(1))
-    return next(candidate for candidate in seeds if candidate.id not in used)
+    candidates = (run.with_origin(seed=run.origin.seed + offset) for offset in count(1))
+    return next(candidate for candidate in candidates if candidate.id not in used)
 
 
-def most_seconds(study: Study, workers: int, *, most: int, costs: Costs | None = None) -> float:
-    """What running the best few again takes at most, if they stay those that they are now.
-
-    Infinite where there are none.
-    """
+def confirmation_seconds(study: Study, workers: int, *, max_reruns: int, costs: Costs | None = None) -> float:
+    """Upper bound on the seconds of all reruns, given today's best configurations; infinite without any."""
     best = [standing.record for standing in standings_of(study)[:CONTENDERS]]
-    each = max((rerun_seconds(record, costs) for record in best), default=math.inf)
-    return (math.ceil(most / workers) + 0.5) * each if most else 0.0  # the search may end late
+    seconds = max((rerun_seconds(record, costs) for record in best), default=math.inf)
+    rounds = math.ceil(max_reruns / workers) + 0.5  # half a round more: the search may end late
+    return rounds * seconds if max_reruns else 0.0
 
 
-class Reruns(Searcher):
-    """Hands out one rerun after the other, by what the study's records say when it is asked.
+class RerunSearcher(Searcher):
+    """Ray Tune searcher. Suggests one rerun at a time, based on the study's records at that moment.
 
-    Ends where the best is told apart, after `most` reruns in the study, and where the next would not end by
-    `end` (time.time()).
+    Finishes when the best configuration is clear, after `max_reruns` reruns in the study, or when the next
+    would not end by `end` (time.time()).
     """
 
     def __init__(
-        self, study: Study, *, most: int, end: float, roles: dict[str, Role], costs: Costs | None = None
+        self, study: Study, *, max_reruns: int, end: float, roles: dict[str, Role], costs: Costs | None = None
     ) -> None:
         super().__init__(metric=study.metric, mode=METRICS[study.metric].mode)
         self._costs = costs
-        self._study, self._most, self._end, self._roles = study, most, end, roles
+        self._study, self._max_reruns, self._end, self._roles = study, max_reruns, end, roles
         self._images = len(study.labels("val"))
-        self._handed: list[Run] = []
+        self._suggested: list[Run] = []
         records = (r for r in study.records() if r.stage == "confirm")
         self._unfinished = [r.run for r in records if r.unfinished]  # of an earlier command
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED
         run = self.next()
-        if run is None:  # what is running may yet change who is best
+        if run is None:  # pending runs may still change which is best
             return None if self._pending() else Searcher.FINISHED
-        first = self._first()[without_seed(run)]
+        first = self._search_records()[without_seed(run)]
         if time.time() + rerun_seconds(first, self._costs) > self._end:
             return Searcher.FINISHED
-        self._handed.append(run)
+        self._suggested.append(run)
         note = f"seed {run.origin.seed} of {first.trial_id}"
         self._roles[run.id] = Role(repeats=first.trial_id, note=note)
         return run.to_dict()
 
     def next(self) -> Run | None:
-        """The next rerun; None where there is none to make for the time being."""
+        """The next rerun; None if there is none to start now."""
         records, pending = self._study.records(), self._pending()
         ended = [r for r in records if r.stage == "confirm" and r.state in _ENDED]
-        made = sum(r.whole and not r.unfinished for r in ended)
-        if made + len(pending) >= self._most:
+        reruns = sum(r.whole and not r.unfinished for r in ended)
+        if reruns + len(pending) >= self._max_reruns:
             return None
-        if begun := [run for run in self._unfinished if run not in self._handed]:
-            return begun[0]  # as in the search: no row stays without an end
+        if interrupted := [run for run in self._unfinished if run not in self._suggested]:
+            return interrupted[0]  # as in the search: every started run ends
         return next_rerun(records, metric=self.metric, images=self._images, pending=pending)
 
     def _pending(self) -> list[Run]:
         ended = {r.trial_id for r in self._study.records() if r.state in _ENDED}
-        return [run for run in self._handed if run.id not in ended]
+        return [run for run in self._suggested if run.id not in ended]
 
-    def _first(self) -> Mapping[Run, TrialRecord]:
+    def _search_records(self) -> Mapping[Run, TrialRecord]:
         return {run: runs[0] for run, runs in runs_by_config(self._study.records()).items()}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Nothing to learn: the records tell."""
+        """Does nothing: `suggest` reads the records."""
 
 
-def confirm(job: Job, *, clock: Clock, watch: ProgressCallback, say: Say, most: int = RERUNS) -> bool:
-    """Run the best few again with new seeds until it is clear who is best; False if interrupted."""
+def confirm(job: Job, *, clock: Clock, watch: ProgressCallback, say: Say, max_reruns: int = RERUNS) -> bool:
+    """Rerun the best configurations until it is clear which is best; False if interrupted."""
     roles: dict[str, Role] = {}
     end, late = clock.at(clock.confirm), clock.late(clock.confirm, clock.retrain, LATE_SHARE)
-    latest = clock.at(clock.retrain) - least_seconds(job)  # for retraining to begin
+    latest = clock.at(clock.retrain) - shortest_retraining_seconds(job)  # retraining must start by then
     if latest > time.time():
         end, late = min(end, latest), min(late, latest)
     costs = job.costs if job.workers.packed else None
-    reruns = Reruns(job.study, most=most, end=end, roles=roles, costs=costs)
+    reruns = RerunSearcher(job.study, max_reruns=max_reruns, end=end, roles=roles, costs=costs)
     if reruns.next() is None:
         return True
-    say(f"Running the best few again with new seeds, at most {most} runs.")
+    say(f"Running the best few again with new seeds, at most {max_reruns} runs.")
     completed = run_trials(
         replace(job, workers=replace(job.workers, packed=0), until=late),
         stage="confirm",

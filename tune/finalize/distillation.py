@@ -1,4 +1,4 @@
-"""One small, fast model that has learnt from a study's ensemble, and what that keeps and gains."""
+"""Distillation: trains one small, fast student from the ensemble, compares their scores and speed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from carmodels.training.config import EpochMetrics
 from carmodels.training.run import Run
 from carmodels.training.trainer import TrainResult, fit
 from tune.budget.stages import STUDENT_EPOCHS
-from tune.finalize.retraining import epochs_of_space, opened
+from tune.finalize.schedules import epochs_of_space, unfrozen
 from tune.finalize.views import prediction_seconds
 from tune.runtime.job import Job, Say
 
-STAGE = "student"
-VIEWS = 8  # epochs' worth of crops that the teacher is asked about
-_TIMED = 128  # images
-_ROUNDS = 3  # of the two in turn, the fastest of which counts
+STUDENT = "student"
+TEACHER_EPOCHS = 8  # epochs of crops that the teacher predicts
+_TIMED_IMAGES = 128
+_TIMED_ROUNDS = 3  # of teacher and student in turn; the fastest counts
 
 
 def distil(
@@ -41,11 +41,11 @@ def distil(
     say: Say,
     on_epoch: Callable[[EpochMetrics], None] = lambda metrics: None,
 ) -> dict[str, Any]:
-    """Train a student on what the ensemble says of train; leaves its record, weights and student.json."""
+    """Train a student on the ensemble's predictions of train. Writes record, weights and student.json."""
     study, splits, device = job.study, job.splits, job.workers.device
     teacher = load_ensemble(study).to(device)
-    run = _student(job, backbone, epochs, say)
-    views = min(VIEWS, run.config.epochs)
+    run = _student_run(job, backbone, epochs, say)
+    views = min(TEACHER_EPOCHS, run.config.epochs)
     say(f"The ensemble is shown train, {len(splits.train)} images in {views} crops each.")
     processes = job.workers.processes
     answers = taught(teacher, splits, run, views=views, device=device, processes=processes)
@@ -71,12 +71,12 @@ def distil(
         raise ValueError(
             f"the student's loss was not finite in epoch {len(trained.history)}; a lower lr helps"
         )
-    record = _record(study, trained, time.time() - started)
+    record = _student_record(study, trained, time.time() - started)
     save_weights(trained.model, study.weights_file(record.trial_id))
     study.append(record)
     study.write_table()
-    temperature = _answers(job, trained, record)
-    student_file = study.answer_file(STAGE)
+    temperature = _save_predictions(job, trained, record)
+    student_file = study.answer_file(STUDENT)
     looks = 1 + (read_json(student_file)["holdout"]["looks"] if student_file.is_file() else 0)
     results = {
         "metric": study.metric,
@@ -84,7 +84,7 @@ def distil(
             {
                 "trial_id": record.trial_id,
                 "title": run.title,
-                "stage": STAGE,
+                "stage": STUDENT,
                 "weight": 1.0,
                 "gain": 0.0,
                 "val": record.value,
@@ -94,18 +94,18 @@ def distil(
         "temperature": temperature,
         "tta": {"views": ["plain"], "sentence": "left out, the student is to be fast"},
         "taught": {"views": views, "temperature": softness, "share": TAUGHT},
-        "val": _scores(study, "val"),
-        "holdout": {**_holdout(study), "looks": looks},
+        "val": _val_scores(study),
+        "holdout": {**_holdout_comparison(study), "looks": looks},
     }
     write_json(student_file, results)
-    results["speed"] = _speeds(job, teacher, load_ensemble(study, STAGE).to(device))
+    results["speed"] = _speeds(job, teacher, load_ensemble(study, STUDENT).to(device))
     write_json(student_file, results)
     return results
 
 
-def _student(job: Job, backbone: str | None, epochs: int | None, say: Say) -> Run:
-    """The run of the named backbone, else of the one that is measured to be fastest."""
-    candidates = _backbones(job)
+def _student_run(job: Job, backbone: str | None, epochs: int | None, say: Say) -> Run:
+    """The run of the named backbone, or of the fastest one as measured here; ValueError for none."""
+    candidates = _available_backbones(job)
     if not candidates:
         raise ValueError(
             f"{job.weights.source} holds the weights of no backbone that is known here; bring the files "
@@ -116,39 +116,39 @@ def _student(job: Job, backbone: str | None, epochs: int | None, say: Say) -> Ru
             f"--backbone {backbone}: there are weights for {', '.join(candidates)}; name one of these"
         )
     names = candidates if backbone is None else [backbone]
-    runs = {name: _configured(job.study, name, epochs) for name in names}
+    runs = {name: _student_config(job.study, name, epochs) for name in names}
     seconds = {n: prediction_seconds(job, r.config, r.config.image_size) for n, r in runs.items()}
     name = min(seconds, key=lambda n: seconds[n])
-    paces = ", ".join(f"{n} {1000 * s:.1f}" for n, s in sorted(seconds.items(), key=lambda item: item[1]))
-    say(f"Milliseconds an image: {paces}.")
+    times = ", ".join(f"{n} {1000 * s:.1f}" for n, s in sorted(seconds.items(), key=lambda item: item[1]))
+    say(f"Milliseconds an image: {times}.")
     say(f"The student is {runs[name].title}, {runs[name].config.epochs} epochs.")
     return runs[name]
 
 
-def _backbones(job: Job) -> list[str]:
-    """Those of the catalog that the study's folder of weights holds, else those of its space."""
+def _available_backbones(job: Job) -> list[str]:
+    """Backbones with pretrained weights: of the catalog if they are in a folder, else of the space."""
     space = space_of(job.study.facts)
     known = tuple(BACKBONES) if job.weights.is_folder or space is None else space.backbones
     return [name for name in known if job.weights.has(name)]
 
 
-def _configured(study: Study, backbone: str, epochs: int | None) -> Run:
-    """As the search's best finished trial with this backbone, or of all, but long and with all open."""
+def _student_config(study: Study, backbone: str, epochs: int | None) -> Run:
+    """The search's best trial (of this backbone, if any) with a long schedule and full fine-tuning."""
     board = [r for r in study.leaderboard() if r.stage == "search"]
-    own = [r for r in board if r.config.backbone == backbone]
-    best = (own or board)[0].run
-    like = best.config
+    same_backbone = [r for r in board if r.config.backbone == backbone]
+    best = (same_backbone or board)[0].run
+    template = best.config
     multiple = BACKBONES[backbone].multiple
     return best.with_config(
         backbone=backbone,
-        image_size=max(multiple, like.image_size // multiple * multiple),
-        epochs=epochs or STUDENT_EPOCHS * (epochs_of_space(study) or like.epochs),
+        image_size=max(multiple, template.image_size // multiple * multiple),
+        epochs=epochs or STUDENT_EPOCHS * (epochs_of_space(study) or template.epochs),
         unfreeze="full",
-        layer_decay=opened(like).layer_decay,
-        start_image_size=0,  # the teacher is asked about crops at their full size and strength
+        layer_decay=unfrozen(template).layer_decay,
+        start_image_size=0,  # the teacher sees the crops at full size and strength
         eval_image_size=0,
         schedule="cosine",
-        augment=like.augment if AUGMENTS[like.augment].crop else "crop",
+        augment=template.augment if AUGMENTS[template.augment].crop else "crop",
         label_smoothing=0.0,
         mixup=0.0,
         cutmix=0.0,
@@ -156,11 +156,11 @@ def _configured(study: Study, backbone: str, epochs: int | None) -> Run:
     )
 
 
-def _record(study: Study, trained: TrainResult, seconds: float) -> TrialRecord:
-    """The student's line in the study; its id says of which ensemble it is, too."""
+def _student_record(study: Study, trained: TrainResult, seconds: float) -> TrialRecord:
+    """The student's record. Its id is a hash of its run and of the ensemble's members and weights."""
     assert trained.best is not None
     teacher = " ".join(f"{m['trial_id']} {m['weight']}" for m in read_json(study.ensemble_file)["members"])
-    content = f"{STAGE} {trained.run.id} {teacher}"
+    content = f"{STUDENT} {trained.run.id} {teacher}"
     return TrialRecord(
         trial_id=hashlib.sha256(content.encode()).hexdigest()[:12],
         config=trained.run.config,
@@ -170,40 +170,40 @@ def _record(study: Study, trained: TrainResult, seconds: float) -> TrialRecord:
         value=trained.best.value,
         seconds=seconds,
         reason=f"learnt from the ensemble for {len(trained.history)} epochs",
-        stage=STAGE,
+        stage=STUDENT,
         note="distilled from the ensemble",
         curve=trained.history,
     )
 
 
-def _answers(job: Job, trained: TrainResult, record: TrialRecord) -> float:
-    """Leave the student's probabilities, as they are and as it answers; the temperature between the two."""
+def _save_predictions(job: Job, trained: TrainResult, record: TrialRecord) -> float:
+    """Save the predictions under the trial id and, calibrated, as the student's; the temperature."""
     study, splits = job.study, job.splits
     temperature = 1.0
     for split in (splits.val, splits.holdout, splits.test):
         if not len(split):
             continue
-        shown = job.predict(trained.model, trained.run.config, split)
-        shown.save(study.predictions_file(record.trial_id, split.name))
+        predictions = job.predict(trained.model, trained.run.config, split)
+        predictions.save(study.predictions_file(record.trial_id, split.name))
         if split is splits.val:
             assert split.labels is not None
-            temperature = fit_temperature(shown.probs, split.labels)
-        with_temperature(shown, temperature).save(study.predictions_file(STAGE, split.name))
+            temperature = fit_temperature(predictions.probs, split.labels)
+        with_temperature(predictions, temperature).save(study.predictions_file(STUDENT, split.name))
     return temperature
 
 
-def _scores(study: Study, split: str) -> dict[str, float]:
-    """The metric of student and ensemble."""
+def _val_scores(study: Study) -> dict[str, float]:
+    """The study's metric on val for student and ensemble."""
     metric = METRICS[study.metric]
-    return {name: metric.score(*study.answers(name, split)) for name in (STAGE, "ensemble")}
+    return {name: metric.score(*study.answers(name, "val")) for name in (STUDENT, "ensemble")}
 
 
-def _holdout(study: Study) -> dict[str, Any]:
-    """What is kept, with 95 % intervals."""
-    student, truth = study.answers(STAGE, "holdout")
+def _holdout_comparison(study: Study) -> dict[str, Any]:
+    """Scores of student and ensemble on holdout and their difference, with 95 % intervals."""
+    student, truth = study.answers(STUDENT, "holdout")
     ensemble, _ = study.answers("ensemble", "holdout")
     return {
-        STAGE: asdict(score_interval(study.metric, student, truth)),
+        STUDENT: asdict(score_interval(study.metric, student, truth)),
         "ensemble": asdict(score_interval(study.metric, ensemble, truth)),
         "gain_over_ensemble": asdict(paired_gain(study.metric, student, ensemble, truth)),
         "images": len(truth),
@@ -211,15 +211,15 @@ def _holdout(study: Study) -> dict[str, Any]:
 
 
 def _speeds(job: Job, teacher: Ensemble, student: Ensemble) -> dict[str, float]:
-    """Images a second that both answer here, from decoded images on, views included."""
-    rows = job.splits.val.rows[:_TIMED]
+    """Images per second of both on this machine, including preprocessing and views, without decoding."""
+    rows = job.splits.val.rows[:_TIMED_IMAGES]
     images = [job.splits.images[row] for row in rows]
-    both: Mapping[str, Ensemble] = {"ensemble": teacher, STAGE: student}
-    taken: dict[str, list[float]] = {name: [] for name in both}
-    for _ in range(1 + _ROUNDS):
-        for name, network in both.items():
+    networks: Mapping[str, Ensemble] = {"ensemble": teacher, STUDENT: student}
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(1 + _TIMED_ROUNDS):
+        for name, network in networks.items():
             started = time.monotonic()
             network.probabilities(images)
-            taken[name].append(time.monotonic() - started)
-    speeds = {name: len(images) / min(times[1:]) for name, times in taken.items()}
-    return {**speeds, "ratio": speeds[STAGE] / speeds["ensemble"]}
+            seconds[name].append(time.monotonic() - started)
+    speeds = {name: len(images) / min(times[1:]) for name, times in seconds.items()}
+    return {**speeds, "ratio": speeds[STUDENT] / speeds["ensemble"]}

@@ -1,4 +1,4 @@
-"""Weight soups of a study's models: each is a record of its own, and a further candidate for the ensemble."""
+"""Weight soups of a study's models. Each has its own record and is a candidate for the ensemble."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from carmodels.models.classifier import save_weights, weights_damage
 from carmodels.records import State, TrialRecord
 from tune.runtime.job import Job, as_task
 
-STAGE = "soup"
-MOST = 8  # models that a soup is tried from
+SOUP = "soup"
+MAX_INGREDIENTS = 8  # models of one kind to try, best first
 
 
-def cook(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> list[TrialRecord]:
-    """The soups of these trained models, best first; those that are there, and whole, are not made again.
+def make_soups(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> list[TrialRecord]:
+    """Make the missing soups of the candidates, which are sorted best first; records of all their soups.
 
-    Kinds side by side, until `until`, time.time(). A new soup is written down like a trial, under an id of
-    its own: record, weights and probabilities.
+    Kinds run side by side until `until`, time.time(). A soup that was cut short is tried again if there is
+    time. Each new soup leaves a record, weights and predictions under its own id.
     """
     study = job.study
-    there = {r.trial_id: r for r in study.records() if not weights_damage(study.weights_file(r.trial_id))}
-    groups = {soup_id(group): group for group in _kinds(candidates)}
-    whole = {name for name, record in there.items() if record.whole or time.time() > until}
-    missing = {name: group for name, group in groups.items() if name not in whole}
-    task = as_task(_cook, job.workers)
+    existing = {r.trial_id: r for r in study.records() if not weights_damage(study.weights_file(r.trial_id))}
+    groups = {soup_id(group): group for group in _by_kind(candidates)}
+    done = {name for name, record in existing.items() if record.whole or time.time() > until}
+    missing = {name: group for name, group in groups.items() if name not in done}
+    task = as_task(_make_soup, job.workers)
     for record in ray.get([task.remote(job, *item, until) for item in missing.items()]):
         if record is not None:
             study.append(record)
-            there[record.trial_id] = record
-    return [there[name] for name in groups if name in there]
+            existing[record.trial_id] = record
+    return [existing[name] for name in groups if name in existing]
 
 
 def soup_id(candidates: Sequence[TrialRecord]) -> str:
-    """12 hex digits of what a soup is tried from."""
-    content = " ".join([STAGE, *(record.trial_id for record in candidates)])
+    """Id of the soup of these candidates: 12 hex digits of a hash."""
+    content = " ".join([SOUP, *(record.trial_id for record in candidates)])
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def _kinds(candidates: Sequence[TrialRecord]) -> list[list[TrialRecord]]:
-    """The best few of each kind of which there are two at least."""
-    found: dict[Hashable, list[TrialRecord]] = defaultdict(list)
+def _by_kind(candidates: Sequence[TrialRecord]) -> list[list[TrialRecord]]:
+    """The best `MAX_INGREDIENTS` candidates of each kind that has at least two."""
+    groups: dict[Hashable, list[TrialRecord]] = defaultdict(list)
     for record in candidates:
-        if (alike := kind(record.run)) is not None:
-            found[alike].append(record)
-    return [group[:MOST] for group in found.values() if len(group) > 1]
+        if (key := kind(record.run)) is not None:
+            groups[key].append(record)
+    return [group[:MAX_INGREDIENTS] for group in groups.values() if len(group) > 1]
 
 
-def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> TrialRecord | None:
-    """The soup of one kind, in a worker, with what it leaves in the study; None where none is better."""
+def _make_soup(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> TrialRecord | None:
+    """Make and save the soup of one kind, in a worker; None if no soup is better than the best model."""
     job.workers.take()
     started = time.time()
     study, splits, workers = job.study, job.splits, job.workers
@@ -67,7 +67,7 @@ def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> Tr
         soup = greedy_soup(
             ingredients, splits, device=workers.device, processes=workers.processes, until=until
         )
-    except torch.OutOfMemoryError:  # of BatchNorm's pass over whole batches
+    except torch.OutOfMemoryError:  # in the pass over train for BatchNorm
         return None
     if soup is None:
         return None
@@ -91,7 +91,7 @@ def _cook(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> Tr
         value=METRICS[study.metric].score(soup.val.aligned(splits.val.ids).probs, splits.val.labels),
         seconds=time.time() - started,
         reason=f"the mean of the weights of {len(soup.ingredients)} models of {len(group)}{cut}",
-        stage=STAGE,
+        stage=SOUP,
         ingredients=members,
         note=f"soup of {', '.join(members)}",
     )

@@ -1,4 +1,4 @@
-"""Were the scheduler's stops right? Some stopped trials, drawn at random, are finished after all."""
+"""Checks the scheduler's pruning: trains a random sample of pruned trials to the end."""
 
 from __future__ import annotations
 
@@ -25,48 +25,48 @@ WRONG, DEBATABLE, RIGHT = "wrong", "debatable", "right"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A stopped trial, and what came of it once it was finished."""
+class StopVerdict:
+    """A pruned trial compared with its full training."""
 
     trial_id: str
     title: str
-    epochs_run: int  # before it was stopped
+    epochs_run: int  # before it was pruned
     epochs: int  # of its schedule
-    stopped_at: float  # its value then
-    value: float  # its value at the end
-    over_best: float  # by how much it is better than the best of the search; < 0: worse
-    seconds_saved: float  # of the epochs that were not run
-    verdict: str  # wrong: better than the best; debatable: above the median of the finished; or right
+    stopped_at: float  # its value when pruned
+    value: float  # its value after the full schedule
+    over_best: float  # gain over the best of the search; < 0: worse
+    seconds_saved: float  # by not running the remaining epochs
+    verdict: str  # wrong: better than the best; debatable: above the median of complete trials; else right
 
 
-def at_rungs(records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Trials of the search that the scheduler stopped at a rung, not the clock."""
+def pruned_in_search(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Trials of the search that the scheduler pruned at a rung."""
     return [r for r in records if r.stage == "search" and r.state is State.PRUNED]
 
 
-def drawn(stopped: Iterable[TrialRecord], most: int, seed: int) -> list[TrialRecord]:
-    """At most so many at random, the same ones for the same seed; those of a smaller draw lead a larger one.
+def sample(stopped: Iterable[TrialRecord], most: int, seed: int) -> list[TrialRecord]:
+    """Up to `most` random trials; a smaller sample is a prefix of a larger one with the same seed.
 
-    In the order of a hash, so that a draw changes little when a resumed search adds trials.
+    Sorted by a hash, so a sample changes little when a resumed search adds trials.
     """
 
-    def place(record: TrialRecord) -> str:
+    def position(record: TrialRecord) -> str:
         return hashlib.sha256(f"{seed} {record.trial_id}".encode()).hexdigest()
 
-    return sorted(stopped, key=place)[:most]
+    return sorted(stopped, key=position)[:most]
 
 
-def judge(
+def judge_stop(
     stopped: TrialRecord, finished: TrialRecord, board: Sequence[TrialRecord], metric: str
-) -> Verdict | None:
-    """What a stop came to, beside the finished trials of the search; None where a value is missing."""
+) -> StopVerdict | None:
+    """The verdict on one pruned trial, against the search's leaderboard; None if a value is missing."""
     values = [r.value for r in board if r.value is not None]
     if stopped.value is None or finished.value is None or not values:
         return None
     gain = METRICS[metric].gain
     best = max(values) if METRICS[metric].mode == "max" else min(values)
     over_best, over_median = gain(finished.value, best), gain(finished.value, median(values))
-    return Verdict(
+    return StopVerdict(
         trial_id=stopped.trial_id,
         title=stopped.config.title,
         epochs_run=stopped.epochs_run,
@@ -79,7 +79,7 @@ def judge(
     )
 
 
-def judged_stops(
+def stops_summary(
     chosen: Sequence[TrialRecord],
     finished: Mapping[str, TrialRecord],
     board: Sequence[TrialRecord],
@@ -87,9 +87,9 @@ def judged_stops(
     metric: str,
     stopped: int,
 ) -> dict[str, Any]:
-    """stops.json: the verdict on each of the chosen that was finished, and their sums."""
-    found = [judge(r, finished[r.trial_id], board, metric) for r in chosen if r.trial_id in finished]
-    verdicts = [v for v in found if v is not None]
+    """Contents of stops.json: the verdict on each chosen trial that is now complete, and totals."""
+    judged = [judge_stop(r, finished[r.trial_id], board, metric) for r in chosen if r.trial_id in finished]
+    verdicts = [v for v in judged if v is not None]
     wrong = sum(v.verdict == WRONG for v in verdicts)
     return {
         "metric": metric,
@@ -107,35 +107,35 @@ def judged_stops(
 def check_stops(
     job: Job, *, count: int, seed: int, clock: Clock, watching: Callable[[Study], ProgressCallback], say: Say
 ) -> bool:
-    """Finish `count` of the stopped trials after all and write what came of it; False if interrupted.
+    """Train `count` pruned trials to the end and write stops.json; False if interrupted.
 
-    They are a study of their own: nothing they come to is known to the other stages.
+    They are in a separate study, so their results do not influence the other stages.
     """
     study, inner = job.study, job.study.begin_stops()
-    stopped = at_rungs(study.records())
-    chosen = drawn(stopped, count, seed)
+    stopped = pruned_in_search(study.records())
+    chosen = sample(stopped, count, seed)
     done = {r.trial_id for r in inner.records() if r.state is State.COMPLETE}
-    todo = {r.trial_id: r for r in chosen if r.trial_id not in done}
+    remaining = {r.trial_id: r for r in chosen if r.trial_id not in done}
     end, costs = clock.at(clock.search + STOPS_SHARE), job.costs if job.workers.packed else None
     say(f"Check of stops: {len(chosen)} of {len(stopped)} trials stopped at a rung are finished after all.")
-    completed = not todo or run_trials(
+    completed = not remaining or run_trials(
         replace(job, study=inner, workers=replace(job.workers, packed=0)),
         stage="stop_check",
         begun=clock.begun,
         end=end,
         search_alg=QueueSearcher(
-            [r.run for r in todo.values()],
+            [r.run for r in remaining.values()],
             metric=study.metric,
             mode=METRICS[study.metric].mode,
-            fits=lambda run: time.time() + rerun_seconds(todo[run.id], costs) <= end,
+            fits=lambda run: time.time() + rerun_seconds(remaining[run.id], costs) <= end,
         ),
         roles={r.trial_id: Role(note=f"pruned after epoch {r.epochs_run}") for r in chosen},
         watch=watching(inner),
     )
     for record in chosen:
-        inner.weights_file(record.trial_id).unlink(missing_ok=True)  # nobody uses them
+        inner.weights_file(record.trial_id).unlink(missing_ok=True)  # not used again
     finished = {r.trial_id: r for r in inner.leaderboard()}
     board = [r for r in study.leaderboard() if r.stage == "search"]
-    results = judged_stops(chosen, finished, board, metric=study.metric, stopped=len(stopped))
+    results = stops_summary(chosen, finished, board, metric=study.metric, stopped=len(stopped))
     write_json(study.stops_file, results)
     return completed

@@ -1,4 +1,4 @@
-"""Test-time augmentation on probation: further views of each image are kept only where they help on val."""
+"""Test-time augmentation: views are added to the plain image only if they help in a nested check on val."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ from carmodels.training.run import Run
 from tune.finalize import folds
 from tune.runtime.job import Job, as_task
 
-_HALF_PRECISION = 0.02  # by how much probabilities differ between two batch layouts on a GPU
-_ROUNDING = 1e-5
-_TIMED = 64  # images
-_JUDGING = 0.5  # of the time that is left: for showing val; the rest is for holdout and test
+_HALF_PRECISION_TOLERANCE = 0.02  # how much probabilities differ between batch layouts on a GPU
+_ROUNDING_TOLERANCE = 1e-5
+_TIMED_IMAGES = 64
+_VAL_SHARE = 0.5  # of the remaining time, for predicting val; the rest is for holdout and test
 
 
 @dataclass(frozen=True)
-class Paces:
-    """What showing an image to a model takes one worker here, in seconds, as measured; each shape once."""
+class PredictionTimes:
+    """Measured prediction time per image on one worker; each backbone and size is measured once."""
 
     job: Job
-    seconds: dict[tuple[str, int], float] = field(default_factory=dict)  # by backbone and size in pixels
+    seconds: dict[tuple[str, int], float] = field(default_factory=dict)  # by backbone and side in pixels
 
-    def of(self, run: Run, view: str = "plain") -> float:
-        """Seconds an image, loading included, by all models of a run over folds."""
+    def seconds_per_image(self, run: Run, view: str = "plain") -> float:
+        """Seconds per image, including loading; of a fold set, all its models together."""
         return (run.origin.folds or 1) * self.seconds[self._key(run.config, view)]
 
     def measure(self, runs: Iterable[Run], views: Iterable[str] = ("plain",)) -> None:
-        """Time what was not timed yet, side by side as it will run."""
+        """Measure what is not measured yet, side by side as predictions will run."""
         wanted = {self._key(r.config, v): r.config for r in runs for v in views}
         missing = {key: config for key, config in wanted.items() if key not in self.seconds}
         task = as_task(prediction_seconds, self.job.workers)
-        found = ray.get([task.remote(self.job, config, size) for (_, size), config in missing.items()])
-        self.seconds.update(zip(missing, found, strict=True))
+        times = ray.get([task.remote(self.job, config, size) for (_, size), config in missing.items()])
+        self.seconds.update(zip(missing, times, strict=True))
 
     @staticmethod
     def _key(config: TrialConfig, view: str) -> tuple[str, int]:
@@ -59,108 +59,109 @@ class Paces:
 
 
 def prediction_seconds(job: Job, config: TrialConfig, size: int) -> float:
-    """The better of two passes over some images of val, after the network has warmed up on them."""
+    """Seconds per image: the faster of two passes over some val images, after a warm-up pass."""
     job.workers.take()
     config = replace(config, image_size=size, start_image_size=0, eval_image_size=0)
     model = build(config, classes=len(job.splits.classes), weights=Weights("none"))
     val = job.splits.val
     assert val.labels is not None
-    many = _TIMED * (1 + job.workers.processes)  # loader processes take a while to begin
-    some = Split(val.name, val.ids[:many], val.labels[:many], val.rows[:many])
-    taken = []
+    count = _TIMED_IMAGES * (1 + job.workers.processes)  # loader processes take a while to start
+    images = Split(val.name, val.ids[:count], val.labels[:count], val.rows[:count])
+    seconds = []
     for _ in range(3):
         started = time.monotonic()
-        job.predict(model, config, some)
-        taken.append(time.monotonic() - started)
-    return min(taken[1:]) / len(some)
+        job.predict(model, config, images)
+        seconds.append(time.monotonic() - started)
+    return min(seconds[1:]) / len(images)
 
 
 @dataclass(frozen=True)
-class Members:
-    """An ensemble's trials with their weights, and the probabilities they give through any views."""
+class EnsembleMembers:
+    """The trials of an ensemble with their weights, and their predictions through any views."""
 
     job: Job
     weights: Mapping[TrialRecord, float]
-    temperatures: Mapping[str, float]  # by trial id, put on each one's probabilities before the mean
+    temperatures: Mapping[str, float]  # by trial id, applied before the mean
 
     def blended(self, split: str, views: Sequence[str]) -> Predictions:
-        """The weighted mean over members of each one's mean over views; what is missing on disk is made."""
-        self.show(split, views)
+        """Mean over views per member, then weighted mean over members. Predicts what is not on disk."""
+        self.predict_missing(split, views)
         means = [blend([self._tempered(record, split, view) for view in views]) for record in self.weights]
         return blend(means, list(self.weights.values()))
 
     def _tempered(self, record: TrialRecord, split: str, view: str) -> Predictions:
-        found = self.job.study.predictions(record.trial_id, split, view)
-        return with_temperature(found, self.temperatures[record.trial_id])
+        predictions = self.job.study.predictions(record.trial_id, split, view)
+        return with_temperature(predictions, self.temperatures[record.trial_id])
 
-    def show(self, split: str, views: Sequence[str]) -> list[Path]:
-        """Show the split to every member through every view whose probabilities are missing or damaged.
-
-        They are made side by side. What comes back are the files that were there, but damaged.
-        """
+    def predict_missing(self, split: str, views: Sequence[str]) -> list[Path]:
+        """Compute missing or damaged predictions of all members and views, side by side; damaged files."""
         study, path = self.job.study, self.job.study.predictions_file
         missing = {
             r: [v for v in views if not study.has_predictions(r.trial_id, split, v)] for r in self.weights
         }
         damaged = [f for r, vs in missing.items() for v in vs if (f := path(r.trial_id, split, v)).is_file()]
-        # few tasks: each may start a process
+        # few tasks, as each may start a process
         parts = math.ceil(self.job.workers.count / max(1, sum(map(bool, missing.values()))))
         tasks = [(r, vs[k::parts]) for r, vs in missing.items() for k in range(parts) if vs[k::parts]]
-        task = as_task(_shown, self.job.workers)
-        made = ray.get([task.remote(self.job, r, split, vs) for r, vs in tasks])
-        for (record, vs), found in zip(tasks, made, strict=True):
-            for view, predictions in zip(vs, found, strict=True):
+        task = as_task(_predict_views, self.job.workers)
+        results = ray.get([task.remote(self.job, r, split, vs) for r, vs in tasks])
+        for (record, vs), by_view in zip(tasks, results, strict=True):
+            for view, predictions in zip(vs, by_view, strict=True):
                 predictions.save(path(record.trial_id, split, view))
         return damaged
 
-    def repeats(self) -> bool:
-        """Show val to the first member again: whether that gives what it left.
+    def reproduce_predictions(self) -> bool:
+        """Whether the first member, predicting val again, reproduces its saved predictions.
 
-        Where it does not, images and ids have come apart, or this is another kind of machine.
+        If not, images and ids no longer match, or this is another kind of machine.
         """
         record = next(iter(self.weights))
         before = self.job.study.predictions(record.trial_id, "val")
-        task = as_task(_shown, self.job.workers)
+        task = as_task(_predict_views, self.job.workers)
         again = ray.get(task.remote(self.job, record, "val", ("plain",)))[0].aligned(before.ids)
-        tolerance = _ROUNDING if record.stage == FOLDS else 0.0  # whose images come in other batches now
+        tolerance = _ROUNDING_TOLERANCE if record.stage == FOLDS else 0.0  # batches of folds differ
         if self.job.workers.gpus:
-            tolerance = _HALF_PRECISION
+            tolerance = _HALF_PRECISION_TOLERANCE
         return np.allclose(again.probs, before.probs, rtol=0, atol=tolerance)
 
-    def costs(self, paces: Paces, views: Iterable[str], *, on_val: bool = False) -> dict[str, float]:
-        """Seconds that all members together take for 1,000 images, by view.
+    def costs(
+        self, times: PredictionTimes, views: Iterable[str], *, on_val: bool = False
+    ) -> dict[str, float]:
+        """Seconds for 1,000 images, all members together, by view.
 
-        On val each image is shown to one model of folds alone.
+        On val only one model of a fold set predicts each image.
         """
         runs, views = [record.run for record in self.weights], tuple(views)
-        paces.measure(runs, views)
+        times.measure(runs, views)
         shares = {run: 1 / (run.origin.folds or 1) if on_val else 1.0 for run in runs}
-        return {view: 1000 * sum(shares[r] * paces.of(r, view) for r in runs) for view in views}
+        return {
+            view: 1000 * sum(shares[r] * times.seconds_per_image(r, view) for r in runs) for view in views
+        }
 
 
-def _shown(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
-    """One trial's probabilities for one split through each of the views, from the weights it left."""
+def _predict_views(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
+    """One trial's predictions for a split, one per view, from its saved weights."""
     if record.stage == FOLDS:
-        return folds.shown(job, record, split, views)
+        return folds.predict_with_folds(job, record, split, views)
     return job.predict_again(record, getattr(job.splits, split), views)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Which views are averaged over, and how that was judged."""
+class ViewsVerdict:
+    """The views to average over, and the evidence."""
 
     views: tuple[str, ...]
     sentence: str
-    tried: tuple[dict[str, Any], ...] = ()  # by set of views: val, log loss, images set right and wrong
-    nested: dict[str, Any] | None = None  # what choosing them is worth on images that did not choose
+    tried: tuple[dict[str, Any], ...] = ()  # a row per set: val, log loss, images corrected and spoilt
+    nested: dict[str, Any] | None = None  # the check: scores on the other half of val
 
     @property
     def lines(self) -> list[str]:
-        """Each set that was tried, in words."""
-        return [_line(row) for row in self.tried]
+        """Each set of views in words."""
+        return [_row_text(row) for row in self.tried]
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _row_text(row: Mapping[str, Any]) -> str:
     name = ", ".join(row["views"])
     if "left_out" in row:
         return f"{name}: left out, {row['left_out']}"
@@ -168,57 +169,60 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{name}: val {row['val']:.4f}, log loss {row['log_loss']:.4f}, {counts}"
 
 
-def judge_views(
-    members: Members,
+def select_tta_views(
+    members: EnsembleMembers,
     labels: Mapping[str, int],
     *,
     limit: int,
     seconds: float,
-    paces: Paces,
+    times: PredictionTimes,
     max_cost: float = math.inf,
-) -> Verdict:
-    """Add views to the plain one on val, as far as `seconds` allow, each the one that helps most.
+) -> ViewsVerdict:
+    """Choose views on val greedily, starting from the plain one, within `seconds`.
 
-    That is judged by log loss, which a few hundred images tell more surely than accuracy: views that it
-    chose on 297 of cars9 gained 3.2 points on the others, those that accuracy chose 2.3 (results/final). At
-    most `limit` views, which take all members at most `max_cost` seconds for 1,000 images. The best of so
-    many sets is partly the luckiest, so they are kept only where, chosen on one half of val, they help on the
-    other by the study's metric.
+    At most `limit` views, at most `max_cost` seconds for 1,000 images and all members. Log loss chooses, as
+    it is less noisy than accuracy on a few hundred images: chosen on 297 images of cars9, its views gained
+    3.2 points on the other images, accuracy's 2.3 (results/final). The best of many sets is partly luck, so
+    views are kept only if views chosen on one half of val improve the study's metric on the other half.
     """
     if limit < 2:
-        return Verdict(("plain",), "not asked for")
+        return ViewsVerdict(("plain",), "not asked for")
     ends = time.time() + seconds
-    if not members.repeats():
-        return Verdict(("plain",), "left out, the plain view does not give again what the trial left")
-    costs = members.costs(paces, VIEWS)
-    on_val = members.costs(paces, VIEWS, on_val=True)
-    most, left_out = _affordable(members.job, costs, on_val, limit, ends - time.time(), max_cost)
+    if not members.reproduce_predictions():
+        return ViewsVerdict(("plain",), "left out, the plain view does not give again what the trial left")
+    costs = members.costs(times, VIEWS)
+    on_val = members.costs(times, VIEWS, on_val=True)
+    max_views, left_out = _plan_views(members.job, costs, on_val, limit, ends - time.time(), max_cost)
     if len(left_out) == len(VIEWS) - 1:
-        reason = "no time for it" if most < 2 else "every view would cost too much"
-        return Verdict(("plain",), f"left out, {reason}", _left_out(left_out))
+        reason = "no time for it" if max_views < 2 else "every view would cost too much"
+        return ViewsVerdict(("plain",), f"left out, {reason}", _left_out_rows(left_out))
     ids, truth = list(labels), np.array(list(labels.values()))
-    tried_on = [view for view in VIEWS if view not in left_out]
-    members.show("val", tried_on)
-    shown = {view: members.blended("val", (view,)).aligned(ids).probs for view in tried_on}
+    candidates = [view for view in VIEWS if view not in left_out]
+    members.predict_missing("val", candidates)
+    probs = {view: members.blended("val", (view,)).aligned(ids).probs for view in candidates}
     metric = members.job.study.metric
 
     def chosen(rows: np.ndarray) -> tuple[str, ...]:
-        some = {view: probs[rows] for view, probs in shown.items()}
-        return choose_views(some, truth[rows], metric="log_loss", most=most, costs=costs, max_cost=max_cost)
+        part = {view: p[rows] for view, p in probs.items()}
+        return choose_views(
+            part, truth[rows], metric="log_loss", most=max_views, costs=costs, max_cost=max_cost
+        )
 
     def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return _mean(shown, chosen(rows)), shown["plain"]
+        return _mean_probs(probs, chosen(rows)), probs["plain"]
 
     views = chosen(np.arange(len(truth)))
-    sets: list[tuple[str, ...]] = [("plain", view) for view in shown if view != "plain"]
+    sets: list[tuple[str, ...]] = [("plain", view) for view in probs if view != "plain"]
     sets += [views[:count] for count in range(3, len(views) + 1)]
-    tried = tuple(_tried(metric, shown, views, truth) for views in sets)
+    tried = tuple(_score_views(metric, probs, views, truth) for views in sets)
     check = nested_check(choose, truth, metric=metric, until=ends)
-    kept, sentence = _verdict(metric, shown, views, truth, check)
-    return Verdict(kept, sentence, tried + _left_out(left_out), {**asdict(check), "gain": check.gain})
+    kept, sentence = _decision(metric, probs, views, truth, check)
+    return ViewsVerdict(
+        kept, sentence, tried + _left_out_rows(left_out), {**asdict(check), "gain": check.gain}
+    )
 
 
-def _affordable(
+def _plan_views(
     job: Job,
     costs: Mapping[str, float],
     on_val: Mapping[str, float],
@@ -226,64 +230,65 @@ def _affordable(
     seconds: float,
     max_cost: float,
 ) -> tuple[int, dict[str, str]]:
-    """How many views an image there is time for, and why views are left out that are not to be tried."""
+    """(most views per image that there is time for, reasons by view that is left out)."""
     splits, workers = job.splits, job.workers.count
-    later = (len(splits.holdout) + len(splits.test)) * max(costs.values()) / 1000 / workers  # for each view
-    most = min(limit, 1 + int(min((1 - _JUDGING) * seconds / later, limit))) if later else limit
-    left, left_out = _JUDGING * seconds, {}
+    later = (len(splits.holdout) + len(splits.test)) * max(costs.values()) / 1000 / workers  # per view
+    max_views = min(limit, 1 + int(min((1 - _VAL_SHARE) * seconds / later, limit))) if later else limit
+    remaining, left_out = _VAL_SHARE * seconds, {}
     for view in VIEWS:
         if view == "plain":
             continue
-        takes = len(splits.val) * on_val[view] / 1000 / workers
+        on_val_seconds = len(splits.val) * on_val[view] / 1000 / workers
         if costs["plain"] + costs[view] > max_cost:
             total = costs["plain"] + costs[view]
             left_out[view] = f"with it 1,000 images would take {total:.1f} s, more than {max_cost:g} s"
-        elif most < 2 or takes > left:
-            left_out[view] = f"it would take about {takes + later:.0f} s"
+        elif max_views < 2 or on_val_seconds > remaining:
+            left_out[view] = f"it would take about {on_val_seconds + later:.0f} s"
         else:
-            left -= takes
-    return most, left_out
+            remaining -= on_val_seconds
+    return max_views, left_out
 
 
-def _left_out(reasons: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+def _left_out_rows(reasons: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
     return tuple({"views": ("plain", view), "left_out": reason} for view, reason in reasons.items())
 
 
-def _mean(shown: Mapping[str, np.ndarray], views: Sequence[str]) -> np.ndarray:
-    found: np.ndarray = np.mean([shown[view] for view in views], axis=0)
-    return found
+def _mean_probs(probs: Mapping[str, np.ndarray], views: Sequence[str]) -> np.ndarray:
+    mean: np.ndarray = np.mean([probs[view] for view in views], axis=0)
+    return mean
 
 
-def _tried(
-    metric: str, shown: Mapping[str, np.ndarray], views: Sequence[str], truth: np.ndarray
+def _score_views(
+    metric: str, probs: Mapping[str, np.ndarray], views: Sequence[str], truth: np.ndarray
 ) -> dict[str, Any]:
-    probs = _mean(shown, views)
-    right, wrong = count_fixed_and_broken(shown["plain"], probs, truth)
-    score = METRICS[metric].score(probs, truth)
+    """A row of `ViewsVerdict.tried`. probs: (N, C) by view."""
+    mean = _mean_probs(probs, views)
+    right, wrong = count_fixed_and_broken(probs["plain"], mean, truth)
+    score = METRICS[metric].score(mean, truth)
     return {
         "views": views,
         "val": score,
-        "log_loss": log_loss(probs, truth),
+        "log_loss": log_loss(mean, truth),
         "set_right": right,
         "set_wrong": wrong,
     }
 
 
-def _verdict(
+def _decision(
     metric: str,
-    shown: Mapping[str, np.ndarray],
+    probs: Mapping[str, np.ndarray],
     views: tuple[str, ...],
     truth: np.ndarray,
     check: NestedCheck,
 ) -> tuple[tuple[str, ...], str]:
-    """The views that are kept, and why, in words."""
-    before = METRICS[metric].score(shown["plain"], truth)
+    """(views that are kept, the reason in words)."""
+    before = METRICS[metric].score(probs["plain"], truth)
     if len(views) < 2:
         return views, f"left out, no gain on val ({before:.4f})"
-    found = _tried(metric, shown, views, truth)
-    scores = f"{', '.join(views)}: val {before:.4f} -> {found['val']:.4f}, log loss {found['log_loss']:.4f}"
+    row = _score_views(metric, probs, views, truth)
+    scores = f"{', '.join(views)}: val {before:.4f} -> {row['val']:.4f}, log loss {row['log_loss']:.4f}"
     halves = f"chosen on one half of val it gains {check.gain:+.4f} on the other"
     if not check.helps:
         return ("plain",), f"left out {scores}, but {halves}"
-    counts = f"{found['set_right']} images set right, {found['set_wrong']} set wrong"
+    counts = f"{row['set_right']} images set right, {row['set_wrong']} set wrong"
     return views, f"kept {scores}, {counts}; {halves}"
