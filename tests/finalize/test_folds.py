@@ -193,17 +193,17 @@ def test_an_ensemble_is_chosen_out_of_fold_where_all_candidates_have_folds(
     study = job.study
     plain = complete(Run(config), 0.5)
 
-    def standings_of() -> tuple[list[TrialRecord], str, dict[str, int]]:
+    def judged() -> tuple[list[TrialRecord], str, dict[str, int]]:
         return folds.ensemble_candidates(study, [plain], folds.usable_fold_sets(study))
 
-    assert standings_of() == ([plain], "val", study.labels("val"))
+    assert judged() == ([plain], "val", study.labels("val"))
     one = answers(study, config, 0.4)
-    assert standings_of() == ([plain, one], "val", study.labels("val"))
+    assert judged() == ([plain, one], "val", study.labels("val"))
     better = answers(study, replace(config, lr=1e-2), 0.6)
-    candidates, on, labels = standings_of()
+    candidates, on, labels = judged()
     assert (candidates, on) == ([better, one], "oof")
     study.weights_file(folds.fold_records(study, better.run)[0].trial_id).write_bytes(b"cut")
-    assert standings_of()[0] == [plain, one]
+    assert judged()[0] == [plain, one]
     assert set(labels) == {*job.splits.train.ids, *job.splits.val.ids}
 
 

@@ -97,10 +97,8 @@ def test_a_longer_search_draws_nothing_that_later_stages_have_no_time_for(study:
     costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 80 s, as the best ones
     clock, plan = Clock(0.0, 1000, search=0.3, confirm=0.5, retrain=0.9), Plan(costs, math.inf, 1)
     assert _with_time_for_what_follows(plan, study, clock).max_trial_seconds == pytest.approx(300)
-    assert (
-        _with_time_for_what_follows(replace(plan, max_trial_seconds=200), study, clock).max_trial_seconds
-        == 200
-    )
+    shorter = replace(plan, max_trial_seconds=200)
+    assert _with_time_for_what_follows(shorter, study, clock).max_trial_seconds == 200
     little = replace(clock, search=0.8)
     assert _with_time_for_what_follows(plan, study, little).max_trial_seconds == pytest.approx(80)
     unbounded = Plan(None, math.inf, 1)
@@ -113,8 +111,9 @@ def test_what_retraining_takes_at_most_goes_by_the_dearest_of_the_best(study: St
     slow = replace(run(4e-3, 0.90), seconds=160.0)
     study.append(slow)
     each = RETRAIN_EPOCHS_RATIO * rerun_seconds(slow)
-    # three seeds, three others, two workers
-    assert retraining.retraining_seconds(job) == pytest.approx(3 * each)
+    assert retraining.retraining_seconds(job) == pytest.approx(
+        3 * each
+    )  # three seeds, three others, two workers
     assert retraining.retraining_seconds(job, folds=4) == pytest.approx(6 * 850 / 700 * each)
     half = rerun_seconds(run(4e-3, 0.85)) / 2  # of the cheapest
     assert retraining.retraining_seconds(job, within=1.01 * half) == pytest.approx(3 * each)

@@ -102,9 +102,8 @@ def test_a_check_counts_its_verdicts_and_says_how_sure_they_are() -> None:
 
 
 def test_a_check_without_stops_or_time_says_so() -> None:
-    assert "there is no stop to check" in stops_sentence(
-        stops_summary([], {}, BOARD, metric="accuracy", stopped=0)
-    )
+    none = stops_summary([], {}, BOARD, metric="accuracy", stopped=0)
+    assert "there is no stop to check" in stops_sentence(none)
     late = stops_summary(PRUNED[:2], {}, BOARD, metric="accuracy", stopped=12)
     assert stops_sentence(late).endswith("none was finished: there was no time for it.")
 

@@ -137,7 +137,7 @@ class MadeUp:
         return Predictions(IDS, CLASSES, self.shown[views[0]])
 
 
-def standings_of(
+def judged(
     members: MadeUp, limit: int = 4, seconds: float = math.inf, most: float = math.inf
 ) -> ViewsVerdict:
     labels = dict(zip(IDS, LABELS.tolist(), strict=True))
@@ -157,7 +157,7 @@ def views_of(right: dict[str, float]) -> dict[str, np.ndarray]:
 
 def test_views_that_help_are_kept_with_what_they_set_right_and_wrong() -> None:
     members = MadeUp(views_of({"plain": 0.7, "flip": 0.7, "larger": 0.75, "smaller": 0.7}))
-    verdict = standings_of(members)
+    verdict = judged(members)
     assert verdict.views[0] == "plain"
     assert 2 < len(verdict.views) <= 4
     assert verdict.views[1] in ("flip", "larger", "smaller")
@@ -182,38 +182,36 @@ def test_views_that_are_lucky_on_val_are_left_out() -> None:
             few = rng.permutation(120)[:12]
             right = np.where(rng.random(12) < 0.7, LABELS[few], (LABELS[few] + 1) % 4)
             shown[view][few] = np.eye(4)[right]
-    verdict = standings_of(MadeUp(shown))
+    verdict = judged(MadeUp(shown))
     assert verdict.views == ("plain",)
     assert verdict.sentence.startswith("left out plain, ")
     assert "but chosen on one half of val it gains" in verdict.sentence
 
 
 def test_where_no_view_helps_none_is_kept() -> None:
-    assert standings_of(MadeUp(views_of({"plain": 0.95}))).sentence.startswith("left out, no gain on val")
-    assert standings_of(MadeUp(views_of({})), limit=1) == ViewsVerdict(("plain",), "not asked for")
-    lost = standings_of(MadeUp(views_of({}), same=False))
+    assert judged(MadeUp(views_of({"plain": 0.95}))).sentence.startswith("left out, no gain on val")
+    assert judged(MadeUp(views_of({})), limit=1) == ViewsVerdict(("plain",), "not asked for")
+    lost = judged(MadeUp(views_of({}), same=False))
     assert lost.sentence == "left out, the plain view does not give again what the trial left"
 
 
 def test_costs_and_the_clock_are_kept_to() -> None:
     right = {"plain": 0.6, "flip": 0.9, "larger": 0.95, "smaller": 0.9}
     cost = {**dict.fromkeys(VIEWS, 1.0), "larger": 2.0}
-    free = standings_of(MadeUp(views_of(right), cost))
+    free = judged(MadeUp(views_of(right), cost))
     assert len(free.views) > 2
     members = MadeUp(views_of(right), cost)
-    dear = standings_of(members, most=2.5)
+    dear = judged(members, most=2.5)
     assert dear.views in (("plain", "flip"), ("plain", "smaller"))
     assert "larger" not in members.asked
     reason = "plain, larger: left out, with it 1,000 images would take 3.0 s, more than 2.5 s"
     assert reason in dear.lines
-    assert (
-        standings_of(MadeUp(views_of(right)), most=1.5).sentence == "left out, every view would cost too much"
-    )
+    assert judged(MadeUp(views_of(right)), most=1.5).sentence == "left out, every view would cost too much"
     hurried = MadeUp(views_of(right), dict.fromkeys(VIEWS, 100_000.0))
-    assert standings_of(hurried, seconds=10).sentence == "left out, no time for it"
+    assert judged(hurried, seconds=10).sentence == "left out, no time for it"
     assert hurried.asked == []
     some = MadeUp(views_of(right), dict.fromkeys(VIEWS, 1000.0))  # 60 s for val, 210 s for the rest, a view
-    verdict = standings_of(some, seconds=500)
+    verdict = judged(some, seconds=500)
     assert [view for view in some.asked if view != "plain"] == ["flip", "larger", "larger_flip", "smaller"]
     assert len(verdict.views) == 2
     assert all("left_out" in row for row in verdict.tried[4:])
@@ -223,7 +221,7 @@ def test_costs_and_the_clock_are_kept_to() -> None:
 def test_val_is_shown_to_one_model_of_folds_alone_which_leaves_time_for_more_views() -> None:
     right = {"plain": 0.6, "flip": 0.9, "larger": 0.95, "smaller": 0.9}
     members = MadeUp(views_of(right), dict.fromkeys(VIEWS, 1000.0), folds=3)  # 20 s for val, a view
-    standings_of(members, seconds=500)
+    judged(members, seconds=500)
     assert len([view for view in members.asked if view != "plain"]) == 12
 
 

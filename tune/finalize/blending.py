@@ -289,7 +289,7 @@ class ModelLibrary:
         )
 
     def check(self, until: float) -> NestedCheck:
-        """An ensemble chosen on half of the rows against the best model, scored on the other half."""
+        """Nested check: an ensemble chosen on half of the rows against the best model, on the rest."""
 
         def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             tempered = self.tempered(rows)

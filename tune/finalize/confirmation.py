@@ -57,9 +57,7 @@ def knowledge_gradient(means: np.ndarray, sds: np.ndarray, noise: float) -> np.n
     widely as the noise, six runs halve the regret of the choice (tests).
     """
     rivals = np.array([np.delete(means, j).max() for j in range(len(means))])
-    moves = sds**2 / np.sqrt(
-        sds**2 + noise**2
-    )  # standard deviation of the change in the posterior mean from one run
+    moves = sds**2 / np.sqrt(sds**2 + noise**2)  # sd of the change in the posterior mean after one run
     normal = NormalDist()
     z = -np.abs(means - rivals) / moves
     return moves * np.array([x * normal.cdf(x) + normal.pdf(x) for x in z.tolist()])
