@@ -18,7 +18,7 @@ from carmodels.catalog import BACKBONES
 from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.predictions import Predictions
 from carmodels.files import append_line, csv_text, read_json, write_json, write_whole
-from carmodels.records import CUT_OFF, FOLD, State, TrialRecord
+from carmodels.records import FOLD, NOT_ENDED, State, TrialRecord
 
 VERSION = "0.2"  # of what a study's files hold: raise it whenever an older study could be misread
 
@@ -299,7 +299,7 @@ class Study:
         best = [r.trial_id for r in self.leaderboard() if r.stage == "search"][:count]
         kept = {*best, *also, *self._members()}
         for record in self.records():
-            ended = record.stage == "search" and record.state not in CUT_OFF
+            ended = record.stage == "search" and record.state not in NOT_ENDED
             if ended and record.trial_id not in kept:
                 self.weights_file(record.trial_id).unlink(missing_ok=True)
 

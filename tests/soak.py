@@ -28,7 +28,7 @@ import optuna
 import psutil
 
 from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
-from carmodels.records import CUT_OFF, State, TrialRecord
+from carmodels.records import NOT_ENDED, State, TrialRecord
 from carmodels.study import Study
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +134,7 @@ def run(
     assert "Warning" not in output, output
     wait_for(lambda: not alive(family), f"the end of {[p.pid for p in alive(family)]}")
     before = {r.trial_id: r for r in study.records()}
-    kept = {i: r for i, r in before.items() if r.state not in CUT_OFF}
+    kept = {i: r for i, r in before.items() if r.state not in NOT_ENDED}
     resumed = subprocess.run(
         [*command, "--resume"],
         cwd=place,
@@ -154,7 +154,7 @@ def check(study: Study, before: dict[str, TrialRecord], output: str, code: int) 
     assert code == 0, output
     assert "Traceback" not in output, output
     assert "Warning" not in output, output
-    cut = {i for i, r in before.items() if r.state in CUT_OFF or to_repeat(r)}
+    cut = {i for i, r in before.items() if r.state in NOT_ENDED or to_repeat(r)}
     said = re.search(r"Resumed: (\d+) trials kept, (\d+) queued again", output)
     counts = (int(said[1]), int(said[2])) if said else (0, 0)
     assert counts == (len(before) - len(cut), len(cut)), output
@@ -162,7 +162,7 @@ def check(study: Study, before: dict[str, TrialRecord], output: str, code: int) 
     assert {i: after[i] for i in before if i not in cut} == {i: before[i] for i in before if i not in cut}
     assert set(after) >= set(before)
     assert len(after) == TRIALS, f"{len(after)} trials instead of {TRIALS}"
-    assert not [i for i, r in after.items() if r.state in CUT_OFF]
+    assert not [i for i, r in after.items() if r.state in NOT_ENDED]
     lines = [json.loads(line) for line in study.trials_file.read_text().splitlines()]
     finished = [row["trial_id"] for row in lines if row["status"] == State.COMPLETE]
     assert len(finished) == len(set(finished)), "a finished trial ran again"

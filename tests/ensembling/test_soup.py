@@ -164,7 +164,7 @@ def test_a_soup_says_of_how_many_models_the_time_held_a_try(
     whole = soups._cook(job, "whole", group, math.inf)
     assert whole is not None
     assert whole.reason.endswith(" models of 3")
-    assert whole.whole
+    assert not whole.cut_short
     moments = iter([0.0, 2.0])  # the time is up before the third is tried
     monkeypatch.setattr("carmodels.ensembling.soup.time", SimpleNamespace(time=lambda: next(moments)))
     cut = soups._cook(job, "cut", group, 1.0)

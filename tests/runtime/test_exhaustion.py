@@ -26,7 +26,7 @@ from carmodels.data.cache import open_images
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
 from carmodels.files import append_line, write_whole
-from carmodels.records import CUT_OFF, Cause, State
+from carmodels.records import NOT_ENDED, Cause, State
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Run
@@ -143,7 +143,7 @@ def test_a_disk_that_is_full_midway_ends_the_search_in_a_line_and_resume_goes_on
         before = {r.trial_id: r for r in study.records() if r.trial_id in before}
     assert resumed.returncode == 0, output
     after = study.records()
-    assert not [r for r in after if r.state in CUT_OFF]
+    assert not [r for r in after if r.state in NOT_ENDED]
     assert {r.trial_id for r in after} >= set(before)
 
 
@@ -170,7 +170,7 @@ def test_a_worker_without_memory_is_a_row_and_the_search_goes_on(
     assert "Traceback" not in output, output
     records = study.records()
     assert len(records) == TRIALS, output
-    assert not [r for r in records if r.state in CUT_OFF], output
+    assert not [r for r in records if r.state in NOT_ENDED], output
     assert [r for r in records if "restarted, first ended by" in r.reason or r.state is State.FAILED]
 
 

@@ -19,7 +19,7 @@ from carmodels.evaluation.nested import Nested, nested_check
 from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.files import read_json, write_json
 from carmodels.models.classifier import weights_damage
-from carmodels.records import FOLDS, TRAINED, TrialRecord
+from carmodels.records import FOLDS, TRAIN_SPLIT_STAGES, TrialRecord
 from carmodels.study import Study
 from carmodels.submission import write_submission
 from tune.budget.clock import Clock
@@ -172,7 +172,7 @@ def _submitted(job: Job, blended: Mapping[str, Predictions]) -> dict[str, Any]:
 def _trained(study: Study, ready: Sequence[TrialRecord], top: int) -> list[TrialRecord]:
     """The best `top` trials of the search and all later runs, of what is ready, best first."""
     searched = [r for r in ready if r.stage == "search"][:top]
-    found = [r for r in ready if r in searched or (r.stage in TRAINED and r.stage != "search")]
+    found = [r for r in ready if r in searched or (r.stage in TRAIN_SPLIT_STAGES and r.stage != "search")]
     if not found:
         raise ValueError(f"{study.folder} has no finished trial to make a submission from; --resume goes on")
     return found

@@ -97,7 +97,7 @@ class Reruns(Searcher):
         self._images = len(study.labels("val"))
         self._handed: list[Run] = []
         records = (r for r in study.records() if r.stage == "confirm")
-        self._unfinished = [r.run for r in records if r.unfinished]  # of an earlier command
+        self._unfinished = [r.run for r in records if r.resumable]  # of an earlier command
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED
         run = self.next()
@@ -115,7 +115,7 @@ class Reruns(Searcher):
         """The next rerun; None where there is none to make for the time being."""
         records, pending = self._study.records(), self._pending()
         ended = [r for r in records if r.stage == "confirm" and r.state in _ENDED]
-        made = sum(r.whole and not r.unfinished for r in ended)
+        made = sum(not r.cut_short and not r.resumable for r in ended)
         if made + len(pending) >= self._most:
             return None
         if begun := [run for run in self._unfinished if run not in self._handed]:

@@ -15,7 +15,7 @@ from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.predictions import blend
 from carmodels.files import write_json
 from carmodels.models.classifier import weights_damage
-from carmodels.records import FOLD, FOLD_IN, TRAINED, Role, State, TrialRecord
+from carmodels.records import FOLD, FOLD_IN, TRAIN_SPLIT_STAGES, Role, State, TrialRecord
 from carmodels.space import space_of
 from carmodels.study import Study
 from carmodels.submission import write_submission
@@ -298,7 +298,7 @@ def _train(
 
 def _as_far(new: TrialRecord, old: TrialRecord) -> bool:
     """Whether a run has come as far as the one before it, which the clock cut short."""
-    return new.state is State.COMPLETE and (new.whole or new.epochs_run >= old.epochs_run)
+    return new.state is State.COMPLETE and (not new.cut_short or new.epochs_run >= old.epochs_run)
 
 
 def _write_best(study: Study, chosen: TrialRecord, like: Run, again: dict[str, Any]) -> None:
@@ -327,9 +327,9 @@ def _to_train(study: Study, chosen: TrialRecord, seeds: int, way: Way, room: Roo
     for longest in way.all_of(chosen.run, names):
         like = longest.with_origin(head_seed=chosen.origin.init_seed)  # so that they make a soup
         made = _again(study, chosen, like)
-        done = {r.origin.seed for r in made if r.whole and not _lost(study, r)}
+        done = {r.origin.seed for r in made if not r.cut_short and not _lost(study, r)}
         there = there or (like if made else None)
-        cut = {r.origin.seed for r in made if not r.whole}  # they stay, and other seeds are whole
+        cut = {r.origin.seed for r in made if r.cut_short}  # they stay, and other seeds are whole
         free = (seed for seed in itertools.count(first) if seed not in cut)
         used_up = done | _diverged(study, like)
         runs = [like.with_origin(seed=seed) for seed in itertools.islice(free, seeds)]
@@ -343,7 +343,7 @@ def _to_train(study: Study, chosen: TrialRecord, seeds: int, way: Way, room: Roo
             return [], there or like  # a shorter schedule is only for want of a whole one
     shorter = (like.with_config(epochs=n) for n in range(like.config.epochs - 1, max(planned, 1) - 1, -1))
     for made_shorter in shorter:  # for want of time, earlier
-        if seeds_made := {r.origin.seed for r in _again(study, chosen, made_shorter) if r.whole}:
+        if seeds_made := {r.origin.seed for r in _again(study, chosen, made_shorter) if not r.cut_short}:
             epochs = made_shorter.config.epochs
             left = [r.with_config(epochs=epochs) for r in missing[:count] if r.origin.seed not in seeds_made]
             return left if planned >= epochs else [], made_shorter
@@ -359,7 +359,7 @@ def _lost(study: Study, run: TrialRecord) -> bool:
 
 def _diverged(study: Study, like: Run) -> set[int]:
     """Seeds with which just that configuration diverged, as it would again."""
-    found = (r.run for r in study.records() if r.diverged and r.stage in TRAINED)
+    found = (r.run for r in study.records() if r.diverged and r.stage in TRAIN_SPLIT_STAGES)
     own = {name: getattr(like.origin, name) for name in ("seed", "head_seed", "continues")}
     return {r.origin.seed for r in found if r.with_origin(**own) == like}
 
@@ -407,7 +407,9 @@ def _runs(study: Study, chosen: TrialRecord) -> list[TrialRecord]:
 
 def _again(study: Study, chosen: TrialRecord, like: Run) -> list[TrialRecord]:
     """Finished runs of just that configuration with other seeds than the trial's, best first."""
-    board = (r for r in study.leaderboard() if r.stage in TRAINED and r.trial_id != chosen.trial_id)
+    board = (
+        r for r in study.leaderboard() if r.stage in TRAIN_SPLIT_STAGES and r.trial_id != chosen.trial_id
+    )
     start = like.origin
     own = {r.trial_id for r in _runs(study, chosen)} if start.continues else set()
 
@@ -518,7 +520,7 @@ def _runners_up(study: Study, best: TrialRecord, way: Way, say: Say) -> list[Tri
 
 def _done(study: Study) -> set[str]:
     """Ids of the runs that are finished, and were not cut short."""
-    return {r.trial_id for r in study.records() if r.state is State.COMPLETE and r.whole}
+    return {r.trial_id for r in study.records() if r.state is State.COMPLETE and not r.cut_short}
 
 
 def _fails(study: Study, like: Run, folds: int) -> bool:
@@ -643,7 +645,7 @@ def retrain_on_everything(
         job, missing, stage=FOLD_IN, roles=roles, clock=clock, share=clock.retrain, watch=watch
     )
     there = [r for r in study.records() if r.trial_id in alike and r.state is State.COMPLETE]
-    there = [r for r in there if r.whole] or there  # no val would keep out those that were cut short
+    there = [r for r in there if not r.cut_short] or there  # no val would keep out those that were cut short
     answers = [r.trial_id for r in there if study.has_predictions(r.trial_id, "test")]
     if not answers and not missing:
         say(f"A last run of {name} on everything is left out: there is no time for it.")

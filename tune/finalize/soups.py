@@ -29,7 +29,7 @@ def cook(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> list[T
     study = job.study
     there = {r.trial_id: r for r in study.records() if not weights_damage(study.weights_file(r.trial_id))}
     groups = {soup_id(group): group for group in _kinds(candidates)}
-    whole = {name for name, record in there.items() if record.whole or time.time() > until}
+    whole = {name for name, record in there.items() if not record.cut_short or time.time() > until}
     missing = {name: group for name, group in groups.items() if name not in whole}
     task = as_task(_cook, job.workers)
     for record in ray.get([task.remote(job, *item, until) for item in missing.items()]):

@@ -50,7 +50,7 @@ def optuna_state(record: TrialRecord) -> TrialState | None:
 
     A diverged trial is complete with the worst value, so that the sampler learns to avoid it.
     """
-    if record.unfinished:
+    if record.resumable:
         return None
     if record.state is State.COMPLETE or record.cause is Cause.DIVERGED:
         return TrialState.COMPLETE
