@@ -1,4 +1,4 @@
-"""A trial's record: state, learning curve, configuration and origin. One record is one line of trials.jsonl."""
+"""Trial records: a trial's state, learning curve, configuration and origin, as a line of trials.jsonl."""
 
 from __future__ import annotations
 

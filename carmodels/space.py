@@ -168,14 +168,6 @@ _WHEN = {  # where a dimension makes a difference, for one that its space does n
 }
 
 
-def space_of(facts: Mapping[str, Any]) -> Space | None:
-    """The space of a study; None where another version of the project wrote what this one does not know."""
-    try:
-        return Space.from_dict(facts["space"])
-    except (KeyError, ValueError):
-        return None
-
-
 def unfrozen_configs(space: Space) -> dict[str, list[TrialConfig]]:
     """For each backbone of a space a configuration of every size, largest first, everything open."""
     shared = {**space.fixed, "unfreeze": "full"}

@@ -62,7 +62,7 @@ def ended(run: Run) -> TrialRecord:
 @pytest.mark.parametrize(
     ("name", "read"),
     [
-        ("study.json", lambda study: study.facts),
+        ("study.json", lambda study: study.metadata),
         ("ensemble.json", lambda study: read_json(study.ensemble_file)),
         ("earlier.json", lambda study: study.earlier()),
         ("splits.csv", lambda study: study.labels("val")),
@@ -87,7 +87,7 @@ def test_trials_that_a_cut_took_are_counted_or_their_line_named(share: float, st
     cut(study.trials_file, share)
     lost = before.count(b"\n") - len(study.records())
     assert lost > 0
-    assert len(study.lost()) == lost
+    assert len(study.missing_trials()) == lost
     half = study.trials_file.read_bytes().rsplit(b"\n", 1)[-1]
     assert bool(study.damaged_lines()) == bool(half and half + b"\n" not in before)
 

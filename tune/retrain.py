@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     with session.open_job(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
         if options.folds:
-            folds.check_filled(job.splits, options.folds, study.facts["seed"])
+            folds.check_filled(job.splits, options.folds, study.metadata["seed"])
         if options.folds or options.fold_in or (options.epochs and not options.onward) or new_head:
             fetch_weights(job.weights, retraining.backbones(study, options.trial))  # for new models
         before = study.records()

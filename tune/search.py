@@ -200,7 +200,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
                 f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
                 f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
             )
-            job = Job(study, splits, weights, workers, cache_folder(options), spent=study.spent())
+            job = Job(study, splits, weights, workers, cache_folder(options), spent=study.seconds_by_stage())
             return go(job, space, options, clock, trials, screen)
 
 
@@ -209,7 +209,7 @@ def repeats_the_demo(study: Study, options: argparse.Namespace) -> bool:
     plain = {**vars(parser().parse_args([])), "check": options.check, "plain": options.plain}
     if vars(options) != plain or not study.exists:
         return False
-    command = str(study.facts.get("command"))
+    command = str(study.metadata.get("command"))
     more = command.removeprefix(COMMAND).split()
     return command.startswith(COMMAND) and set(more) <= {"--plain", "--overwrite"}
 

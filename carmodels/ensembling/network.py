@@ -155,7 +155,7 @@ def prepared(images: Sequence[np.ndarray], shape: Input) -> torch.Tensor:
 
 def load_ensemble(study: Study, name: str = "ensemble") -> Ensemble:
     """A study's ensemble, or its student; ValueError where it has none, or lacks a member's weights."""
-    facts, file = study.facts, study.answer_file(name)
+    facts, file = study.metadata, study.results_file(name)
     script = {"ensemble": "ensemble.py", "student": "distil.py"}[name]
     if not file.is_file():
         raise ValueError(f"{study.folder} has no {file.name}; python tune/{script} {study.folder} makes it")

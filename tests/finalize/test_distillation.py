@@ -140,7 +140,7 @@ def test_a_student_is_trained_longer_than_the_space_says_and_not_than_a_shortene
     other = Study(tmp_path / "other")
     fixed = {"backbone": "test_resnet", "image_size": 32, "epochs": 6}
     for facts, epochs in (({}, 12), ({"space": {"dimensions": {}, "fixed": fixed}}, 24)):
-        other.begin({**study.facts, **facts, "images": {}}, [])
+        other.begin({**study.metadata, **facts, "images": {}}, [])
         config = CONFIGS[0]  # 3 epochs
         other.append(TrialRecord(Run(config).id, config, State.COMPLETE, 3, 0.6, 1.0, "ran"))
         assert distillation._configured(other, "test_resnet", None).config.epochs == epochs
@@ -157,7 +157,7 @@ def test_a_study_is_distilled_and_the_student_answers(
     assert "  epoch 8: accuracy on val " in printed
     assert "student less ensemble" in printed
     assert "times as fast." in printed
-    results = read_json(study.answer_file("student"))
+    results = read_json(study.results_file("student"))
     (member,) = results["members"]
     record = next(r for r in study.records() if r.trial_id == member["trial_id"])
     assert (record.stage, record.epochs_run, record.trial_id == record.run.id) == ("student", 8, False)

@@ -112,14 +112,14 @@ def test_the_study_of_stops_has_its_own_trials_and_the_same_data(tmp_path: Path)
     facts = {"metric": "accuracy", "data": study.relative(data), "weights": "hub"}
     study.begin(facts, [("val", "a.jpg", 1), ("test", "b.jpg", -1)])
     study.append(PRUNED[0])
-    inner = study.begin_stops()
+    inner = study.begin_stop_check()
     inner.append(complete(0.95))
     assert [r.state for r in study.records()] == [State.PRUNED]
     assert study.leaderboard() == []
-    assert inner.resolved(inner.facts["data"]) == data
-    assert inner.facts["weights"] == "hub"
+    assert inner.resolved(inner.metadata["data"]) == data
+    assert inner.metadata["weights"] == "hub"
     assert inner.labels("val") == {"a.jpg": 1}
-    assert study.begin_stops().records() == inner.records()
+    assert study.begin_stop_check().records() == inner.records()
 
 
 SCRIPT = """
@@ -169,16 +169,16 @@ def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
 def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of_it(job: Job) -> None:
     study = job.study
     first, second = drawn(at_rungs(study.records()), 2, 0)
-    study.begin_stops().append(
+    study.begin_stop_check().append(
         replace(first, state=State.COMPLETE, epochs_run=8, value=0.95, stage="stop_check")
     )
     before = study.trials_file.read_bytes()
     printed = checked(job, math.inf)
     assert printed[0].endswith("2 of 2 trials stopped at a rung are finished after all.")
-    assert json.loads(printed[-1]) == [True, [str(study.stops.folder)]]
+    assert json.loads(printed[-1]) == [True, [str(study.stop_check.folder)]]
     assert study.trials_file.read_bytes() == before
     assert not list((study.folder / "predictions").iterdir())
-    done, now = study.stops.records()
+    done, now = study.stop_check.records()
     assert (done.trial_id, done.value) == (first.trial_id, 0.95)  # of a check that was interrupted
     assert (now.trial_id, now.state, now.stage, now.epochs_run) == (
         second.trial_id,
@@ -188,7 +188,7 @@ def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of
     )
     alone = fit(second.run, job.splits, weights=job.weights)
     assert [e.value for e in now.curve] == [e.value for e in alone.history]
-    assert not list((study.stops.folder / "weights").iterdir())
+    assert not list((study.stop_check.folder / "weights").iterdir())
     results = read_json(study.stops_file)
     assert [row["trial_id"] for row in results["trials"]] == [first.trial_id, second.trial_id]
     assert (results["stopped"], results["wrong"]) == (2, 1)
@@ -196,5 +196,5 @@ def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of
 
 def test_a_check_does_not_begin_what_it_has_no_time_for(job: Job) -> None:
     checked(job, 30.0)  # 0.72 of them are the search's and its own; 8 epochs take 28 s, by the first two
-    assert job.study.stops.records() == []
+    assert job.study.stop_check.records() == []
     assert read_json(job.study.stops_file)["finished"] == 0

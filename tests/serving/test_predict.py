@@ -268,7 +268,7 @@ def test_an_ensemble_leaves_the_study_and_works_without_it(
     assert np.abs(load_exported(folder).probabilities(shown) - expected).max() < 1e-5
     card = (folder / "README.md").read_text()
     assert "my \\| cars" in card
-    assert study.facts["fingerprint"] in card
+    assert study.metadata["fingerprint"] in card
     code = re.search(r"```python\n(.*?)```", card, re.S)
     assert code
     script = folder / "as_the_card_says.py"

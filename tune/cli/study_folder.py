@@ -65,13 +65,13 @@ def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: S
     """Says what is damaged; ValueError where what is resumed is not the same search of the same data."""
     if damaged := study.damaged_lines():
         screen.say(f"{study.trials_file}: lines {damaged} are damaged, their trials run again.", "yellow")
-    if lost := study.lost():
+    if lost := study.missing_trials():
         screen.say(
             f"{study.trials_file} was cut short: it lacks {len(lost)} trials of "
             f"{study.table_file.name}, which may run again.",
             "yellow",
         )
-    before = study.facts
+    before = study.metadata
     for name in ("preset", "space", "seed", "metric", "warm_start", "weights", "fingerprint", "split_hash"):
         if not _alike(study, name, before[name], facts[name]):
             raise ValueError(
@@ -80,7 +80,8 @@ def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: S
             )
     study.make_folders()
     study.write_splits(split_rows(splits))  # the same, were it not damaged
-    study.write_facts({**before, "data": facts["data"], "weights": facts["weights"]})  # they may have moved
+    moved = {name: facts[name] for name in ("data", "weights")}
+    study.write_metadata({**before, **moved})
 
 
 def _alike(study: Study, name: str, before: Any, now: Any) -> bool:

@@ -350,7 +350,7 @@ def _holdout(study: Study, metric: str, ensembled: Predictions, single: str) -> 
     baseline = next((name for name in baselines if study.has_predictions(name, "holdout")), None)
     named = {"single": single} | ({"baseline": baseline} if baseline else {})
     for name, trial_id in named.items():
-        probs[name], _ = study.answers(trial_id, "holdout")
+        probs[name], _ = study.probs_and_labels(trial_id, "holdout")
     scores: dict[str, Any] = {name: asdict(score_interval(metric, p, truth)) for name, p in probs.items()}
     for name in named:
         scores[f"gain_over_{name}"] = asdict(paired_gain(metric, probs["ensemble"], probs[name], truth))

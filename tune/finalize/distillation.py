@@ -17,7 +17,6 @@ from carmodels.evaluation.metrics import METRICS
 from carmodels.files import read_json, write_json
 from carmodels.models.classifier import save_weights
 from carmodels.records import State, TrialRecord
-from carmodels.space import space_of
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics
 from carmodels.training.run import Run
@@ -76,7 +75,7 @@ def distil(
     study.append(record)
     study.write_table()
     temperature = _answers(job, trained, record)
-    student_file = study.answer_file(STAGE)
+    student_file = study.results_file(STAGE)
     looks = 1 + (read_json(student_file)["holdout"]["looks"] if student_file.is_file() else 0)
     results = {
         "metric": study.metric,
@@ -127,7 +126,7 @@ def _student(job: Job, backbone: str | None, epochs: int | None, say: Say) -> Ru
 
 def _backbones(job: Job) -> list[str]:
     """Those of the catalog that the study's folder of weights holds, else those of its space."""
-    space = space_of(job.study.facts)
+    space = job.study.space
     known = tuple(BACKBONES) if job.weights.is_folder or space is None else space.backbones
     return [name for name in known if job.weights.has(name)]
 
@@ -195,13 +194,13 @@ def _answers(job: Job, trained: TrainResult, record: TrialRecord) -> float:
 def _scores(study: Study, split: str) -> dict[str, float]:
     """The metric of student and ensemble."""
     metric = METRICS[study.metric]
-    return {name: metric.score(*study.answers(name, split)) for name in (STAGE, "ensemble")}
+    return {name: metric.score(*study.probs_and_labels(name, split)) for name in (STAGE, "ensemble")}
 
 
 def _holdout(study: Study) -> dict[str, Any]:
     """What is kept, with 95 % intervals."""
-    student, truth = study.answers(STAGE, "holdout")
-    ensemble, _ = study.answers("ensemble", "holdout")
+    student, truth = study.probs_and_labels(STAGE, "holdout")
+    ensemble, _ = study.probs_and_labels("ensemble", "holdout")
     return {
         STAGE: asdict(score_interval(study.metric, student, truth)),
         "ensemble": asdict(score_interval(study.metric, ensemble, truth)),

@@ -94,7 +94,7 @@ def _said(job: Job, run: TrialRecord, name: str) -> Predictions:
 
 def _gathered(study: Study, run: Run) -> TrialRecord:
     parts, metric = fold_records(study, run), METRICS[study.metric]
-    study.forget_predictions(run.id)
+    study.delete_predictions(run.id)
     on_val = study.labels("val")
     labels = study.labels("train") | on_val
     oof = joined([study.predictions(r.trial_id, "oof") for r in parts]).aligned(list(labels))

@@ -16,7 +16,6 @@ from carmodels.evaluation.predictions import blend
 from carmodels.files import write_json
 from carmodels.models.classifier import weights_damage
 from carmodels.records import FOLD, FOLD_IN, TRAIN_SPLIT_STAGES, Role, State, TrialRecord
-from carmodels.space import space_of
 from carmodels.study import Study
 from carmodels.submission import write_submission
 from carmodels.training.config import TrialConfig
@@ -88,7 +87,7 @@ AS_IN_THE_TRIAL = Way()
 
 def epochs_of_space(study: Study) -> int:
     """Of a trial of the study, but for a baseline that was shortened; 0 where its space is not known."""
-    space = space_of(study.facts)
+    space = study.space
     return int(space.fixed.get("epochs", 0)) if space else 0
 
 

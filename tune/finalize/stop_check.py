@@ -127,7 +127,7 @@ def check_stops(
 
     They are a study of their own: nothing they come to is known to the other stages.
     """
-    study, inner = job.study, job.study.begin_stops()
+    study, inner = job.study, job.study.begin_stop_check()
     stopped = at_rungs(study.records())
     chosen = drawn(stopped, count, seed)
     done = {r.trial_id for r in inner.records() if r.state is State.COMPLETE}

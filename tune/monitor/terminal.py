@@ -16,7 +16,6 @@ from rich.table import Table
 from carmodels.files import read_json
 from carmodels.formatting import interval_text
 from carmodels.records import NOT_ENDED, State, TrialRecord
-from carmodels.space import space_of
 from carmodels.study import Study
 from tune.budget.clock import Clock
 from tune.finalize import stop_check
@@ -152,7 +151,7 @@ class Screen:
 
     def dimensions(self, study: Study) -> None:
         """Which dimensions mattered, and which option goes beyond an end that the best trials lie at."""
-        space = space_of(study.facts)
+        space = study.space
         if space is None:
             self.say(importance.UNKNOWN)
             return

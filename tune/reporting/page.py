@@ -20,7 +20,7 @@ from carmodels.evaluation.metrics import log_loss
 from carmodels.files import read_json, write_whole
 from carmodels.formatting import duration, gain_text, interval_text, points_text, range_text, score_text
 from carmodels.records import FOLD, FOLD_IN, State, TrialRecord
-from carmodels.space import Space, space_of
+from carmodels.space import Space
 from carmodels.study import Study
 from tune.finalize import stop_check
 from tune.optim.importance import CAVEAT, UNKNOWN, edges, importances
@@ -56,10 +56,10 @@ def write_report(study: Study, path: Path | None = None) -> Path:
 
 def render(study: Study, refresh: int = 0) -> str:
     """The page of a study, as HTML; one that loads itself anew every `refresh` seconds, if that is not 0."""
-    facts, records = study.facts, study.records()
+    facts, records = study.metadata, study.records()
     refuse_empty(study)
     results = read_json(study.ensemble_file) if study.ensemble_file.is_file() else None
-    space, metric = space_of(facts), facts["metric"]
+    space, metric = study.space, facts["metric"]
     rows, columns = table(study)
     standings = judged(study)
     finished = any(r.stage == "search" and r.state is State.COMPLETE and not r.baseline for r in records)
@@ -232,7 +232,7 @@ def answers(study: Study, results: Mapping[str, Any] | None) -> list[Section]:
     path = study.predictions_file("ensemble", "holdout")
     if results is None or not path.is_file():
         return []
-    names = study.facts["class_names"]
+    names = study.metadata["class_names"]
     labels = study.labels("holdout")
     holdout = study.predictions("ensemble", "holdout").aligned(list(labels))
     truth = np.array(list(labels.values()))

@@ -68,7 +68,7 @@ def render(study: Study, limit: Threshold) -> str:
     """The page, as HTML."""
     here = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     environment = jinja2.Environment(loader=here, autoescape=True, undefined=jinja2.StrictUndefined)
-    names = study.facts["class_names"]
+    names = study.metadata["class_names"]
     return environment.get_template("drop.html").render(
         name=study.folder.name, limit=limit, names=names, most_bytes=MOST_BYTES
     )

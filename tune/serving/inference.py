@@ -102,7 +102,7 @@ def _said(study: Study, answer: str, split: str) -> tuple[np.ndarray, np.ndarray
             f"{file} is {'damaged' if file.is_file() else 'missing'}: copy the folder {file.parent.name} "
             f"from where the search ran, or make it anew with tune/{script} {study.folder}"
         )
-    return study.answers(answer, split)
+    return study.probs_and_labels(answer, split)
 
 
 @dataclass(frozen=True)
