@@ -16,7 +16,7 @@ from carmodels.models.backbones import fetch_weights
 from carmodels.models.weights import Weights
 from carmodels.records import State
 from carmodels.study import Study
-from carmodels.training.config import setting
+from carmodels.training.config import parse_assignment
 from tune.budget.clock import Clock
 from tune.cli import session
 from tune.cli.options import Parser, add_fold_options, add_machine_options, check_folds, guarded
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         raise ValueError(f"--seeds {options.seeds} does not go with --folds: each fold is a run of its own")
     if options.seeds is not None and options.seeds > MOST_SEEDS:
         raise ValueError(f"--seeds {options.seeds} must be at most {MOST_SEEDS}")
-    changes = dict(setting(text) for text in options.set)
+    changes = dict(parse_assignment(text) for text in options.set)
     way = retraining.Way(options.epochs, changes, options.onward)
     if options.onward and (options.folds or options.fold_in):
         raise ValueError("--onward: what folds hold out the trial has learnt from; leave one of them out")

@@ -22,7 +22,7 @@ TimmNetwork = Any  # an nn.Module; torch's annotations hide the attributes that 
 
 def create_backbone(name: str, *, image_size: int, weights: Weights) -> TimmNetwork:
     """A timm network that maps (B, 3, S, S) floats to (B, F) pooled features."""
-    arguments: dict[str, Any] = {"img_size": image_size} if BACKBONES[name].sized else {}
+    arguments: dict[str, Any] = {"img_size": image_size} if BACKBONES[name].fixed_size else {}
     if path := weights.file(name):
         arguments["pretrained_cfg_overlay"] = {"file": str(path)}
     return timm.create_model(name, pretrained=weights.source != "none", num_classes=0, **arguments)

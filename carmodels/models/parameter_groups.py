@@ -13,7 +13,7 @@ def trainable_groups(row: Unfreeze, *, epoch: int, epochs: int, groups: int) -> 
     """How many of the backbone's `groups` learn, from the top, in this epoch (the first is 1) of `epochs`."""
     if row.head_only_epochs is None or epoch <= row.head_only_epochs:
         return 0
-    steps = max(1, round(row.all_open_at * epochs) - row.head_only_epochs)
+    steps = max(1, round(row.all_unfrozen_at * epochs) - row.head_only_epochs)
     return math.ceil(groups * min(1.0, (epoch - row.head_only_epochs) / steps))
 
 

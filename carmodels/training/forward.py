@@ -87,7 +87,7 @@ def view_size(config: TrialConfig, view: str) -> int:
     Backbones built for one size keep theirs.
     """
     row, (low, high) = BACKBONES[config.backbone], BOUNDS["image_size"]
-    if row.sized:
+    if row.fixed_size:
         return config.image_size
     least, most = math.ceil(low / row.multiple), int(high // row.multiple)
     steps = round(config.eval_size * VIEWS[view].scale / row.multiple)

@@ -267,7 +267,7 @@ class Trainer:
 
     def shown(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of images with their labels, (B,), or targets, (B, C)."""
-        size, strength = self.config.shown_size(number), self.config.strength(number)
+        size, strength = self.config.train_image_size(number), self.config.augment_strength(number)
         if self.targets is None:
             batches = self.train_loader.epoch(number, size=size, strength=strength)
             return ((batch.images, batch.labels) for batch in batches)

@@ -32,7 +32,9 @@ NONE = Weights("none")
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_row_builds_with_its_size_groups_and_parameters(backbone: str) -> None:
     row = BACKBONES[backbone]
-    config = TrialConfig(backbone=backbone, image_size=64 if not row.sized else 224, epochs=1, head_depth=1)
+    config = TrialConfig(
+        backbone=backbone, image_size=64 if not row.fixed_size else 224, epochs=1, head_depth=1
+    )
     with torch.device("meta"):
         model = build(config, classes=7, weights=NONE)
         logits = model.eval()(torch.empty(2, 3, config.image_size, config.image_size, dtype=torch.uint8))

@@ -174,7 +174,7 @@ def test_growing_images_are_trained_on_at_each_size_and_tested_at_the_whole_one(
     growing = replace(config, image_size=48, start_image_size=16, epochs=4)
     trainer = Trainer(Run(growing), splits, weights=weights, device=torch.device("cpu"))
     sizes = [next(trainer.shown(number))[0].shape[-1] for number in range(1, 5)]
-    assert sizes == [growing.shown_size(number) for number in range(1, 5)] == [16, 32, 32, 48]
+    assert sizes == [growing.train_image_size(number) for number in range(1, 5)] == [16, 32, 32, 48]
     assert next(trainer.val_loader.epoch(0)).images.shape[-1] == 48
     larger = replace(config, eval_image_size=64)
     trainer = Trainer(Run(larger), splits, weights=weights, device=torch.device("cpu"))

@@ -52,7 +52,7 @@ class Costs:
         """
         area = (config.eval_size / config.image_size) ** 2  # of a val image, in those that it learns from
         val = FORWARD_SHARE * self.val * area
-        shown = (config.shown_size(number) / config.image_size) ** 2  # likewise of a training image
+        shown = (config.train_image_size(number) / config.image_size) ** 2  # likewise of a training image
         if _opened(config, number):
             train = self.train * shown
         elif self.stored and not (config.mixup or config.cutmix):
@@ -95,7 +95,7 @@ class Costs:
         if found is None:
             return False
         numbers = range(1, config.epochs + 1)
-        stages = {(_opened(config, n), config.shown_size(n)) for n in numbers if _opened(config, n)}
+        stages = {(_opened(config, n), config.train_image_size(n)) for n in numbers if _opened(config, n)}
         learning = sum(self.epoch(config, n) for n in numbers if _opened(config, n))
         return learning * (1 - found.ratio) > found.seconds * len(stages)
 

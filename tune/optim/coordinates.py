@@ -61,7 +61,7 @@ class Coordinates:
     def of(self, config: TrialConfig) -> np.ndarray:
         """(D,) the place of a configuration of the space; in the middle where a dimension is not drawn."""
         values = vars(config)
-        drawn = self._space.drawn(values)
+        drawn = self._space.active_dimensions(values)
         places = [place(d, values[n]) if n in drawn else _MIDDLE for n, d in self._space.dimensions.items()]
         learning = _learning(config.unfreeze, config.epochs)
         rate = math.log(config.lr * _reach(config.layer_decay))

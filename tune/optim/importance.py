@@ -182,7 +182,7 @@ def edges(records: Sequence[TrialRecord], space: Space, metric: str) -> tuple[Ed
     found = []
     for name, dimension in space.dimensions.items():
         drawn = [asdict(r.config) for r in best]
-        values = [v[name] if name in space.drawn(v) else None for v in drawn]
+        values = [v[name] if name in space.active_dimensions(v) else None for v in drawn]
         found += [e for top in (True, False) if (e := _edge(name, dimension, space, values, top)) is not None]
     return tuple(found)
 

@@ -95,7 +95,7 @@ def suggest(trial: ParamSuggester, space: Space) -> dict[str, Any]:
 def params_of(config: TrialConfig, space: Space) -> dict[str, Any] | None:
     """The parameters of the draw that gave a configuration; None where the space cannot have drawn it."""
     values = vars(config)
-    params = {name: values[name] for name in space.drawn(values)}
+    params = {name: values[name] for name in space.active_dimensions(values)}
     within = all(_holds(space.dimensions[name], value) for name, value in params.items())
     return params if within and config == TrialConfig(**{**space.fixed, **params}) else None
 

@@ -80,7 +80,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
         chosen = self._improving(runs, rng)
         if chosen is None:
             return {}
-        return {name: getattr(chosen, name) for name in self._space.drawn(vars(chosen))}
+        return {name: getattr(chosen, name) for name in self._space.active_dimensions(vars(chosen))}
 
     def sample_independent(
         self,
@@ -98,7 +98,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
         """The trials with their curves upwards; ended ones first, in the order in which they ended."""
         runs = []
         for trial in sorted(trials, key=_order):
-            if set(trial.params) >= set(self._space.drawn({**self._space.fixed, **trial.params})):
+            if set(trial.params) >= set(self._space.active_dimensions({**self._space.fixed, **trial.params})):
                 config = TrialConfig.from_dict({**self._space.fixed, **trial.params})
                 ended, failed = trial.state.is_finished(), _failed(trial)
                 curve = {} if failed else _curve(trial.intermediate_values, config.epochs, sign)
@@ -224,7 +224,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
         step: float,
     ) -> TrialConfig:
         """The values of `base` but for those that change, or that are drawn here and were not there."""
-        before = set(self._space.drawn(base)) if base else set()
+        before = set(self._space.active_dimensions(base)) if base else set()
         values = dict(self._space.fixed)
         for name, dimension in self._space.dimensions.items():
             if dimension.when is not None and values.get(dimension.when[0]) not in dimension.when[1]:
