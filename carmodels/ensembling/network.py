@@ -19,7 +19,7 @@ from carmodels.data.decode import read_image, room_for, shrink
 from carmodels.data.loader import Loader
 from carmodels.data.splits import Split
 from carmodels.files import read_json
-from carmodels.models.classifier import Classifier, build, load_weights
+from carmodels.models.classifier import Classifier, create_classifier, load_weights
 from carmodels.models.weights import Weights
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
@@ -197,7 +197,9 @@ def load_exported(folder: Path) -> Ensemble:
         raise ValueError(f"{folder} is no exported ensemble: it lacks {described.name} or {parameters.name}")
     spec = EnsembleSpec.from_dict(read_json(described))
     classes = len(spec.classes)
-    models = [build(member.config, classes=classes, weights=Weights("none")) for member in spec.members]
+    models = [
+        create_classifier(member.config, classes=classes, weights=Weights("none")) for member in spec.members
+    ]
     ensemble = Ensemble(spec, models)
     try:
         ensemble.load_state_dict(load_file(parameters))

@@ -16,7 +16,7 @@ from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
 from carmodels.evaluation.metrics import METRICS, log_loss
 from carmodels.evaluation.predictions import Predictions
-from carmodels.models.classifier import Classifier, build
+from carmodels.models.classifier import Classifier, create_classifier
 from carmodels.models.weights import Weights
 from carmodels.training.forward import autocast, predict
 from carmodels.training.run import Run
@@ -94,7 +94,7 @@ def greedy_soup(
 def _mixed(ingredients: Sequence[Ingredient], splits: Splits, device: str, processes: int) -> Soup:
     run = ingredients[0].run
     config = run.config
-    model = build(config, classes=len(splits.classes), weights=Weights("none"))
+    model = create_classifier(config, classes=len(splits.classes), weights=Weights("none"))
     model.load_state_dict(mean_state([ingredient.weights for ingredient in ingredients]))
     model = model.to(device).to(memory_format=torch.channels_last)
     refresh_statistics(model, run, splits, device=device, processes=processes)

@@ -18,7 +18,7 @@ _SIZE_STEP = 16  # pixels
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """A trial's hyperparameters. Raises ValueError for values that are out of range or do not fit together."""
+    """A trial's hyperparameters. Raises ValueError for a value out of range or one that does not fit."""
 
     backbone: str
     image_size: int  # side of training images, pixels

@@ -37,7 +37,7 @@ def training_seconds(
         processes=processes,
         compiled=compiled,
     )
-    trainer.model.freeze_to(len(trainer.model.groups))
+    trainer.model.unfreeze_top(len(trainer.model.groups))
     trainer.model.train()
     shown = trainer.shown(1)
     taken: list[float] = []

@@ -22,7 +22,7 @@ from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
 from carmodels.data.splits import Split
 from carmodels.evaluation.metrics import METRICS, accuracy, log_loss
-from carmodels.models.classifier import Classifier, build, load_weights
+from carmodels.models.classifier import Classifier, create_classifier, load_weights
 from carmodels.models.parameter_groups import optimizer_groups, trainable_groups
 from carmodels.models.weights import Weights
 from carmodels.training.config import EpochMetrics, TrialConfig
@@ -172,7 +172,7 @@ class Trainer:
         )
         self.weights = weights
         if start is None:
-            self.model = build(config, classes=len(splits.classes), weights=weights).to(device)
+            self.model = create_classifier(config, classes=len(splits.classes), weights=weights).to(device)
         else:
             self.model = load_weights(config, start, classes=len(splits.classes)).to(device)
         if origin.head_seed is not None:
@@ -231,7 +231,7 @@ class Trainer:
         row = UNFREEZE[self.config.unfreeze]
         groups = len(self.model.groups)
         opened = trainable_groups(row, epoch=number, epochs=self.config.epochs, groups=groups)
-        self.model.freeze_to(opened)
+        self.model.unfreeze_top(opened)
         self.model.train()
         stored = self.features if opened == 0 else None
         total = torch.zeros((), device=self.device)  # stays there: reading it each step would wait for it

@@ -121,7 +121,7 @@ def steps(folder: Path, splits: Splits) -> list[Row]:
             device=torch.device("cuda"),
             processes=PROCESSES,
         )
-        trainer.model.freeze_to(len(trainer.model.groups))
+        trainer.model.unfreeze_top(len(trainer.model.groups))
         trainer.model.train()
         held = [(x.cuda(), y.cuda()) for x, y in islice(trainer.shown(1), 8)]
         from_memory = rate(trainer, (held[n % len(held)] for n in range(STEPS)))

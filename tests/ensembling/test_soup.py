@@ -18,7 +18,7 @@ from carmodels.ensembling.network import load_ensemble
 from carmodels.ensembling.soup import Ingredient, greedy_soup, kind, mean_state, refresh_statistics
 from carmodels.evaluation.metrics import accuracy, log_loss
 from carmodels.files import write_json
-from carmodels.models.classifier import build, load_weights, save_weights
+from carmodels.models.classifier import create_classifier, load_weights, save_weights
 from carmodels.models.weights import Weights
 from carmodels.records import State, TrialRecord
 from carmodels.study import Study
@@ -129,7 +129,7 @@ def test_copies_of_a_poor_model_make_a_soup_and_strangers_do_not(
     """The same weights twice are the same model; those from another start spoil it."""
     one = ingredients[0]
     copy = replace(one, trial_id="copy")
-    model = build(one.run.config, classes=10, weights=Weights("none"))
+    model = create_classifier(one.run.config, classes=10, weights=Weights("none"))
     save_weights(model, tmp_path / "stranger.safetensors")
     stranger = replace(one, trial_id="stranger", weights=tmp_path / "stranger.safetensors")
     unsure = replace(one.val, probs=np.full_like(one.val.probs, 0.1))

@@ -105,7 +105,7 @@ def test_the_first_view_gives_what_the_frozen_backbone_gives(
         device=torch.device("cpu"),
         features=FeatureStore(tmp_path),
     )
-    trainer.model.freeze_to(0)
+    trainer.model.unfreeze_top(0)
     trainer.model.train()
     remembered = torch.cat([inputs for inputs, _ in trainer._remembered(trainer.features, 1)])
     with torch.inference_mode():

@@ -395,7 +395,7 @@ def test_where_memory_runs_out_a_batch_in_parts_has_the_gradients_of_the_whole(
     trainer = Trainer(Run(replace(config, **changes)), splits, weights=weights, device=torch.device("cpu"))
     if changes:
         trainer.loss.weight = torch.linspace(0.1, 3.0, len(splits.classes))
-    trainer.model.freeze_to(len(trainer.model.groups))
+    trainer.model.unfreeze_top(len(trainer.model.groups))
     batch = next(iter(trainer.train_loader.epoch(1)))
     whole = gradients(trainer, trainer.model, batch)
     parts = gradients(trainer, Small(trainer.model, room=9), batch)

@@ -19,7 +19,7 @@ from carmodels.evaluation.calibration import with_temperature
 from carmodels.evaluation.metrics import METRICS, log_loss, right_and_wrong
 from carmodels.evaluation.nested import Nested, nested_check
 from carmodels.evaluation.predictions import Predictions, blend
-from carmodels.models.classifier import build
+from carmodels.models.classifier import create_classifier
 from carmodels.models.weights import Weights
 from carmodels.records import FOLDS, TrialRecord
 from carmodels.training.config import TrialConfig
@@ -63,7 +63,7 @@ def prediction_seconds(job: Job, config: TrialConfig, size: int) -> float:
     """The better of two passes over some images of val, after the network has warmed up on them."""
     job.workers.take()
     config = replace(config, image_size=size, start_image_size=0, eval_image_size=0)
-    model = build(config, classes=len(job.splits.classes), weights=Weights("none"))
+    model = create_classifier(config, classes=len(job.splits.classes), weights=Weights("none"))
     val = job.splits.val
     assert val.labels is not None
     many = _TIMED * (1 + job.workers.processes)  # loader processes take a while to begin
