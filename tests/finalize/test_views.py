@@ -32,7 +32,7 @@ RANDOM_VIEWS = 10
 
 
 @pytest.fixture(scope="module")
-def fitted(splits: Splits, weights: Weights) -> TrainResult:
+def trained(splits: Splits, weights: Weights) -> TrainResult:
     """Trained as the competitor trains: on random flips and small shifts."""
     config = TrialConfig("test_resnet", image_size=48, epochs=6, lr=3e-3, augment="shift")
     return fit(Run(config), splits, weights=weights)
@@ -47,33 +47,33 @@ def unseen(splits: Splits) -> Split:
 
 
 def random_views(
-    fitted: TrainResult, splits: Splits, unseen: Split, *, shuffle: bool = False
+    trained: TrainResult, splits: Splits, unseen: Split, *, shuffle: bool = False
 ) -> list[tuple[np.ndarray, ...]]:
     """(rows, probs) for each of ten views of the competitor's: random flips and small shifts."""
     loader = Loader(
         splits.images,
         unseen,
-        image_size=fitted.run.config.image_size,
+        image_size=trained.run.config.image_size,
         batch_size=64,
         augment=AUGMENTS["shift"],
         shuffle=shuffle,
     )
-    fitted.model.eval()
+    trained.model.eval()
     found = []
     with torch.inference_mode():
         for number in range(RANDOM_VIEWS):
-            batches = [(b.rows, fitted.model(b.images).softmax(1).numpy()) for b in loader.epoch(number)]
+            batches = [(b.rows, trained.model(b.images).softmax(1).numpy()) for b in loader.epoch(number)]
             found.append(tuple(np.concatenate(column) for column in zip(*batches, strict=True)))
     return found
 
 
 def test_the_competitors_ten_random_views_do_not_collapse_here(
-    fitted: TrainResult, splits: Splits, unseen: Split
+    trained: TrainResult, splits: Splits, unseen: Split
 ) -> None:
-    plain = predict(fitted.model, splits, unseen, config=fitted.run.config)
+    plain = predict(trained.model, splits, unseen, config=trained.run.config)
     views = [
         Predictions(tuple(unseen.ids[row] for row in rows), splits.classes, probs)
-        for rows, probs in random_views(fitted, splits, unseen, shuffle=True)
+        for rows, probs in random_views(trained, splits, unseen, shuffle=True)
     ]
     before, after = (accuracy(p.aligned(unseen.ids).probs, unseen.labels) for p in (plain, blend(views)))
     assert before > 0.4
@@ -81,11 +81,11 @@ def test_the_competitors_ten_random_views_do_not_collapse_here(
 
 
 def test_rows_that_come_apart_from_their_ids_are_what_makes_it_collapse(
-    fitted: TrainResult, splits: Splits, unseen: Split
+    trained: TrainResult, splits: Splits, unseen: Split
 ) -> None:
     """The same ten views of the same model, each in the shuffled order in which its loader gave it."""
-    by_position = np.mean([probs for _, probs in random_views(fitted, splits, unseen, shuffle=True)], axis=0)
-    in_order = np.mean([probs for _, probs in random_views(fitted, splits, unseen)], axis=0)
+    by_position = np.mean([probs for _, probs in random_views(trained, splits, unseen, shuffle=True)], axis=0)
+    in_order = np.mean([probs for _, probs in random_views(trained, splits, unseen)], axis=0)
     assert accuracy(by_position, unseen.labels) < accuracy(in_order, unseen.labels) - 0.2
 
 

@@ -210,10 +210,10 @@ def test_hub_weights_are_fetched_once_through_timms_own_download(tmp_path: Path)
 def test_saved_weights_give_the_same_probabilities(
     config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path
 ) -> None:
-    fitted = fit(Run(replace(config, epochs=1, head_depth=1)), splits, weights=weights)
-    save_weights(fitted.model, tmp_path / "w.safetensors")
-    loaded = load_weights(fitted.run.config, tmp_path / "w.safetensors", classes=len(splits.classes))
-    one, other = (predict(m, splits, splits.val, config=config) for m in (fitted.model, loaded))
+    trained = fit(Run(replace(config, epochs=1, head_depth=1)), splits, weights=weights)
+    save_weights(trained.model, tmp_path / "w.safetensors")
+    loaded = load_weights(trained.run.config, tmp_path / "w.safetensors", classes=len(splits.classes))
+    one, other = (predict(m, splits, splits.val, config=config) for m in (trained.model, loaded))
     assert torch.equal(torch.tensor(one.probs), torch.tensor(other.probs))
 
 

@@ -189,7 +189,7 @@ def test_a_gpu_without_memory_for_one_image_more_ends_in_torchs_own_error(
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(trainer.Trainer, "_accumulated", full)
+    monkeypatch.setattr(trainer.Trainer, "_accumulate", full)
     with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 2\.00 GiB"):
         trainer.fit(Run(replace(config, batch_size=8)), splits, weights=weights)
 
@@ -210,12 +210,12 @@ class Finder(importlib.abc.MetaPathFinder):
 
 def limit(trainer):
     import torch
-    accumulated = trainer.Trainer._accumulated
+    accumulated = trainer.Trainer._accumulate
     def within(self, network, inputs, targets):
-        if inputs.ndim == 4 and (inputs.shape[-1] == 48 or len(inputs) > 8 * self.parts):
+        if inputs.ndim == 4 and (inputs.shape[-1] == 48 or len(inputs) > 8 * self.microbatches):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return accumulated(self, network, inputs, targets)
-    trainer.Trainer._accumulated = within
+    trainer.Trainer._accumulate = within
 
 sys.meta_path.insert(0, Finder())
 """
