@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from carmodels.data.dataset import Splits
 from carmodels.ensembling.network import load_ensemble
-from carmodels.ensembling.soup import Ingredient, greedy_soup, kind, mean_state, refresh_statistics
+from carmodels.ensembling.soup import Ingredient, greedy_soup, mean_state, soup_key, update_batch_norm
 from carmodels.evaluation.metrics import accuracy, log_loss
 from carmodels.files import write_json
 from carmodels.models.classifier import create_classifier, load_weights, save_weights
@@ -56,7 +56,7 @@ def retrained(run: Run) -> TrialRecord:
 
 def test_what_can_be_averaged_has_backbone_head_size_and_start_in_common() -> None:
     run = Run(CONFIG)
-    same = kind(run)
+    same = soup_key(run)
     assert same is not None
     for alike in (
         run.with_config(lr=1e-3),
@@ -64,16 +64,16 @@ def test_what_can_be_averaged_has_backbone_head_size_and_start_in_common() -> No
         run.with_origin(seed=4, head_seed=0),
         run.with_config(unfreeze="head_first"),
     ):
-        assert kind(alike) == same
+        assert soup_key(alike) == same
     for other in (
         run.with_origin(seed=1),
         run.with_config(image_size=32),
         run.with_config(head_depth=1),
         run.with_config(backbone="test_efficientnet"),
     ):
-        assert kind(other) not in (None, same)
-    assert kind(run.with_config(unfreeze="frozen")) is None
-    assert kind(run.with_origin(folds=3, fold=0)) is None
+        assert soup_key(other) not in (None, same)
+    assert soup_key(run.with_config(unfreeze="frozen")) is None
+    assert soup_key(run.with_origin(folds=3, fold=0)) is None
 
 
 def test_the_mean_of_the_weights_is_taken_number_by_number(ingredients: list[Ingredient]) -> None:
@@ -99,7 +99,7 @@ def test_statistics_are_those_of_train_under_the_weights_in_hand(
         norm.running_mean.fill_(3.0)
         norm.running_var.fill_(9.0)
     spoilt = predict(model, splits, splits.val, config=one.run.config)
-    refresh_statistics(model, one.run, splits, device="cpu")
+    update_batch_norm(model, one.run, splits, device="cpu")
     again = predict(model, splits, splits.val, config=one.run.config)
     labels = splits.val.labels
     assert log_loss(spoilt.probs, labels) > log_loss(one.val.probs, labels) + 0.5

@@ -10,7 +10,7 @@ from typing import Any
 
 from carmodels.catalog import AUGMENTS, BACKBONES
 from carmodels.ensembling.network import Ensemble, load_ensemble
-from carmodels.ensembling.student import TAUGHT, soft_targets, taught
+from carmodels.ensembling.student import TEACHER_WEIGHT, predict_train, soft_targets
 from carmodels.evaluation.calibration import fit_temperature, with_temperature
 from carmodels.evaluation.intervals import paired_gain, score_interval
 from carmodels.evaluation.metrics import METRICS
@@ -47,7 +47,7 @@ def distil(
     views = min(VIEWS, run.config.epochs)
     say(f"The ensemble is shown train, {len(splits.train)} images in {views} crops each.")
     processes = job.workers.processes
-    answers = taught(teacher, splits, run, views=views, device=device, processes=processes)
+    answers = predict_train(teacher, splits, run, views=views, device=device, processes=processes)
     val = study.predictions("ensemble", "val")
     assert splits.train.labels is not None
     confidence = float(val.probs.max(axis=1).mean())
@@ -92,7 +92,7 @@ def distil(
         ],
         "temperature": temperature,
         "tta": {"views": ["plain"], "sentence": "left out, the student is to be fast"},
-        "taught": {"views": views, "temperature": softness, "share": TAUGHT},
+        "taught": {"views": views, "temperature": softness, "share": TEACHER_WEIGHT},
         "val": _scores(study, "val"),
         "holdout": {**_holdout(study), "looks": looks},
     }

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 import ray
 import torch
 
-from carmodels.ensembling.soup import Ingredient, greedy_soup, kind
+from carmodels.ensembling.soup import Ingredient, greedy_soup, soup_key
 from carmodels.evaluation.metrics import METRICS
 from carmodels.models.classifier import save_weights, weights_damage
 from carmodels.records import State, TrialRecord
@@ -49,8 +49,8 @@ def _kinds(candidates: Sequence[TrialRecord]) -> list[list[TrialRecord]]:
     """The best few of each kind of which there are two at least."""
     found: dict[Hashable, list[TrialRecord]] = defaultdict(list)
     for record in candidates:
-        if (alike := kind(record.run)) is not None:
-            found[alike].append(record)
+        if (key := soup_key(record.run)) is not None:
+            found[key].append(record)
     return [group[:MOST] for group in found.values() if len(group) > 1]
 
 

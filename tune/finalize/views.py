@@ -205,7 +205,9 @@ def judge_views(
 
     def chosen(rows: np.ndarray) -> tuple[str, ...]:
         some = {view: probs[rows] for view, probs in shown.items()}
-        return choose_views(some, truth[rows], metric="log_loss", most=most, costs=costs, max_cost=max_cost)
+        return choose_views(
+            some, truth[rows], metric="log_loss", max_views=most, costs=costs, max_cost=max_cost
+        )
 
     def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return _mean(shown, chosen(rows)), shown["plain"]
