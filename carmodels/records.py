@@ -109,4 +109,5 @@ class TrialRecord:
 
 def _epoch_metrics(values: Mapping[str, Any]) -> EpochMetrics:
     """JSON has no NaN: null stands for a value that is not finite."""
-    return EpochMetrics(**{name: math.nan if value is None else value for name, value in values.items()})
+    numbers: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
+    return EpochMetrics(**numbers)
