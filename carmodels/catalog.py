@@ -97,6 +97,11 @@ class Augment:
     steps: tuple[Step, ...] = ()
 
 
+def _color_jitter(strength: float) -> Step:
+    levels = dict.fromkeys(("brightness", "contrast", "saturation"), strength)
+    return Step("ColorJitter", {**levels, "hue": 0.05, "p": 0.8})
+
+
 _FLIP = Step("HorizontalFlip", {"p": 0.5})
 
 AUGMENTS: dict[str, Augment] = {
@@ -106,22 +111,12 @@ AUGMENTS: dict[str, Augment] = {
         steps=(_FLIP, Step("Affine", {"translate_percent": (-0.1, 0.1), "border_mode": 4, "p": 1.0})),
     ),
     "crop": Augment(crop=(0.6, 1.0), steps=(_FLIP,)),
-    "color": Augment(
-        crop=(0.6, 1.0),
-        steps=(
-            _FLIP,
-            Step(
-                "ColorJitter", {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.05, "p": 0.8}
-            ),
-        ),
-    ),
+    "color": Augment(crop=(0.6, 1.0), steps=(_FLIP, _color_jitter(0.2))),
     "strong": Augment(
         crop=(0.35, 1.0),
         steps=(
             _FLIP,
-            Step(
-                "ColorJitter", {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.05, "p": 0.8}
-            ),
+            _color_jitter(0.3),
             Step("ToGray", {"p": 0.1}),
             Step(
                 "CoarseDropout",

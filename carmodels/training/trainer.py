@@ -235,8 +235,8 @@ class Trainer:
             return train_loss, np.empty((0, self.classes), np.float32)
         probs = self._val_probs(features)
         if np.isfinite(probs).all():
-            held_out = self.origin.keeps_last_epoch
-            self.schedule.epoch_ended(train_loss if held_out else log_loss(probs, self.val_labels))
+            loss = train_loss if self.origin.keeps_last_epoch else log_loss(probs, self.val_labels)
+            self.schedule.epoch_ended(loss)
         return train_loss, probs
 
     def train_batches(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
