@@ -1,1 +1,1 @@
-"""The library: data, models, training, predictions, results; free of Ray, Optuna and command lines."""
+"""The library: data, models, training, evaluation, ensembles, studies. Free of Ray, Optuna and argparse."""

@@ -1,21 +1,21 @@
-"""The search spaces that come with the project, and the baseline.
+"""The presets: search spaces for demo, CPU and GPU. And the baseline.
 
-This is the one place to edit a space; `--set NAME=...` overrides a range or a fixed value for one search.
+Edit a preset here. `--set NAME=...` changes it for one search only.
 """
 
 from __future__ import annotations
 
 from carmodels.catalog import BACKBONES
-from carmodels.space import HEADED, OPEN, Choice, Range, Space
+from carmodels.space import FINE_TUNING, HEAD_DEPTHS, Choice, Range, Space
 from carmodels.training.config import TrialConfig
 
 
 def baseline(space: Space) -> TrialConfig:
-    """The baseline, as near as the space can come to it.
+    """The baseline, as close to it as the space allows.
 
-    Xception (else the largest backbone of the space) at 224 px (else the nearest size), pooled features into
-    one hidden layer with BatchNorm and dropout, Adam at 1e-3, head first and then everything at once, the
-    rate reduced on a plateau, flips and small shifts.
+    The baseline is Xception at 224 px: one hidden layer with BatchNorm and dropout, Adam at 1e-3, the head
+    alone first and then the whole network, the rate reduced on a plateau, flips and small shifts. Without
+    Xception the space's largest backbone takes its place; without 224 px the nearest size.
     """
     backbones = space.backbones
     xception = [b for b in ("legacy_xception", "xception41") if b in backbones]
@@ -55,8 +55,8 @@ SPACES: dict[str, Space] = {
             "unfreeze": Choice(("frozen", "full", "head_first", "gradual")),
             "lr": Range(2e-4, 2e-2, log=True),
             "head_depth": Choice((0, 1, 2)),
-            "dropout": Range(0.0, 0.5, when=("head_depth", HEADED)),
-            "layer_decay": Range(0.6, 1.0, when=("unfreeze", OPEN)),
+            "dropout": Range(0.0, 0.5, when=("head_depth", HEAD_DEPTHS)),
+            "layer_decay": Range(0.6, 1.0, when=("unfreeze", FINE_TUNING)),
             "augment": Choice(("shift", "crop", "color")),
         },
         fixed={"epochs": 8, "batch_size": 32},
@@ -80,8 +80,8 @@ SPACES: dict[str, Space] = {
             "unfreeze": Choice(("frozen", "full", "head_first", "gradual")),
             "lr": Range(3e-4, 2e-2, log=True),
             "head_depth": Choice((0, 1, 2)),
-            "dropout": Range(0.0, 0.5, when=("head_depth", HEADED)),
-            "layer_decay": Range(0.35, 1.0, when=("unfreeze", OPEN)),
+            "dropout": Range(0.0, 0.5, when=("head_depth", HEAD_DEPTHS)),
+            "layer_decay": Range(0.35, 1.0, when=("unfreeze", FINE_TUNING)),
             "augment": Choice(("shift", "crop", "color")),
             "label_smoothing": Choice((0.0, 0.1)),
         },
@@ -110,12 +110,12 @@ SPACES: dict[str, Space] = {
             "unfreeze": Choice(("frozen", "full", "head_first", "gradual")),
             "lr": Range(3e-5, 3e-3, log=True),
             "head_depth": Choice((0, 1, 2)),
-            "dropout": Range(0.0, 0.5, when=("head_depth", HEADED)),
-            "layer_decay": Range(0.5, 1.0, when=("unfreeze", OPEN)),
+            "dropout": Range(0.0, 0.5, when=("head_depth", HEAD_DEPTHS)),
+            "layer_decay": Range(0.5, 1.0, when=("unfreeze", FINE_TUNING)),
             "augment": Choice(("crop", "color", "strong")),
             "label_smoothing": Choice((0.0, 0.1)),
             "mixup": Choice((0.0, 0.2)),
-            "ema": Choice((0.0, 0.998), when=("unfreeze", OPEN)),
+            "ema": Choice((0.0, 0.998), when=("unfreeze", FINE_TUNING)),
         },
         fixed={"epochs": 12, "batch_size": 32},
     ),

@@ -1,4 +1,4 @@
-"""What a search draws from: dimensions and what all trials share (`Space`)."""
+"""Search spaces: what a search draws (`Choice`, `Range`) and what all its trials share (`Space.fixed`)."""
 
 from __future__ import annotations
 
@@ -6,148 +6,166 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from carmodels.training.config import FIELDS, NAMES, TrialConfig, parse
+from carmodels.catalog import UNFREEZE
+from carmodels.training.config import FIELDS, TrialConfig, parse_value
+
+Condition = tuple[str, tuple[Any, ...]]  # (another dimension, the values of it for which this one is drawn)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A dimension with a few values, drawn only where `when` = (other dimension, its values) holds."""
+    """A categorical dimension."""
 
     options: tuple[Any, ...]
-    when: tuple[str, tuple[Any, ...]] | None = None
+    when: Condition | None = None
 
 
 @dataclass(frozen=True)
 class Range:
-    """A dimension of real numbers from low to high, drawn only where `when` holds."""
+    """A dimension of real numbers."""
 
     low: float
     high: float
     log: bool = False
-    when: tuple[str, tuple[Any, ...]] | None = None
+    when: Condition | None = None
 
 
 Dimension = Choice | Range
 
+FINE_TUNING = tuple(name for name, row in UNFREEZE.items() if row.head_only_epochs is not None)
+HEAD_DEPTHS = (1, 2, 3)  # those with a block, to which `head` and `dropout` apply
+
+_CONDITIONS: dict[str, Condition] = {  # of dimensions that an override adds to a space
+    "head": ("head_depth", HEAD_DEPTHS),
+    "dropout": ("head_depth", HEAD_DEPTHS),
+    "layer_decay": ("unfreeze", FINE_TUNING),
+    "start_image_size": ("unfreeze", FINE_TUNING),
+}
+_SIZES = ("image_size", "start_image_size", "eval_image_size")  # whose values depend on one another
+
 
 @dataclass(frozen=True)
 class Space:
-    """Dimensions in the order they are drawn, and the fields of `TrialConfig` that every trial shares."""
+    """Dimensions in the order they are drawn, and the fields of `TrialConfig` that all trials share."""
 
     dimensions: Mapping[str, Dimension]
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    trials: int | None = None  # configurations of a search without --data, --trials and --hours
+    trials: int | None = None  # of a search without --data, --trials and --hours
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Space:
-        """The space that study.json describes; ValueError where this version knows none like it."""
+        """The space in study.json. Raises ValueError if this version cannot read it."""
+        source = "the space of study.json"
         try:
-            dimensions = {name: _dimension(found) for name, found in values["dimensions"].items()}
-            return cls(dimensions, dict(values["fixed"]))._checked("the space of study.json")
+            dimensions = {name: _dimension(content) for name, content in values["dimensions"].items()}
+            return cls(dimensions, dict(values["fixed"]))._validated(source)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"the space of study.json: {error!r}") from error
+            raise ValueError(f"{source}: {error!r}") from error
 
     @property
     def backbones(self) -> tuple[str, ...]:
-        """The backbones a trial can draw."""
+        """The backbones that can be drawn."""
         return self._values("backbone")
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
-        """The sizes a trial can draw, pixels."""
+        """The values of `image_size` that can be drawn, pixels."""
         return self._values("image_size")
 
     @property
     def largest_size(self) -> int:
-        """The largest that a trial can ask of an image, pixels."""
-        tested = (
-            self._values("eval_image_size") if "eval_image_size" in {*self.dimensions, *self.fixed} else ()
-        )
-        return max((*self.image_sizes, *tested))
+        """The largest side that a trial can train or evaluate on, pixels."""
+        return max(max(self._values(name)) for name in ("image_size", "eval_image_size") if self._has(name))
+
+    def _has(self, name: str) -> bool:
+        return name in self.dimensions or name in self.fixed
 
     def _values(self, name: str) -> tuple[Any, ...]:
+        """A Choice's options, or a fixed value. Raises KeyError for a field that the space leaves out."""
         dimension = self.dimensions.get(name)
         return dimension.options if isinstance(dimension, Choice) else (self.fixed[name],)
 
-    def drawn(self, values: Mapping[str, Any]) -> dict[str, Dimension]:
-        """The dimensions that a configuration with these values has drawn; conditions leave some out."""
+    def active_dimensions(self, values: Mapping[str, Any]) -> dict[str, Dimension]:
+        """The dimensions whose condition holds for a configuration with these values."""
         return {
             n: d for n, d in self.dimensions.items() if d.when is None or values.get(d.when[0]) in d.when[1]
         }
 
     def with_backbones(self, keep: tuple[str, ...]) -> Space:
-        """The space with only these backbones, in the catalog's order. Raises ValueError if none is left."""
+        """The space with only these backbones. Raises ValueError if none is left."""
         options = tuple(b for b in self.backbones if b in keep)
         if not options:
             raise ValueError(f"no backbone of the space is left of {', '.join(self.backbones)}")
         return replace(self, dimensions={**self.dimensions, "backbone": Choice(options)})
 
     def with_override(self, text: str) -> Space:
-        """The space with `NAME=V`, `NAME=V1,V2,...` or `NAME=LOW:HIGH` in place of what it says of NAME.
+        """The space with one dimension or field replaced: `NAME=V`, `NAME=V1,V2,...` or `NAME=LOW:HIGH`.
 
         Raises ValueError for an unknown name, a value of the wrong type or one that no configuration accepts.
         """
-        name, written = read_override(text)
-        old = self.dimensions.get(name)
-        when = old.when if old else _WHEN.get(name)
-        if not old and when and when[0] not in self.dimensions:
-            when = None
-        others = {n: d for n, d in self.dimensions.items() if n != name}
-        fixed = {n: v for n, v in self.fixed.items() if n != name}
-        if isinstance(written, Choice) and len(written.options) == 1:
-            alone = replace(self, dimensions=others, fixed={**fixed, name: written.options[0]})
-            return alone._checked(f"--set {text}")
-        new = replace(written, when=when)
+        name, new = read_override(text)
+        source, others = f"--set {text}", {n: v for n, v in self.fixed.items() if n != name}
+        if isinstance(new, Choice) and len(new.options) == 1:
+            kept = {n: d for n, d in self.dimensions.items() if n != name}
+            return replace(self, dimensions=kept, fixed={**others, name: new.options[0]})._validated(source)
+        old, new = self.dimensions.get(name), replace(new, when=self._condition(name))
         if isinstance(new, Range) and isinstance(old, Range):
             new = replace(new, log=old.log)
+        return replace(self, dimensions=self._with_dimension(name, new), fixed=others)._validated(source)
+
+    def _condition(self, name: str) -> Condition | None:
+        """The condition of a dimension; of one that is not in the space, the default if it can be met."""
+        if name in self.dimensions:
+            return self.dimensions[name].when
+        when = _CONDITIONS.get(name)
+        return when if when and when[0] in self.dimensions else None
+
+    def _with_dimension(self, name: str, new: Dimension) -> dict[str, Dimension]:
+        """The dimensions with one replaced, or added before those that are conditional on it."""
         dimensions: dict[str, Dimension] = {}
         for n, d in self.dimensions.items():
-            if d.when and d.when[0] == name:  # what is drawn under a condition comes after it
+            if d.when and d.when[0] == name:
                 dimensions.setdefault(name, new)
             dimensions[n] = new if n == name else d
-        return replace(self, dimensions=dimensions | {name: new}, fixed=fixed)._checked(f"--set {text}")
+        return dimensions | {name: new}
 
-    def _checked(self, source: str) -> Space:
-        """Itself, once every value makes a configuration; ValueError naming its source otherwise."""
+    def _validated(self, source: str) -> Space:
+        """The space itself. Raises ValueError naming `source` if a value makes no valid configuration."""
         for name, dimension in self.dimensions.items():
             values = dimension.options if isinstance(dimension, Choice) else (dimension.low, dimension.high)
             for value in values if name not in _SIZES else ():
-                _try_value(self, name, value, source)
-        sizes = {name: self._values(name) for name in _SIZES if name in self.dimensions or name in self.fixed}
+                _check_value(self, name, value, source)
         for size in self.image_sizes:
             for backbone in self.backbones:
-                shown = replace(self, fixed={**self.fixed, "backbone": backbone, "image_size": size})
-                for name, options in sizes.items():
-                    for value in options if name != "image_size" else (size,):
-                        _try_value(shown, name, value, source)
+                fixed = replace(self, fixed={**self.fixed, "backbone": backbone, "image_size": size})
+                for name in filter(self._has, _SIZES):
+                    for value in self._values(name) if name != "image_size" else (size,):
+                        _check_value(fixed, name, value, source)
         return self
 
 
 def read_override(text: str) -> tuple[str, Dimension]:
-    """The field and the values that `NAME=V`, `NAME=V1,V2,...` or `NAME=LOW:HIGH` names, for any space.
+    """The field and the values of `NAME=V`, `NAME=V1,V2,...` or `NAME=LOW:HIGH`, whatever the space.
 
-    Raises ValueError for an unknown name, a value of the wrong type, a range without width or a double.
+    Raises ValueError for an unknown name, a value of the wrong type, an empty range or a repeated value.
     """
-    name, _, written = text.partition("=")
-    if name not in FIELDS or not written:
+    source = f"--set {text}"
+    name, _, values = text.partition("=")
+    if name not in FIELDS or not values:
         raise ValueError(
-            f"--set {text}: expected NAME=V, NAME=V1,V2 or NAME=LOW:HIGH with NAME one of {NAMES}"
+            f"{source}: expected NAME=V, NAME=V1,V2 or NAME=LOW:HIGH with NAME one of {', '.join(FIELDS)}"
         )
-    if name == "epochs" and not written.isdecimal():
-        raise ValueError(f"--set {text}: epochs must be one number, the same schedule for every trial")
-    if ":" in written:
-        low, high = (parse(name, part) for part in written.split(":", 1))
+    if name == "epochs" and not values.isdecimal():
+        raise ValueError(f"{source}: epochs must be one number, the same schedule for every trial")
+    if ":" in values:
+        low, high = (parse_value(name, value) for value in values.split(":", 1))
         if not (isinstance(low, float) and isinstance(high, float) and low < high):
-            raise ValueError(f"--set {text}: LOW:HIGH is for a real number, with LOW below HIGH")
+            raise ValueError(f"{source}: LOW:HIGH is for a real number, with LOW below HIGH")
         return name, Range(low, high, log=low > 0 and high / low >= 10)
-    options = tuple(parse(name, part) for part in written.split(","))
-    if doubles := [v for n, v in enumerate(options) if v in options[:n]]:
-        raise ValueError(f"--set {text}: {doubles[0]!r} is there more than once")
+    options = tuple(parse_value(name, value) for value in values.split(","))
+    if repeated := [v for n, v in enumerate(options) if v in options[:n]]:
+        raise ValueError(f"{source}: {repeated[0]!r} is there more than once")
     return name, Choice(options)
-
-
-# what one may be hangs on the others and on the backbone
-_SIZES = ("image_size", "start_image_size", "eval_image_size")
 
 
 def _dimension(values: Mapping[str, Any]) -> Dimension:
@@ -157,7 +175,7 @@ def _dimension(values: Mapping[str, Any]) -> Dimension:
     return Range(values["low"], values["high"], values["log"], when)
 
 
-def _try_value(space: Space, name: str, value: Any, source: str) -> None:
+def _check_value(space: Space, name: str, value: Any, source: str) -> None:
     start = {"backbone": space.backbones[0], "image_size": max(space.image_sizes), "epochs": 1}
     try:
         TrialConfig.from_dict({**start, **space.fixed, name: value})
@@ -165,27 +183,8 @@ def _try_value(space: Space, name: str, value: Any, source: str) -> None:
         raise ValueError(f"{source}: {error}") from None
 
 
-OPEN = ("full", "head_first", "gradual")
-HEADED = (1, 2, 3)
-
-_WHEN = {  # where a dimension makes a difference, for one that its space does not have
-    "head": ("head_depth", HEADED),
-    "dropout": ("head_depth", HEADED),
-    "layer_decay": ("unfreeze", OPEN),
-    "start_image_size": ("unfreeze", OPEN),
-}
-
-
-def space_of(facts: Mapping[str, Any]) -> Space | None:
-    """The space of a study; None where another version of the project wrote what this one does not know."""
-    try:
-        return Space.from_dict(facts["space"])
-    except (KeyError, ValueError):
-        return None
-
-
 def unfrozen_configs(space: Space) -> dict[str, list[TrialConfig]]:
-    """For each backbone of a space a configuration of every size, largest first, everything open."""
+    """For each backbone, a fully unfrozen configuration per image size, largest first."""
     shared = {**space.fixed, "unfreeze": "full"}
     sizes = sorted(space.image_sizes, reverse=True)
     return {

@@ -134,7 +134,7 @@ def run(
     assert "Warning" not in output, output
     wait_for(lambda: not alive(family), f"the end of {[p.pid for p in alive(family)]}")
     before = {r.trial_id: r for r in study.records()}
-    kept = {i: r for i, r in before.items() if not r.unfinished}
+    kept = {i: r for i, r in before.items() if not r.resumable}
     resumed = subprocess.run(
         [*command, "--resume"],
         cwd=place,
@@ -154,7 +154,7 @@ def check(study: Study, before: dict[str, TrialRecord], output: str, code: int) 
     assert code == 0, output
     assert "Traceback" not in output, output
     assert "Warning" not in output, output
-    cut = {i for i, r in before.items() if r.unfinished or to_repeat(r)}
+    cut = {i for i, r in before.items() if r.resumable or to_repeat(r)}
     said = re.search(r"Resumed: (\d+) trials kept, (\d+) queued again", output)
     counts = (int(said[1]), int(said[2])) if said else (0, 0)
     assert counts == (len(before) - len(cut), len(cut)), output
@@ -162,7 +162,7 @@ def check(study: Study, before: dict[str, TrialRecord], output: str, code: int) 
     assert {i: after[i] for i in before if i not in cut} == {i: before[i] for i in before if i not in cut}
     assert set(after) >= set(before)
     assert len(after) == TRIALS, f"{len(after)} trials instead of {TRIALS}"
-    assert not [i for i, r in after.items() if r.unfinished]
+    assert not [i for i, r in after.items() if r.resumable]
     lines = [json.loads(line) for line in study.trials_file.read_text().splitlines()]
     complete = [row["trial_id"] for row in lines if row["state"] == State.COMPLETE]
     assert len(complete) == len(set(complete)), "a complete trial ran again"

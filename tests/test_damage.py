@@ -17,7 +17,7 @@ from carmodels.data.dataset import Splits
 from carmodels.data.digests import file_digests
 from carmodels.evaluation.predictions import Predictions
 from carmodels.files import read_json, write_json
-from carmodels.models.classifier import build, load_weights, save_weights, weights_damage
+from carmodels.models.classifier import create_classifier, load_weights, save_weights, weights_damage
 from carmodels.models.weights import Weights
 from carmodels.records import State, TrialRecord
 from carmodels.study import Study
@@ -62,7 +62,7 @@ def ended(run: Run) -> TrialRecord:
 @pytest.mark.parametrize(
     ("name", "read"),
     [
-        ("study.json", lambda study: study.facts),
+        ("study.json", lambda study: study.metadata),
         ("ensemble.json", lambda study: read_json(study.ensemble_file)),
         ("earlier.json", lambda study: study.earlier()),
         ("splits.csv", lambda study: study.labels("val")),
@@ -87,7 +87,7 @@ def test_trials_that_a_cut_took_are_counted_or_their_line_named(share: float, st
     cut(study.trials_file, share)
     lost = before.count(b"\n") - len(study.records())
     assert lost > 0
-    assert len(study.lost()) == lost
+    assert len(study.missing_trials()) == lost
     half = study.trials_file.read_bytes().rsplit(b"\n", 1)[-1]
     assert bool(study.damaged_lines()) == bool(half and half + b"\n" not in before)
 
@@ -106,7 +106,7 @@ def test_damaged_predictions_are_not_taken_for_there(share: float, study: Study)
 def test_weights_cut_short_are_noticed_and_named(share: float, tmp_path: Path) -> None:
     config = TrialConfig(backbone="test_resnet", image_size=32, epochs=2)
     path = tmp_path / "w.safetensors"
-    save_weights(build(config, classes=3, weights=Weights("none")), path)
+    save_weights(create_classifier(config, classes=3, weights=Weights("none")), path)
     assert weights_damage(path) == ""
     cut(path, share)
     assert weights_damage(path)
@@ -186,7 +186,7 @@ def ingredients(left: Job, config: TrialConfig) -> tuple[TrialRecord, TrialRecor
     record = ended(Run(replace(config, epochs=1)))
     other = replace(record, trial_id="other")
     name = soups.soup_id([record, other])
-    save_weights(build(config, classes=3, weights=Weights("none")), left.study.weights_file(name))
+    save_weights(create_classifier(config, classes=3, weights=Weights("none")), left.study.weights_file(name))
     return record, other, name
 
 

@@ -290,7 +290,7 @@ def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_holdout(place: 
 
 @pytest.mark.usefixtures("whole")
 def test_the_study_says_what_was_run_on_what(place: Place) -> None:
-    facts = place.study.facts
+    facts = place.study.metadata
     assert facts["command"].startswith("python tune/search.py --data ")
     assert facts["images"]["test"] == 20
     assert facts["class_names"][0] != "0"
@@ -535,7 +535,7 @@ def test_a_plain_tree_without_test_images_and_a_metric_to_minimise(place: Place)
     study = Study(place.folder / "results" / "tree")
     board = study.leaderboard()
     assert [r.value for r in board] == sorted(r.value for r in board)
-    assert study.facts["class_names"] == sorted(names.values())
+    assert study.metadata["class_names"] == sorted(names.values())
     outcome = json.loads(study.ensemble_file.read_text())
     assert outcome["val"]["ensemble"] <= outcome["val"]["single"]["value"]
     assert "submission" not in outcome
@@ -682,7 +682,7 @@ def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
     for folder in ("predictions", "weights"):
         (study.folder / folder).rmdir()
     study_folder.check_resumed(study, now, splits, screen)  # type: ignore[arg-type]
-    assert study.facts == {"version": VERSION, **facts, "data": "../new"}
+    assert study.metadata == {"version": VERSION, **facts, "data": "../new"}
     assert {p.name for p in study.folder.iterdir()} >= {"predictions", "weights"}
     with pytest.raises(ValueError, match="weights was"):
         study_folder.check_resumed(study, {**now, "weights": "../../others"}, splits, screen)  # type: ignore[arg-type]
@@ -690,7 +690,7 @@ def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights was"):
         study_folder.check_resumed(study, {**now, "weights": "none"}, splits, screen)  # type: ignore[arg-type]
     study_folder.check_resumed(study, {**now, "weights": "../../others"}, splits, screen)  # type: ignore[arg-type]
-    assert study.facts["weights"] == "../../others"
+    assert study.metadata["weights"] == "../../others"
     with pytest.raises(ValueError, match="weights was"):
         study_folder.check_resumed(study, {**now, "weights": "none"}, splits, screen)  # type: ignore[arg-type]
 
@@ -713,7 +713,7 @@ def test_what_is_killed_while_it_begins_leaves_no_half_study(
         study_folder.begin(study, {}, splits, [])  # type: ignore[arg-type]
     study_folder.check_folder(study, resume=False, overwrite=False)
     monkeypatch.undo()
-    monkeypatch.setattr(Study, "write_facts", lambda self, facts: killed(tmp_path))
+    monkeypatch.setattr(Study, "write_metadata", lambda self, facts: killed(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         study_folder.begin(study, {}, splits, [other])  # type: ignore[arg-type]
     assert not study.exists

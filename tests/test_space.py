@@ -136,15 +136,15 @@ def test_ids_change_with_the_version_of_a_study_alone() -> None:
 
 def test_images_grow_in_steps_to_their_whole_size_and_augmentation_with_them() -> None:
     growing = replace(CONFIG, image_size=96, start_image_size=48, epochs=8)
-    assert [growing.shown_size(n) for n in range(1, 9)] == [48, 64, 64, 64, 80, 96, 96, 96]
-    strengths = [growing.strength(n) for n in range(1, 9)]
+    assert [growing.train_image_size(n) for n in range(1, 9)] == [48, 64, 64, 64, 80, 96, 96, 96]
+    strengths = [growing.augment_strength(n) for n in range(1, 9)]
     assert strengths[0] == pytest.approx(1 / 3)
     assert strengths == sorted(strengths)
     assert strengths[6:] == [1.0, 1.0]
     still = replace(growing, start_image_size=0)
-    assert {(still.shown_size(n), still.strength(n)) for n in range(1, 9)} == {(96, 1.0)}
+    assert {(still.train_image_size(n), still.augment_strength(n)) for n in range(1, 9)} == {(96, 1.0)}
     one = replace(growing, epochs=1)
-    assert one.shown_size(1) == 48
+    assert one.train_image_size(1) == 48
 
 
 def test_a_misspelt_key_is_refused() -> None:

@@ -151,19 +151,19 @@ def test_labels_come_back_by_id(study: Study) -> None:
 
 def test_a_folder_that_is_no_study_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no study: it holds no study\.json"):
-        _ = Study(tmp_path).facts
+        _ = Study(tmp_path).metadata
 
 
 @pytest.mark.parametrize(("written", "said"), [({}, "0.1"), ({"version": "0.9"}, "0.9")])
 def test_a_study_of_another_version_is_refused(study: Study, written: dict[str, str], said: str) -> None:
-    assert study.facts["metric"] == "accuracy"
+    assert study.metadata["metric"] == "accuracy"
     write_json(study.folder / "study.json", {"metric": "accuracy", **written})
     message = f"was made by version {said} of this project, this is {VERSION}: use that version, or begin"
     with pytest.raises(ValueError, match=message):
-        _ = study.facts
+        _ = study.metadata
 
 
 def test_a_damaged_file_is_named(study: Study) -> None:
     (study.folder / "study.json").write_text("{")
     with pytest.raises(ValueError, match=r"study\.json is damaged"):
-        _ = study.facts
+        _ = study.metadata

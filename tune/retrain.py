@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from carmodels.training.config import setting
+from carmodels.training.config import parse_assignment
 from tune.cli.options import (
     Parser,
     add_fold_options,
@@ -73,7 +73,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--seeds {options.seeds} must be at most {MOST_SEEDS}")
     if options.onward and (options.folds or options.fold_in):
         raise ValueError("--onward: what folds hold out the trial has learnt from; leave one of them out")
-    changes = dict(setting(text) for text in options.set)
+    changes = dict(parse_assignment(text) for text in options.set)
     if "patience" in changes and (options.folds or options.fold_in):
         raise ValueError("--set patience: what is held out must not end training; leave it out")
     for name in ("backbone", "image_size", "epochs"):

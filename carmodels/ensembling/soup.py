@@ -1,4 +1,4 @@
-"""Weight soups: one model whose weights are the mean of several models' weights (Wortsman et al., 2022)."""
+"""Model soups: one model whose weights are the mean of several models' weights (Wortsman et al., 2022)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.swa_utils import update_bn
 
-from carmodels.catalog import AUGMENTS, UNFREEZE
+from carmodels.catalog import UNFREEZE
 from carmodels.data.dataset import Splits
-from carmodels.data.loader import Loader
 from carmodels.evaluation.metrics import METRICS, log_loss
 from carmodels.evaluation.predictions import Predictions
-from carmodels.models.classifier import Classifier, build
+from carmodels.models.classifier import Classifier, create_classifier
 from carmodels.models.weights import Weights
 from carmodels.training.forward import autocast, predict
 from carmodels.training.run import Run
+from carmodels.training.trainer import make_train_loader
 
 
 @dataclass(frozen=True)
 class Ingredient:
-    """A trained model that may go into a soup."""
+    """A trained model, as a candidate for a soup."""
 
     trial_id: str
     run: Run
@@ -34,20 +34,20 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class Soup:
-    """A model whose weights are the mean of its ingredients', with BatchNorm statistics of its own."""
+    """A model with the mean of its ingredients' weights and BatchNorm statistics of its own."""
 
     ingredients: tuple[Ingredient, ...]
     model: Classifier
     val: Predictions
-    tried: int  # models that it was tried from: fewer than were given where the time was up
+    tried: int  # candidates that there was time to try
 
 
-def kind(run: Run) -> Hashable | None:
-    """What models must share for the mean of their weights to be a model; None: no soup for it.
+def soup_key(run: Run) -> Hashable | None:
+    """Equal for runs whose weights can be averaged: same backbone, sizes, head and initial weights.
 
-    Backbone, head, size and initial weights: from other initial weights training ends in another valley
-    (Neyshabur et al., 2020). Frozen backbones are left out, as their means are those of a linear model's
-    outputs, which an ensemble has as well; so are models of folds, which have learnt from each other's val.
+    Training from other initial weights ends in another loss basin (Neyshabur et al., 2020). None for runs
+    that make no soup: with a frozen backbone, a soup is no more than an ensemble of linear models; models of
+    folds are trained on each other's val.
     """
     config, origin = run.config, run.origin
     if UNFREEZE[config.unfreeze].head_only_epochs is None or origin.fold is not None:
@@ -57,53 +57,52 @@ def kind(run: Run) -> Hashable | None:
 
 
 def greedy_soup(
-    ingredients: Sequence[Ingredient],
+    candidates: Sequence[Ingredient],
     splits: Splits,
     *,
     device: str = "cpu",
     processes: int = 0,
     until: float = float("inf"),
 ) -> Soup | None:
-    """The greedy soup (Wortsman et al., 2022, recipe 1) of models of one kind, the best on val first.
+    """The greedy soup (Wortsman et al., 2022, recipe 1) of models with one `soup_key`, the best on val first.
 
-    One after the other is put in and stays where val does not get worse by the metric, or, at the same score,
-    by log loss. None where that leaves the first one alone. No further one is tried after `until`,
-    time.time().
+    Tries one candidate after the other and keeps those with which val does not get worse by the metric or, at
+    the same score, by log loss. None if only the first is kept. Tries no further candidate after `until`, in
+    time.time()'s seconds.
     """
     assert splits.val.labels is not None
     labels = splits.val.labels
-    metric = METRICS[ingredients[0].run.origin.metric]
+    metric = METRICS[candidates[0].run.origin.metric]
 
-    def worth(val: Predictions) -> tuple[float, float]:
+    def score(val: Predictions) -> tuple[float, float]:
         probs = val.aligned(splits.val.ids).probs
         return metric.gain(metric.score(probs, labels), 0.0), -log_loss(probs, labels)
 
-    chosen, soup, tried = [ingredients[0]], None, 1
-    best = worth(ingredients[0].val)
-    for candidate in ingredients[1:]:
+    kept, soup, tried = [candidates[0]], None, 1
+    best = score(candidates[0].val)
+    for candidate in candidates[1:]:
         if time.time() > until:
             break
-        mixed = _mixed([*chosen, candidate], splits, device, processes)
-        if worth(mixed.val) >= best:
-            best, soup = worth(mixed.val), mixed
-            chosen.append(candidate)
+        larger = _average([*kept, candidate], splits, device, processes)
+        if score(larger.val) >= best:
+            best, soup = score(larger.val), larger
+            kept.append(candidate)
         tried += 1
     return replace(soup, tried=tried) if soup else None
 
 
-def _mixed(ingredients: Sequence[Ingredient], splits: Splits, device: str, processes: int) -> Soup:
+def _average(ingredients: Sequence[Ingredient], splits: Splits, device: str, processes: int) -> Soup:
     run = ingredients[0].run
-    config = run.config
-    model = build(config, classes=len(splits.classes), weights=Weights("none"))
+    model = create_classifier(run.config, classes=len(splits.classes), weights=Weights("none"))
     model.load_state_dict(mean_state([ingredient.weights for ingredient in ingredients]))
     model = model.to(device).to(memory_format=torch.channels_last)
-    refresh_statistics(model, run, splits, device=device, processes=processes)
-    val = predict(model, splits, splits.val, config=config, device=device, processes=processes)
+    update_batch_norm(model, run, splits, device=device, processes=processes)
+    val = predict(model, splits, splits.val, config=run.config, device=device, processes=processes)
     return Soup(tuple(ingredients), model, val, len(ingredients))
 
 
 def mean_state(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """The mean of what `save_weights` wrote; counters are the first one's."""
+    """The mean of several files of weights. Integers, which count batches, are the first file's."""
     total = load_file(paths[0])
     for path in paths[1:]:
         for name, value in load_file(path).items():
@@ -112,27 +111,14 @@ def mean_state(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
     return {name: value / len(paths) if value.is_floating_point() else value for name, value in total.items()}
 
 
-def refresh_statistics(
+def update_batch_norm(
     model: Classifier, run: Run, splits: Splits, *, device: str, processes: int = 0
 ) -> None:
-    """Set BatchNorm's means and variances anew by a pass over train, varied as in training.
+    """Recompute BatchNorm's running statistics in a pass over the augmented train images.
 
-    Those of the ingredients are of other weights (Izmailov et al., 2018). In networks without BatchNorm
-    nothing happens.
+    The mean of the ingredients' statistics would belong to other weights (Izmailov et al., 2018).
     """
-    config = run.config
-    loader = Loader(
-        splits.images,
-        splits.train,
-        image_size=config.image_size,
-        batch_size=config.batch_size,
-        augment=AUGMENTS[config.augment],
-        seed=run.origin.seed,
-        processes=processes,
-        shuffle=True,
-        drop_last=len(splits.train) > config.batch_size,
-    )
-    where = torch.device(device)
-    with autocast(where)():
-        update_bn((batch.images for batch in loader.epoch(0)), model, where)
+    loader, target = make_train_loader(run, splits, processes=processes), torch.device(device)
+    with autocast(target)():
+        update_bn((batch.images for batch in loader.epoch(0)), model, target)
     model.eval()

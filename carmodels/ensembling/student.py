@@ -1,9 +1,10 @@
-"""What an ensemble says of train, as targets for one small model (knowledge distillation)."""
+"""Knowledge distillation: an ensemble's predictions of train as targets for one small model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,13 +18,13 @@ from carmodels.models.classifier import Classifier
 from carmodels.training.forward import autocast
 from carmodels.training.run import Run
 
-TAUGHT = 0.7  # of a target is the teacher's, the rest the label's
-_SOFTEST = 20.0
-_AT_ONCE = 64  # images
+TEACHER_WEIGHT = 0.7  # of the teacher's probabilities in a target; the rest is the label's
+_MAX_TEMPERATURE = 20.0
+_BATCH_SIZE = 64
 
 
 @torch.inference_mode()
-def taught(
+def predict_train(
     teacher: Ensemble,
     splits: Splits,
     run: Run,
@@ -32,69 +33,66 @@ def taught(
     device: str = "cpu",
     processes: int = 0,
 ) -> np.ndarray:
-    """(V, N, C): what the teacher says of every train image in each of `views` epochs of the student.
+    """The teacher's probabilities (V, N, C) of the train images as augmented in a student run's epochs.
 
-    Both see the same crops and flips, each at its own size: a loader draws them by seed, epoch and position
-    alone. That the teacher is shown what the student sees is what makes long training pay (Beyer et al.,
-    2022: "consistent teaching"); it is asked about a few fixed epochs, as every question costs all members.
+    Teacher and student see the same crops and flips, each at its own image size, because a loader's
+    augmentation depends on seed, epoch and position only. Long training pays with such consistent teaching
+    (Beyer et al., 2022). It is limited to `views` epochs, since each costs a pass of every member.
     """
-    plain = Ensemble(replace(teacher.spec, views=("plain",)), list(_models(teacher))).to(device)
+    models = cast(Sequence[Classifier], list(teacher.models))
+    plain = Ensemble(replace(teacher.spec, views=("plain",)), models).to(device)
     loaders = [
         Loader(
             splits.images,
             splits.train,
-            image_size=shape.size,
-            batch_size=_AT_ONCE,
+            image_size=spec.size,
+            batch_size=_BATCH_SIZE,
             augment=AUGMENTS[run.config.augment],
             seed=run.origin.seed,
             processes=processes,
         )
-        for shape in plain.spec.inputs
+        for spec in plain.spec.inputs
     ]
     with autocast(torch.device(device))():
-        return np.stack([_answers(plain, loaders, view, device) for view in range(views)])
+        return np.stack([_predict_epoch(plain, loaders, epoch, device) for epoch in range(views)])
 
 
-def _models(teacher: Ensemble) -> Sequence[Classifier]:
-    return [model for model in teacher.models if isinstance(model, Classifier)]
-
-
-def _answers(teacher: Ensemble, loaders: Sequence[Loader], view: int, device: str) -> np.ndarray:
+def _predict_epoch(teacher: Ensemble, loaders: Sequence[Loader], epoch: int, device: str) -> np.ndarray:
     """(N, C) in the order of train."""
-    parts = [
+    probs = [
         teacher(*(batch.images.to(device) for batch in batches)).float().cpu()
-        for batches in zip(*(loader.epoch(view) for loader in loaders), strict=True)
+        for batches in zip(*(loader.epoch(epoch) for loader in loaders), strict=True)
     ]
-    return torch.cat(parts).numpy()
+    return torch.cat(probs).numpy()
 
 
 def soft_targets(
-    answers: np.ndarray, labels: np.ndarray, confidence: float, share: float = TAUGHT
+    teacher_probs: np.ndarray, labels: np.ndarray, confidence: float, weight: float = TEACHER_WEIGHT
 ) -> tuple[np.ndarray, float]:
-    """The teacher's answers, (V, N, C), mixed with the labels, (N,), and the temperature put on them first.
+    """The teacher's probabilities (V, N, C) softened and mixed with the labels (N,); and their temperature.
 
-    The members have learnt these images, so they are surer of them than of others, and the ranks of the
-    wrong classes, which are what there is to learn beyond the labels, are almost nothing. The temperature
-    brings the mean confidence down to `confidence`, the ensemble's on images that it has not learnt.
+    The members were trained on these images, so they are more confident than on others, and little is left of
+    what a student learns beyond the labels: the ranks of the wrong classes. The temperature lowers the mean
+    confidence to `confidence`, the ensemble's on unseen images.
     """
-    if not 0 < confidence <= 1 or not 0 <= share <= 1:
-        raise ValueError(f"{confidence=} and {share=} must be from 0 to 1")
-    flat = answers.reshape(-1, answers.shape[-1])
-    temperature = _as_sure_as(flat, confidence)
-    softer = apply_temperature(flat, temperature).reshape(answers.shape)
-    right = np.eye(answers.shape[-1])[labels]
-    return (share * softer + (1 - share) * right).astype(np.float32), temperature
+    if not 0 < confidence <= 1 or not 0 <= weight <= 1:
+        raise ValueError(f"{confidence=} and {weight=} must be from 0 to 1")
+    rows = teacher_probs.reshape(-1, teacher_probs.shape[-1])
+    temperature = _temperature_for(rows, confidence)
+    softened = apply_temperature(rows, temperature).reshape(teacher_probs.shape)
+    one_hot = np.eye(teacher_probs.shape[-1])[labels]
+    return (weight * softened + (1 - weight) * one_hot).astype(np.float32), temperature
 
 
-def _as_sure_as(probs: np.ndarray, confidence: float) -> float:
+def _temperature_for(probs: np.ndarray, confidence: float) -> float:
     """The temperature, 1 to 20, at which the mean largest probability of (N, C) is `confidence`."""
-    from scipy.optimize import brentq  # here, as every trial would pay for it at its start
+    from scipy.optimize import brentq  # imported here, since every trial would pay for it
 
-    def surer(log_t: float) -> float:
+    def excess(log_t: float) -> float:
         return float(apply_temperature(probs, np.exp(log_t)).max(axis=1).mean()) - confidence
 
-    if surer(0.0) <= 0:
+    if excess(0.0) <= 0:
         return 1.0
-    if surer(np.log(_SOFTEST)) >= 0:
-        return _SOFTEST
-    return float(np.exp(brentq(surer, 0.0, np.log(_SOFTEST), xtol=1e-3)))
+    if excess(np.log(_MAX_TEMPERATURE)) >= 0:
+        return _MAX_TEMPERATURE
+    return float(np.exp(brentq(excess, 0.0, np.log(_MAX_TEMPERATURE), xtol=1e-3)))

@@ -1,4 +1,4 @@
-"""timm networks that turn images into pooled features."""
+"""timm backbones and their pretrained weights."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from huggingface_hub.errors import HTTPError  # of the hub's transport, its timeouts too
+from huggingface_hub.errors import HTTPError  # timeouts included
 from safetensors import SafetensorError
 from torch import nn
 
 from carmodels.catalog import BACKBONES
 from carmodels.models.weights import Weights
 
-TimmNetwork = Any  # an nn.Module; torch's annotations hide the attributes that timm gives it
+TimmNetwork = Any  # an nn.Module with attributes that torch's annotations do not know
 
 
 def create_backbone(name: str, *, image_size: int, weights: Weights) -> TimmNetwork:
     """A timm network that maps (B, 3, S, S) floats to (B, F) pooled features."""
-    arguments: dict[str, Any] = {"img_size": image_size} if BACKBONES[name].sized else {}
+    arguments: dict[str, Any] = {"img_size": image_size} if BACKBONES[name].fixed_size else {}
     if path := weights.file(name):
         arguments["pretrained_cfg_overlay"] = {"file": str(path)}
     return timm.create_model(name, pretrained=weights.source != "none", num_classes=0, **arguments)
 
 
 def fetch_weights(weights: Weights, backbones: Iterable[str]) -> None:
-    """Bring every backbone's weights to this machine, once, before the first trial needs them.
+    """Download or check the weights of all backbones, before the first trial needs them.
 
-    Raises ValueError, naming the backbone and the way out, for a hub out of reach or a damaged file.
+    Raises ValueError naming the backbone if the hub is unreachable or a file is damaged.
     """
-    if weights.source == "hub" and not _hub_answers():
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # what is on this disk will do, without retries
+    if weights.source == "hub" and not _hub_is_reachable():
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # use cached files and do not retry
     for name in backbones:
         try:
             network = _seeded_backbone(name, weights)
@@ -42,15 +42,15 @@ def fetch_weights(weights: Weights, backbones: Iterable[str]) -> None:
                 _check_loaded(network, _seeded_backbone(name, Weights("none")))
         except (OSError, RuntimeError, ValueError, SafetensorError, HTTPError) as error:
             where = "from the hub" if weights.source == "hub" else f"from {weights.file(name)}"
-            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise ValueError(
-                f"the weights of {name} could not be loaded {where} ({first}); "
+                f"the weights of {name} could not be loaded {where} ({reason}); "
                 "give --weights DIR with <timm name>.safetensors files, or --weights none"
             ) from error
 
 
-def _hub_answers() -> bool:
-    """Whether anything answers at the hub's address within ten seconds."""
+def _hub_is_reachable() -> bool:
+    """Whether the hub answers within ten seconds, be it with an error."""
     try:
         urllib.request.urlopen(
             urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=10
@@ -63,15 +63,15 @@ def _hub_answers() -> bool:
 
 
 def _seeded_backbone(name: str, weights: Weights) -> TimmNetwork:
-    """As `create_backbone`; what is not loaded is the same at each call."""
+    """Like `create_backbone`, with the same initial weights at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return create_backbone(name, image_size=224, weights=weights)
 
 
-def _check_loaded(loaded: nn.Module, random: nn.Module) -> None:
-    """Raises ValueError where weights are as they were made: timm takes of a file what fits by name."""
-    made = dict(random.named_parameters())
+def _check_loaded(loaded: nn.Module, initial: nn.Module) -> None:
+    """Raises ValueError for a weight that still has its initial value: timm skips names a file lacks."""
+    before = dict(initial.named_parameters())
     for key, value in loaded.named_parameters():
-        if value.ndim > 1 and value.std() > 0 and torch.equal(value, made[key]):
+        if value.ndim > 1 and value.std() > 0 and torch.equal(value, before[key]):
             raise ValueError(f"it holds nothing for {key}, as timm calls it")

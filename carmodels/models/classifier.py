@@ -1,4 +1,4 @@
-"""timm backbones with heads of our own: their weights, layer groups, what is frozen, optimizer groups."""
+"""The classifier: a timm backbone and a head. Normalisation, freezing, saving and loading."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from carmodels.models.backbones import TimmNetwork, create_backbone
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 
-_CACHED = 2**17  # floats that stay in a core's second-level cache
+_CACHE_FLOATS = 2**17  # that fit a core's second-level cache
 
 
 def create_head(row: Head, *, depth: int, dropout: float, features: int, classes: int) -> nn.Sequential:
-    """`depth` blocks of linear, BatchNorm, activation and dropout, then a linear layer: (B, F) -> (B, C)."""
+    """`depth` blocks of the row, then a linear layer: (B, F) -> (B, C)."""
     layers: list[nn.Module] = []
     for _ in range(depth):
         activation = getattr(nn, row.activation)()
@@ -30,12 +30,12 @@ def create_head(row: Head, *, depth: int, dropout: float, features: int, classes
 
 
 class Classifier(nn.Module):
-    """A backbone and a head. Takes 8-bit images, normalises them on the device, returns logits."""
+    """A backbone and a head. Normalises 8-bit images on the device and returns logits."""
 
     backbone: nn.Module
     head: nn.Module
-    scale: torch.Tensor  # (3,), 8-bit values times this ...
-    shift: torch.Tensor  # (3,), ... plus this are what the backbone was trained with
+    scale: torch.Tensor  # (3,), 1 / std of the backbone's training data, for 8-bit pixels
+    shift: torch.Tensor  # (3,), -mean / std
 
     def __init__(self, backbone: TimmNetwork, head: nn.Module) -> None:
         super().__init__()
@@ -47,37 +47,37 @@ class Classifier(nn.Module):
         self.groups: tuple[tuple[str, ...], ...] = tuple(tuple(groups[k]) for k in sorted(groups))
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) uint8 -> float32 with the statistics the backbone was trained with, channels last.
+        """(B, 3, H, W) uint8 -> float32, channels last, with the backbone's mean and std.
 
-        Done on whole rows of pixels, on a CPU so many at a time as its cache holds: (images - mean) / std
-        takes ten times as long there.
+        Works on rows of pixels, on a CPU in chunks that fit its cache: ten times as fast as
+        (images - mean) / std.
         """
-        if torch.compiler.is_exporting():  # the loop below would fix the size of a batch
+        if torch.compiler.is_exporting():  # the loop below would fix the batch size
             return images.float() * self.scale[:, None, None] + self.shift[:, None, None]
         batch, channels, height, width = images.shape
         rows = images.permute(0, 2, 3, 1).reshape(batch * height, width * channels)
         scale, shift = self.scale.repeat(width), self.shift.repeat(width)
-        found = torch.empty(rows.shape, device=rows.device)
-        at_once = max(1, _CACHED // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
-        for given, part in zip(rows.split(at_once), found.split(at_once), strict=True):
-            torch.addcmul(shift, given.float(), scale, out=part)
-        return found.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        normalised = torch.empty(rows.shape, device=rows.device)
+        chunk = max(1, _CACHE_FLOATS // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+        for pixels, out in zip(rows.split(chunk), normalised.split(chunk), strict=True):
+            torch.addcmul(shift, pixels.float(), scale, out=out)
+        return normalised.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) uint8, or floats already normalised -> (B, C) logits."""
+        """(B, 3, S, S), uint8 or normalised floats -> (B, C) logits."""
         if images.dtype == torch.uint8:
             images = self.normalise(images)
         return self.head(self.backbone(images))
 
-    def freeze_to(self, count: int) -> None:
-        """Let the backbone's top `count` layer groups learn, freeze those below; the head always learns."""
+    def unfreeze_top(self, count: int) -> None:
+        """Unfreeze the backbone's top `count` layer groups and freeze the rest. The head always trains."""
         parameters = dict(self.backbone.named_parameters())
         for index, names in enumerate(self.groups):
             for name in names:
                 parameters[name].requires_grad_(index >= len(self.groups) - count)
 
     def train(self, mode: bool = True) -> Classifier:
-        """Like torch's, but what is frozen stays in eval mode: BatchNorm statistics, dropout, drop path."""
+        """Like nn.Module's, but frozen modules stay in eval mode (BatchNorm, dropout, drop path)."""
         super().train(mode)
         if mode:
             for module in self.backbone.modules():
@@ -87,8 +87,8 @@ class Classifier(nn.Module):
         return self
 
 
-def build(config: TrialConfig, *, classes: int, weights: Weights) -> Classifier:
-    """The configuration's classifier; the head is drawn from torch's global random state."""
+def create_classifier(config: TrialConfig, *, classes: int, weights: Weights) -> Classifier:
+    """The configuration's classifier. The head is initialised from torch's global random state."""
     backbone = create_backbone(config.backbone, image_size=config.image_size, weights=weights)
     features = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     head = create_head(
@@ -102,13 +102,13 @@ def build(config: TrialConfig, *, classes: int, weights: Weights) -> Classifier:
 
 
 def save_weights(model: Classifier, path: Path) -> None:
-    """Write a trained model's parameters and buffers as safetensors, whole or not at all."""
+    """Write the model's state to a safetensors file, atomically."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     write_atomic(path, save(state))
 
 
 def weights_damage(path: Path) -> str:
-    """What is wrong with what `save_weights` wrote, by its header and length; empty where nothing is."""
+    """What is wrong with a safetensors file, by its header and length; "" if nothing is."""
     try:
         with safe_open(path, "pt"):
             return ""
@@ -117,8 +117,8 @@ def weights_damage(path: Path) -> str:
 
 
 def load_weights(config: TrialConfig, path: Path, *, classes: int) -> Classifier:
-    """The configuration's classifier with what `save_weights` wrote; ValueError names a damaged file."""
-    model = build(config, classes=classes, weights=Weights("none"))
+    """The configuration's classifier with saved weights. Raises ValueError naming a damaged file."""
+    model = create_classifier(config, classes=classes, weights=Weights("none"))
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:

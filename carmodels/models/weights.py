@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: the hub, a folder of files, or none."""
+"""The source of pretrained weights: the hub, a folder of files, or none."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from carmodels.files import user_path
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a backbone's weights come from: `hub` (timm's download), `none` (random) or a folder of files."""
+    """The source of pretrained weights: `hub` (timm's download), `none` (random weights) or a folder."""
 
     source: str  # "hub", "none", or the absolute path of a folder holding <timm name>.safetensors
 
     @classmethod
     def parse(cls, text: str) -> Weights:
-        """Raises ValueError when text is neither hub nor none nor a folder with weights in it."""
+        """Raises ValueError unless `text` is hub, none or a folder with .safetensors files."""
         if text in ("hub", "none"):
             return cls(text)
         folder = user_path(text).resolve()
@@ -37,11 +37,11 @@ class Weights:
         return self.source not in ("hub", "none")
 
     def file(self, backbone: str) -> Path | None:
-        """The backbone's file in the folder; None for hub and none."""
+        """The backbone's file in the folder; None without a folder. The file may not exist."""
         return Path(self.source) / f"{backbone}.safetensors" if self.is_folder else None
 
     def identity(self, backbone: str) -> str:
-        """What tells these weights of a backbone from others: the file's content, or timm's name for them."""
+        """Identifies a backbone's weights: a hash of the file, or timm's name for them."""
         path = self.file(backbone)
         if path is not None:
             return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -49,7 +49,7 @@ class Weights:
         return f"{self.source}:{published.hf_hub_id or published.url}" if published else self.source
 
     def has(self, backbone: str) -> bool:
-        """Whether this source can give the backbone its weights, as far as can be told without a network."""
+        """Whether the source has weights for the backbone, as far as is known without a network."""
         if self.source == "none":
             return True
         if self.source == "hub":

@@ -11,60 +11,60 @@ from carmodels.catalog import AUGMENTS, BACKBONES, HEADS, SCHEDULES, UNFREEZE
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 METRIC_NAMES = ("accuracy", "log_loss", "macro_f1")
-FULL_SIZE_AT = 0.75  # of the schedule, when images that grow have grown
-FIRST_STRENGTH = 1 / 3  # of the augmentation, where images grow: that of EfficientNetV2 grows from 5 to 15
+_FULL_SIZE_AT = 0.75  # share of the schedule after which progressive resizing has reached image_size
+_START_STRENGTH = 1 / 3  # of the augmentation with it; EfficientNetV2's goes from 5 to 15
 _SIZE_STEP = 16  # pixels
 
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """The hyperparameters of a trial, and nothing else. Checked when made (ValueError)."""
+    """A trial's hyperparameters. Raises ValueError for a value out of range or one that does not fit."""
 
     backbone: str
-    image_size: int  # side, pixels
-    epochs: int  # whole schedule
-    head_depth: int = 0  # blocks of the kind `head` before the classifier, 0 to 3
+    image_size: int  # side of training images, pixels
+    epochs: int  # of the whole schedule
+    head_depth: int = 0  # `head` blocks before the classifier, 0 to 3
     head: str = "relu256"
-    dropout: float = 0.25  # in each block of the head
+    dropout: float = 0.25  # in each head block
     unfreeze: str = "full"
-    lr: float = 1e-3  # peak rate, of the head; backbone groups have layer_decay times less, group by group
-    layer_decay: float = 1.0
+    lr: float = 1e-3  # peak learning rate of the head
+    layer_decay: float = 1.0  # factor for the learning rate from one layer group to the next one down
     optimizer: str = "adamw"
     weight_decay: float = 0.02
     schedule: str = "cosine"
     batch_size: int = 32  # images
     augment: str = "crop"
     label_smoothing: float = 0.0
-    mixup: float = 0.0  # alpha of the Beta distribution, 0: off (Zhang et al., 2018)
-    cutmix: float = 0.0  # likewise (Yun et al., 2019)
-    ema: float = 0.0  # decay of the weights' moving average per step, 0: off
-    clip_norm: float = 1.0  # largest norm of the gradient, 0: off
-    class_weights: bool = False  # weigh the loss by inverse class frequency
-    patience: int = 0  # epochs without a better metric before training ends, 0: off
-    start_image_size: int = 0  # side in the first epoch, pixels, from where it grows; 0: image_size
-    eval_image_size: int = 0  # side of the images it is evaluated on, pixels; 0: image_size
+    mixup: float = 0.0  # alpha of the Beta distribution (Zhang et al., 2018); 0: off
+    cutmix: float = 0.0  # alpha of the Beta distribution (Yun et al., 2019); 0: off
+    ema: float = 0.0  # decay per step of the weights' exponential moving average; 0: off
+    clip_norm: float = 1.0  # largest norm of the gradient; 0: off
+    class_weights: bool = False  # weight the loss by inverse class frequency
+    patience: int = 0  # epochs without a better metric before training ends; 0: off
+    start_image_size: int = 0  # side in the first epoch, pixels, for progressive resizing; 0: image_size
+    eval_image_size: int = 0  # side for evaluation, pixels; 0: image_size
 
     def __post_init__(self) -> None:
-        for name, known in _ROWS.items():
-            check_member(name, getattr(self, name), known)
+        for name, options in _OPTIONS.items():
+            check_option(name, getattr(self, name), options)
         for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
-            kinds = int if _TYPES[name] == "int" else int | float
-            if not isinstance(value, kinds) or not low <= value <= high:
-                what = "whole number" if kinds is int else "number"
-                raise ValueError(f"{name}={value!r} must be a {what} from {low:g} to {high:g}")
+            whole = _TYPES[name] == "int"
+            if not isinstance(value, int if whole else int | float) or not low <= value <= high:
+                number = "whole number" if whole else "number"
+                raise ValueError(f"{name}={value!r} must be a {number} from {low:g} to {high:g}")
         multiple = BACKBONES[self.backbone].multiple
         if self.image_size % multiple:
             raise ValueError(
                 f"image_size={self.image_size} must be a multiple of {multiple} for {self.backbone}"
             )
-        self._check_sizes()
+        self._check_other_sizes()
 
-    def _check_sizes(self) -> None:
+    def _check_other_sizes(self) -> None:
         row, smallest = BACKBONES[self.backbone], BOUNDS["image_size"][0]
         for name in ("start_image_size", "eval_image_size"):
             size = getattr(self, name)
-            if size and row.sized:
+            if size and row.fixed_size:
                 raise ValueError(f"{name}={size}: {self.backbone} is built for one size; leave it out")
             if size and (size < smallest or size % row.multiple):
                 raise ValueError(
@@ -77,57 +77,61 @@ class TrialConfig:
 
     @property
     def eval_size(self) -> int:
-        """Side of the images it is tested on, pixels."""
+        """Side of the images for evaluation, pixels."""
         return self.eval_image_size or self.image_size
 
-    def grown(self, epoch: int) -> float:
-        """How far images and augmentation have grown in an epoch (the first is 1): from 0 to 1."""
+    def train_image_size(self, epoch: int) -> int:
+        """Side of the training images in an epoch, pixels; the first epoch is 1.
+
+        Progressive resizing (Howard, 2018; Tan and Le, 2021, EfficientNetV2, section 4) in steps of 16 pixels
+        or the backbone's multiple, if that is larger.
+        """
+        progress = self._resize_progress(epoch)
+        if progress == 1:
+            return self.image_size
+        step = max(_SIZE_STEP, BACKBONES[self.backbone].multiple)
+        size = self.start_image_size + progress * (self.image_size - self.start_image_size)
+        return min(self.image_size, round(size / step) * step)
+
+    def augment_strength(self, epoch: int) -> float:
+        """Strength of the augmentation in an epoch, up to 1. Grows with the images, as in EfficientNetV2."""
+        return _START_STRENGTH + self._resize_progress(epoch) * (1 - _START_STRENGTH)
+
+    def _resize_progress(self, epoch: int) -> float:
+        """0 at start_image_size, 1 at image_size."""
         if not self.start_image_size:
             return 1.0
-        return min(1.0, (epoch - 1) / max(1.0, FULL_SIZE_AT * self.epochs))
-
-    def shown_size(self, epoch: int) -> int:
-        """Side of the training images in an epoch, pixels: it grows in steps of 16 or the backbone's own.
-
-        Progressive resizing (Howard, 2018; Tan and Le, 2021, EfficientNetV2, section 4).
-        """
-        step = max(_SIZE_STEP, BACKBONES[self.backbone].multiple)
-        size = self.start_image_size + self.grown(epoch) * (self.image_size - self.start_image_size)
-        return self.image_size if self.grown(epoch) == 1 else min(self.image_size, round(size / step) * step)
-
-    def strength(self, epoch: int) -> float:
-        """Of the augmentation in an epoch, up to 1: small images bear less (likewise)."""
-        return FIRST_STRENGTH + self.grown(epoch) * (1 - FIRST_STRENGTH)
+        return min(1.0, (epoch - 1) / max(1.0, _FULL_SIZE_AT * self.epochs))
 
     @property
     def title(self) -> str:
-        """Short name for people: backbone, size, head and strategy."""
+        """Backbone, image size, head and unfreeze strategy, for display."""
         return f"{self.backbone} {self.image_size}px head{self.head_depth} {self.unfreeze}"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialConfig:
         """Raises ValueError for a key that is no field."""
         for name in values:
-            check_member("configuration key", name, FIELDS)
+            check_option("configuration key", name, FIELDS)
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """What one epoch of training gives to whoever watches."""
+    """The metrics of one epoch, as `on_epoch` gets them."""
 
     epoch: int  # the first is 1
     train_loss: float
     val_loss: float
     val_accuracy: float
-    value: float  # the configuration's metric on val
+    value: float  # the run's metric on val
     seconds: float  # training and validation
-    ending: str = ""  # why this was the last epoch: schedule, patience, time or diverged
+    ending: str = ""  # why this is the last epoch: schedule, patience, time or diverged
 
 
 FIELDS = tuple(f.name for f in fields(TrialConfig))
 
-_ROWS: dict[str, tuple[str, ...]] = {
+_OPTIONS: dict[str, tuple[str, ...]] = {
     "backbone": tuple(BACKBONES),
     "head": tuple(HEADS),
     "unfreeze": tuple(UNFREEZE),
@@ -156,32 +160,31 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-def check_member(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is not known; choose from {', '.join(known)}")
-
-
-NAMES = ", ".join(FIELDS)
 _TYPES = {f.name: str(f.type) for f in fields(TrialConfig)}
 
 
-def parse(name: str, text: str) -> Any:
-    """A field's value from its text, by the field's type; ValueError names the field."""
-    kind = _TYPES[name]
+def check_option(name: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}={value!r} is not known; choose from {', '.join(options)}")
+
+
+def parse_value(name: str, text: str) -> Any:
+    """A field's value, of the field's type. Raises ValueError naming the field."""
+    type_name = _TYPES[name]
     try:
-        if kind == "bool":
+        if type_name == "bool":
             return {"true": True, "false": False}[text.lower()]
-        value = {"int": int, "float": float}.get(kind, str)(text)
+        value = {"int": int, "float": float}.get(type_name, str)(text)
     except (KeyError, ValueError):
-        raise ValueError(f"--set {name}: {text!r} is no {kind}") from None
+        raise ValueError(f"--set {name}: {text!r} is no {type_name}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--set {name}: {text!r} must be finite")
     return value
 
 
-def setting(text: str) -> tuple[str, Any]:
-    """A field of a configuration and its value from `NAME=V`; ValueError as for an override."""
-    name, _, written = text.partition("=")
-    if name not in FIELDS or not written:
-        raise ValueError(f"--set {text}: expected NAME=V with NAME one of {NAMES}")
-    return name, parse(name, written)
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`NAME=V` -> a field of `TrialConfig` and its value. Raises ValueError naming what is wrong."""
+    name, _, value = text.partition("=")
+    if name not in FIELDS or not value:
+        raise ValueError(f"--set {text}: expected NAME=V with NAME one of {', '.join(FIELDS)}")
+    return name, parse_value(name, value)

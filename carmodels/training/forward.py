@@ -1,4 +1,4 @@
-"""Showing images to a network: precision, memory, probabilities of a split."""
+"""Inference: mixed precision, halving on out-of-memory, probabilities of a split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from carmodels.catalog import BACKBONES, VIEWS
 from carmodels.data.dataset import Splits
@@ -20,20 +19,20 @@ from carmodels.models.classifier import Classifier
 from carmodels.training.config import BOUNDS, TrialConfig
 
 
-def in_parts(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """network(images) without gradients, in halves, and halves of those, where memory runs out."""
+def forward_in_halves(network: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """network(*inputs), without gradients. On out-of-memory, halves the batch until it fits."""
     try:
-        return network(images)
+        return network(*inputs)
     except torch.OutOfMemoryError:
-        if len(images) == 1:
+        if len(inputs[0]) == 1:
             raise
-    if images.is_cuda:
-        torch.cuda.empty_cache()
-    return torch.cat([in_parts(network, half) for half in images.tensor_split(2)])
+    torch.cuda.empty_cache()
+    halves = zip(*(batch.tensor_split(2) for batch in inputs), strict=True)
+    return torch.cat([forward_in_halves(network, *half) for half in halves])
 
 
 def autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context for the forward pass: bf16 on GPUs that have it natively, else fp16; float32 on CPUs."""
+    """A context for the forward pass: bf16 on GPUs that support it, fp16 on others, float32 on CPUs."""
     if device.type != "cuda":
         return nullcontext
     dtype = torch.bfloat16 if has_bf16() else torch.float16
@@ -46,16 +45,16 @@ def has_bf16() -> bool:
 
 @torch.inference_mode()
 def predict_probs(model: Classifier, loader: Loader, device: torch.device) -> np.ndarray:
-    """(N, C) float32 in the order of the loader's split."""
+    """(N, C) float32, in the order of the loader's split."""
     model.eval()
     precision = autocast(device)
-    parts: list[torch.Tensor] = []
+    probs: list[torch.Tensor] = []
     for batch in loader.epoch(0):
         with precision():
             images = batch.images.to(device, non_blocking=True)
-            logits = in_parts(model, images.contiguous(memory_format=torch.channels_last))
-        parts.append(logits.float().softmax(dim=1))
-    return torch.cat(parts).cpu().numpy()
+            logits = forward_in_halves(model, images.contiguous(memory_format=torch.channels_last))
+        probs.append(logits.float().softmax(dim=1))
+    return torch.cat(probs).cpu().numpy()
 
 
 def predict(
@@ -68,7 +67,7 @@ def predict(
     device: str = "cpu",
     processes: int = 0,
 ) -> Predictions:
-    """A trained model's probabilities for every image of a split, seen through one row of VIEWS."""
+    """A trained model's probabilities for all images of a split, under one view (a row of VIEWS)."""
     loader = Loader(
         splits.images,
         split,
@@ -82,13 +81,13 @@ def predict(
 
 
 def view_size(config: TrialConfig, view: str) -> int:
-    """Side in pixels at which a view shows its images, within what a configuration may have.
+    """Side of a view's images, pixels: a multiple that the backbone accepts, within the bounds of image_size.
 
-    Backbones built for one size keep theirs.
+    A backbone with a fixed size keeps that.
     """
     row, (low, high) = BACKBONES[config.backbone], BOUNDS["image_size"]
-    if row.sized:
+    if row.fixed_size:
         return config.image_size
-    least, most = math.ceil(low / row.multiple), int(high // row.multiple)
+    smallest, largest = math.ceil(low / row.multiple), int(high // row.multiple)
     steps = round(config.eval_size * VIEWS[view].scale / row.multiple)
-    return row.multiple * min(max(steps, least), most)
+    return row.multiple * min(max(steps, smallest), largest)

@@ -1,4 +1,4 @@
-"""What a run learns from and what it is scored on."""
+"""The images that a run trains on, and those held out to score it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from carmodels.training.run import Origin
 
 
 def splits_for(origin: Origin, splits: Splits) -> Splits:
-    """The splits as a run sees them: those of its fold, or with all labelled images in train."""
+    """The splits of a run: the study's, those of its fold, or with all labelled images in train.
+
+    Raises ValueError for folds without a fold.
+    """
     if origin.fold_in:
         return merge_into_train(splits)
     if not origin.folds:

@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from carmodels.catalog import Schedule
 
 
 class LearningRate:
-    """A row of SCHEDULES at work: told of every step and epoch's val loss, it sets the learning rate.
-
-    Where val has no say it is told the training loss instead.
-    """
+    """Sets the optimizer's learning rate by a row of SCHEDULES: every step, or for plateau every epoch."""
 
     def __init__(self, row: Schedule, optimizer: torch.optim.Optimizer, steps: int) -> None:
         warmup = max(1, round(row.warmup * steps))
@@ -24,10 +21,10 @@ class LearningRate:
                 return rising
             return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-        self._plateau = None
+        self._by_epoch = None
         self._by_step = None
         if row.kind == "plateau":
-            self._plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self._by_epoch = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer, factor=row.factor, patience=row.patience
             )
         else:
@@ -38,5 +35,6 @@ class LearningRate:
             self._by_step.step()
 
     def epoch_ended(self, loss: float) -> None:
-        if self._plateau is not None:
-            self._plateau.step(loss)
+        """`loss`: of val, or of train if the held-out images must not influence training."""
+        if self._by_epoch is not None:
+            self._by_epoch.step(loss)

@@ -1,4 +1,4 @@
-"""What a training step costs."""
+"""Measures the cost of a training step."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def training_seconds(
     processes: int = 0,
     compiled: bool = False,
 ) -> float:
-    """What loading and training on one image cost with everything open, in a few steps.
+    """Seconds per image of loading and training with the whole network unfrozen, over a few steps.
 
-    Their median; with loader processes, which work ahead at first, the mean of the later ones.
+    The median, except with loader processes: they have batches ready for the first steps, so it is the mean
+    of the second half.
     """
     steps = 4 + 6 * processes
     trainer = Trainer(
@@ -37,13 +38,13 @@ def training_seconds(
         processes=processes,
         compiled=compiled,
     )
-    trainer.model.freeze_to(len(trainer.model.groups))
+    trainer.model.unfreeze_top(len(trainer.model.groups))
     trainer.model.train()
-    shown = trainer.shown(1)
-    taken: list[float] = []
+    batches = trainer.train_batches(1)
+    seconds: list[float] = []
     for _ in range(min(steps, len(trainer.train_loader))):
         started = time.monotonic()
-        images, labels = next(shown)
+        images, labels = next(batches)
         float(trainer.step(images, labels))
-        taken.append((time.monotonic() - started) / len(labels))
-    return float(np.mean(taken[len(taken) // 2 :]) if processes else np.median(taken[1:] or taken))
+        seconds.append((time.monotonic() - started) / len(labels))
+    return float(np.mean(seconds[len(seconds) // 2 :]) if processes else np.median(seconds[1:] or seconds))

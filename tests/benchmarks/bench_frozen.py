@@ -93,9 +93,9 @@ def compare(name: str, runs: list[Run], splits: Splits, weights: Weights, folder
     ]
 
 
-def seconds(fitted: TrainResult) -> float:
+def seconds(result: TrainResult) -> float:
     """Of all its epochs, training and validation."""
-    return sum(epoch.seconds for epoch in fitted.history)
+    return sum(epoch.seconds for epoch in result.history)
 
 
 if __name__ == "__main__":

@@ -121,11 +121,11 @@ def steps(folder: Path, splits: Splits) -> list[Row]:
             device=torch.device("cuda"),
             processes=PROCESSES,
         )
-        trainer.model.freeze_to(len(trainer.model.groups))
+        trainer.model.unfreeze_top(len(trainer.model.groups))
         trainer.model.train()
-        held = [(x.cuda(), y.cuda()) for x, y in islice(trainer.shown(1), 8)]
+        held = [(x.cuda(), y.cuda()) for x, y in islice(trainer.train_batches(1), 8)]
         from_memory = rate(trainer, (held[n % len(held)] for n in range(STEPS)))
-        from_loader = rate(trainer, islice(trainer.shown(2), STEPS))
+        from_loader = rate(trainer, islice(trainer.train_batches(2), STEPS))
         rows.append(Row(name, from_loader, from_memory, from_loader / from_memory, 0.95, 1, "steps/s"))
         del trainer, held
         torch.cuda.empty_cache()

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from carmodels.catalog import AUGMENTS, Augment
 from carmodels.data.dataset import Splits, open_dataset
 from carmodels.data.loader import Loader
-from carmodels.models.classifier import build
+from carmodels.models.classifier import create_classifier
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 
@@ -103,7 +103,7 @@ def compare(name: str, target: float, paths: list[Path], splits: Splits, runs: i
         splits.images, splits.train, image_size=SIZE, batch_size=BATCH, augment=augment, shuffle=True
     )
     usual = DataLoader(Usual(paths, augment), batch_size=BATCH, shuffle=True)
-    model = build(
+    model = create_classifier(
         TrialConfig("test_efficientnet", image_size=SIZE, epochs=1), classes=4, weights=Weights("none")
     )
     assert (model.backbone.pretrained_cfg["mean"], model.backbone.pretrained_cfg["std"]) == (MEAN, STD)

@@ -25,7 +25,7 @@ from carmodels.data.splits import Split
 from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
 from carmodels.evaluation.intervals import Interval, score_interval, score_prediction_interval
 from carmodels.evaluation.metrics import METRICS
-from carmodels.models.classifier import build
+from carmodels.models.classifier import create_classifier
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 
@@ -77,7 +77,7 @@ def main() -> None:
 @torch.inference_mode()
 def outputs(config: TrialConfig, splits: Splits, weights: Weights) -> np.ndarray:
     """(N, F) outputs of the frozen backbone for every image of the cache, by row."""
-    model = build(config, classes=len(splits.classes), weights=weights).eval()
+    model = create_classifier(config, classes=len(splits.classes), weights=weights).eval()
     rows = np.arange(len(splits.images))
     everything = Split("all", tuple(map(str, rows)), None, rows)
     loader = Loader(splits.images, everything, image_size=config.image_size, batch_size=64)

@@ -237,7 +237,7 @@ def train(base: Run, run: Run, variant: Variant, place: Place) -> str:
 
     keep("plain", model)
     if EMA in variant.looks:
-        keep(EMA, training.tested)
+        keep(EMA, training.eval_model)
     for shown, size in LARGER.items():
         if shown in variant.looks:
             keep(shown, model, size)

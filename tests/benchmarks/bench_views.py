@@ -223,7 +223,7 @@ def by_halves(stacks: Mapping[str, np.ndarray], one: int, labels: np.ndarray, me
     found = np.empty_like(shown["plain"])
     for half in (first, ~first):
         views = choose_views(
-            {view: probs[half] for view, probs in shown.items()}, labels[half], metric=metric, most=MOST
+            {view: probs[half] for view, probs in shown.items()}, labels[half], metric=metric, max_views=MOST
         )
         found[~half] = np.mean([shown[view][~half] for view in views], axis=0)
     return found
@@ -262,12 +262,12 @@ def kept(shown: Mapping[str, np.ndarray], labels: np.ndarray, metric: str, guard
 
     def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         some = {view: probs[rows] for view, probs in shown.items()}
-        views = choose_views(some, labels[rows], metric=metric, most=MOST)
+        views = choose_views(some, labels[rows], metric=metric, max_views=MOST)
         return np.mean([shown[view] for view in views], axis=0), shown["plain"]
 
     if guarded and not nested_check(choose, labels, metric="accuracy").helps:
         return ("plain",)
-    return choose_views(shown, labels, metric=metric, most=MOST)
+    return choose_views(shown, labels, metric=metric, max_views=MOST)
 
 
 def gain(

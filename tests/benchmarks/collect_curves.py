@@ -178,16 +178,16 @@ def run(
 
     origin = Origin(seed=seed, data=splits.fingerprint, split=splits.split_hash)
     store = _TimedStore(folder, on_fill)
-    fitted = fit(Run(config, origin), splits, weights=weights, features=store, on_epoch=on_epoch)
+    result = fit(Run(config, origin), splits, weights=weights, features=store, on_epoch=on_epoch)
     lines = [
         f"{number},{seed},{e.epoch},{e.val_accuracy:.5f},{e.val_loss:.5f},{taken:.2f}"
-        for e, taken in zip(fitted.history, seconds, strict=True)
+        for e, taken in zip(result.history, seconds, strict=True)
     ]
     for line in fills:
         append_line(curves.with_name(f"{curves.stem}-fills.csv"), line)
     with curves.open("a", encoding="utf-8") as file:  # one write: a curve is there whole or not at all
         file.write("".join(f"{line}\n" for line in lines))
-    best = max(e.val_accuracy for e in fitted.history)
+    best = max(e.val_accuracy for e in result.history)
     return f"{number:>4} seed {seed}  {best:.4f}  {sum(seconds):6.0f} s  {config.title} lr {config.lr:g}"
 
 

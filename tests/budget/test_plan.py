@@ -59,7 +59,7 @@ def test_frozen_epochs_cost_a_forward_pass_for_what_is_not_stored_yet(strategy: 
 
 def test_growing_images_cost_their_area_and_larger_test_images_theirs() -> None:
     config = replace(BASELINE, unfreeze="full", start_image_size=48)
-    areas = sum((config.shown_size(n) / 96) ** 2 for n in range(1, 9))
+    areas = sum((config.train_image_size(n) / 96) ** 2 for n in range(1, 9))
     shown = 9 * FORWARD_COST * 100  # once more by the finished trial
     assert areas < 8
     frozen = replace(config, unfreeze="frozen")

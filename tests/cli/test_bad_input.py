@@ -1172,7 +1172,7 @@ def test_what_is_unusual_and_right_is_read_and_written_as_it_is(
     assert {n: content for n, content in files_of(place.folder).items() if n in before} == before
 
     study = Study(place.folder / "results" / "unusual")
-    classes = study.facts["classes"]
+    classes = study.metadata["classes"]
     found = {i: classes[k] for part in ("train", "val", "holdout") for i, k in study.labels(part).items()}
     assert found == {renaming(f"{n}_{c}.jpg"): renaming(c) for c in CLASSES for n in range(EACH)}
     ids = [renaming(f"t{n}.jpg") for n in reversed(range(TESTS))]

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from carmodels.data.dataset import Splits
 from carmodels.ensembling.network import load_ensemble
-from carmodels.ensembling.soup import Ingredient, greedy_soup, kind, mean_state, refresh_statistics
+from carmodels.ensembling.soup import Ingredient, greedy_soup, mean_state, soup_key, update_batch_norm
 from carmodels.evaluation.metrics import accuracy, log_loss
 from carmodels.files import write_json
-from carmodels.models.classifier import build, load_weights, save_weights
+from carmodels.models.classifier import create_classifier, load_weights, save_weights
 from carmodels.models.weights import Weights
 from carmodels.records import State, TrialRecord
 from carmodels.study import Study
@@ -56,7 +56,7 @@ def retrained(run: Run) -> TrialRecord:
 
 def test_what_can_be_averaged_has_backbone_head_size_and_start_in_common() -> None:
     run = Run(CONFIG)
-    same = kind(run)
+    same = soup_key(run)
     assert same is not None
     for alike in (
         run.with_config(lr=1e-3),
@@ -64,16 +64,16 @@ def test_what_can_be_averaged_has_backbone_head_size_and_start_in_common() -> No
         run.with_origin(seed=4, head_seed=0),
         run.with_config(unfreeze="head_first"),
     ):
-        assert kind(alike) == same
+        assert soup_key(alike) == same
     for other in (
         run.with_origin(seed=1),
         run.with_config(image_size=32),
         run.with_config(head_depth=1),
         run.with_config(backbone="test_efficientnet"),
     ):
-        assert kind(other) not in (None, same)
-    assert kind(run.with_config(unfreeze="frozen")) is None
-    assert kind(run.with_origin(folds=3, fold=0)) is None
+        assert soup_key(other) not in (None, same)
+    assert soup_key(run.with_config(unfreeze="frozen")) is None
+    assert soup_key(run.with_origin(folds=3, fold=0)) is None
 
 
 def test_the_mean_of_the_weights_is_taken_number_by_number(ingredients: list[Ingredient]) -> None:
@@ -99,7 +99,7 @@ def test_statistics_are_those_of_train_under_the_weights_in_hand(
         norm.running_mean.fill_(3.0)
         norm.running_var.fill_(9.0)
     spoilt = predict(model, splits, splits.val, config=one.run.config)
-    refresh_statistics(model, one.run, splits, device="cpu")
+    update_batch_norm(model, one.run, splits, device="cpu")
     again = predict(model, splits, splits.val, config=one.run.config)
     labels = splits.val.labels
     assert log_loss(spoilt.probs, labels) > log_loss(one.val.probs, labels) + 0.5
@@ -129,7 +129,7 @@ def test_copies_of_a_poor_model_make_a_soup_and_strangers_do_not(
     """The same weights twice are the same model; those from another start spoil it."""
     one = ingredients[0]
     copy = replace(one, trial_id="copy")
-    model = build(one.run.config, classes=10, weights=Weights("none"))
+    model = create_classifier(one.run.config, classes=10, weights=Weights("none"))
     save_weights(model, tmp_path / "stranger.safetensors")
     stranger = replace(one, trial_id="stranger", weights=tmp_path / "stranger.safetensors")
     unsure = replace(one.val, probs=np.full_like(one.val.probs, 0.1))
@@ -164,7 +164,7 @@ def test_a_soup_says_of_how_many_models_the_time_held_a_try(
     whole = soups._make_soup(job, "whole", group, math.inf)
     assert whole is not None
     assert whole.reason.endswith(" models of 3")
-    assert whole.whole
+    assert not whole.cut_short
     moments = iter([0.0, 2.0])  # the time is up before the third is tried
     monkeypatch.setattr("carmodels.ensembling.soup.time", SimpleNamespace(time=lambda: next(moments)))
     cut = soups._make_soup(job, "cut", group, 1.0)

@@ -484,7 +484,7 @@ def test_a_cheap_pair_is_taken_where_the_dear_one_leaves_no_room() -> None:
 def test_views_are_added_one_by_one_where_each_helps_most() -> None:
     labels = drawn_labels(80)
     shown = {f"v{n}": drawn(labels, n, skill=1.0).probs for n in range(6)}
-    found = choose_views(shown, labels, metric="log_loss", most=6)
+    found = choose_views(shown, labels, metric="log_loss", max_views=6)
     assert found[0] == "v0"
 
     def loss(views: tuple[str, ...]) -> float:
@@ -494,18 +494,19 @@ def test_views_are_added_one_by_one_where_each_helps_most() -> None:
         others = [(*found[:count], v) for v in shown if v not in found[:count]]
         assert loss(found[: count + 1]) == min(map(loss, others)) < loss(found[:count])
     assert all(loss((*found, v)) >= loss(found) for v in shown if v not in found)
-    assert choose_views(shown, labels, metric="log_loss", most=2) == found[:2]
+    assert choose_views(shown, labels, metric="log_loss", max_views=2) == found[:2]
 
 
 def test_views_that_do_not_help_are_not_added_and_dear_ones_not_tried() -> None:
     labels = drawn_labels(80)
     good, poor = drawn(labels, 1, skill=4.0).probs, drawn(labels, 2, skill=-4.0).probs
-    assert choose_views({"plain": good, "poor": poor}, labels, metric="accuracy", most=2) == ("plain",)
-    assert choose_views({"plain": poor, "good": good}, labels, metric="accuracy", most=2) == ("plain", "good")
+    assert choose_views({"plain": good, "poor": poor}, labels, metric="accuracy", max_views=2) == ("plain",)
+    better = {"plain": poor, "good": good}
+    assert choose_views(better, labels, metric="accuracy", max_views=2) == ("plain", "good")
     costs = {"plain": 1.0, "good": 2.0}
-    limits = {"metric": "accuracy", "most": 2, "costs": costs}
-    assert choose_views({"plain": poor, "good": good}, labels, **limits, max_cost=2.9) == ("plain",)
-    assert choose_views({"plain": poor, "good": good}, labels, **limits, max_cost=3) == ("plain", "good")
+    limits = {"metric": "accuracy", "max_views": 2, "costs": costs}
+    assert choose_views(better, labels, **limits, max_cost=2.9) == ("plain",)
+    assert choose_views(better, labels, **limits, max_cost=3) == ("plain", "good")
 
 
 # A nested check
@@ -556,7 +557,7 @@ def gains_of_views(shown: dict[str, np.ndarray], labels: np.ndarray) -> tuple[fl
 
     def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         some = {view: probs[rows] for view, probs in shown.items()}
-        views = choose_views(some, labels[rows], metric="accuracy", most=2)
+        views = choose_views(some, labels[rows], metric="accuracy", max_views=2)
         return np.mean([shown[view] for view in views], axis=0), shown["plain"]
 
     chosen, before = choose(np.arange(len(labels)))

@@ -14,7 +14,7 @@ from carmodels.catalog import AUGMENTS, BACKBONES
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
 from carmodels.ensembling.network import Ensemble, load_ensemble
-from carmodels.ensembling.student import soft_targets, taught
+from carmodels.ensembling.student import predict_train, soft_targets
 from carmodels.evaluation.calibration import fit_temperature, with_temperature
 from carmodels.evaluation.predictions import blend
 from carmodels.files import read_json, write_json
@@ -70,7 +70,7 @@ def study(drawn: Path, splits: Splits, weights: Weights, tmp_path_factory: pytes
 def test_the_teacher_is_shown_the_crops_that_the_student_sees(study: Study, splits: Splits) -> None:
     run = Run(TrialConfig("test_resnet", image_size=32, epochs=4, augment="color"), Origin(seed=5))
     teacher = load_ensemble(study)
-    answers = taught(teacher, splits, run, views=2)
+    answers = predict_train(teacher, splits, run, views=2)
     assert answers.shape == (2, len(splits.train), 10)
     np.testing.assert_allclose(answers.sum(axis=2), 1, rtol=1e-5)
     assert np.abs(answers[0] - answers[1]).mean() > 1e-3
@@ -89,14 +89,14 @@ def test_targets_are_as_sure_as_the_ensemble_is_elsewhere_and_partly_labels() ->
     logits = 6 * np.eye(4)[labels] + rng.normal(size=(3, 50, 4))
     answers = (np.exp(logits) / np.exp(logits).sum(2, keepdims=True)).astype(np.float32)
     assert answers.max(2).mean() > 0.95
-    targets, temperature = soft_targets(answers, labels, 0.7, share=1)
+    targets, temperature = soft_targets(answers, labels, 0.7, weight=1)
     assert temperature > 1
     assert targets.max(2).mean() == pytest.approx(0.7, abs=0.005)
     assert (targets.argsort(2) == answers.argsort(2)).mean() > 0.99
-    mixed, _ = soft_targets(answers, labels, 0.7, share=0.5)
+    mixed, _ = soft_targets(answers, labels, 0.7, weight=0.5)
     np.testing.assert_allclose(mixed, 0.5 * targets + 0.5 * np.eye(4)[labels], atol=1e-6)
     assert soft_targets(answers, labels, 0.999)[1] == 1
-    only, _ = soft_targets(answers, labels, 0.7, share=0)
+    only, _ = soft_targets(answers, labels, 0.7, weight=0)
     np.testing.assert_array_equal(only, np.broadcast_to(np.eye(4)[labels], only.shape))
     with pytest.raises(ValueError, match="confidence=0"):
         soft_targets(answers, labels, 0)
@@ -140,7 +140,7 @@ def test_a_student_is_trained_longer_than_the_space_says_and_not_than_a_shortene
     other = Study(tmp_path / "other")
     fixed = {"backbone": "test_resnet", "image_size": 32, "epochs": 6}
     for facts, epochs in (({}, 12), ({"space": {"dimensions": {}, "fixed": fixed}}, 24)):
-        other.begin({**study.facts, **facts, "images": {}}, [])
+        other.begin({**study.metadata, **facts, "images": {}}, [])
         config = CONFIGS[0]  # 3 epochs
         other.append(TrialRecord(Run(config).id, config, State.COMPLETE, 3, 0.6, 1.0, "ran"))
         assert distillation._student_config(other, "test_resnet", None).config.epochs == epochs
@@ -157,7 +157,7 @@ def test_a_study_is_distilled_and_the_student_answers(
     assert "  epoch 8: accuracy on val " in printed
     assert "student less ensemble" in printed
     assert "times as fast." in printed
-    results = read_json(study.answer_file("student"))
+    results = read_json(study.results_file("student"))
     (member,) = results["members"]
     record = next(r for r in study.records() if r.trial_id == member["trial_id"])
     assert (record.stage, record.epochs_run, record.trial_id == record.run.id) == ("student", 8, False)

@@ -671,7 +671,7 @@ def test_a_schedule_that_the_search_had_shortened_is_trained_at_the_length_of_th
     study: Study,
 ) -> None:
     fixed = {"backbone": "test_resnet", "image_size": 32, "epochs": 8}
-    write_json(study.folder / "study.json", {**study.facts, "space": {"dimensions": {}, "fixed": fixed}})
+    write_json(study.folder / "study.json", {**study.metadata, "space": {"dimensions": {}, "fixed": fixed}})
     options, short = RetrainOptions().for_study(study), run(4e-3, 0.95, epochs=5)
     study.append(short)
 

@@ -114,14 +114,14 @@ def test_the_study_of_stops_has_its_own_trials_and_the_same_data(tmp_path: Path)
     facts = {"metric": "accuracy", "data": study.relative(data), "weights": "hub"}
     study.begin(facts, [("val", "a.jpg", 1), ("test", "b.jpg", -1)])
     study.append(PRUNED[0])
-    inner = study.begin_stops()
+    inner = study.begin_stop_check()
     inner.append(complete(0.95))
     assert [r.state for r in study.records()] == [State.PRUNED]
     assert study.leaderboard() == []
-    assert inner.resolved(inner.facts["data"]) == data
-    assert inner.facts["weights"] == "hub"
+    assert inner.resolved(inner.metadata["data"]) == data
+    assert inner.metadata["weights"] == "hub"
     assert inner.labels("val") == {"a.jpg": 1}
-    assert study.begin_stops().records() == inner.records()
+    assert study.begin_stop_check().records() == inner.records()
 
 
 SCRIPT = """
@@ -171,7 +171,7 @@ def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
 def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of_it(job: Job) -> None:
     study = job.study
     first, second = sample(pruned_in_search(study.records()), 2, 0)
-    study.begin_stops().append(
+    study.begin_stop_check().append(
         replace(first, state=State.COMPLETE, epochs_run=8, value=0.95, stage="stop_check")
     )
     before = study.trials_file.read_bytes()

@@ -16,7 +16,7 @@ from torch import nn
 from carmodels.catalog import BACKBONES, HEADS, UNFREEZE, VIEWS
 from carmodels.data.dataset import Splits
 from carmodels.models.backbones import fetch_weights
-from carmodels.models.classifier import Classifier, build, create_head, load_weights, save_weights
+from carmodels.models.classifier import Classifier, create_classifier, create_head, load_weights, save_weights
 from carmodels.models.parameter_groups import optimizer_groups, trainable_groups
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
@@ -32,9 +32,11 @@ NONE = Weights("none")
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_row_builds_with_its_size_groups_and_parameters(backbone: str) -> None:
     row = BACKBONES[backbone]
-    config = TrialConfig(backbone=backbone, image_size=64 if not row.sized else 224, epochs=1, head_depth=1)
+    config = TrialConfig(
+        backbone=backbone, image_size=64 if not row.fixed_size else 224, epochs=1, head_depth=1
+    )
     with torch.device("meta"):
-        model = build(config, classes=7, weights=NONE)
+        model = create_classifier(config, classes=7, weights=NONE)
         logits = model.eval()(torch.empty(2, 3, config.image_size, config.image_size, dtype=torch.uint8))
     assert logits.shape == (2, 7)
     parameters = dict(model.backbone.named_parameters())
@@ -54,7 +56,7 @@ def test_a_head_has_its_blocks_and_a_linear_classifier(head: str, depth: int) ->
 
 
 def test_images_are_normalised_as_the_backbone_was_trained(config: TrialConfig) -> None:
-    model = build(config, classes=3, weights=NONE)
+    model = create_classifier(config, classes=3, weights=NONE)
     white = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
     mean, std = (torch.tensor(model.backbone.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     torch.testing.assert_close(model.normalise(white), ((1 - mean) / std).expand(1, 3, 8, 8))
@@ -90,10 +92,10 @@ def test_only_open_groups_and_the_head_move_and_frozen_batchnorm_stays(
 ) -> None:
     torch.manual_seed(0)
     config = replace(config, head_depth=1, weight_decay=0.1)
-    model = build(config, classes=3, weights=NONE)
+    model = create_classifier(config, classes=3, weights=NONE)
     optimizer = torch.optim.AdamW(optimizer_groups(model, config))
     before = {n: v.clone() for n, v in model.state_dict().items()}
-    model.freeze_to(count)
+    model.unfreeze_top(count)
     model.train()
     for _ in range(2):
         images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
@@ -117,7 +119,7 @@ def test_rates_fall_by_layer_decay_from_the_head_down_and_vectors_are_not_decaye
     config: TrialConfig,
 ) -> None:
     config = replace(config, lr=1e-2, layer_decay=0.5, weight_decay=0.1, unfreeze="full")
-    model = build(config, classes=3, weights=NONE)
+    model = create_classifier(config, classes=3, weights=NONE)
     by_parameter = {id(p): g for g in optimizer_groups(model, config) for p in g["params"]}
     named = dict(model.backbone.named_parameters())
     assert len(by_parameter) == len(list(model.parameters()))
@@ -131,13 +133,13 @@ def test_rates_fall_by_layer_decay_from_the_head_down_and_vectors_are_not_decaye
 
 def test_a_frozen_backbone_is_not_given_to_the_optimizer(config: TrialConfig) -> None:
     config = replace(config, unfreeze="frozen")
-    model = build(config, classes=3, weights=NONE)
+    model = create_classifier(config, classes=3, weights=NONE)
     given = {id(p) for g in optimizer_groups(model, config) for p in g["params"]}
     assert given == {id(p) for p in model.head.parameters()}
 
 
 def test_weights_of_a_folder_are_the_files_own(config: TrialConfig, weights: Weights) -> None:
-    model = build(config, classes=3, weights=weights)
+    model = create_classifier(config, classes=3, weights=weights)
     stored = load_file(weights.file(config.backbone))
     for name, value in model.backbone.state_dict().items():
         if "num_batches" not in name:
@@ -208,15 +210,15 @@ def test_hub_weights_are_fetched_once_through_timms_own_download(tmp_path: Path)
 def test_saved_weights_give_the_same_probabilities(
     config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path
 ) -> None:
-    fitted = fit(Run(replace(config, epochs=1, head_depth=1)), splits, weights=weights)
-    save_weights(fitted.model, tmp_path / "w.safetensors")
-    loaded = load_weights(fitted.run.config, tmp_path / "w.safetensors", classes=len(splits.classes))
-    one, other = (predict(m, splits, splits.val, config=config) for m in (fitted.model, loaded))
+    trained = fit(Run(replace(config, epochs=1, head_depth=1)), splits, weights=weights)
+    save_weights(trained.model, tmp_path / "w.safetensors")
+    loaded = load_weights(trained.run.config, tmp_path / "w.safetensors", classes=len(splits.classes))
+    one, other = (predict(m, splits, splits.val, config=config) for m in (trained.model, loaded))
     assert torch.equal(torch.tensor(one.probs), torch.tensor(other.probs))
 
 
 def test_weights_of_another_configuration_are_refused_by_name(config: TrialConfig, tmp_path: Path) -> None:
-    save_weights(build(config, classes=3, weights=NONE), tmp_path / "w.safetensors")
+    save_weights(create_classifier(config, classes=3, weights=NONE), tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"w\.safetensors is damaged or of another configuration"):
         load_weights(replace(config, head_depth=2), tmp_path / "w.safetensors", classes=3)
 

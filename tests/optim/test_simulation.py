@@ -290,7 +290,7 @@ def test_bohb_draws_what_the_space_could_have_drawn(simulation: Any) -> None:
         values = searcher.suggest(str(number))
         assert values is not None
         config = TrialConfig.from_dict(values)
-        assert set(values) == {*space.fixed, *space.drawn(values)}
+        assert set(values) == {*space.fixed, *space.active_dimensions(values)}
         result = {"accuracy": config.lr, "hyperband_info": {"budget": 2}}
         searcher.on_trial_result(str(number), result)
     assert searcher.bohber.kde_models

@@ -27,9 +27,9 @@ from tune.reporting.comparison import differing, names, opened, render, verdict,
 def pair(tmp_path: Path) -> tuple[Study, Study]:
     """Two studies of the same data; the second has half as many trials and a better ensemble."""
     first, second = made(tmp_path / "one", 40), made(tmp_path / "two", 20)
-    space = first.facts["space"]
+    space = first.metadata["space"]
     other = {**space, "fixed": {**space["fixed"], "epochs": 12}}
-    write_json(second.folder / "study.json", {**second.facts, "seed": 1, "space": other})
+    write_json(second.folder / "study.json", {**second.metadata, "seed": 1, "space": other})
     best = second.leaderboard()[0]
     run = best.run.with_config(lr=0.0123)
     second.append(replace(best, trial_id=run.id, config=run.config, value=0.9999, at=best.at + 6000))
@@ -45,7 +45,7 @@ def test_what_differs_is_shown_and_what_does_not_is_named(pair: tuple[Study, Stu
     rows = {row[0]: row[1:] for row in cells(page, "settings")}
     assert rows[""] == ["one", "two"]
     assert rows["seed"] == ["0", "1"]
-    assert rows["fixed: epochs"] == [str(pair[0].facts["space"]["fixed"]["epochs"]), "12"]
+    assert rows["fixed: epochs"] == [str(pair[0].metadata["space"]["fixed"]["epochs"]), "12"]
     assert "space: lr" not in rows
     alike = page[page.index("The same in all:") :].split("</p>")[0]
     for name in ("preset", "fingerprint", "split hash", "space: lr", "version: torch"):
@@ -82,7 +82,7 @@ def test_ensembles_are_told_apart_by_the_same_images(pair: tuple[Study, Study]) 
         "on the same 60 images; two is better."
     )
     assert verdict(first, first, "accuracy").endswith("the two cannot be told apart.")
-    elsewhere = replace(second, facts={**second.facts, "split_hash": "other"})
+    elsewhere = replace(second, metadata={**second.metadata, "split_hash": "other"})
     assert "their images or splits differ" in verdict(first, elsewhere, "accuracy")
     pair[1].predictions_file("ensemble", "holdout").unlink()
     assert "the probabilities on holdout are not both there" in verdict(first, second, "accuracy")
@@ -128,9 +128,9 @@ def refusals(first: Study, second: Study, folder: Path) -> list[tuple[list[Study
     """Studies that cannot be compared, and what is said of them."""
     loss = Study(folder / "loss")
     shutil.copytree(second.folder, loss.folder)
-    write_json(loss.folder / "study.json", {**second.facts, "metric": "log_loss"})
+    write_json(loss.folder / "study.json", {**second.metadata, "metric": "log_loss"})
     empty = Study(folder / "empty")
-    empty.begin(dict(first.facts), [])
+    empty.begin(dict(first.metadata), [])
     link = Study(folder / "link")
     link.folder.symlink_to(first.folder)
     return [

@@ -268,7 +268,7 @@ def test_without_test_images_there_is_nothing_to_submit(study: Study) -> None:
 
 def test_the_image_that_was_left_out_is_named(study: Study) -> None:
     lost = {"id": "5.jpg", "path": "train/1/5.jpg", "reason": "the file is empty"}
-    write_json(study.folder / "study.json", {**study.facts, "excluded": [lost]})
+    write_json(study.folder / "study.json", {**study.metadata, "excluded": [lost]})
     assert "the first is <code>train/1/5.jpg</code> (the file is empty)" in render(study)
 
 
@@ -433,7 +433,7 @@ def test_of_few_trials_the_page_and_the_console_say_that_they_are_too_few(
 def test_a_space_that_this_version_does_not_know_is_left_out_of_the_page(
     study: Study, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    facts = {name: value for name, value in study.facts.items() if name != "space"}
+    facts = {name: value for name, value in study.metadata.items() if name != "space"}
     write_json(study.folder / "study.json", {**facts, **change})
     page = render(study)
     assert f"<p>{UNKNOWN}</p>" in page

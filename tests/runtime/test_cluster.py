@@ -21,7 +21,7 @@ import pytest
 import ray
 
 from carmodels.demo.folder import DEMO_WEIGHTS
-from carmodels.records import CUT_OFF, State
+from carmodels.records import NOT_ENDED, State
 from carmodels.study import Study
 
 from soak import trains, wait_for
@@ -187,7 +187,7 @@ def test_a_machine_goes_down_midway_and_every_trial_has_its_end(
     assert "2 trials side by side" in output
     records = study.records()
     assert len(records) == TRIALS, output
-    assert not [r for r in records if r.state in CUT_OFF], output
+    assert not [r for r in records if r.state in NOT_ENDED], output
     again = [r for r in records if "restarted, first ended by" in r.reason]
     assert len(again) == 1, [r.reason for r in records]
     assert "actor" in again[0].reason

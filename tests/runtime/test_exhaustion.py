@@ -26,7 +26,7 @@ from carmodels.data.cache import open_images
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
 from carmodels.files import append_line, write_atomic
-from carmodels.records import CUT_OFF, Cause, State
+from carmodels.records import NOT_ENDED, Cause, State
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Run
@@ -143,7 +143,7 @@ def test_a_disk_that_is_full_midway_ends_the_search_in_a_line_and_resume_goes_on
         before = {r.trial_id: r for r in study.records() if r.trial_id in before}
     assert resumed.returncode == 0, output
     after = study.records()
-    assert not [r for r in after if r.state in CUT_OFF]
+    assert not [r for r in after if r.state in NOT_ENDED]
     assert {r.trial_id for r in after} >= set(before)
 
 
@@ -170,7 +170,7 @@ def test_a_worker_without_memory_is_a_row_and_the_search_goes_on(
     assert "Traceback" not in output, output
     records = study.records()
     assert len(records) == TRIALS, output
-    assert not [r for r in records if r.state in CUT_OFF], output
+    assert not [r for r in records if r.state in NOT_ENDED], output
     assert [r for r in records if "restarted, first ended by" in r.reason or r.state is State.FAILED]
 
 
@@ -189,7 +189,7 @@ def test_a_gpu_without_memory_for_one_image_more_ends_in_torchs_own_error(
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(trainer.Trainer, "_accumulated", full)
+    monkeypatch.setattr(trainer.Trainer, "_accumulate", full)
     with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 2\.00 GiB"):
         trainer.fit(Run(replace(config, batch_size=8)), splits, weights=weights)
 
@@ -210,12 +210,12 @@ class Finder(importlib.abc.MetaPathFinder):
 
 def limit(trainer):
     import torch
-    accumulated = trainer.Trainer._accumulated
+    accumulated = trainer.Trainer._accumulate
     def within(self, network, inputs, targets):
-        if inputs.ndim == 4 and (inputs.shape[-1] == 48 or len(inputs) > 8 * self.parts):
+        if inputs.ndim == 4 and (inputs.shape[-1] == 48 or len(inputs) > 8 * self.microbatches):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return accumulated(self, network, inputs, targets)
-    trainer.Trainer._accumulated = within
+    trainer.Trainer._accumulate = within
 
 sys.meta_path.insert(0, Finder())
 """

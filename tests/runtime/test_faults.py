@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from carmodels.records import CUT_OFF
+from carmodels.records import NOT_ENDED
 from carmodels.study import Study
 
 from soak import PATIENCE, TRIALS, ended, environment, name_of, run, search_command, wait_for
@@ -79,7 +79,7 @@ def test_two_searches_at_once_share_the_cache_and_nothing_else(tmp_path: Path, d
         assert "Traceback" not in text
         records = study.records()
         assert len(records) == TRIALS
-        assert not [r for r in records if r.state in CUT_OFF]
+        assert not [r for r in records if r.state in NOT_ENDED]
         assert not study.damaged_lines()
     same = {r.trial_id: r.value for r in first.leaderboard()}
     assert same

@@ -257,7 +257,7 @@ def test_a_failure_has_the_cause_that_ray_tells_of(
     recorder.on_trial_error(0, [], of_ray("a", Run(config), "ERROR", error))
     [record] = study.records()
     assert (record.state, record.cause) == (State.FAILED, cause)
-    assert record.unfinished is (cause is Cause.MACHINE)
+    assert record.resumable is (cause is Cause.MACHINE)
 
 
 def test_a_worker_that_was_hung_counts_as_lost(study: Study, config: TrialConfig) -> None:

@@ -27,11 +27,11 @@ from carmodels.ensembling.export import TOLERANCE
 from carmodels.ensembling.network import (
     Ensemble,
     EnsembleSpec,
-    decoded,
     load_ensemble,
     load_exported,
-    occlusion,
+    load_image,
 )
+from carmodels.ensembling.occlusion import occlusion_map
 from carmodels.evaluation.calibration import confidence_threshold, with_temperature
 from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.files import read_json, write_json
@@ -138,7 +138,7 @@ def answered(arguments: list[str]) -> int:
 
 
 def test_images_are_answered_as_in_the_study(ensemble: Ensemble, holdout: Predictions, drawn: Path) -> None:
-    images = [decoded(image(drawn, i), 48) for i in holdout.ids]
+    images = [load_image(image(drawn, i), 48) for i in holdout.ids]
     assert np.abs(ensemble.probabilities(images) - holdout.probs).max() < 2e-3
     one = ensemble.probabilities(images[:1])
     assert np.abs(one - ensemble.probabilities(images)[:1]).max() < 1e-5
@@ -147,7 +147,7 @@ def test_images_are_answered_as_in_the_study(ensemble: Ensemble, holdout: Predic
 def test_where_memory_runs_out_images_are_answered_in_halves(
     ensemble: Ensemble, holdout: Predictions, drawn: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = [decoded(image(drawn, name), 96) for name in holdout.ids[:5]]
+    images = [load_image(image(drawn, name), 96) for name in holdout.ids[:5]]
     expected, forward = ensemble.probabilities(images), Ensemble.forward
 
     def small(self: Ensemble, *images: torch.Tensor) -> torch.Tensor:
@@ -264,12 +264,12 @@ def test_an_ensemble_leaves_the_study_and_works_without_it(
     said = re.search(r"onnxruntime is within (\S+) of torch", capsys.readouterr().out)
     assert said
     assert float(said[1]) <= TOLERANCE
-    shown = [decoded(path, 48) for path in found_images([drawn / "test_upload"])[:5]]
+    shown = [load_image(path, 48) for path in found_images([drawn / "test_upload"])[:5]]
     expected = ensemble.probabilities(shown)
     assert np.abs(load_exported(folder).probabilities(shown) - expected).max() < 1e-5
     card = (folder / "README.md").read_text()
     assert "my \\| cars" in card
-    assert study.facts["fingerprint"] in card
+    assert study.metadata["fingerprint"] in card
     code = re.search(r"```python\n(.*?)```", card, re.S)
     assert code
     script = folder / "as_the_card_says.py"
@@ -335,10 +335,10 @@ def test_what_speaks_for_a_class_is_where_hiding_takes_it_away() -> None:
     image = np.zeros((48, 48, 3), np.uint8)
     image[:24, 24:] = (255, 0, 0)
     model = cast(Ensemble, Red())
-    found = occlusion(model, image, 0)
+    found = occlusion_map(model, image, 0)
     assert (found[:3, 5:] > 0.05).all()
     assert (np.abs(found[5:]) < 1e-6).all()
-    assert occlusion(model, image, 1) == pytest.approx(-found)
+    assert occlusion_map(model, image, 1) == pytest.approx(-found)
 
 
 def test_the_worst_mistakes_get_a_small_image_and_a_map_each(
@@ -354,7 +354,7 @@ def test_the_worst_mistakes_get_a_small_image_and_a_map_each(
         image = splits.images[rows[mistake.image]]
         assert thumbnails[mistake.image] == {
             "image": thumbnail(image),
-            "map": overlay(occlusion(ensemble, image, mistake.column)),
+            "map": overlay(occlusion_map(ensemble, image, mistake.column)),
         }
     results = read_json(study.ensemble_file)
     write_json(

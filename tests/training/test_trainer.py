@@ -20,7 +20,7 @@ from carmodels.models.classifier import save_weights
 from carmodels.models.weights import Weights
 from carmodels.training import trainer as trainer_module
 from carmodels.training.config import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
-from carmodels.training.forward import in_parts, predict, view_size
+from carmodels.training.forward import forward_in_halves, predict, view_size
 from carmodels.training.held_out import splits_for
 from carmodels.training.run import Origin, Run
 from carmodels.training.timing import training_seconds
@@ -59,8 +59,7 @@ def test_the_seed_of_the_head_decides_its_initial_weights_and_nothing_else(
     assert torch.equal(head(made(1, None)), head(made(1, 1)))
     assert not torch.equal(head(made(1, None)), head(made(1, 0)))
     orders = [
-        [b.tolist() for b in made(*seeds).train_loader.batch_positions(1)]
-        for seeds in ((1, None), (1, 0), (0, 1))
+        [b.tolist() for b in made(*seeds).train_loader.orders(1)] for seeds in ((1, None), (1, 0), (0, 1))
     ]
     assert orders[0] == orders[1] != orders[2]
     assert Run(config, Origin(head_seed=3)).id != Run(config).id
@@ -82,7 +81,7 @@ def test_a_run_goes_on_from_the_weights_of_another(
     assert again.best.val_loss == pytest.approx(first.best.val_loss, abs=0.02)  # BatchNorm moves a little
     random = fit(onward.with_origin(continues=""), splits, weights=weights)
     assert random.history[0].val_loss > first.best.val_loss + 0.1
-    with pytest.raises(ValueError, match=r"continues='0123456789ab', start=None: one takes the other"):
+    with pytest.raises(ValueError, match=r"continues='0123456789ab', start=None: give both or neither"):
         fit(onward, splits, weights=weights)
     with pytest.raises(ValueError, match=r"first\.safetensors is damaged or of another configuration"):
         fit(onward.with_config(head_depth=3), splits, weights=weights, start=start)
@@ -110,11 +109,11 @@ def test_targets_are_learnt_in_the_place_of_labels_and_shown_as_they_were_made(
         seed=trainer.origin.seed,
     )
     for number, view in ((1, 0), (2, 1), (3, 0)):
-        images, targets = next(iter(trainer.shown(number)))
-        rows = trainer.train_loader.batch_positions(number)[0]
+        images, targets = next(iter(trainer.train_batches(number)))
+        rows = trainer.train_loader.orders(number)[0]
         assert torch.equal(images, next(loader.epoch(view)).images[rows])
         assert np.array_equal(targets.numpy(), (right if view == 0 else 1 - right)[rows])
-    with pytest.raises(ValueError, match="no mixup, no features"):
+    with pytest.raises(ValueError, match="leave out mixup, cutmix and features"):
         fit(Run(replace(config, mixup=0.2)), splits, weights=weights, targets=other)
 
 
@@ -137,16 +136,16 @@ def test_what_is_held_out_has_no_say_in_a_fold(
 ) -> None:
     """Whatever the fold's labels are, the model is the same, and that of the last epoch."""
     one = Run(replace(config, epochs=4, lr=2e-2, schedule=schedule), Origin(folds=3, fold=1))
-    fitted = fit(one, splits, weights=weights)
-    assert fitted.best.epoch == 4
+    trained = fit(one, splits, weights=weights)
+    assert trained.best.epoch == 4
     held_out = splits_for(one.origin, splits).val
-    kept = predict(fitted.model, splits, held_out, config=one.config)
-    assert accuracy(kept.probs, held_out.labels) == pytest.approx(fitted.best.value, abs=1e-6)
+    kept = predict(trained.model, splits, held_out, config=one.config)
+    assert accuracy(kept.probs, held_out.labels) == pytest.approx(trained.best.value, abs=1e-6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "_labels", _wrong_labels)
         other = fit(one, splits, weights=weights)
-    assert other.best.value != fitted.best.value
-    for first, second in zip(fitted.model.parameters(), other.model.parameters(), strict=True):
+    assert other.best.value != trained.best.value
+    for first, second in zip(trained.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(first, second)
 
 
@@ -161,10 +160,10 @@ def test_a_last_run_learns_from_everything_and_has_no_score(
     parts = splits_for(last.origin, splits)
     assert (len(parts.train), len(parts.val), len(parts.holdout)) == (200, 0, 0)
     assert set(parts.train.ids) == {*splits.train.ids, *splits.val.ids, *splits.holdout.ids}
-    fitted = fit(last, splits, weights=weights)
-    assert fitted.ending == "schedule"
-    assert fitted.best.epoch == 2
-    for epoch in fitted.history:
+    trained = fit(last, splits, weights=weights)
+    assert trained.ending == "schedule"
+    assert trained.best.epoch == 2
+    for epoch in trained.history:
         assert np.isfinite(epoch.train_loss)
         assert np.isnan([epoch.val_loss, epoch.val_accuracy, epoch.value]).all()
 
@@ -174,21 +173,21 @@ def test_growing_images_are_trained_on_at_each_size_and_tested_at_the_whole_one(
 ) -> None:
     growing = replace(config, image_size=48, start_image_size=16, epochs=4)
     trainer = Trainer(Run(growing), splits, weights=weights, device=torch.device("cpu"))
-    sizes = [next(trainer.shown(number))[0].shape[-1] for number in range(1, 5)]
-    assert sizes == [growing.shown_size(number) for number in range(1, 5)] == [16, 32, 32, 48]
+    sizes = [next(trainer.train_batches(number))[0].shape[-1] for number in range(1, 5)]
+    assert sizes == [growing.train_image_size(number) for number in range(1, 5)] == [16, 32, 32, 48]
     assert next(trainer.val_loader.epoch(0)).images.shape[-1] == 48
     larger = replace(config, eval_image_size=64)
     trainer = Trainer(Run(larger), splits, weights=weights, device=torch.device("cpu"))
     assert next(trainer.val_loader.epoch(0)).images.shape[-1] == 64
-    assert next(trainer.shown(1))[0].shape[-1] == 32
+    assert next(trainer.train_batches(1))[0].shape[-1] == 32
     assert view_size(larger, "plain") == 64
 
 
 def test_training_learns_far_beyond_chance(config: TrialConfig, splits: Splits, weights: Weights) -> None:
-    fitted = fit(Run(replace(config, image_size=48, epochs=6)), splits, weights=weights)
-    assert fitted.best.val_accuracy > 0.35  # ten classes
-    assert fitted.history[-1].train_loss < fitted.history[0].train_loss
-    assert fitted.ending == "schedule"
+    trained = fit(Run(replace(config, image_size=48, epochs=6)), splits, weights=weights)
+    assert trained.best.val_accuracy > 0.35  # ten classes
+    assert trained.history[-1].train_loss < trained.history[0].train_loss
+    assert trained.ending == "schedule"
 
 
 @pytest.mark.parametrize("strategy", UNFREEZE)
@@ -276,29 +275,29 @@ def test_a_loss_that_is_not_finite_ends_training_as_diverged(
 ) -> None:
     explosive = {"optimizer": "sgd", "lr": 10.0, "weight_decay": 10.0, "clip_norm": 0.0}
     wild = replace(config, epochs=5, batch_size=8, schedule="constant", **explosive)
-    fitted = fit(Run(wild), splits, weights=weights)
-    assert fitted.ending == "diverged"
-    assert len(fitted.history) < 5
-    assert fitted.history[-1].value == 0.0
+    trained = fit(Run(wild), splits, weights=weights)
+    assert trained.ending == "diverged"
+    assert len(trained.history) < 5
+    assert trained.history[-1].value == 0.0
 
 
 def test_patience_ends_training_when_nothing_gets_better(
     config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
     still = replace(config, lr=1e-8, epochs=6, patience=2, unfreeze="frozen", augment="none")
-    fitted = fit(Run(still), splits, weights=weights)
-    assert fitted.ending == "patience"
-    assert len(fitted.history) == fitted.best.epoch + 2
+    trained = fit(Run(still), splits, weights=weights)
+    assert trained.ending == "patience"
+    assert len(trained.history) == trained.best.epoch + 2
 
 
 def test_training_ends_with_what_it_has_before_the_time_is_up(
     config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
     long = replace(config, epochs=500)
-    fitted = fit(Run(long), splits, weights=weights, until=time.time() + 3)
-    assert fitted.ending == "time"
-    assert 1 <= len(fitted.history) < 500
-    assert fitted.best.value == max(m.value for m in fitted.history)
+    trained = fit(Run(long), splits, weights=weights, until=time.time() + 3)
+    assert trained.ending == "time"
+    assert 1 <= len(trained.history) < 500
+    assert trained.best.value == max(m.value for m in trained.history)
     assert fit(Run(config), splits, weights=weights, until=time.time() - 1).history[-1].epoch == 1
 
 
@@ -308,12 +307,12 @@ def test_the_best_epoch_by_the_metric_is_kept(
 ) -> None:
     seen: list[EpochMetrics] = []
     uneasy = Run(replace(config, epochs=4, lr=2e-2, schedule="constant"), Origin(metric=metric))
-    fitted = fit(uneasy, splits, weights=weights, on_epoch=seen.append)
-    assert tuple(seen) == fitted.history
+    trained = fit(uneasy, splits, weights=weights, on_epoch=seen.append)
+    assert tuple(seen) == trained.history
     extreme = max if METRICS[metric].mode == "max" else min
-    assert fitted.best.value == extreme(m.value for m in seen)
-    kept = predict(fitted.model, splits, splits.val, config=uneasy.config)
-    assert METRICS[metric].score(kept.probs, splits.val.labels) == pytest.approx(fitted.best.value, abs=1e-6)
+    assert trained.best.value == extreme(m.value for m in seen)
+    kept = predict(trained.model, splits, splits.val, config=uneasy.config)
+    assert METRICS[metric].score(kept.probs, splits.val.labels) == pytest.approx(trained.best.value, abs=1e-6)
 
 
 def test_cosine_warms_up_and_ends_at_zero_and_plateau_falls_when_val_loss_stays(
@@ -346,17 +345,17 @@ def test_cosine_warms_up_and_ends_at_zero_and_plateau_falls_when_val_loss_stays(
 
 
 @pytest.fixture(scope="module")
-def fitted(splits: Splits, weights: Weights) -> TrainResult:
+def trained(splits: Splits, weights: Weights) -> TrainResult:
     """A model that knows its images, for tests that only ask it."""
     return fit(Run(TrialConfig("test_resnet", image_size=48, epochs=4, lr=3e-3)), splits, weights=weights)
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_every_view_keeps_ids_with_their_images(view: str, fitted: TrainResult, splits: Splits) -> None:
-    shown = predict(fitted.model, splits, splits.val, config=fitted.run.config, view=view)
+def test_every_view_keeps_ids_with_their_images(view: str, trained: TrainResult, splits: Splits) -> None:
+    shown = predict(trained.model, splits, splits.val, config=trained.run.config, view=view)
     assert shown.ids == splits.val.ids
     assert accuracy(shown.probs, splits.val.labels) > 0.25  # ten classes: a mix-up would be at chance
-    again = predict(fitted.model, splits, splits.val, config=fitted.run.config, view=view)
+    again = predict(trained.model, splits, splits.val, config=trained.run.config, view=view)
     np.testing.assert_array_equal(shown.probs, again.probs)
 
 
@@ -372,7 +371,7 @@ def test_the_cost_of_an_image_grows_with_its_size(
 def gradients(trainer: Trainer, network: torch.nn.Module, batch: Batch) -> list[torch.Tensor]:
     """What a batch leaves in the parameters that learn, with BatchNorm at rest."""
     trainer.model.eval()
-    trainer._gradients(network, trainer.model.normalise(batch.images), batch.labels)
+    trainer._backward(network, trainer.model.normalise(batch.images), batch.labels)
     return [p.grad for p in trainer.model.parameters() if p.grad is not None]
 
 
@@ -396,11 +395,11 @@ def test_where_memory_runs_out_a_batch_in_parts_has_the_gradients_of_the_whole(
     trainer = Trainer(Run(replace(config, **changes)), splits, weights=weights, device=torch.device("cpu"))
     if changes:
         trainer.loss.weight = torch.linspace(0.1, 3.0, len(splits.classes))
-    trainer.model.freeze_to(len(trainer.model.groups))
+    trainer.model.unfreeze_top(len(trainer.model.groups))
     batch = next(iter(trainer.train_loader.epoch(1)))
     whole = gradients(trainer, trainer.model, batch)
     parts = gradients(trainer, Small(trainer.model, room=9), batch)
-    assert trainer.parts == 4
+    assert trainer.microbatches == 4
     assert len(parts) == len(whole)
     for one, other in zip(parts, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
@@ -410,9 +409,9 @@ def test_where_memory_runs_out_a_batch_in_parts_has_the_gradients_of_the_whole(
 
 def test_where_memory_runs_out_images_are_shown_in_halves() -> None:
     images = torch.arange(12.0).reshape(6, 2)
-    torch.testing.assert_close(in_parts(Small(torch.nn.Identity(), room=2), images), images)
+    torch.testing.assert_close(forward_in_halves(Small(torch.nn.Identity(), room=2), images), images)
     with pytest.raises(torch.OutOfMemoryError):
-        in_parts(Small(torch.nn.Identity(), room=0), images)
+        forward_in_halves(Small(torch.nn.Identity(), room=0), images)
 
 
 def test_compiled_training_gives_the_same_curve(

@@ -51,7 +51,7 @@ class Costs:
 
         Epochs with a frozen backbone reuse stored features, unless MixUp or CutMix mixes the images.
         """
-        area = (config.shown_size(number) / config.image_size) ** 2
+        area = (config.train_image_size(number) / config.image_size) ** 2
         val = FORWARD_COST * self.val * _eval_area(config)
         if _open_groups(config, number):
             train = self.train * area
@@ -94,7 +94,7 @@ class Costs:
         if compiled is None:
             return False
         unfrozen = [n for n in range(1, config.epochs + 1) if _open_groups(config, n)]
-        stages = {(_open_groups(config, n), config.shown_size(n)) for n in unfrozen}
+        stages = {(_open_groups(config, n), config.train_image_size(n)) for n in unfrozen}
         training = sum(self.epoch(config, n) for n in unfrozen)
         return training * (1 - compiled.ratio) > compiled.seconds * len(stages)
 

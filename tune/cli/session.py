@@ -72,7 +72,7 @@ def open_data(data: Path, options: argparse.Namespace, max_size: int, seed: int,
 
 def data_of(study: Study, options: argparse.Namespace, screen: Screen) -> Splits:
     """The data set of a study that exists; ValueError where it has changed."""
-    facts = study.facts
+    facts = study.metadata
     data = study.resolved(facts["data"])
     splits = open_data(data, options, facts["max_size"], facts["seed"], screen)
     if (splits.fingerprint, splits.split_hash) != (facts["fingerprint"], facts["split_hash"]):
@@ -107,10 +107,10 @@ def open_job(study: Study, options: argparse.Namespace, screen: Screen) -> Itera
     splits, weights = data_of(study, options, screen), weights_of(study)
     with held(study), ray_running(options, screen) as workers:
         if options.address:
-            data = study.resolved(study.facts["data"])
+            data = study.resolved(study.metadata["data"])
             look_at_machines(study, data, weights, options, screen)
         study.make_folders()
-        yield Job(study, splits, weights, workers, cache_folder(options), spent=study.spent())
+        yield Job(study, splits, weights, workers, cache_folder(options), spent=study.seconds_by_stage())
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def open_job_without_ray(study: Study, options: argparse.Namespace, screen: Scre
 
 def weights_of(study: Study) -> Weights:
     """Where a study that exists has its pretrained weights from."""
-    source = study.facts["weights"]
+    source = study.metadata["weights"]
     return Weights(source if source in ("hub", "none") else str(study.resolved(source)))
 
 

@@ -63,10 +63,10 @@ def refuse_within(study: Study, options: argparse.Namespace) -> None:
 
 def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: Screen) -> None:
     """Says what is damaged; ValueError where what is resumed is not the same search of the same data."""
-    before = study.facts  # first: to a study of another version nothing else applies
+    before = study.metadata  # first: to a study of another version nothing else applies
     if damaged := study.damaged_lines():
         screen.say(f"{study.trials_file}: lines {damaged} are damaged, their trials run again.", "yellow")
-    if lost := study.lost():
+    if lost := study.missing_trials():
         screen.say(
             f"{study.trials_file} was cut short: it lacks {len(lost)} trials of "
             f"{study.table_file.name}, which may run again.",
@@ -80,7 +80,9 @@ def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: S
             )
     study.make_folders()
     study.write_splits(split_rows(splits))  # the same, were it not damaged
-    study.write_facts({**before, "data": facts["data"], "weights": facts["weights"]})  # they may have moved
+    study.write_metadata(
+        {**before, "data": facts["data"], "weights": facts["weights"]}
+    )  # they may have moved
 
 
 def _alike(study: Study, name: str, before: Any, now: Any) -> bool:

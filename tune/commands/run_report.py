@@ -47,7 +47,7 @@ def add_thumbnails(study: Study, options: argparse.Namespace, screen: Screen) ->
 
 def serve(studies: list[Study], make: Callable[[int], str], port: int, screen: Screen) -> int:
     """Show the page on this machine alone, made anew for every request, until Ctrl-C."""
-    begun = ", ".join(study.facts["begun"] for study in studies)  # one clear line where one is no study
+    begun = ", ".join(study.metadata["begun"] for study in studies)  # one clear line where one is no study
 
     class Page(local_page.LocalPage):
         def do_GET(self) -> None:

@@ -10,7 +10,7 @@ from carmodels.models.backbones import fetch_weights
 from carmodels.models.weights import Weights
 from carmodels.records import State
 from carmodels.study import Study
-from carmodels.training.config import setting
+from carmodels.training.config import parse_assignment
 from tune.budget.clock import Clock
 from tune.cli import session
 from tune.finalize import folds, repeats, retraining, schedules
@@ -19,7 +19,7 @@ from tune.monitor.terminal import Screen
 
 def run(options: argparse.Namespace, screen: Screen) -> int:
     """Retrain and print the table."""
-    changes = dict(setting(text) for text in options.set)
+    changes = dict(parse_assignment(text) for text in options.set)
     retrain_options = schedules.RetrainOptions(options.epochs, changes, options.onward)
     new_head = sorted(schedules.HEAD_FIELDS & changes.keys())
     if new_head and options.onward:
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     with session.open_job(study, options, screen) as job:
         Weights.parse(job.weights.source)  # a folder may have gone since
         if options.folds:
-            folds.check_fold_count(job.splits, options.folds, study.facts["seed"])
+            folds.check_fold_count(job.splits, options.folds, study.metadata["seed"])
         if options.folds or options.fold_in or (options.epochs and not options.onward) or new_head:
             fetch_weights(job.weights, retraining.retrained_backbones(study, options.trial))  # for new models
         before = study.records()

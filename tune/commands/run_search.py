@@ -107,7 +107,7 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
                 f"Study {study.folder}: preset {preset}, {workers.count} trials side by side "
                 f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
             )
-            job = Job(study, splits, weights, workers, cache_folder(options), spent=study.spent())
+            job = Job(study, splits, weights, workers, cache_folder(options), spent=study.seconds_by_stage())
             return go(job, space, options, clock, trials, screen)
 
 
@@ -115,7 +115,7 @@ def repeats_the_demo(study: Study, typed: Sequence[str]) -> bool:
     """Whether this is the demo without an option (but --check and --plain), and the study is of the same."""
     if not set(typed) <= {"--check", "--plain"} or not study.exists:
         return False
-    command = str(study.facts.get("command"))
+    command = str(study.metadata.get("command"))
     more = command.removeprefix(COMMAND).split()
     return command.startswith(COMMAND) and set(more) <= {"--plain", "--overwrite"}
 

@@ -19,7 +19,7 @@ from carmodels.evaluation.nested import NestedCheck, nested_check
 from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.files import read_json, write_json
 from carmodels.models.classifier import weights_damage
-from carmodels.records import FOLDS, TRAINED, TrialRecord
+from carmodels.records import FOLDS, TRAIN_SPLIT_STAGES, TrialRecord
 from carmodels.study import Study
 from carmodels.submission import write_submission
 from tune.budget.clock import Clock
@@ -183,7 +183,7 @@ def _submission_results(job: Job, blended: Mapping[str, Predictions]) -> dict[st
 def _candidates(study: Study, records: Sequence[TrialRecord], top: int) -> list[TrialRecord]:
     """The best `top` trials of the search and all reruns and retrained runs; `records` is best first."""
     searched = [r for r in records if r.stage == "search"][:top]
-    later = [stage for stage in TRAINED if stage != "search"]
+    later = [stage for stage in TRAIN_SPLIT_STAGES if stage != "search"]
     candidates = [r for r in records if r in searched or r.stage in later]
     if not candidates:
         raise ValueError(f"{study.folder} has no finished trial to make a submission from; --resume goes on")
@@ -367,7 +367,7 @@ def _holdout_results(study: Study, ensembled: Predictions, single: str) -> dict[
     baseline = next((name for name in baselines if study.has_predictions(name, "holdout")), None)
     metric, named = study.metric, {"single": single} | ({"baseline": baseline} if baseline else {})
     for name, trial_id in named.items():
-        probs[name], _ = study.answers(trial_id, "holdout")
+        probs[name], _ = study.probs_and_labels(trial_id, "holdout")
     scores: dict[str, Any] = {name: asdict(score_interval(metric, p, truth)) for name, p in probs.items()}
     for name in named:
         scores[f"gain_over_{name}"] = asdict(paired_gain(metric, probs["ensemble"], probs[name], truth))

@@ -94,7 +94,7 @@ class RerunSearcher(Searcher):
         self._images = len(study.labels("val"))
         self._suggested: list[Run] = []
         records = (r for r in study.records() if r.stage == "confirm")
-        self._unfinished = [r.run for r in records if r.unfinished]  # of an earlier command
+        self._unfinished = [r.run for r in records if r.resumable]  # of an earlier command
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]  # FINISHED
         run = self.next()
@@ -112,7 +112,7 @@ class RerunSearcher(Searcher):
         """The next rerun; None if there is none to start now."""
         records, pending = self._study.records(), self._pending()
         ended = [r for r in records if r.stage == "confirm" and r.state in _ENDED]
-        reruns = sum(r.whole and not r.unfinished for r in ended)
+        reruns = sum(not r.cut_short and not r.resumable for r in ended)
         if reruns + len(pending) >= self._max_reruns:
             return None
         if interrupted := [run for run in self._unfinished if run not in self._suggested]:

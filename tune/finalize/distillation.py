@@ -10,14 +10,13 @@ from typing import Any
 
 from carmodels.catalog import AUGMENTS, BACKBONES
 from carmodels.ensembling.network import Ensemble, load_ensemble
-from carmodels.ensembling.student import TAUGHT, soft_targets, taught
+from carmodels.ensembling.student import TEACHER_WEIGHT, predict_train, soft_targets
 from carmodels.evaluation.calibration import fit_temperature, with_temperature
 from carmodels.evaluation.intervals import paired_gain, score_interval
 from carmodels.evaluation.metrics import METRICS
 from carmodels.files import read_json, write_json
 from carmodels.models.classifier import save_weights
 from carmodels.records import State, TrialRecord
-from carmodels.space import space_of
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics
 from carmodels.training.run import Run
@@ -48,7 +47,7 @@ def distil(
     views = min(TEACHER_EPOCHS, run.config.epochs)
     say(f"The ensemble is shown train, {len(splits.train)} images in {views} crops each.")
     processes = job.workers.processes
-    answers = taught(teacher, splits, run, views=views, device=device, processes=processes)
+    answers = predict_train(teacher, splits, run, views=views, device=device, processes=processes)
     val = study.predictions("ensemble", "val")
     assert splits.train.labels is not None
     confidence = float(val.probs.max(axis=1).mean())
@@ -76,7 +75,7 @@ def distil(
     study.append(record)
     study.write_table()
     temperature = _save_predictions(job, trained, record)
-    student_file = study.answer_file(STUDENT)
+    student_file = study.results_file(STUDENT)
     looks = 1 + (read_json(student_file)["holdout"]["looks"] if student_file.is_file() else 0)
     results = {
         "metric": study.metric,
@@ -93,7 +92,7 @@ def distil(
         ],
         "temperature": temperature,
         "tta": {"views": ["plain"], "sentence": "left out, the student is to be fast"},
-        "taught": {"views": views, "temperature": softness, "share": TAUGHT},
+        "taught": {"views": views, "temperature": softness, "share": TEACHER_WEIGHT},
         "val": _val_scores(study),
         "holdout": {**_holdout_comparison(study), "looks": looks},
     }
@@ -127,7 +126,7 @@ def _student_run(job: Job, backbone: str | None, epochs: int | None, say: Say) -
 
 def _available_backbones(job: Job) -> list[str]:
     """Backbones with pretrained weights: of the catalog if they are in a folder, else of the space."""
-    space = space_of(job.study.facts)
+    space = job.study.space
     known = tuple(BACKBONES) if job.weights.is_folder or space is None else space.backbones
     return [name for name in known if job.weights.has(name)]
 
@@ -195,13 +194,13 @@ def _save_predictions(job: Job, trained: TrainResult, record: TrialRecord) -> fl
 def _val_scores(study: Study) -> dict[str, float]:
     """The study's metric on val for student and ensemble."""
     metric = METRICS[study.metric]
-    return {name: metric.score(*study.answers(name, "val")) for name in (STUDENT, "ensemble")}
+    return {name: metric.score(*study.probs_and_labels(name, "val")) for name in (STUDENT, "ensemble")}
 
 
 def _holdout_comparison(study: Study) -> dict[str, Any]:
     """Scores of student and ensemble on holdout and their difference, with 95 % intervals."""
-    student, truth = study.answers(STUDENT, "holdout")
-    ensemble, _ = study.answers("ensemble", "holdout")
+    student, truth = study.probs_and_labels(STUDENT, "holdout")
+    ensemble, _ = study.probs_and_labels("ensemble", "holdout")
     return {
         STUDENT: asdict(score_interval(study.metric, student, truth)),
         "ensemble": asdict(score_interval(study.metric, ensemble, truth)),

@@ -100,7 +100,7 @@ def _predict_fold(job: Job, run: TrialRecord, name: str) -> Predictions:
 
 def _record_fold_set(study: Study, run: Run) -> TrialRecord:
     parts, metric = fold_records(study, run), METRICS[study.metric]
-    study.forget_predictions(run.id)
+    study.delete_predictions(run.id)
     on_val = study.labels("val")
     labels = study.labels("train") | on_val
     oof = concatenated([study.predictions(r.trial_id, "oof") for r in parts]).aligned(list(labels))

@@ -11,7 +11,7 @@ from typing import Any
 from carmodels.evaluation.metrics import METRICS
 from carmodels.files import write_json
 from carmodels.models.classifier import weights_damage
-from carmodels.records import TRAINED, Role, State, TrialRecord
+from carmodels.records import TRAIN_SPLIT_STAGES, Role, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Run
@@ -131,7 +131,7 @@ def train_runs(
 
 
 def _as_long_as(new: TrialRecord, old: TrialRecord) -> bool:
-    return new.state is State.COMPLETE and (new.whole or new.epochs_run >= old.epochs_run)
+    return new.state is State.COMPLETE and (not new.cut_short or new.epochs_run >= old.epochs_run)
 
 
 def write_best(study: Study, chosen: TrialRecord, best: Run, retrained: dict[str, Any]) -> None:
@@ -188,9 +188,9 @@ def _plan_repeats(
     for longest in options.candidate_runs(chosen.run, [record.trial_id for record in parents]):
         template = longest.with_origin(head_seed=chosen.origin.init_seed)  # so that they make a soup
         repeats = _existing_repeats(study, chosen, template)
-        done = {r.origin.seed for r in repeats if r.whole and not weights_lost(study, r)}
+        done = {r.origin.seed for r in repeats if not r.cut_short and not weights_lost(study, r)}
         existing = existing or (template if repeats else None)
-        cut_short = {r.origin.seed for r in repeats if not r.whole}  # kept; other seeds run in full
+        cut_short = {r.origin.seed for r in repeats if r.cut_short}  # kept; other seeds run in full
         free = (seed for seed in itertools.count(first) if seed not in cut_short)
         used_up = done | _diverged_seeds(study, template)
         runs = [template.with_origin(seed=seed) for seed in itertools.islice(free, seeds)]
@@ -204,7 +204,7 @@ def _plan_repeats(
             return [], existing or template  # full runs exist: no shorter ones beside them
     for length in range(template.config.epochs - 1, max(epochs, 1) - 1, -1):
         shorter = template.with_config(epochs=length)  # from an earlier command that had little time
-        if done := {r.origin.seed for r in _existing_repeats(study, chosen, shorter) if r.whole}:
+        if done := {r.origin.seed for r in _existing_repeats(study, chosen, shorter) if not r.cut_short}:
             remaining = [r.with_config(epochs=length) for r in missing[:count] if r.origin.seed not in done]
             return remaining if epochs >= length else [], shorter
     if not count:
@@ -214,7 +214,7 @@ def _plan_repeats(
 
 def _diverged_seeds(study: Study, template: Run) -> set[int]:
     """Seeds with which the same run diverged; it would diverge again."""
-    diverged = (r.run for r in study.records() if r.diverged and r.stage in TRAINED)
+    diverged = (r.run for r in study.records() if r.diverged and r.stage in TRAIN_SPLIT_STAGES)
     origin = {name: getattr(template.origin, name) for name in ("seed", "head_seed", "continues")}
     return {run.origin.seed for run in diverged if run.with_origin(**origin) == template}
 
@@ -262,7 +262,9 @@ def _search_runs(study: Study, chosen: TrialRecord) -> list[TrialRecord]:
 
 def _existing_repeats(study: Study, chosen: TrialRecord, template: Run) -> list[TrialRecord]:
     """Complete runs of the template with other seeds than the trial's, best first."""
-    board = (r for r in study.leaderboard() if r.stage in TRAINED and r.trial_id != chosen.trial_id)
+    board = (
+        r for r in study.leaderboard() if r.stage in TRAIN_SPLIT_STAGES and r.trial_id != chosen.trial_id
+    )
     start = template.origin
     parents = {r.trial_id for r in _search_runs(study, chosen)} if start.continues else set()
 

@@ -198,7 +198,7 @@ def _runners_up(study: Study, best: TrialRecord, options: RetrainOptions, say: S
 
 def _complete_ids(study: Study) -> set[str]:
     """Ids of the runs that are complete and were not cut short."""
-    return {r.trial_id for r in study.records() if r.state is State.COMPLETE and r.whole}
+    return {r.trial_id for r in study.records() if r.state is State.COMPLETE and not r.cut_short}
 
 
 def _has_diverged_fold(study: Study, template: Run, folds: int) -> bool:
@@ -323,7 +323,9 @@ def retrain_on_all_labelled(
         job, missing, stage=FOLD_IN, roles=roles, clock=clock, share=clock.retrain, watch=watch
     )
     records = [r for r in study.records() if r.trial_id in accepted and r.state is State.COMPLETE]
-    records = [r for r in records if r.whole] or records  # there is no val score to weed out short runs
+    records = [
+        r for r in records if not r.cut_short
+    ] or records  # there is no val score to weed out short runs
     answers = [r.trial_id for r in records if study.has_predictions(r.trial_id, "test")]
     if not answers and not missing:
         say(f"A last run of {name} on everything is left out: there is no time for it.")

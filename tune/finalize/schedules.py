@@ -10,7 +10,6 @@ from typing import Any
 
 from carmodels.catalog import UNFREEZE
 from carmodels.records import TrialRecord
-from carmodels.space import space_of
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Run
@@ -72,7 +71,7 @@ DEFAULT_OPTIONS = RetrainOptions()
 
 def epochs_of_space(study: Study) -> int:
     """Epochs of a trial of the study's space (the baseline may have fewer); 0 if the space is unknown."""
-    space = space_of(study.facts)
+    space = study.space
     return int(space.fixed.get("epochs", 0)) if space else 0
 
 

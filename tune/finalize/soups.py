@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 import ray
 import torch
 
-from carmodels.ensembling.soup import Ingredient, greedy_soup, kind
+from carmodels.ensembling.soup import Ingredient, greedy_soup, soup_key
 from carmodels.evaluation.metrics import METRICS
 from carmodels.models.classifier import save_weights, weights_damage
 from carmodels.records import State, TrialRecord
@@ -29,7 +29,7 @@ def make_soups(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> 
     study = job.study
     existing = {r.trial_id: r for r in study.records() if not weights_damage(study.weights_file(r.trial_id))}
     groups = {soup_id(group): group for group in _by_kind(candidates)}
-    done = {name for name, record in existing.items() if record.whole or time.time() > until}
+    done = {name for name, record in existing.items() if not record.cut_short or time.time() > until}
     missing = {name: group for name, group in groups.items() if name not in done}
     task = as_task(_make_soup, job.workers)
     for record in ray.get([task.remote(job, *item, until) for item in missing.items()]):
@@ -49,7 +49,7 @@ def _by_kind(candidates: Sequence[TrialRecord]) -> list[list[TrialRecord]]:
     """The best `MAX_INGREDIENTS` candidates of each kind that has at least two."""
     groups: dict[Hashable, list[TrialRecord]] = defaultdict(list)
     for record in candidates:
-        if (key := kind(record.run)) is not None:
+        if (key := soup_key(record.run)) is not None:
             groups[key].append(record)
     return [group[:MAX_INGREDIENTS] for group in groups.values() if len(group) > 1]
 

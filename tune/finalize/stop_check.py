@@ -111,7 +111,7 @@ def check_stops(
 
     They are in a separate study, so their results do not influence the other stages.
     """
-    study, inner = job.study, job.study.begin_stops()
+    study, inner = job.study, job.study.begin_stop_check()
     stopped = pruned_in_search(study.records())
     chosen = sample(stopped, count, seed)
     done = {r.trial_id for r in inner.records() if r.state is State.COMPLETE}

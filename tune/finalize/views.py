@@ -19,7 +19,7 @@ from carmodels.evaluation.calibration import with_temperature
 from carmodels.evaluation.metrics import METRICS, count_fixed_and_broken, log_loss
 from carmodels.evaluation.nested import NestedCheck, nested_check
 from carmodels.evaluation.predictions import Predictions, blend
-from carmodels.models.classifier import build
+from carmodels.models.classifier import create_classifier
 from carmodels.models.weights import Weights
 from carmodels.records import FOLDS, TrialRecord
 from carmodels.training.config import TrialConfig
@@ -62,7 +62,7 @@ def prediction_seconds(job: Job, config: TrialConfig, size: int) -> float:
     """Seconds per image: the faster of two passes over some val images, after a warm-up pass."""
     job.workers.take()
     config = replace(config, image_size=size, start_image_size=0, eval_image_size=0)
-    model = build(config, classes=len(job.splits.classes), weights=Weights("none"))
+    model = create_classifier(config, classes=len(job.splits.classes), weights=Weights("none"))
     val = job.splits.val
     assert val.labels is not None
     count = _TIMED_IMAGES * (1 + job.workers.processes)  # loader processes take a while to start
@@ -205,7 +205,7 @@ def select_tta_views(
     def chosen(rows: np.ndarray) -> tuple[str, ...]:
         part = {view: p[rows] for view, p in probs.items()}
         return choose_views(
-            part, truth[rows], metric="log_loss", most=max_views, costs=costs, max_cost=max_cost
+            part, truth[rows], metric="log_loss", max_views=max_views, costs=costs, max_cost=max_cost
         )
 
     def choose(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,8 +15,7 @@ from rich.table import Table
 
 from carmodels.files import read_json
 from carmodels.formatting import interval_text, stops_sentence
-from carmodels.records import CUT_OFF, State, TrialRecord
-from carmodels.space import space_of
+from carmodels.records import NOT_ENDED, State, TrialRecord
 from carmodels.study import Study
 from tune.budget.clock import Clock
 from tune.monitor import live
@@ -64,7 +63,7 @@ class Screen:
     def watch(self, study: Study, clock: Clock, trials: int | None) -> ProgressCallback:
         """What a run calls as trials end and time goes by."""
         metric = study.metric
-        ended = {r.trial_id: r for r in study.records() if r.state not in CUT_OFF}
+        ended = {r.trial_id: r for r in study.records() if r.state not in NOT_ENDED}
 
         def on_record(record: TrialRecord) -> None:
             ended[record.trial_id] = record
@@ -160,7 +159,7 @@ class Screen:
 
     def dimensions(self, study: Study) -> None:
         """Which dimensions mattered, and which option goes beyond an end that the best trials lie at."""
-        space = space_of(study.facts)
+        space = study.space
         if space is None:
             self.say(importance.UNKNOWN)
             return

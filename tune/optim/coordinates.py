@@ -62,7 +62,7 @@ class Coordinates:
     def encode(self, config: TrialConfig) -> np.ndarray:
         """(D,) coordinates of a configuration; 0.5 for a dimension that is not drawn."""
         values = vars(config)
-        drawn = self._space.drawn(values)
+        drawn = self._space.active_dimensions(values)
         x = [to_unit(d, values[n]) if n in drawn else _MIDDLE for n, d in self._space.dimensions.items()]
         trainable = _trainable_share(config.unfreeze, config.epochs)
         rate = math.log(config.lr * _mean_decay(config.layer_decay))

@@ -184,7 +184,7 @@ def edges(records: Sequence[TrialRecord], space: Space, metric: str) -> tuple[Ed
     found = []
     for name, dimension in space.dimensions.items():
         configs = [asdict(r.config) for r in best]
-        values = [config[name] if name in space.drawn(config) else None for config in configs]
+        values = [config[name] if name in space.active_dimensions(config) else None for config in configs]
         found += [_edge(name, dimension, space, values, top) for top in (True, False)]
     return tuple(edge for edge in found if edge is not None)
 

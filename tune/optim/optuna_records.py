@@ -49,7 +49,7 @@ def frozen_trial(record: TrialRecord, space: Space) -> optuna.trial.FrozenTrial 
 
 
 def _trial_state(record: TrialRecord) -> TrialState | None:
-    if record.unfinished:
+    if record.resumable:
         return None
     if record.state is State.COMPLETE or record.diverged:
         return TrialState.COMPLETE
@@ -91,7 +91,7 @@ def suggest(trial: ParamSuggester, space: Space) -> dict[str, Any]:
 def params_of(config: TrialConfig, space: Space) -> dict[str, Any] | None:
     """The dimensions' values in a configuration; None if the space cannot draw it."""
     values = vars(config)
-    params = {name: values[name] for name in space.drawn(values)}
+    params = {name: values[name] for name in space.active_dimensions(values)}
     within = all(_contains(space.dimensions[name], value) for name, value in params.items())
     return params if within and config == TrialConfig(**{**space.fixed, **params}) else None
 

@@ -81,7 +81,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
         chosen = self._best_candidate(runs, rng)
         if chosen is None:
             return {}
-        return {name: getattr(chosen, name) for name in self._space.drawn(vars(chosen))}
+        return {name: getattr(chosen, name) for name in self._space.active_dimensions(vars(chosen))}
 
     def sample_independent(
         self,
@@ -99,7 +99,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
         """The trials with curves to maximise; ended ones first, in the order they ended."""
         runs = []
         for trial in sorted(trials, key=_order):
-            if set(trial.params) >= set(self._space.drawn({**self._space.fixed, **trial.params})):
+            if set(trial.params) >= set(self._space.active_dimensions({**self._space.fixed, **trial.params})):
                 config = TrialConfig.from_dict({**self._space.fixed, **trial.params})
                 ended, failed = trial.state.is_finished(), _failed(trial)
                 curve = {} if failed else _curve(trial.intermediate_values, config.epochs, sign)
@@ -226,7 +226,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
         step: float,
     ) -> TrialConfig:
         """`base` with new values for the dimensions that change and for those it has not drawn."""
-        before = set(self._space.drawn(base)) if base else set()
+        before = set(self._space.active_dimensions(base)) if base else set()
         values = dict(self._space.fixed)
         for name, dimension in self._space.dimensions.items():
             if dimension.when is not None and values.get(dimension.when[0]) not in dimension.when[1]:

@@ -77,7 +77,7 @@ def runs_by_config(records: Iterable[TrialRecord]) -> dict[Run, list[TrialRecord
     for record in sorted(records, key=lambda r: r.stage != "search"):
         if record.stage == "confirm" and record.diverged and record.curve:
             record = replace(record, value=record.curve[-1].value)
-        elif not (record.whole and record.state is State.COMPLETE):
+        elif record.cut_short or record.state is not State.COMPLETE:
             continue
         if record.stage in ("search", "confirm") and record.value is not None:
             runs.setdefault(without_seed(record.run), []).append(record)

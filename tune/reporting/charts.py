@@ -173,7 +173,7 @@ def parallel(records: Sequence[TrialRecord], space: Space, metric: str) -> Chart
     rows = []
     for r in shown:
         values = {name: getattr(r.config, name) for name in names}
-        active = space.drawn(vars(r.config))
+        active = space.active_dimensions(vars(r.config))
         for name in names:
             if name in active:
                 rows.append(

@@ -33,7 +33,7 @@ class Side:
 
     name: str
     study: Study
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     records: Sequence[TrialRecord]
     results: Mapping[str, Any] | None  # of its ensemble; None before there is one
 
@@ -109,7 +109,7 @@ def opened(studies: Sequence[Study]) -> list[Side]:
         Side(
             name,
             study,
-            study.facts,
+            study.metadata,
             study.records(),
             read_json(study.ensemble_file) if study.ensemble_file.is_file() else None,
         )
@@ -155,7 +155,7 @@ def verdict(first: Side, other: Side, metric: str) -> str:
     pair = f"{first.name} over {other.name}"
     if not (first.results and other.results):
         return f"{pair}: not both have an ensemble yet."
-    if first.facts["split_hash"] != other.facts["split_hash"]:
+    if first.metadata["split_hash"] != other.metadata["split_hash"]:
         return f"{pair}: their images or splits differ, the scores on holdout are not of the same images."
     found = _gain(first.study, other.study, metric)
     if found is None:
@@ -173,7 +173,7 @@ def _gain(first: Study, other: Study, metric: str) -> Interval | None:
     """Of one ensemble over another on the holdout they share; None where probabilities are missing."""
     if not all(study.predictions_file("ensemble", "holdout").is_file() for study in (first, other)):
         return None
-    mine, truth = first.answers("ensemble", "holdout")
+    mine, truth = first.probs_and_labels("ensemble", "holdout")
     theirs = other.predictions("ensemble", "holdout").aligned(list(first.labels("holdout"))).probs
     return paired_gain(metric, mine, theirs, truth)
 
@@ -210,14 +210,14 @@ def _other_rows(side: Side, metric: str) -> dict[str, str]:
         "trials": f"{len(side.records)}: {ended}",
         "time of the search": duration(max((r.at for r in side.searched), default=0.0)),
         "training, all trials together": duration(sum(r.seconds for r in side.records)),
-        "hardware": side.facts["hardware"]["device"],
-        "begun": side.facts["begun"],
+        "hardware": side.metadata["hardware"]["device"],
+        "begun": side.metadata["begun"],
     }
 
 
 def _settings(side: Side) -> dict[str, str]:
     """How a search was made, in words by name."""
-    facts = side.facts
+    facts = side.metadata
     found = {name.replace("_", " "): _said(facts.get(name)) for name in _FACTS}
     space = facts.get("space") or {}
     dimensions = space.get("dimensions", {})

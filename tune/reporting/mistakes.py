@@ -36,8 +36,8 @@ def found_mistakes(study: Study) -> Mistakes | None:
     """Those of the study's ensemble; None before there is one."""
     if not study.predictions_file("ensemble", "val").is_file():
         return None
-    ids, names = list(study.labels("val")), study.facts["class_names"]
-    probs, truth = study.answers("ensemble", "val")
+    ids, names = list(study.labels("val")), study.metadata["class_names"]
+    probs, truth = study.probs_and_labels("ensemble", "val")
     told = probs.argmax(axis=1)
     wrong = np.flatnonzero(told != truth)
     order = wrong[np.argsort(-probs[wrong].max(axis=1), kind="stable")][:MOST].tolist()

@@ -28,7 +28,7 @@ from carmodels.formatting import (
     stops_sentence,
 )
 from carmodels.records import FOLD, FOLD_IN, State, TrialRecord
-from carmodels.space import Space, space_of
+from carmodels.space import Space
 from carmodels.study import Study
 from tune.optim.importance import CAVEAT, UNKNOWN, edges, importances
 from tune.optim.standings import standings_json, standings_of, standings_sentence
@@ -63,10 +63,10 @@ def write_report(study: Study, path: Path | None = None) -> Path:
 
 def render(study: Study, refresh: int = 0) -> str:
     """The page of a study, as HTML; one that loads itself anew every `refresh` seconds, if that is not 0."""
-    facts, records = study.facts, study.records()
+    facts, records = study.metadata, study.records()
     refuse_empty(study)
     results = read_json(study.ensemble_file) if study.ensemble_file.is_file() else None
-    space, metric = space_of(facts), facts["metric"]
+    space, metric = study.space, facts["metric"]
     rows, columns = table(study)
     standings = standings_of(study)
     finished = any(r.stage == "search" and r.state is State.COMPLETE and not r.baseline for r in records)
@@ -239,7 +239,7 @@ def answers(study: Study, results: Mapping[str, Any] | None) -> list[Section]:
     path = study.predictions_file("ensemble", "holdout")
     if results is None or not path.is_file():
         return []
-    names = study.facts["class_names"]
+    names = study.metadata["class_names"]
     labels = study.labels("holdout")
     holdout = study.predictions("ensemble", "holdout").aligned(list(labels))
     truth = np.array(list(labels.values()))

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from carmodels.data.dataset import Splits
-from carmodels.ensembling.network import SQUARES, Ensemble, occlusion
+from carmodels.ensembling.network import Ensemble
+from carmodels.ensembling.occlusion import OCCLUSIONS, occlusion_map
 from carmodels.files import read_json, write_json
 from carmodels.records import FOLD
 from carmodels.study import Study
@@ -61,7 +62,7 @@ def _maps(
         if started + expected > end:
             maps.append(None)
             continue
-        maps.append(occlusion(ensemble, image, column))
+        maps.append(occlusion_map(ensemble, image, column))
         expected = time.monotonic() - started
     return maps
 
@@ -71,7 +72,7 @@ def _expected(ensemble: Ensemble, image: np.ndarray) -> float:
     ensemble.probabilities([image])
     started = time.monotonic()
     ensemble.probabilities([image] * _ROW)
-    return SQUARES / _ROW * (time.monotonic() - started)
+    return OCCLUSIONS / _ROW * (time.monotonic() - started)
 
 
 def thumbnail(image: np.ndarray) -> str:

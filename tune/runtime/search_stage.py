@@ -135,8 +135,8 @@ def _to_run_again(record: TrialRecord, plan: Plan) -> bool:
     end of itself.
     """
     if record.baseline:
-        return record.unfinished or record.state in (State.OUT_OF_TIME, State.PRUNED) or _failed(record)
-    return record.unfinished or (record.state is State.OUT_OF_TIME and plan.fits(record.config))
+        return record.resumable or record.state in (State.OUT_OF_TIME, State.PRUNED) or _failed(record)
+    return record.resumable or (record.state is State.OUT_OF_TIME and plan.fits(record.config))
 
 
 def _failed(record: TrialRecord) -> bool:

@@ -132,7 +132,7 @@ def _falls_short(trained: TrainResult, study: Study) -> bool:
 def _leave(trained: TrainResult, job: Job) -> None:
     """Write a finished trial's probabilities of what it did not learn from, and its weights."""
     splits = splits_for(trained.run.origin, job.splits)
-    job.study.forget_predictions(trained.run.id)  # those of an earlier run of it
+    job.study.delete_predictions(trained.run.id)  # those of an earlier run of it
     for split in (splits.val, splits.holdout, splits.test):
         if len(split):
             predictions = job.predict(trained.model, trained.run.config, split)

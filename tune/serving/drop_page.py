@@ -15,7 +15,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from carmodels.ensembling.network import Ensemble, decoded, occlusion
+from carmodels.ensembling.network import Ensemble, load_image
+from carmodels.ensembling.occlusion import occlusion_map
 from carmodels.study import Study
 from tune.serving import local_page
 from tune.serving.inference import Threshold
@@ -48,13 +49,13 @@ class Desk:
         with self.turn:
             image = self._opened(content)
             column = int(self.ensemble.probabilities([image])[0].argmax())
-            return {"falls": occlusion(self.ensemble, image, column).tolist()}
+            return {"falls": occlusion_map(self.ensemble, image, column).tolist()}
 
     def _opened(self, content: bytes) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "image"
             path.write_bytes(content)
-            return decoded(path, self.ensemble.spec.max_size)
+            return load_image(path, self.ensemble.spec.max_size)
 
 
 def serve(study: Study, ensemble: Ensemble, limit: Threshold, port: int, say: Callable[[str], None]) -> int:
@@ -67,7 +68,7 @@ def render(study: Study, limit: Threshold) -> str:
     """The page, as HTML."""
     here = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     environment = jinja2.Environment(loader=here, autoescape=True, undefined=jinja2.StrictUndefined)
-    names = study.facts["class_names"]
+    names = study.metadata["class_names"]
     return environment.get_template("drop.html").render(
         name=study.folder.name, limit=limit, names=names, most_bytes=MOST_BYTES
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from carmodels.data.layout import image_names
-from carmodels.ensembling.network import Ensemble, EnsembleSpec, decoded
+from carmodels.ensembling.network import Ensemble, EnsembleSpec, load_image
 from carmodels.evaluation.calibration import MIN_ANSWERED, confidence_threshold, selective_accuracy
 from carmodels.evaluation.intervals import Interval
 from carmodels.files import csv_text, write_atomic
@@ -101,7 +101,7 @@ def _said(study: Study, answer: str, split: str) -> tuple[np.ndarray, np.ndarray
             f"{file} is {'damaged' if file.is_file() else 'missing'}: copy the folder {file.parent.name} "
             f"from where the search ran, or make it anew with tune/{script} {study.folder}"
         )
-    return study.answers(answer, split)
+    return study.probs_and_labels(answer, split)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _read(paths: Sequence[Path], max_size: int) -> list[np.ndarray | str]:
         except UnicodeEncodeError:
             return "its name is not UTF-8, as names must be here: rename it"
         try:
-            return decoded(path, max_size)
+            return load_image(path, max_size)
         except ValueError as reason:
             return str(reason)
 

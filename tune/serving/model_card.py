@@ -18,7 +18,7 @@ def write_card(
     study: Study, answer: str, spec: EnsembleSpec, limit: Threshold, difference: float, folder: Path
 ) -> None:
     """README.md of an exported ensemble or student: what it is of, what it is worth, how to use it."""
-    facts, results = study.facts, read_json(study.answer_file(answer))
+    facts, results = study.metadata, read_json(study.results_file(answer))
     metric = facts["metric"]
     text = _template().render(
         name=study.folder.name,
@@ -51,7 +51,7 @@ def _cell(value: Any) -> str:
 
 def recalls(study: Study, answer: str, spec: EnsembleSpec) -> list[tuple[str, str, int, float]]:
     """(class, name, images, share recognised) on holdout, least recognised first."""
-    probs, truth = study.answers(answer, "holdout")
+    probs, truth = study.probs_and_labels(answer, "holdout")
     guessed = probs.argmax(axis=1)
     rows = [
         (name, spec.class_names[k], int((truth == k).sum()), float((guessed == k)[truth == k].mean()))
