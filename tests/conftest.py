@@ -21,6 +21,13 @@ from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that use `browser` have its marker."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+
+
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a drawn data set: 200 labelled images, 20 to classify."""

@@ -108,6 +108,7 @@ def table(study: Study) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_every_configuration_has_a_row_and_the_baseline_ran_its_whole_schedule(place: Place) -> None:
     rows = table(place.study)
@@ -121,6 +122,7 @@ def test_every_configuration_has_a_row_and_the_baseline_ran_its_whole_schedule(p
     assert all(r["reason"] for r in rows)
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_every_complete_trial_leaves_its_probabilities_by_id(place: Place) -> None:
     study = place.study
@@ -132,6 +134,7 @@ def test_every_complete_trial_leaves_its_probabilities_by_id(place: Place) -> No
                 assert set(predictions.ids) == set(study.labels(split))
 
 
+@pytest.mark.ray
 def test_the_job_ends_with_a_report_of_every_trial(place: Place, whole: str) -> None:
     assert f"Report: {place.study.report_file}" in whole.replace("\n", "")
     page = place.study.report_file.read_text()
@@ -139,6 +142,7 @@ def test_the_job_ends_with_a_report_of_every_trial(place: Place, whole: str) -> 
     assert "of the ensemble on holdout" in page
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_with_images_the_report_shows_the_worst_mistakes_and_what_spoke_for_them(place: Place) -> None:
     found = found_mistakes(place.study)
@@ -193,6 +197,8 @@ def patiently(ask: Callable[[], Any], seconds: float = 100) -> Any:
     raise AssertionError("no answer")
 
 
+@pytest.mark.ray
+@pytest.mark.server
 @pytest.mark.usefixtures("whole")
 def test_optuna_dashboard_opens_the_storage_of_a_study(place: Place) -> None:
     pytest.importorskip("optuna_dashboard", reason="needs optuna-dashboard, as in the extra 'dev'")
@@ -209,6 +215,8 @@ def test_optuna_dashboard_opens_the_storage_of_a_study(place: Place) -> None:
     assert len(trials) == 5  # of six: the reference is not the sampler's
 
 
+@pytest.mark.ray
+@pytest.mark.server
 @pytest.mark.usefixtures("whole")
 def test_tensorboard_shows_the_curve_of_every_trial(place: Place) -> None:
     pytest.importorskip("tensorboard", reason="needs tensorboard, as in the extra 'dev'")
@@ -228,6 +236,7 @@ def test_tensorboard_shows_the_curve_of_every_trial(place: Place) -> None:
             assert [row[2] for row in rows] == pytest.approx([epoch.value for epoch in curve])
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_a_study_that_another_process_works_on_is_refused(place: Place) -> None:
     before = place.study.trials_file.read_bytes()
@@ -243,6 +252,7 @@ def test_a_study_that_another_process_works_on_is_refused(place: Place) -> None:
     assert place.study.trials_file.read_bytes() == before
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_the_submission_has_the_sample_files_ids_order_and_header(place: Place) -> None:
     with (
@@ -256,6 +266,7 @@ def test_the_submission_has_the_sample_files_ids_order_and_header(place: Place) 
     assert len({r[1] for r in rows[1:]}) > 1
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_holdout(place: Place) -> None:
     study = place.study
@@ -285,6 +296,7 @@ def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_holdout(place: 
     assert sum(row["rows"] for row in result["submission"]["classes"]) == 20
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_the_study_says_what_was_run_on_what(place: Place) -> None:
     facts = place.study.facts
@@ -294,6 +306,7 @@ def test_the_study_says_what_was_run_on_what(place: Place) -> None:
     assert {"torch", "ray", "optuna", "timm"} <= set(facts["versions"])
 
 
+@pytest.mark.ray
 def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place, whole: str) -> None:
     study = place.study
     best = json.loads(study.best_file.read_text())
@@ -313,12 +326,14 @@ def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place
         assert len(study.predictions(rerun.trial_id, "test").ids) == 20
 
 
+@pytest.mark.ray
 def test_the_job_says_which_configurations_cannot_be_told_apart(place: Place, whole: str) -> None:
     assert sentence(judged(place.study)) in whole
     page = place.study.report_file.read_text()
     assert sentence(judged(place.study)) in page
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_a_search_that_was_cut_off_among_its_reruns_goes_on_there(place: Place) -> None:
     study = place.study
@@ -337,6 +352,7 @@ def test_a_search_that_was_cut_off_among_its_reruns_goes_on_there(place: Place) 
     assert all(after[r.trial_id] == r for r in before if r.trial_id != again.trial_id)
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_a_search_begins_with_what_another_study_knows(place: Place) -> None:
     known = str(place.study.folder)
@@ -357,6 +373,7 @@ def test_a_search_begins_with_what_another_study_knows(place: Place) -> None:
     assert len(warm.records()) == 3
 
 
+@pytest.mark.ray
 def test_the_output_is_a_line_a_trial_and_the_answer(whole: str) -> None:
     assert "10 classes (" in whole
     assert re.search(r"Ray dashboard: http://127\.0\.0\.1:\d+ \(it asks for the token", whole)
@@ -369,6 +386,7 @@ def test_the_output_is_a_line_a_trial_and_the_answer(whole: str) -> None:
     assert len(whole.splitlines()) < 95
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_a_study_that_exists_is_refused_in_one_line(place: Place) -> None:
     result = place.run(place.search("--trials", "3", "--study", "cars"))
@@ -379,6 +397,7 @@ def test_a_study_that_exists_is_refused_in_one_line(place: Place) -> None:
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_resuming_keeps_what_is_there_and_goes_on_to_the_number_asked_for(place: Place) -> None:
     before = {r.trial_id: r for r in place.study.records()}
@@ -399,6 +418,7 @@ def test_resuming_keeps_what_is_there_and_goes_on_to_the_number_asked_for(place:
     assert {r.trial_id: r for r in place.study.records()} == after
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_another_search_is_not_resumed_into_the_same_folder(place: Place) -> None:
     result = place.run(place.search("--study", "cars", "--resume", "--set", "lr=1e-4:1e-3"))
@@ -406,6 +426,7 @@ def test_another_search_is_not_resumed_into_the_same_folder(place: Place) -> Non
     assert "error: --resume: space was" in result.stderr
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
     folder = str(place.study.folder)
@@ -436,6 +457,7 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
     assert out.read_text() == place.study.submission_file.read_text()
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_folds_are_members_of_the_ensemble_and_a_last_run_learns_from_everything(place: Place) -> None:
     study, splits = place.study, [place.study.labels(name) for name in ("train", "val", "holdout")]
@@ -473,6 +495,7 @@ def test_folds_are_members_of_the_ensemble_and_a_last_run_learns_from_everything
     np.testing.assert_allclose(ensemble.probabilities(shown), said, atol=1e-4)
 
 
+@pytest.mark.ray
 def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Place) -> None:
     study = Study(place.folder / "results" / "cut")
     command = place.search("--trials", "5", "--study", "cut", "--until", "search", "--set", "epochs=10")
@@ -511,6 +534,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     assert not [r for r in records.values() if r.state is State.INTERRUPTED]
 
 
+@pytest.mark.ray
 def test_a_plain_tree_without_test_images_and_a_metric_to_minimise(place: Place) -> None:
     tree = place.folder / "tree"
     names = dict(line.split() for line in (place.data / "classes.txt").read_text().splitlines())

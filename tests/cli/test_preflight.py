@@ -120,6 +120,7 @@ def test_each_shortage_is_one_line_with_its_remedy(
     assert found(tmp_path) == [Finding(words.format(results=tmp_path / "results"), fatal)]
 
 
+@pytest.mark.server
 def test_another_search_on_this_machine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that looks like one, as the parent of a Ray."""
     script = tmp_path / "tune" / "search.py"
@@ -190,6 +191,7 @@ def test_a_study_in_use_is_refused_and_its_process_named(tmp_path: Path) -> None
         pass
 
 
+@pytest.mark.server
 def test_a_study_whose_process_was_killed_is_free_again(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path\n"
@@ -225,6 +227,7 @@ def test_a_machine_of_a_cluster_says_what_it_lacks(tmp_path: Path, monkeypatch: 
     assert here(marker, same)[-1].words.startswith("64 files may be open at a time")
 
 
+@pytest.mark.server
 def test_check_looks_at_everything_and_starts_nothing(
     drawn: Path, tmp_path: Path, weights: object, run_search: Callable[..., str]
 ) -> None:

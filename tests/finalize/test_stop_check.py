@@ -166,6 +166,7 @@ def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
     return Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
 
 
+@pytest.mark.ray
 def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of_it(job: Job) -> None:
     study = job.study
     first, second = drawn(at_rungs(study.records()), 2, 0)
@@ -194,6 +195,7 @@ def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of
     assert (results["stopped"], results["wrong"]) == (2, 1)
 
 
+@pytest.mark.ray
 def test_a_check_does_not_begin_what_it_has_no_time_for(job: Job) -> None:
     checked(job, 30.0)  # 0.72 of them are the search's and its own; 8 epochs take 28 s, by the first two
     assert job.study.stops.records() == []

@@ -273,6 +273,8 @@ def asked(address: str, expression: str) -> list[dict[str, Any]]:
     return list(found["data"]["result"])
 
 
+@pytest.mark.ray
+@pytest.mark.server
 def test_a_real_prometheus_scrapes_a_running_search(
     prometheus: str, searching: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
@@ -303,6 +305,8 @@ def dashboard_of(said: Path, process: subprocess.Popen[bytes]) -> str:
     raise AssertionError(said.read_text())
 
 
+@pytest.mark.ray
+@pytest.mark.server
 def test_rays_dashboard_asks_for_the_token_and_shows_the_running_trials_by_name(
     browser: Any, searching: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:

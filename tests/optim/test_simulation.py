@@ -268,6 +268,7 @@ print(json.dumps(searcher.told))
 """
 
 
+@pytest.mark.ray
 def test_a_searcher_hears_what_it_hears_of_a_real_ray(simulation: Any) -> None:
     configs = [changed(lr=lr) for lr in LRS[:6]]
     command = [sys.executable, "-c", REAL, json.dumps([asdict(config) for config in configs])]

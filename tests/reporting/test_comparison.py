@@ -116,6 +116,7 @@ def compared(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, text=True, capture_output=True, check=False, timeout=200)
 
 
+@pytest.mark.server
 def test_the_page_is_written_beside_the_first_study(pair: tuple[Study, Study]) -> None:
     done = compared(*(study.folder for study in pair))
     assert (done.returncode, done.stderr) == (0, "")

@@ -493,6 +493,7 @@ def test_reliability_bins_hold_every_image_once() -> None:
     assert all(0.25 <= b["confidence"] <= 1 for b in bins)
 
 
+@pytest.mark.server
 def test_served_the_page_follows_the_study_on_loopback_alone(study: Study) -> None:
     command = [sys.executable, str(ROOT / "tune" / "report.py"), str(study.folder), "--serve", "--port", "0"]
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
@@ -514,6 +515,7 @@ def test_served_the_page_follows_the_study_on_loopback_alone(study: Study) -> No
     assert more.trial_id in second
 
 
+@pytest.mark.server
 def test_a_page_that_loads_anew_keeps_what_was_sorted_and_filtered(
     study: Study, browser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,6 +545,7 @@ def test_a_page_that_loads_anew_keeps_what_was_sorted_and_filtered(
     assert not browser.get_log("browser")
 
 
+@pytest.mark.server
 def test_a_port_without_a_server_is_refused(study: Study) -> None:
     command = [sys.executable, str(ROOT / "tune" / "report.py"), str(study.folder), "--port", "8000"]
     refused = subprocess.run(command, text=True, capture_output=True, check=False, timeout=100)

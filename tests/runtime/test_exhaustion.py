@@ -82,6 +82,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- the disk
 
 
+@pytest.mark.server
 def test_a_full_disk_leaves_the_old_file_whole(disk: Disk) -> None:
     path = disk.folder / "table"
     write_whole(path, "old")
@@ -92,6 +93,7 @@ def test_a_full_disk_leaves_the_old_file_whole(disk: Disk) -> None:
     assert [(p.name, p.read_text()) for p in disk.folder.iterdir()] == [("table", "old")]
 
 
+@pytest.mark.server
 def test_lines_torn_by_a_full_disk_do_not_swallow_later_ones(disk: Disk) -> None:
     path = disk.folder / "lines"
     append_line(path, "first")
@@ -104,6 +106,7 @@ def test_lines_torn_by_a_full_disk_do_not_swallow_later_ones(disk: Disk) -> None
     assert (lines[0], lines[-1]) == ("first", "last")
 
 
+@pytest.mark.server
 def test_a_cache_that_fills_the_disk_is_taken_away_and_the_next_one_is_whole(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +125,8 @@ def test_a_cache_that_fills_the_disk_is_taken_away_and_the_next_one_is_whole(
     assert len(open_images(paths, disk.folder / "images" / "a", 32, None)) == 40
 
 
+@pytest.mark.ray
+@pytest.mark.server
 def test_a_disk_that_is_full_midway_ends_the_search_in_a_line_and_resume_goes_on(
     disk: Disk, drawn: Path, cache: Path
 ) -> None:
@@ -147,6 +152,7 @@ def test_a_disk_that_is_full_midway_ends_the_search_in_a_line_and_resume_goes_on
     assert {r.trial_id for r in after} >= set(before)
 
 
+@pytest.mark.server
 def test_a_read_only_folder_is_named_before_the_search(disk: Disk) -> None:
     disk.mount("remount,ro")
     [found] = findings.folder_findings({"--results": disk.folder / "results"})
@@ -157,6 +163,7 @@ def test_a_read_only_folder_is_named_before_the_search(disk: Disk) -> None:
 # ---- memory
 
 
+@pytest.mark.ray
 def test_a_worker_without_memory_is_a_row_and_the_search_goes_on(
     tmp_path: Path, drawn: Path, cache: Path
 ) -> None:
@@ -221,6 +228,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+@pytest.mark.ray
 def test_a_gpu_too_small_for_some_configurations_is_searched_with_the_others(
     tmp_path: Path, drawn: Path, cache: Path
 ) -> None:
@@ -303,6 +311,7 @@ def test_a_worker_that_was_not_heard_of_is_killed_once_and_the_reason_kept(
 # ---- the hub
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("stalls_at", ["HEAD", "GET", "middle"])
 def test_a_hub_that_does_not_answer_is_one_line_in_time(stalls_at: str, tmp_path: Path) -> None:
     from http.server import ThreadingHTTPServer
@@ -341,6 +350,7 @@ def test_a_hub_that_does_not_answer_is_one_line_in_time(stalls_at: str, tmp_path
 # ---- handles and shared memory
 
 
+@pytest.mark.server
 def test_a_search_with_few_file_handles_says_so_and_starts_nothing(
     tmp_path: Path, drawn: Path, cache: Path
 ) -> None:
@@ -355,6 +365,8 @@ def test_a_search_with_few_file_handles_says_so_and_starts_nothing(
     assert process.returncode == 2
 
 
+@pytest.mark.ray
+@pytest.mark.server
 def test_a_search_with_little_shared_memory_says_so_and_goes_on(
     tmp_path: Path, drawn: Path, cache: Path
 ) -> None:

@@ -19,6 +19,8 @@ from carmodels.study import Study
 
 from soak import PATIENCE, TRIALS, ended, environment, name_of, run, search_command, wait_for
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:

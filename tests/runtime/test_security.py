@@ -13,6 +13,7 @@ import ray
 
 from tune.runtime.cluster import start_ray
 
+pytestmark = pytest.mark.ray
 # Ray's gRPC ports listen everywhere, whatever its options say; none of them is ours.
 RAYS_OWN = (
     "raylet",

@@ -21,6 +21,7 @@ from carmodels.training.run import Run
 from carmodels.training.trainer import fit
 from tune.runtime.job import Job, Workers
 
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, pickle, sys, time
