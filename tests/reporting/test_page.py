@@ -29,6 +29,7 @@ from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 from tune import report
+from tune.cli.options import guarded
 from tune.cli.study_folder import describe_space
 from tune.finalize.stop_check import judged_stops
 from tune.monitor.terminal import Screen
@@ -545,12 +546,10 @@ def test_a_page_that_loads_anew_keeps_what_was_sorted_and_filtered(
     assert not browser.get_log("browser")
 
 
-@pytest.mark.server
-def test_a_port_without_a_server_is_refused(study: Study) -> None:
-    command = [sys.executable, str(ROOT / "tune" / "report.py"), str(study.folder), "--port", "8000"]
-    refused = subprocess.run(command, text=True, capture_output=True, check=False, timeout=100)
-    assert refused.returncode == 2
-    assert refused.stderr == "error: --port 8000 is for --serve; add that or leave it out\n"
+def test_a_port_without_a_server_is_refused(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    options = report.parser().parse_args([str(study.folder), "--port", "8000"])
+    assert guarded(report.run, options) == 2
+    assert capsys.readouterr().err == "error: --port 8000 is for --serve; add that or leave it out\n"
 
 
 # ---- in a browser, where there is one
