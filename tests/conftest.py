@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -14,11 +15,31 @@ from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import pytest
+import ray
 import torch
 
 from carmodels.data.dataset import Splits, open_dataset
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
+from tune.runtime.cluster import start_ray
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that use `browser` or `own_ray` have the marker; the latter run last, as they share a Ray.
+
+    While it runs, a search that a test starts would find it.
+    """
+    used = {item: getattr(item, "fixturenames", ()) for item in items}
+    for item, names in used.items():
+        for name, marker in (("browser", "browser"), ("own_ray", "ray")):
+            if name in names:
+                item.add_marker(marker)
+    items.sort(key=lambda item: "own_ray" in used[item])
+
+
+def pytest_collection_finish() -> None:
+    """Leave what modules hold out of garbage collections: a trial ends with one."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +60,13 @@ def splits(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Splits:
 def weights() -> Weights:
     """The small weights that come with the project."""
     return Weights.parse(str(DEMO_WEIGHTS))
+
+
+@pytest.fixture(scope="session")
+def own_ray() -> Iterator[str]:
+    """The dashboard's address of a Ray in this process, with two cores, started as for a search."""
+    yield start_ray(address=None, cores=2, gpus=0)
+    ray.shutdown()
 
 
 @pytest.fixture

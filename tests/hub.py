@@ -14,9 +14,9 @@ FETCH = (
 )
 
 
-def fetch_from(endpoint: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """timm's own download in a fresh process, from a hub at `endpoint`."""
-    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+def fetch_from(endpoint: str, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """timm's own download in a fresh process, from a hub at `endpoint`; `more`: of the environment."""
+    env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **more}
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         env.pop(name, None)
     return subprocess.run(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import importlib
 import json
 import math
 import os
@@ -41,11 +43,13 @@ from tune import search
 from tune.budget import clock
 from tune.budget.clock import Clock
 from tune.cli import session, study_folder
-from tune.cli.options import written
+from tune.cli.options import guarded, written
+from tune.cli.resources import share_out, this_machine
 from tune.commands import run_search
 from tune.finalize import blending, confirmation, retraining
 from tune.finalize.schedules import RETRAIN_EPOCHS_RATIO
 from tune.finalize.stop_check import pruned_in_search
+from tune.monitor.terminal import Screen
 from tune.optim.standings import standings_of, standings_sentence
 from tune.reporting.mistakes import found_mistakes
 from tune.runtime import search_stage
@@ -91,12 +95,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "COLUMNS": "150", "NO_ALBUMENTATIONS_UPDATE": "1"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def place(drawn: Path, tmp_path_factory: pytest.TempPathFactory, weights: Weights) -> Place:
     return Place(tmp_path_factory.mktemp("place"), drawn, weights.source)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(place: Place) -> str:
     """What a run of the whole job prints."""
     result = place.run(place.search("--trials", "6", "--study", "cars", "--confirm", "2", "--thumbnails"))
@@ -106,11 +110,56 @@ def whole(place: Place) -> str:
     return result.stdout
 
 
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def here(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs one of the commands of `Place` in this process."""
+    monkeypatch.chdir(place.folder)
+    monkeypatch.setenv("COLUMNS", "150")
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        _, script, *arguments = command
+        module = importlib.import_module(f"tune.{Path(script).stem}")
+        capsys.readouterr()
+        code = guarded(module.run, module.parser().parse_args(arguments))
+        output, errors = capsys.readouterr()
+        return subprocess.CompletedProcess(command, code, output, errors)
+
+    return run
+
+
+@pytest.fixture
+def on_own_ray(own_ray: str, here: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Likewise, on the Ray that tests share."""
+
+    @contextmanager
+    def running(options: argparse.Namespace, screen: Screen) -> Iterator[Workers]:
+        yield share_out(options, [this_machine()])
+
+    monkeypatch.setattr(session, "ray_running", running)
+    return here
+
+
+@pytest.fixture
+def copied(place: Place, whole: str) -> Callable[[str], Study]:
+    """Makes a copy of the study of the whole job, which other tests look at."""
+
+    def copy(name: str) -> Study:
+        study = Study(place.study.folder.parent / name)
+        shutil.copytree(place.study.folder, study.folder)
+        return study
+
+    return copy
+
+
 def table(study: Study) -> list[dict[str, str]]:
     with study.table_file.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_every_configuration_has_a_row_and_the_baseline_ran_its_whole_schedule(place: Place) -> None:
     rows = table(place.study)
@@ -124,6 +173,7 @@ def test_every_configuration_has_a_row_and_the_baseline_ran_its_whole_schedule(p
     assert all(r["reason"] for r in rows)
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_every_complete_trial_leaves_its_probabilities_by_id(place: Place) -> None:
     study = place.study
@@ -135,6 +185,7 @@ def test_every_complete_trial_leaves_its_probabilities_by_id(place: Place) -> No
                 assert set(predictions.ids) == set(study.labels(split))
 
 
+@pytest.mark.ray
 def test_the_job_ends_with_a_report_of_every_trial(place: Place, whole: str) -> None:
     assert f"Report: {place.study.report_file}" in whole.replace("\n", "")
     page = place.study.report_file.read_text()
@@ -142,8 +193,11 @@ def test_the_job_ends_with_a_report_of_every_trial(place: Place, whole: str) -> 
     assert "of the ensemble on holdout" in page
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
-def test_with_images_the_report_shows_the_worst_mistakes_and_what_spoke_for_them(place: Place) -> None:
+def test_with_images_the_report_shows_the_worst_mistakes_and_what_spoke_for_them(
+    place: Place, here: Command
+) -> None:
     found = found_mistakes(place.study)
     assert found is not None
     thumbnails = read_json(place.study.thumbnails_file)
@@ -159,7 +213,7 @@ def test_with_images_the_report_shows_the_worst_mistakes_and_what_spoke_for_them
     cache = ("--cache", str(place.folder / "cache"))
     for options, shown in (((), False), ((*cache, "--thumbnails"), True)):
         command = place.command("report.py", str(place.study.folder), "--out", str(out), *options)
-        done = place.run(command)
+        done = here(command)
         assert done.returncode == 0, done.stderr
         assert ("<figure>" in out.read_text()) is shown
     again = read_json(place.study.thumbnails_file)
@@ -196,6 +250,8 @@ def patiently(ask: Callable[[], Any], seconds: float = 100) -> Any:
     raise AssertionError("no answer")
 
 
+@pytest.mark.ray
+@pytest.mark.server
 @pytest.mark.usefixtures("whole")
 def test_optuna_dashboard_opens_the_storage_of_a_study(place: Place) -> None:
     pytest.importorskip("optuna_dashboard", reason="needs optuna-dashboard, as in the extra 'dev'")
@@ -212,6 +268,8 @@ def test_optuna_dashboard_opens_the_storage_of_a_study(place: Place) -> None:
     assert len(trials) == 5  # of six: the reference is not the sampler's
 
 
+@pytest.mark.ray
+@pytest.mark.server
 @pytest.mark.usefixtures("whole")
 def test_tensorboard_shows_the_curve_of_every_trial(place: Place) -> None:
     pytest.importorskip("tensorboard", reason="needs tensorboard, as in the extra 'dev'")
@@ -231,8 +289,9 @@ def test_tensorboard_shows_the_curve_of_every_trial(place: Place) -> None:
             assert [row[2] for row in rows] == pytest.approx([epoch.value for epoch in curve])
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
-def test_a_study_that_another_process_works_on_is_refused(place: Place) -> None:
+def test_a_study_that_another_process_works_on_is_refused(place: Place, here: Command) -> None:
     before = place.study.trials_file.read_bytes()
     with session.held(place.study):
         for command in (
@@ -240,12 +299,13 @@ def test_a_study_that_another_process_works_on_is_refused(place: Place) -> None:
             place.search("--trials", "9", "--study", "cars", "--overwrite"),
             place.command("ensemble.py", str(place.study.folder), "--cache", str(place.folder / "cache")),
         ):
-            refused = place.run(command)
+            refused = here(command)
             assert refused.returncode == 2
             assert f"is in use by process {os.getpid()} on" in refused.stderr
     assert place.study.trials_file.read_bytes() == before
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_the_submission_has_the_sample_files_ids_order_and_header(place: Place) -> None:
     with (
@@ -259,6 +319,7 @@ def test_the_submission_has_the_sample_files_ids_order_and_header(place: Place) 
     assert len({r[1] for r in rows[1:]}) > 1
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_holdout(place: Place) -> None:
     study = place.study
@@ -288,6 +349,7 @@ def test_the_ensemble_is_the_blend_of_its_members_scored_once_on_holdout(place: 
     assert sum(row["rows"] for row in result["submission"]["classes"]) == 20
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
 def test_the_study_says_what_was_run_on_what(place: Place) -> None:
     facts = place.study.metadata
@@ -297,6 +359,7 @@ def test_the_study_says_what_was_run_on_what(place: Place) -> None:
     assert {"torch", "ray", "optuna", "timm"} <= set(facts["versions"])
 
 
+@pytest.mark.ray
 def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place, whole: str) -> None:
     study = place.study
     best = json.loads(study.best_file.read_text())
@@ -316,22 +379,24 @@ def test_the_best_is_that_of_all_its_runs_and_none_is_trained_twice(place: Place
         assert len(study.predictions(rerun.trial_id, "test").ids) == 20
 
 
+@pytest.mark.ray
 def test_the_job_says_which_configurations_cannot_be_told_apart(place: Place, whole: str) -> None:
     assert standings_sentence(standings_of(place.study)) in whole
     page = place.study.report_file.read_text()
     assert standings_sentence(standings_of(place.study)) in page
 
 
-@pytest.mark.usefixtures("whole")
-def test_a_search_that_was_cut_off_among_its_reruns_goes_on_there(place: Place) -> None:
-    study = place.study
+def test_a_search_that_was_cut_off_among_its_reruns_goes_on_there(
+    place: Place, copied: Callable[[str], Study], on_own_ray: Command
+) -> None:
+    study = copied("cut-rerun")
     before = study.records()
     reruns = [r for r in before if r.stage == "confirm"]
     if not reruns:
         pytest.skip("the best stood out by far")
     study.append(replace(reruns[-1], state=State.INTERRUPTED, value=None))
-    options = ("--trials", "6", "--study", "cars", "--resume", "--until", "confirm", "--confirm", "2")
-    result = place.run(place.search(*options))
+    options = ("--trials", "6", "--study", "cut-rerun", "--resume", "--until", "confirm", "--confirm", "2")
+    result = on_own_ray(place.search(*options))
     assert result.returncode == 0, result.stderr
     after = {r.trial_id: r for r in study.records()}
     assert set(after) == {r.trial_id for r in before}
@@ -341,25 +406,26 @@ def test_a_search_that_was_cut_off_among_its_reruns_goes_on_there(place: Place) 
 
 
 @pytest.mark.usefixtures("whole")
-def test_a_search_begins_with_what_another_study_knows(place: Place) -> None:
+def test_a_search_begins_with_what_another_study_knows(place: Place, on_own_ray: Command) -> None:
     known = str(place.study.folder)
     options = ("--study", "warm", "--warm-start", known, "--until", "search", "--trials")
-    first = place.run(place.search(*options, "2"))
+    first = on_own_ray(place.search(*options, "2"))
     assert first.returncode == 0, first.stderr
     assert f"Warm start: 5 of 6 trials of {known} are of this space." in first.stdout.replace("\n", " ")
     warm = Study(place.folder / "results" / "warm")
     assert len(warm.records()) == 2
     assert [len(records) for records in warm.earlier().values()] == [6]
-    again = place.run(place.search(*options, "3", "--resume"))
+    again = on_own_ray(place.search(*options, "3", "--resume"))
     assert again.returncode == 0, again.stderr
     assert "Warm start: 5 of 6 trials" in again.stdout
-    cold = place.run(place.search("--study", "warm", "--until", "search", "--trials", "3", "--resume"))
+    cold = on_own_ray(place.search("--study", "warm", "--until", "search", "--trials", "3", "--resume"))
     assert "--resume: warm_start was ['../cars'] in" in cold.stderr
-    itself = place.run(place.search("--study", "warm", "--warm-start", str(warm.folder), "--overwrite"))
+    itself = on_own_ray(place.search("--study", "warm", "--warm-start", str(warm.folder), "--overwrite"))
     assert "is this study itself; --resume goes on with it" in itself.stderr
     assert len(warm.records()) == 3
 
 
+@pytest.mark.ray
 def test_the_output_is_a_line_a_trial_and_the_answer(whole: str) -> None:
     assert "10 classes (" in whole
     assert re.search(r"Ray dashboard: http://127\.0\.0\.1:\d+ \(it asks for the token", whole)
@@ -372,9 +438,10 @@ def test_the_output_is_a_line_a_trial_and_the_answer(whole: str) -> None:
     assert len(whole.splitlines()) < 95
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
-def test_a_study_that_exists_is_refused_in_one_line(place: Place) -> None:
-    result = place.run(place.search("--trials", "3", "--study", "cars"))
+def test_a_study_that_exists_is_refused_in_one_line(place: Place, here: Command) -> None:
+    result = here(place.search("--trials", "3", "--study", "cars"))
     assert result.returncode == 2
     assert result.stderr.strip().startswith(
         f"error: {place.study.folder} holds a study already; give --resume"
@@ -382,38 +449,43 @@ def test_a_study_that_exists_is_refused_in_one_line(place: Place) -> None:
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.usefixtures("whole")
-def test_resuming_keeps_what_is_there_and_goes_on_to_the_number_asked_for(place: Place) -> None:
-    before = {r.trial_id: r for r in place.study.records()}
-    os.truncate(place.study.optuna_file, 10_000)  # it is made anew from trials.jsonl
-    result = place.run(place.search("--trials", "8", "--study", "cars", "--resume", "--until", "search"))
+def test_resuming_keeps_what_is_there_and_goes_on_to_the_number_asked_for(
+    place: Place, copied: Callable[[str], Study], on_own_ray: Command
+) -> None:
+    study = copied("resumed")
+    before = {r.trial_id: r for r in study.records()}
+    os.truncate(study.optuna_file, 10_000)  # it is made anew from trials.jsonl
+    command = place.search("--trials", "8", "--study", "resumed", "--resume", "--until", "search")
+    result = on_own_ray(command)
     assert result.returncode == 0, result.stderr
     assert "Resumed: 6 trials kept, 0 queued again." in result.stdout
-    after = {r.trial_id: r for r in place.study.records()}
+    after = {r.trial_id: r for r in study.records()}
     assert {i: after[i] for i in before} == before
     assert len([r for r in after.values() if r.stage == "search"]) == 8
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{place.study.optuna_file}")
+    storage = optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}")
     trials = optuna.load_study(study_name=None, storage=storage).trials
     assert len(trials) == 7  # the reference is not the sampler's
     assert all(t.state.is_finished() for t in trials)
-    again = place.run(place.search("--trials", "8", "--study", "cars", "--resume", "--until", "search"))
+    again = on_own_ray(command)
     assert again.returncode == 0, again.stderr
-    assert {r.trial_id: r for r in place.study.records()} == after
+    assert {r.trial_id: r for r in study.records()} == after
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("whole")
-def test_another_search_is_not_resumed_into_the_same_folder(place: Place) -> None:
-    result = place.run(place.search("--study", "cars", "--resume", "--set", "lr=1e-4:1e-3"))
+def test_another_search_is_not_resumed_into_the_same_folder(place: Place, here: Command) -> None:
+    result = here(place.search("--study", "cars", "--resume", "--set", "lr=1e-4:1e-3"))
     assert result.returncode == 2
     assert "error: --resume: space was" in result.stderr
 
 
-@pytest.mark.usefixtures("whole")
-def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
-    folder = str(place.study.folder)
-    searched = [r for r in place.study.leaderboard() if r.stage == "search"]
-    kept = [r for r in searched if place.study.weights_file(r.trial_id).is_file()]
+@pytest.mark.ray
+def test_retraining_and_ensembling_can_be_run_alone(place: Place, copied: Callable[[str], Study]) -> None:
+    study = copied("alone")
+    folder = str(study.folder)
+    searched = [r for r in study.leaderboard() if r.stage == "search"]
+    kept = [r for r in searched if study.weights_file(r.trial_id).is_file()]
     worst = [r for r in kept if r.config.unfreeze != "frozen"][-1]
     cache = ("--cache", str(place.folder / "cache"))
     result = place.run(
@@ -423,29 +495,31 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place) -> None:
         )
     )
     assert result.returncode == 0, result.stderr
-    repeats = [r for r in place.study.records() if r.repeats == worst.trial_id and r.origin.seed == 1]
+    repeats = [r for r in study.records() if r.repeats == worst.trial_id and r.origin.seed == 1]
     (new,) = [r for r in repeats if r.epochs_run == 1]
     assert (new.origin.continues, new.config.unfreeze) == (worst.trial_id, "full")
     assert new.config.backbone == worst.config.backbone
     reference = next(r for r in searched if r.baseline)
-    place.study.predictions_file(reference.trial_id, "holdout").unlink()
+    study.predictions_file(reference.trial_id, "holdout").unlink()
     out = place.folder / "mine.csv"
     result = place.run(
         place.command("ensemble.py", folder, "--top", "1", "--tta", "1", "--out", str(out), *cache)
     )
     assert result.returncode == 0, result.stderr
     assert "holdout was looked at 2 times" in result.stdout
-    assert place.study.has_predictions(reference.trial_id, "holdout")
-    assert out.read_text() == place.study.submission_file.read_text()
+    assert study.has_predictions(reference.trial_id, "holdout")
+    assert out.read_text() == study.submission_file.read_text()
 
 
-@pytest.mark.usefixtures("whole")
-def test_folds_are_members_of_the_ensemble_and_a_last_run_learns_from_everything(place: Place) -> None:
-    study, splits = place.study, [place.study.labels(name) for name in ("train", "val", "holdout")]
+def test_folds_are_members_of_the_ensemble_and_a_last_run_learns_from_everything(
+    place: Place, copied: Callable[[str], Study], on_own_ray: Command
+) -> None:
+    study = copied("folded")
+    splits = [study.labels(name) for name in ("train", "val", "holdout")]
     cache = ("--cache", str(place.folder / "cache"))
     options = ("--folds", "2", "--epochs", "1", "--fold-in", *cache)
     command = place.command("retrain.py", str(study.folder), *options)
-    result = place.run(command)
+    result = on_own_ray(command)
     assert result.returncode == 0, result.stderr
     folds = [r for r in study.records() if r.stage == "fold"]
     sets = [r for r in study.records() if r.stage == "folds"]
@@ -461,10 +535,10 @@ def test_folds_are_members_of_the_ensemble_and_a_last_run_learns_from_everything
     assert len(study.fold_in_file.read_text().splitlines()) == 21
     assert "No score goes with it" in result.stdout.replace("\n", " ")
     before = study.records()
-    again = place.run(command)
+    again = on_own_ray(command)
     assert again.returncode == 0, again.stderr
     assert study.records() == before  # nothing is trained twice
-    result = place.run(place.command("ensemble.py", str(study.folder), "--tta", "2", *cache))
+    result = on_own_ray(place.command("ensemble.py", str(study.folder), "--tta", "2", *cache))
     assert result.returncode == 0, result.stderr
     members = json.loads(study.ensemble_file.read_text())["members"]
     assert {m["stage"] for m in members} == {"fold"}
@@ -476,7 +550,9 @@ def test_folds_are_members_of_the_ensemble_and_a_last_run_learns_from_everything
     np.testing.assert_allclose(ensemble.probabilities(shown), said, atol=1e-4)
 
 
-def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Place) -> None:
+def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(
+    place: Place, on_own_ray: Command
+) -> None:
     study = Study(place.folder / "results" / "cut")
     command = place.search("--trials", "5", "--study", "cut", "--until", "search", "--set", "epochs=10")
     process = subprocess.Popen(
@@ -500,7 +576,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     assert 0 < len(kept) < 5
     before = max(r.at for r in study.records())
     assert study.table_file.is_file()
-    result = place.run([*command, "--resume", "--check-stops", "2"])
+    result = on_own_ray([*command, "--resume", "--check-stops", "2"])
     assert result.returncode == 0, result.stderr
     assert f"{len(cut)} queued again" in result.stdout
     check = json.loads(study.stops_file.read_text())
@@ -514,7 +590,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(place: Plac
     assert not [r for r in records.values() if r.state is State.INTERRUPTED]
 
 
-def test_a_plain_tree_without_test_images_and_a_metric_to_minimise(place: Place) -> None:
+def test_a_plain_tree_without_test_images_and_a_metric_to_minimise(place: Place, on_own_ray: Command) -> None:
     tree = place.folder / "tree"
     names = dict(line.split() for line in (place.data / "classes.txt").read_text().splitlines())
     for number, name in names.items():
@@ -528,8 +604,8 @@ def test_a_plain_tree_without_test_images_and_a_metric_to_minimise(place: Place)
         str(place.folder / "cache"),
         *SMALL,
     )
-    limits = ("--trials", "3", "--hours", "1", "--metric", "log_loss", "--study", "tree")
-    result = place.run(place.command("search.py", *options, *limits))
+    limits = ("--trials", "3", "--hours", "1", "--metric", "log_loss", "--confirm", "1", "--study", "tree")
+    result = on_own_ray(place.command("search.py", *options, *limits))
     assert result.returncode == 0, result.stderr
     assert "The time for searching buys about" in result.stdout
     study = Study(place.folder / "results" / "tree")

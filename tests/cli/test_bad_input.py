@@ -1036,6 +1036,7 @@ def test_every_case_has_a_name_of_its_own() -> None:
     assert len(TABLE) == sum(map(len, (DATA_SETS, ZIPS, TABLES, OPTIONS, STUDIES)))
 
 
+@pytest.mark.server
 def test_a_study_that_another_process_works_on_is_refused_and_left_alone(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:

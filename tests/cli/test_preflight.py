@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.study import Study
+from tune import search
 from tune.cli import preflight, session
 from tune.cli.preflight import findings
 from tune.runtime import cluster
@@ -120,6 +121,7 @@ def test_each_shortage_is_one_line_with_its_remedy(
     assert found(tmp_path) == [Finding(words.format(results=tmp_path / "results"), fatal)]
 
 
+@pytest.mark.server
 def test_another_search_on_this_machine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that looks like one, as the parent of a Ray."""
     script = tmp_path / "tune" / "search.py"
@@ -190,6 +192,7 @@ def test_a_study_in_use_is_refused_and_its_process_named(tmp_path: Path) -> None
         pass
 
 
+@pytest.mark.server
 def test_a_study_whose_process_was_killed_is_free_again(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path\n"
@@ -226,31 +229,18 @@ def test_a_machine_of_a_cluster_says_what_it_lacks(tmp_path: Path, monkeypatch: 
 
 
 def test_check_looks_at_everything_and_starts_nothing(
-    drawn: Path, tmp_path: Path, weights: object, run_search: Callable[..., str]
+    drawn: Path,
+    tmp_path: Path,
+    weights: Weights,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output = run_search("--data", str(drawn), "--weights", weights.source, "--check")  # type: ignore[attr-defined]
+    monkeypatch.undo()  # the machine as it is
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "150")
+    places = ("--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"))
+    given = ("--data", str(drawn), "--weights", weights.source, "--preset", "demo", *places)
+    assert search.main([*given, "--check"]) == 0
+    output = capsys.readouterr().out
     assert "Checked: data, weights, space, folders, disk, memory. Nothing stands in the way." in output
     assert not list(tmp_path.glob("results/*"))
-
-
-@pytest.fixture
-def run_search(tmp_path: Path) -> Callable[..., str]:
-    """Runs search.py in a process of its own; what it prints."""
-
-    def run(*arguments: str) -> str:
-        command = [sys.executable, str(ROOT / "tune" / "search.py"), *arguments]
-        places = [
-            "--preset",
-            "demo",
-            "--results",
-            str(tmp_path / "results"),
-            "--cache",
-            str(tmp_path / "cache"),
-        ]
-        done = subprocess.run(
-            [*command, *places], text=True, capture_output=True, check=False, timeout=200, cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run

@@ -256,6 +256,7 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "caches").iterdir() if path.is_dir()] == []
 
 
+@pytest.mark.server
 def test_two_processes_that_open_at_once_build_once(tmp_path: Path) -> None:
     save_many(tmp_path / "images", 40)
     program = f"""

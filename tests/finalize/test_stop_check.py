@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import pickle
-import subprocess
-import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +19,11 @@ from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import fit
-from tune.finalize.stop_check import judge_stop, pruned_in_search, sample, stops_summary
+from tune.budget.clock import Clock
+from tune.finalize.stop_check import check_stops, judge_stop, pruned_in_search, sample, stops_summary
+from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Workers
 
-ROOT = Path(__file__).parents[2]
 RUNG = "rung at epoch 2: 0.5000 against a cut-off of 0.6000, rank 3 of 4"
 
 
@@ -124,38 +122,18 @@ def test_the_study_of_stops_has_its_own_trials_and_the_same_data(tmp_path: Path)
     assert study.begin_stop_check().records() == inner.records()
 
 
-SCRIPT = """
-import json, math, pickle, sys, time
-import ray
-from tune.budget.clock import Clock
-from tune.finalize.stop_check import check_stops
-from tune.runtime.callbacks import ProgressCallback
-from tune.runtime.cluster import start_ray
+def checked(job: Job, seconds: float) -> tuple[list[str], list[Study]]:
+    """What a check says and which studies it watches, with two pruned trials and so many seconds of a job."""
+    said: list[str] = []
+    watched: list[Study] = []
 
-job, seconds = pickle.load(open(sys.argv[1], "rb"))
-start_ray(address=None, cores=1, gpus=0)
-watched = []
-completed = check_stops(
-    job,
-    count=2,
-    seed=0,
-    clock=Clock(time.time(), seconds),
-    watching=lambda study: watched.append(str(study.folder)) or ProgressCallback(),
-    say=print,
-)
-ray.shutdown()
-print(json.dumps([completed, watched]))
-"""
+    def watching(study: Study) -> ProgressCallback:
+        watched.append(study)
+        return ProgressCallback()
 
-
-def checked(job: Job, seconds: float) -> list[str]:
-    """What the script above prints, which finishes two pruned trials in so many seconds of a job."""
-    asked = job.study.folder / "asked.pickle"
-    asked.write_bytes(pickle.dumps((job, seconds)))
-    command = [sys.executable, "-c", SCRIPT, str(asked)]
-    found = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, timeout=280)
-    assert found.returncode == 0, found.stderr
-    return found.stdout.splitlines()
+    clock = Clock(time.time(), seconds)
+    assert check_stops(job, count=2, seed=0, clock=clock, watching=watching, say=said.append)
+    return said, watched
 
 
 @pytest.fixture
@@ -168,6 +146,7 @@ def job(splits: Splits, weights: Weights, tmp_path: Path) -> Job:
     return Job(study, splits, weights, Workers(1, 1, 0.0), tmp_path / "cache")
 
 
+@pytest.mark.usefixtures("own_ray")
 def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of_it(job: Job) -> None:
     study = job.study
     first, second = sample(pruned_in_search(study.records()), 2, 0)
@@ -175,9 +154,9 @@ def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of
         replace(first, state=State.COMPLETE, epochs_run=8, value=0.95, stage="stop_check")
     )
     before = study.trials_file.read_bytes()
-    printed = checked(job, math.inf)
-    assert printed[0].endswith("2 of 2 trials stopped at a rung are finished after all.")
-    assert json.loads(printed[-1]) == [True, [str(study.stops.folder)]]
+    said, watched = checked(job, math.inf)
+    assert said[0].endswith("2 of 2 trials stopped at a rung are finished after all.")
+    assert [inner.folder for inner in watched] == [study.stops.folder]
     assert study.trials_file.read_bytes() == before
     assert not list((study.folder / "predictions").iterdir())
     done, now = study.stops.records()
@@ -196,6 +175,7 @@ def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of
     assert (results["stopped"], results["wrong"]) == (2, 1)
 
 
+@pytest.mark.usefixtures("own_ray")
 def test_a_check_does_not_begin_what_it_has_no_time_for(job: Job) -> None:
     checked(job, 30.0)  # 0.72 of them are the search's and its own; 8 epochs take 28 s, by the first two
     assert job.study.stops.records() == []

@@ -180,6 +180,7 @@ def test_what_a_source_holds_is_known_without_a_network(weights: Weights) -> Non
     assert NONE.has("resnet50")
 
 
+@pytest.mark.server
 def test_an_unreachable_hub_is_one_clear_error_that_names_the_option(tmp_path: Path) -> None:
     result = fetch_from("http://127.0.0.1:9", tmp_path)
     assert result.returncode == 1
@@ -188,6 +189,7 @@ def test_an_unreachable_hub_is_one_clear_error_that_names_the_option(tmp_path: P
     assert "--weights DIR" in last
 
 
+@pytest.mark.server
 def test_hub_weights_are_fetched_once_through_timms_own_download(tmp_path: Path) -> None:
     repository = tmp_path / "www" / "timm" / "lcnet_050.ra2_in1k" / "resolve" / "main"
     repository.mkdir(parents=True)

@@ -15,6 +15,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def free_port() -> int:
         return int(any_port.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_folder() -> Iterator[Path]:
     """A folder for Ray with a path short enough for its sockets."""
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
@@ -197,21 +198,41 @@ def ray_folder() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def searching(drawn: Path, tmp_path: Path, ray_folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+@dataclass(frozen=True)
+class Searching:
     """A search that goes on for long."""
+
+    folder: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def study(self) -> Study:
+        return Study(self.folder / "results" / "cars")
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "said.txt").read_text()
+
+    @property
+    def goes_on(self) -> bool:
+        return self.process.poll() is None
+
+
+@pytest.fixture(scope="module")
+def searching(drawn: Path, ray_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searching]:
+    folder = tmp_path_factory.mktemp("searching")
     options = {
         "--data": drawn,
         "--weights": ROOT / "carmodels" / "demo" / "weights",
-        "--cache": tmp_path / "cache",
-        "--results": tmp_path / "results",
+        "--cache": folder / "cache",
+        "--results": folder / "results",
         "--study": "cars",
         "--preset": "demo",
         "--trials": 500,
         "--until": "search",
     }
     given = [str(part) for option in options.items() for part in option]
-    with (tmp_path / "said.txt").open("wb") as said:
+    with (folder / "said.txt").open("wb") as said:
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -222,12 +243,12 @@ def searching(drawn: Path, tmp_path: Path, ray_folder: Path) -> Iterator[subproc
                 "--set",
                 "epochs=12",
             ],
-            cwd=tmp_path,
+            cwd=folder,
             stdout=said,
             stderr=subprocess.STDOUT,
             env={**os.environ, "RAY_TMPDIR": str(ray_folder), "RAY_metrics_report_interval_ms": "1000"},
         )
-    yield process
+    yield Searching(folder, process)
     process.send_signal(signal.SIGINT)
     process.wait(timeout=100)
 
@@ -273,43 +294,45 @@ def asked(address: str, expression: str) -> list[dict[str, Any]]:
     return list(found["data"]["result"])
 
 
-def test_a_real_prometheus_scrapes_a_running_search(
-    prometheus: str, searching: subprocess.Popen[bytes], tmp_path: Path
-) -> None:
+@pytest.mark.ray
+@pytest.mark.server
+def test_a_real_prometheus_scrapes_a_running_search(prometheus: str, searching: Searching) -> None:
     wanted = [e for e in expressions() if not e.endswith("> 0")]  # the memory of GPUs that may not be there
     series = [prometheus_name(name) for name in SERIES if name != "carmodels_seconds_left"]
     wanted = [e for e in wanted if "seconds_left" not in e] + series  # only --trials bounds this search
     deadline = time.time() + 200
-    while wanted and time.time() < deadline and searching.poll() is None:
+    while wanted and time.time() < deadline and searching.goes_on:
         time.sleep(0.5)
         wanted = [expression for expression in wanted if not asked(prometheus, expression)]
-    assert not wanted, (tmp_path / "said.txt").read_text()
+    assert not wanted, searching.said
     values = asked(prometheus, "last_over_time(ray_carmodels_value[10m])")
     assert {v["metric"]["study"] for v in values} == {"cars"}
-    names = {trial_name(r.run) for r in Study(tmp_path / "results" / "cars").records()}
+    names = {trial_name(r.run) for r in searching.study.records()}
     assert names & {v["metric"]["trial"] for v in values}
     reasons = {v["metric"]["reason"] for v in asked(prometheus, "ray_carmodels_ended_total")}
     assert "schedule" in reasons
-    assert "\x1b" not in (tmp_path / "said.txt").read_text()
+    assert "\x1b" not in searching.said
 
 
-def dashboard_of(said: Path, process: subprocess.Popen[bytes]) -> str:
+def dashboard_of(searching: Searching) -> str:
     """The address that a search prints."""
     deadline = time.time() + 200
-    while time.time() < deadline and process.poll() is None:
-        if found := re.search(r"Ray dashboard: (http://127\.0\.0\.1:\d+)", said.read_text()):
+    while time.time() < deadline and searching.goes_on:
+        if found := re.search(r"Ray dashboard: (http://127\.0\.0\.1:\d+)", searching.said):
             return found.group(1)
         time.sleep(0.2)
-    raise AssertionError(said.read_text())
+    raise AssertionError(searching.said)
 
 
+@pytest.mark.ray
+@pytest.mark.server
 def test_rays_dashboard_asks_for_the_token_and_shows_the_running_trials_by_name(
-    browser: Any, searching: subprocess.Popen[bytes], tmp_path: Path
+    browser: Any, searching: Searching
 ) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    study, wait = Study(tmp_path / "results" / "cars"), WebDriverWait(browser, 100)
-    browser.get(f"{dashboard_of(tmp_path / 'said.txt', searching)}/#/cluster")
+    study, wait = searching.study, WebDriverWait(browser, 100)
+    browser.get(f"{dashboard_of(searching)}/#/cluster")
     asks = wait.until(lambda b: b.find_element("css selector", "[role=dialog] input"))
     token = subprocess.run(
         [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token"],

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from ray.tune import RunConfig, Trainable, TuneConfig, Tuner
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -232,51 +231,39 @@ def test_the_budget_ends_a_search_with_paused_trials(simulation: Any) -> None:
     assert [t.status for t in scheduler._trial_info] == ["PAUSED", "PAUSED", "RUNNING", "RUNNING"]
 
 
-REAL = """
-import json, sys, tempfile
-from pathlib import Path
-import ray
-from ray.tune import RunConfig, Trainable, TuneConfig, Tuner
-from carmodels.training.config import TrialConfig
-from carmodels.training.run import Origin, Run
-from tune.runtime.cluster import start_ray
+def growing() -> type[Trainable]:
+    """A trial that reports what `Fixed` says; sent to Ray as it stands here."""
 
-sys.path.insert(0, "tests/optim")
-from test_simulation import Limited, hyperband
+    class Growing(Trainable):
+        def setup(self, config: dict[str, Any]) -> None:
+            self.lr, self.epoch = config["config"]["lr"], 0
 
-class Growing(Trainable):
-    def setup(self, config):
-        self.lr, self.epoch = config["config"]["lr"], 0
-    def step(self):
-        self.epoch += 1
-        return {"epoch": self.epoch, "accuracy": self.lr * self.epoch}
-    def save_checkpoint(self, folder):
-        Path(folder, "epoch").write_text(str(self.epoch))
-    def load_checkpoint(self, folder):
-        self.epoch = int(Path(folder, "epoch").read_text())
-    def reset_config(self, config):
-        self.setup(config)
-        return True
+        def step(self) -> dict[str, float]:
+            self.epoch += 1
+            return {"epoch": self.epoch, "accuracy": self.lr * self.epoch}
 
-searcher = Limited([TrialConfig(**values) for values in json.loads(sys.argv[1])], 1)
-start_ray(address=None, cores=1, gpus=0)
-with tempfile.TemporaryDirectory() as folder:
-    tune = TuneConfig(search_alg=searcher, scheduler=hyperband(), num_samples=-1, reuse_actors=True)
-    Tuner(Growing, tune_config=tune, run_config=RunConfig(storage_path=folder, verbose=0)).fit()
-ray.shutdown()
-print(json.dumps(searcher.told))
-"""
+        def save_checkpoint(self, folder: str) -> None:
+            Path(folder, "epoch").write_text(str(self.epoch))
+
+        def load_checkpoint(self, folder: str) -> None:  # type: ignore[override]
+            self.epoch = int(Path(folder, "epoch").read_text())
+
+        def reset_config(self, config: dict[str, Any]) -> bool:
+            self.setup(config)
+            return True
+
+    return Growing
 
 
-def test_a_searcher_hears_what_it_hears_of_a_real_ray(simulation: Any) -> None:
+@pytest.mark.usefixtures("own_ray")
+def test_a_searcher_hears_what_it_hears_of_a_real_ray(simulation: Any, tmp_path: Path) -> None:
     configs = [changed(lr=lr) for lr in LRS[:6]]
-    command = [sys.executable, "-c", REAL, json.dumps([asdict(config) for config in configs])]
-    found = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False, timeout=200)
-    assert found.returncode == 0, found.stderr
-    simulated = Limited(configs, 1)
+    real, simulated = Limited(configs, 1), Limited(configs, 1)
+    tune = TuneConfig(search_alg=real, scheduler=hyperband(), num_samples=-1, reuse_actors=True)
+    Tuner(growing(), tune_config=tune, run_config=RunConfig(storage_path=str(tmp_path), verbose=0)).fit()
     run(simulation, [], hyperband(), workers=1, searcher=simulated)
     assert {what for what, *_ in simulated.told} == {"drawn", "paused", "unpaused", "result", "complete"}
-    assert simulated.told == json.loads(found.stdout.splitlines()[-1])
+    assert simulated.told == real.told
 
 
 @pytest.mark.filterwarnings("ignore")  # of hpbandster's last release, 2018

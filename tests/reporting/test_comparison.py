@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_page import ROOT, cells, drawn, made
+from test_page import cells, drawn, made
 
 from carmodels.evaluation.intervals import paired_gain
 from carmodels.evaluation.predictions import Predictions
 from carmodels.files import write_json
 from carmodels.study import Study
+from tune import report
+from tune.cli.options import guarded
 from tune.reporting import charts
 from tune.reporting.comparison import differing, names, opened, render, verdict, write_comparison
 
@@ -111,16 +111,14 @@ def test_a_setting_that_one_study_lacks_differs() -> None:
     assert differing([{"a": "1", "b": "2"}, {"a": "1"}]) == ({"b": ["2", "-"]}, ["a"])
 
 
-def compared(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tune" / "report.py"), *map(str, arguments)]
-    return subprocess.run(command, text=True, capture_output=True, check=False, timeout=200)
-
-
-def test_the_page_is_written_beside_the_first_study(pair: tuple[Study, Study]) -> None:
-    done = compared(*(study.folder for study in pair))
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_page_is_written_beside_the_first_study(
+    pair: tuple[Study, Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = report.parser().parse_args([str(study.folder) for study in pair])
+    assert guarded(report.run, options) == 0
+    printed = capsys.readouterr()
     path = pair[0].folder.parent / "compare.html"
-    assert done.stdout.replace("\n", "") == f"Comparison: {path}"
+    assert (printed.out.replace("\n", ""), printed.err) == (f"Comparison: {path}", "")
     assert path.read_text().startswith("<!doctype html>")
 
 

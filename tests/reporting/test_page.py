@@ -28,6 +28,8 @@ from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
+from tune import report
+from tune.cli.options import guarded
 from tune.cli.study_folder import describe_space
 from tune.commands import run_report
 from tune.finalize.stop_check import stops_summary
@@ -494,6 +496,7 @@ def test_reliability_bins_hold_every_image_once() -> None:
     assert all(0.25 <= b["confidence"] <= 1 for b in bins)
 
 
+@pytest.mark.server
 def test_served_the_page_follows_the_study_on_loopback_alone(study: Study) -> None:
     command = [sys.executable, str(ROOT / "tune" / "report.py"), str(study.folder), "--serve", "--port", "0"]
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
@@ -515,6 +518,7 @@ def test_served_the_page_follows_the_study_on_loopback_alone(study: Study) -> No
     assert more.trial_id in second
 
 
+@pytest.mark.server
 def test_a_page_that_loads_anew_keeps_what_was_sorted_and_filtered(
     study: Study, browser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -544,11 +548,10 @@ def test_a_page_that_loads_anew_keeps_what_was_sorted_and_filtered(
     assert not browser.get_log("browser")
 
 
-def test_a_port_without_a_server_is_refused(study: Study) -> None:
-    command = [sys.executable, str(ROOT / "tune" / "report.py"), str(study.folder), "--port", "8000"]
-    refused = subprocess.run(command, text=True, capture_output=True, check=False, timeout=100)
-    assert refused.returncode == 2
-    assert refused.stderr == "error: --port 8000 is for --serve; add that or leave it out\n"
+def test_a_port_without_a_server_is_refused(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    options = report.parser().parse_args([str(study.folder), "--port", "8000"])
+    assert guarded(report.run, options) == 2
+    assert capsys.readouterr().err == "error: --port 8000 is for --serve; add that or leave it out\n"
 
 
 # ---- in a browser, where there is one

@@ -26,6 +26,7 @@ from carmodels.study import Study
 
 from soak import trains, wait_for
 
+pytestmark = [pytest.mark.ray, pytest.mark.server]
 ROOT = Path(__file__).parents[2]
 TRIALS = 5
 HEAD = "10.77.0.1"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from carmodels.study import Study
 
 from soak import PATIENCE, TRIALS, ended, environment, name_of, run, search_command, wait_for
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,11 +29,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.parametrize(
-    ("seed", "fault"), [(1, "command killed"), (2, "worker killed"), (3, "Ctrl-C twice"), (4, "Ray killed")]
-)
-def test_nothing_is_lost(seed: int, fault: str, tmp_path: Path, drawn: Path, cache: Path) -> None:
-    assert run(seed, tmp_path, drawn, cache, fault, after=1.0).hit
+FAULTS = {"Ray killed": 4, "command killed": 1, "worker killed": 2, "Ctrl-C twice": 3}  # and their seeds
+
+
+@pytest.fixture(scope="module")
+def rounds(drawn: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+    """A round of each fault, two at a time: much of one is waiting."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            fault: pool.submit(run, seed, tmp_path_factory.mktemp("round"), drawn, cache, fault, 1.0)
+            for fault, seed in FAULTS.items()
+        }
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nothing_is_lost(fault: str, rounds: dict[str, Future]) -> None:
+    assert rounds[fault].result().hit
 
 
 @contextmanager

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import psutil
 import pytest
 import ray
-
-from tune.runtime.cluster import start_ray
 
 # Ray's gRPC ports listen everywhere, whatever its options say; none of them is ours.
 RAYS_OWN = (
@@ -26,13 +23,6 @@ RAYS_OWN = (
 )
 
 
-@pytest.fixture(scope="module")
-def dashboard() -> Iterator[str]:
-    """The address of a Ray that was started as for a search."""
-    yield start_ray(address=None, cores=1, gpus=0)
-    ray.shutdown()
-
-
 def listening() -> list[tuple[str, int, str]]:
     """(address, port, process) of what this process and its children listen on."""
     here = psutil.Process()
@@ -41,18 +31,18 @@ def listening() -> list[tuple[str, int, str]]:
     return [(c.laddr.ip, c.laddr.port, names[c.pid]) for c in found]
 
 
-def test_the_dashboard_listens_on_loopback_alone(dashboard: str) -> None:
-    port = int(dashboard.rsplit(":", 1)[1])
+def test_the_dashboard_listens_on_loopback_alone(own_ray: str) -> None:
+    port = int(own_ray.rsplit(":", 1)[1])
     assert [ip for ip, at, _ in listening() if at == port] == ["127.0.0.1"]
 
 
-@pytest.mark.usefixtures("dashboard")
+@pytest.mark.usefixtures("own_ray")
 def test_what_listens_elsewhere_is_rays_own() -> None:
     elsewhere = [name for ip, _, name in listening() if ip != "127.0.0.1"]
     assert not [name for name in elsewhere if not any(part in name for part in RAYS_OWN)]
 
 
-@pytest.mark.usefixtures("dashboard")
+@pytest.mark.usefixtures("own_ray")
 @pytest.mark.parametrize(("environment", "enters"), [({}, True), ({"RAY_AUTH_MODE": "disabled"}, False)])
 def test_nobody_enters_without_the_token(environment: dict[str, str], enters: bool) -> None:
     address = ray.get_runtime_context().gcs_address

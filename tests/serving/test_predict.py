@@ -386,6 +386,7 @@ def posted(url: str, content: bytes, **headers: str) -> tuple[int, dict[str, obj
             return refused.code, json.load(refused)
 
 
+@pytest.mark.server
 def test_the_page_answers_an_image_and_refuses_what_is_none(
     address: str, holdout: Predictions, drawn: Path
 ) -> None:
@@ -403,6 +404,7 @@ def test_the_page_answers_an_image_and_refuses_what_is_none(
         assert "Drop an image here" in reply.read().decode()
 
 
+@pytest.mark.server
 @pytest.mark.parametrize("width", [1440, 390])
 def test_an_image_dropped_on_the_page_is_named_with_what_spoke_for_it(
     address: str, holdout: Predictions, drawn: Path, browser: Any, width: int, tmp_path: Path
