@@ -26,6 +26,8 @@ from carmodels.training.run import Origin, Run
 from carmodels.training.timing import training_seconds
 from carmodels.training.trainer import Trainer, TrainResult, fit
 
+pytestmark = pytest.mark.usefixtures("light_collections")
+
 
 def curve(history: tuple[EpochMetrics, ...]) -> list[tuple[float, ...]]:
     return [(m.epoch, m.train_loss, m.val_loss, m.val_accuracy, m.value) for m in history]
@@ -431,6 +433,7 @@ def test_where_memory_runs_out_images_are_shown_in_halves() -> None:
         in_parts(Small(torch.nn.Identity(), room=0), images)
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_the_same_curve(
     config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
