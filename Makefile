@@ -15,9 +15,9 @@ install: .venv/installed
 # The same, and what tests, lint and types need.
 install-dev: .venv/installed-dev
 
-# The tests that start neither Ray nor a browser nor another program.
+# The tests that start neither Ray nor a browser nor another program, but for a few slow ones.
 quick: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not ray and not browser and not server"
+	$(BIN)/python -m pytest -m "not ray and not browser and not server and not slow"
 
 # All tests, with the slowest ten and the reasons of skips.
 test: .venv/installed-dev

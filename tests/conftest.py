@@ -37,11 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "own_ray" in used[item])
 
 
-def pytest_collection_finish() -> None:
-    """Leave what modules hold out of garbage collections: a trial ends with one."""
-    gc.freeze()
-
-
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a drawn data set: 200 labelled images, 20 to classify."""
@@ -119,6 +114,14 @@ def open_page(browser: Any) -> Callable[..., None]:
         assert ground == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
 
     return opened
+
+
+@pytest.fixture
+def light_collections() -> Iterator[None]:
+    """Leaves what all modules hold out of garbage collections, of which a trial asks for several."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -581,7 +581,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(
     assert f"{len(cut)} queued again" in result.stdout
     check = json.loads(study.stops_file.read_text())
     assert check["stopped"] == len(pruned_in_search(study.records()))
-    assert check["finished"] == min(2, check["stopped"]) == len(study.stops.leaderboard())
+    assert check["finished"] == min(2, check["stopped"]) == len(study.stop_check.leaderboard())
     assert stops_sentence(check) in result.stdout
     records = {r.trial_id: r for r in study.records()}
     assert len(records) == 5

@@ -27,7 +27,9 @@ from carmodels.training.forward import predict
 from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import fit
 from tune import predict as answering
+from tune.cli import session
 from tune.cli.options import guarded
+from tune.cli.resources import Machine
 from tune.distil import parser, run
 from tune.finalize import distillation
 from tune.runtime.job import Job, Workers
@@ -148,8 +150,15 @@ def test_a_student_is_trained_longer_than_the_space_says_and_not_than_a_shortene
 
 
 def test_a_study_is_distilled_and_the_student_answers(
-    study: Study, splits: Splits, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: Study,
+    splits: Splits,
+    drawn: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # two threads wait for each other where something else runs as well: 50 s instead of 2
+    monkeypatch.setattr(session, "this_machine", lambda: Machine(cores=1, gpus=0))
     cache = ("--cache", str(tmp_path / "cache"))
     options = ["--backbone", "test_resnet", "--epochs", "8", *cache]
     assert guarded(run, parser().parse_args([str(study.folder), *options])) == 0

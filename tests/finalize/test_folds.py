@@ -33,6 +33,8 @@ from tune.finalize.views import EnsembleMembers, PredictionTimes
 from tune.runtime import recorder, worker
 from tune.runtime.job import Job, Workers
 
+pytestmark = pytest.mark.usefixtures("light_collections")
+
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_folds_are_alike_in_size_and_classes_and_keep_near_duplicates_together(count: int) -> None:

@@ -293,7 +293,7 @@ def test_noise_around_a_surrogate_is_that_of_the_repeated_seeds(simulation: Any)
     correlation = covariance / np.outer(spread, spread)
     assert 0.01 < spread.min() < spread.max() < 0.04
     assert correlation[-1, -2] > 0.7 > 0.3 > correlation[0, 1]
-    surrogate = Surrogate(curves.only(range(12)), noise=covariance)
+    surrogate = Surrogate(curves.only(range(4)), noise=covariance)
     rng, mean = np.random.default_rng(0), np.full(8, 0.5)
     drawn = np.array([surrogate.sample(mean, rng) for _ in range(4000)])
     assert np.cov(drawn.T) == pytest.approx(covariance, abs=0.1 * spread.max() ** 2)

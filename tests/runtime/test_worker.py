@@ -25,6 +25,8 @@ from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Workers
 from tune.runtime.recorder import HOPELESS, Recorder
 
+pytestmark = pytest.mark.usefixtures("light_collections")
+
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:

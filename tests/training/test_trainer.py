@@ -26,6 +26,8 @@ from carmodels.training.run import Origin, Run
 from carmodels.training.timing import training_seconds
 from carmodels.training.trainer import Trainer, TrainResult, fit
 
+pytestmark = pytest.mark.usefixtures("light_collections")
+
 
 def curve(history: tuple[EpochMetrics, ...]) -> list[tuple[float, ...]]:
     return [(m.epoch, m.train_loss, m.val_loss, m.val_accuracy, m.value) for m in history]
@@ -59,7 +61,7 @@ def test_the_seed_of_the_head_decides_its_initial_weights_and_nothing_else(
     assert torch.equal(head(made(1, None)), head(made(1, 1)))
     assert not torch.equal(head(made(1, None)), head(made(1, 0)))
     orders = [
-        [b.tolist() for b in made(*seeds).train_loader.orders(1)] for seeds in ((1, None), (1, 0), (0, 1))
+        [b.tolist() for b in made(*seeds).train_loader.batch_positions(1)] for seeds in ((1, None), (1, 0), (0, 1))
     ]
     assert orders[0] == orders[1] != orders[2]
     assert Run(config, Origin(head_seed=3)).id != Run(config).id
@@ -110,7 +112,7 @@ def test_targets_are_learnt_in_the_place_of_labels_and_shown_as_they_were_made(
     )
     for number, view in ((1, 0), (2, 1), (3, 0)):
         images, targets = next(iter(trainer.train_batches(number)))
-        rows = trainer.train_loader.orders(number)[0]
+        rows = trainer.train_loader.batch_positions(number)[0]
         assert torch.equal(images, next(loader.epoch(view)).images[rows])
         assert np.array_equal(targets.numpy(), (right if view == 0 else 1 - right)[rows])
     with pytest.raises(ValueError, match="leave out mixup, cutmix and features"):
@@ -183,11 +185,17 @@ def test_growing_images_are_trained_on_at_each_size_and_tested_at_the_whole_one(
     assert view_size(larger, "plain") == 64
 
 
-def test_training_learns_far_beyond_chance(config: TrialConfig, splits: Splits, weights: Weights) -> None:
-    trained = fit(Run(replace(config, image_size=48, epochs=6)), splits, weights=weights)
-    assert trained.best.val_accuracy > 0.35  # ten classes
-    assert trained.history[-1].train_loss < trained.history[0].train_loss
-    assert trained.ending == "schedule"
+@pytest.fixture(scope="module")
+def fitted(splits: Splits, weights: Weights) -> TrainResult:
+    """A model that knows its images, for tests that only ask it."""
+    torch.set_num_threads(1)
+    return fit(Run(TrialConfig("test_resnet", image_size=48, epochs=6, lr=3e-3)), splits, weights=weights)
+
+
+def test_training_learns_far_beyond_chance(fitted: TrainResult) -> None:
+    assert fitted.best.val_accuracy > 0.35  # ten classes
+    assert fitted.history[-1].train_loss < fitted.history[0].train_loss
+    assert fitted.ending == "schedule"
 
 
 @pytest.mark.parametrize("strategy", UNFREEZE)
@@ -212,6 +220,18 @@ def test_what_a_strategy_keeps_frozen_does_not_move(
     if row.head_only_epochs is not None:
         trainer.epoch(row.head_only_epochs + 1)
         assert not is_still()
+
+
+@pytest.fixture(scope="module")
+def base() -> Run:
+    """What the options below change."""
+    return Run(TrialConfig("test_resnet", image_size=32, epochs=1, lr=3e-3, head_depth=1))
+
+
+@pytest.fixture(scope="module")
+def base_curve(base: Run, splits: Splits, weights: Weights) -> list[tuple[float, ...]]:
+    torch.set_num_threads(1)
+    return curve(fit(base, splits, weights=weights).history)
 
 
 @pytest.mark.parametrize(
@@ -240,14 +260,19 @@ def test_what_a_strategy_keeps_frozen_does_not_move(
     ids=str,
 )
 def test_every_option_reaches_training(
-    change: dict[str, Any] | Origin, config: TrialConfig, splits: Splits, weights: Weights
+    change: dict[str, Any] | Origin,
+    base: Run,
+    base_curve: list[tuple[float, ...]],
+    splits: Splits,
+    weights: Weights,
 ) -> None:
-    base = Run(replace(config, epochs=1, head_depth=1, image_size=32))
     changed = Run(base.config, change) if isinstance(change, Origin) else base.with_config(**change)
     outcome = curve(fit(changed, splits, weights=weights).history)
     assert np.isfinite(outcome).all()
     if changed != base:
-        assert outcome != curve(fit(base, splits, weights=weights).history)
+        assert outcome != base_curve
+    else:
+        assert outcome == base_curve
 
 
 def test_class_weights_weigh_the_rare_class_up(splits: Splits, weights: Weights, config: TrialConfig) -> None:
@@ -294,10 +319,10 @@ def test_training_ends_with_what_it_has_before_the_time_is_up(
     config: TrialConfig, splits: Splits, weights: Weights
 ) -> None:
     long = replace(config, epochs=500)
-    trained = fit(Run(long), splits, weights=weights, until=time.time() + 3)
-    assert trained.ending == "time"
-    assert 1 <= len(trained.history) < 500
-    assert trained.best.value == max(m.value for m in trained.history)
+    fitted = fit(Run(long), splits, weights=weights, until=time.time() + 1)
+    assert fitted.ending == "time"
+    assert 1 <= len(fitted.history) < 500
+    assert fitted.best.value == max(m.value for m in fitted.history)
     assert fit(Run(config), splits, weights=weights, until=time.time() - 1).history[-1].epoch == 1
 
 
@@ -342,12 +367,6 @@ def test_cosine_warms_up_and_ends_at_zero_and_plateau_falls_when_val_loss_stays(
     assert plateau[0] == 1e-2
     assert plateau[-1] == pytest.approx(0.25e-2)
     assert set(rates("constant", 3)) == {1e-2}
-
-
-@pytest.fixture(scope="module")
-def trained(splits: Splits, weights: Weights) -> TrainResult:
-    """A model that knows its images, for tests that only ask it."""
-    return fit(Run(TrialConfig("test_resnet", image_size=48, epochs=4, lr=3e-3)), splits, weights=weights)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -414,6 +433,7 @@ def test_where_memory_runs_out_images_are_shown_in_halves() -> None:
         forward_in_halves(Small(torch.nn.Identity(), room=0), images)
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_the_same_curve(
     config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
