@@ -156,10 +156,10 @@ def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of
     before = study.trials_file.read_bytes()
     said, watched = checked(job, math.inf)
     assert said[0].endswith("2 of 2 trials stopped at a rung are finished after all.")
-    assert [inner.folder for inner in watched] == [study.stops.folder]
+    assert [inner.folder for inner in watched] == [study.stop_check.folder]
     assert study.trials_file.read_bytes() == before
     assert not list((study.folder / "predictions").iterdir())
-    done, now = study.stops.records()
+    done, now = study.stop_check.records()
     assert (done.trial_id, done.value) == (first.trial_id, 0.95)  # of a check that was interrupted
     assert (now.trial_id, now.state, now.stage, now.epochs_run) == (
         second.trial_id,
@@ -169,7 +169,7 @@ def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of
     )
     alone = fit(second.run, job.splits, weights=job.weights)
     assert [e.value for e in now.curve] == [e.value for e in alone.history]
-    assert not list((study.stops.folder / "weights").iterdir())
+    assert not list((study.stop_check.folder / "weights").iterdir())
     results = read_json(study.stops_file)
     assert [row["trial_id"] for row in results["trials"]] == [first.trial_id, second.trial_id]
     assert (results["stopped"], results["wrong"]) == (2, 1)
@@ -178,5 +178,5 @@ def test_pruned_trials_are_finished_with_their_own_seed_and_nobody_else_hears_of
 @pytest.mark.usefixtures("own_ray")
 def test_a_check_does_not_begin_what_it_has_no_time_for(job: Job) -> None:
     checked(job, 30.0)  # 0.72 of them are the search's and its own; 8 epochs take 28 s, by the first two
-    assert job.study.stops.records() == []
+    assert job.study.stop_check.records() == []
     assert read_json(job.study.stops_file)["finished"] == 0

@@ -107,7 +107,7 @@ def test_the_first_view_gives_what_the_frozen_backbone_gives(
     )
     trainer.model.unfreeze_top(0)
     trainer.model.train()
-    batches = trainer.features.train_batches(1, trainer.train_loader.orders(1))
+    batches = trainer.features.train_batches(1, trainer.train_loader.batch_positions(1))
     stored = torch.cat([features for features, _ in batches])
     with torch.inference_mode():
         computed = torch.cat(
