@@ -17,6 +17,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import pytest
 import ray
 import torch
+from threadpoolctl import threadpool_limits
 
 from carmodels.data.dataset import Splits, open_dataset
 from carmodels.models.weights import Weights
@@ -122,6 +123,13 @@ def light_collections() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_core() -> Iterator[None]:
+    """Linear algebra on one thread: on small matrices two take three times as long."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 @pytest.fixture(autouse=True)

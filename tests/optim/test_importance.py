@@ -72,6 +72,7 @@ def test_the_dimension_that_decides_is_found(seed: int) -> None:
     assert "augment" in found.sentence.split("No more than chance: ")[1]
 
 
+@pytest.mark.slow
 def test_where_nothing_matters_chance_is_rarely_passed() -> None:
     found = [
         i for seed in range(8) for i in importances(searched(30, noise, seed), SPACE, "accuracy").dimensions

@@ -203,7 +203,7 @@ def test_trials_of_another_study_tell_where_to_begin() -> None:
     assert list(trial.intermediate_values) == [2, 4, 6, 8]
 
 
-@pytest.mark.parametrize("after", [1, 4, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("after", [1, 4, 9])
 def test_an_interrupted_search_draws_what_it_would_have_drawn(after: int) -> None:
     """Two trials run at a time; those that run when it is interrupted are run again from their start."""
     whole, known = made(), []

@@ -256,6 +256,7 @@ def test_below_the_confidence_nothing_is_answered(study: Study, holdout: Predict
         threshold(study, 1.5)
 
 
+@pytest.mark.slow
 def test_an_ensemble_leaves_the_study_and_works_without_it(
     study: Study, ensemble: Ensemble, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

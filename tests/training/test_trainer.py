@@ -434,7 +434,6 @@ def test_where_memory_runs_out_images_are_shown_in_halves() -> None:
         forward_in_halves(Small(torch.nn.Identity(), room=0), images)
 
 
-@pytest.mark.slow
 def test_compiled_training_gives_the_same_curve(
     config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
