@@ -12,13 +12,13 @@ from carmodels.training.run import Run
 
 
 class RunState(Protocol):
-    """What an observer may ask of a stage that runs."""
+    """A running stage, as observers see it."""
 
     @property
     def stage(self) -> str: ...
     @property
     def running(self) -> Mapping[str, Sequence[EpochMetrics]]:
-        """Epochs so far by Ray's trial id."""
+        """Epochs so far, by Ray's trial id."""
         ...
 
     @property
@@ -34,26 +34,26 @@ class RunState(Protocol):
 
 @dataclass
 class ProgressCallback:
-    """Called after each epoch, at each trial's end, and on every step of Ray's loop."""
+    """Called after each epoch, at each trial's end and at every step of Ray's loop."""
 
     on_record: Callable[[TrialRecord], None] = lambda record: None
     on_step: Callable[[RunState], None] = lambda state: None
     on_epoch: Callable[[str, Run, EpochMetrics, int], None] = lambda *epoch: None
 
 
-def combine_callbacks(*watches: ProgressCallback) -> ProgressCallback:
-    """One callback that passes everything on to all of them, in their order."""
+def combine_callbacks(*callbacks: ProgressCallback) -> ProgressCallback:
+    """One callback that calls all of them in order."""
 
     def on_record(record: TrialRecord) -> None:
-        for watch in watches:
-            watch.on_record(record)
+        for callback in callbacks:
+            callback.on_record(record)
 
     def on_step(state: RunState) -> None:
-        for watch in watches:
-            watch.on_step(state)
+        for callback in callbacks:
+            callback.on_step(state)
 
     def on_epoch(stage: str, run: Run, epoch: EpochMetrics, gpu_bytes: int) -> None:
-        for watch in watches:
-            watch.on_epoch(stage, run, epoch, gpu_bytes)
+        for callback in callbacks:
+            callback.on_epoch(stage, run, epoch, gpu_bytes)
 
     return ProgressCallback(on_record, on_step, on_epoch)

@@ -1,4 +1,4 @@
-"""A Ray of our own or a cluster that was joined, and what is amiss on its machines."""
+"""Starts Ray or joins a cluster, and checks the cluster's machines."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tune.runtime.findings import Finding, file_handle_findings, folder_findings
 
 
 def start_ray(*, address: str | None, cores: int, gpus: int) -> str:
-    """Start a Ray of our own or join the cluster at `address`; returns the dashboard's URL, if any.
+    """Start Ray on this machine, or join the cluster at `address`. Returns the dashboard's URL, or "".
 
-    A cluster is sent our own code, so that its machines need what that imports, and no more.
+    A cluster is sent our code. Its machines need only the packages that the code imports.
     """
     arguments: dict[str, Any] = (
         {
@@ -49,31 +49,31 @@ def start_ray(*, address: str | None, cores: int, gpus: int) -> str:
 
 
 PATIENCE = 120.0  # seconds for a machine to receive our code, start a worker and answer
-PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy")  # which change what a trial comes to
+PACKAGES = ("torch", "torchvision", "timm", "albumentations", "numpy")  # versions change a trial's results
 
 
 def cluster_findings(results: Path, shared: Mapping[str, Path], cache: Path) -> list[Finding]:
-    """What is amiss on the machines of the cluster that was joined, the fatal first.
+    """Problems on the machines of the joined cluster, the fatal ones first.
 
-    `results` must be one folder that all see, `shared` (by option) must be there on all, `cache` is each
-    machine's own or shared.
+    All machines must share one `results` folder. Each must have the `shared` paths (by option). `cache` may
+    be local or shared.
     """
     results.mkdir(parents=True, exist_ok=True)
     marker = results / f".{secrets.token_hex(8)}.shared"
     marker.touch()
-    look = ray.remote(num_cpus=0, max_retries=0)(_on_this_machine)
+    check = ray.remote(num_cpus=0, max_retries=0)(_on_this_machine)
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     try:
-        asked = {
-            address: look.options(
+        answers = {
+            address: check.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
             ).remote(marker, shared, cache, _versions())
             for node_id, address in nodes.items()
         }
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE)
+        ray.wait(list(answers.values()), num_returns=len(answers), timeout=PATIENCE)
         found = [
             Finding(f"machine {address}: {finding.words}", finding.fatal)
-            for address, answer in asked.items()
+            for address, answer in answers.items()
             for finding in _answer(answer)
         ]
     finally:
@@ -102,7 +102,7 @@ def _answer(answer: ray.ObjectRef) -> list[Finding]:
 def _on_this_machine(
     marker: Path, shared: Mapping[str, Path], cache: Path, versions: Mapping[str, str]
 ) -> list[Finding]:
-    """What is amiss here, with what the machine that asks has at these paths and in these versions."""
+    """Problems on this machine, compared with the head machine's paths and versions."""
     results = marker.parent
     if not marker.is_file():
         words = (

@@ -1,4 +1,4 @@
-"""What Ray and the workers find in their environment; imported before Ray is."""
+"""Environment variables of Ray and its workers. Imported before Ray."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ import os
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # trials.jsonl holds every result
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `Interrupts` ends a run in better order
-os.environ.setdefault("RAY_worker_niceness", "0")  # training is what the machine is here for
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Traceback")  # a dying worker's; its record has the reason
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # it would print over our own lines
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `Interrupts` handles Ctrl-C
+os.environ.setdefault("RAY_worker_niceness", "0")  # workers run at normal priority
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Traceback")  # the trial's record has the reason
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its output would mix with ours
 
-# The C library gives freed memory back and asks for it anew in every step otherwise, and a page that is
-# touched for the first time costs more than what is computed on it: 17 % of the time of mobilenetv2_100 at
-# 128 px.
+# Keep freed memory in the process. By default the C library returns it to the system and requests it again in
+# every step. The page faults cost 17 % of the time of mobilenetv2_100 at 128 px.
 MALLOC = {
-    "MALLOC_ARENA_MAX": "1",  # a trial trains in a thread, whose own arena would be given back whole
+    "MALLOC_ARENA_MAX": "1",  # a trial trains in a thread; the thread's own arena would be freed as a whole
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 
-# Read by the workers as they start; those of a cluster are sent it.
+# Workers read these at their start. A cluster's workers receive them from here.
 WORKER_ENVIRONMENT = {
     **MALLOC,
     "NO_ALBUMENTATIONS_UPDATE": "1",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial's loaders end in time
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # time for a pruned trial's loaders to exit
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 

@@ -1,4 +1,4 @@
-"""A finding: one line with its remedy."""
+"""Checks of a machine. Each finding is one line with its remedy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GB = 1e9
-SHARED_MEMORY = 0.3 * GB  # what Ray keeps of it
-FEWEST_FILES = 1024  # open at a time, by one process
+SHARED_MEMORY = 0.3 * GB  # bytes that Ray wants
+FEWEST_FILES = 1024  # open files per process
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line; `fatal` where a search would surely fail."""
+    """One line; `fatal` if the search would fail."""
 
     words: str
     fatal: bool = False

@@ -1,4 +1,4 @@
-"""What every trial of a study shares, and what each may use of the machine."""
+"""Inputs shared by all trials of a study, and the resources of each."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict
 from tune.budget.costs import Costs
 
-MOST_LOADERS = 16  # loader processes of a trial on a GPU
+MOST_LOADERS = 16  # loader processes per trial on a GPU
 Say = Callable[[str], None]  # prints a line
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How many trials run side by side, and what each of them may use."""
+    """Number of parallel trials, and the resources of each."""
 
     count: int
     cpus: int  # of each
     gpus: float  # of each
-    packed: int = 0  # most trials at once where each takes the share of a GPU it needs; 0: all take `gpus`
+    packed: int = 0  # most parallel trials if GPU shares differ by trial; 0: all take `gpus`
 
     @property
     def at_once(self) -> int:
-        """Most trials side by side."""
+        """Most parallel trials."""
         return self.packed or self.count
 
     def take(self) -> None:
-        """Keep this process to its share of the cores and of a GPU's memory: its neighbours keep theirs."""
+        """Limit this process to its share of the cores and of GPU memory."""
         torch.set_num_threads(self.cpus)
         if 0 < self.gpus < 1:
             torch.cuda.set_per_process_memory_fraction(self.gpus)
@@ -52,27 +52,27 @@ class Workers:
 
     @property
     def processes(self) -> int:
-        """Loader processes of a trial: none where its one core trains as well."""
+        """Loader processes per trial: on a GPU all cores but one, on a CPU none."""
         return min(MOST_LOADERS, max(0, self.cpus - 1)) if self.gpus else 0
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every trial of a study shares; sent to the workers once."""
+    """Inputs shared by all trials of a study. Sent to the workers once."""
 
     study: Study
     splits: Splits
     weights: Weights
     workers: Workers
-    cache: Path  # folder of what all studies on this machine share
-    costs: Costs | None = None  # what training costs here, where that was measured
+    cache: Path  # folder shared by all studies on this machine
+    costs: Costs | None = None  # training costs on this hardware, if measured
     spent: Mapping[str, float] = field(default_factory=dict)  # seconds of earlier commands, by stage
-    until: float = math.inf  # time.time() by which a trial ends of itself, with the best epoch it has
+    until: float = math.inf  # time.time() at which a trial completes early, with its best epoch
 
     def predict(
         self, model: Classifier, config: TrialConfig, images: Split, view: str = "plain"
     ) -> Predictions:
-        """A trained model's probabilities for the images, seen through a view, in this process."""
+        """A trained model's probabilities for the images, under one view. Runs in this process."""
         return predict(
             model,
             self.splits,
@@ -84,7 +84,7 @@ class Job:
         )
 
     def predict_again(self, run: TrialRecord, images: Split, views: Sequence[str]) -> list[Predictions]:
-        """The same from the weights that a run has left, view by view, with a worker's share of the cores."""
+        """Predictions recomputed from a run's saved weights, one for each view. Uses a worker's share."""
         self.workers.take()
         weights = self.study.weights_file(run.trial_id)
         model = load_weights(run.config, weights, classes=len(self.splits.classes))
@@ -92,6 +92,6 @@ class Job:
 
 
 def as_task(function: Callable[..., Any], workers: Workers) -> Any:
-    """The function as a Ray task with a worker's share; a GPU's memory is free again when it ends."""
-    calls = 1 if workers.gpus else 0  # 0: the process may be used again
+    """The function as a Ray task with a worker's share. The task frees its GPU memory when it ends."""
+    calls = 1 if workers.gpus else 0  # 0: no limit, Ray reuses the process
     return ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_calls=calls)(function)

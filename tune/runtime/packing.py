@@ -1,4 +1,4 @@
-"""How much of a GPU each trial asks of Ray."""
+"""The share of a GPU that each trial requests from Ray."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tune.budget.costs import Costs
 
 @dataclass(frozen=True)
 class Packing:
-    """What a trial asks of Ray: the share of a GPU that its memory needs, and the cores that go with it."""
+    """Resource request of a trial: the GPU share that its memory needs, and cores in proportion."""
 
     costs: Costs
     gpu_bytes: float
-    cpus: int  # for each whole GPU
+    cpus: int  # per GPU
 
     def __call__(self, values: dict[str, Any]) -> PlacementGroupFactory:
         share = self.costs.gpu_share(Run.from_dict(values).config, self.gpu_bytes)

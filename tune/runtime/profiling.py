@@ -1,4 +1,4 @@
-"""What an epoch costs on this hardware, measured once and kept."""
+"""Costs of an epoch on this hardware, measured once and cached."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from carmodels.training.timing import training_seconds
 from tune.budget.costs import Compiled, Costs
 from tune.runtime.job import Job, as_task
 
-_VERSION = 4  # of what a file of costs holds
+_VERSION = 4  # version of the cached file's contents
 _PARTS = ("seconds", "bytes", "compiled")
-_CHANGED = 1.6  # times as long or short, beyond which costs that were kept no longer hold
-_WORTH_COMPILING = 120.0  # seconds of a trial; to find out takes a minute, and less than a third is saved
+_CHANGED = 1.6  # ratio of times, either way, beyond which cached costs are discarded
+_WORTH_COMPILING = 120.0  # seconds per trial; the test takes a minute and saves less than a third
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, or its architecture if the name is unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -42,7 +42,7 @@ def processor() -> str:
 
 
 def _looked_at(job: Job, config: TrialConfig) -> tuple[str, float]:
-    """What a worker trains on (where the search was started there may be another), and how fast it is now."""
+    """A worker's device, which may differ from this machine's, and its current seconds per image."""
     job.workers.take()
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor()
     return device, _seconds(job, config)
@@ -56,7 +56,7 @@ def _seconds(job: Job, config: TrialConfig, **more: Any) -> float:
 
 
 def shared_gpu_bytes(job: Job) -> float:
-    """Memory of a GPU where trials share one, measured on a worker; 0 where none is shared."""
+    """Memory of a worker's GPU in bytes if trials share GPUs, else 0."""
     return float(ray.get(as_task(_gpu_bytes, job.workers).remote())) if job.workers.packed else 0.0
 
 
@@ -65,16 +65,16 @@ def _gpu_bytes() -> float:
 
 
 def costs_of(job: Job, space: Space) -> Costs:
-    """What each backbone of a space costs, measured unless it was, by hardware and versions.
+    """Costs of each backbone in the space. Cached by hardware and versions.
 
-    One of them is timed again, on as many workers at once as all are: where that takes much longer or shorter
-    than it did, as on a machine that is busy now, or was then, all are measured anew.
+    One backbone is always timed again, on as many workers in parallel as a full measurement would use. If the
+    time has changed by more than _CHANGED, the machine is or was busy, and all backbones are measured again.
     """
     configs, workers = unfrozen_configs(space), job.workers
     sample = next(iter(configs.values()))[-1]
-    look = as_task(_looked_at, workers)
-    looks = ray.get([look.remote(job, sample) for _ in range(min(workers.count, len(configs)))])
-    device, seconds = looks[0][0], float(np.median([taken for _, taken in looks]))
+    probe = as_task(_looked_at, workers)
+    probes = ray.get([probe.remote(job, sample) for _ in range(min(workers.count, len(configs)))])
+    device, seconds = probes[0][0], float(np.median([taken for _, taken in probes]))
     own = [device, workers.cpus, workers.gpus, workers.count]
     held_for = [_VERSION, *own, torch.__version__, timm.__version__]
     name = hashlib.sha256(json.dumps(held_for).encode()).hexdigest()[:12]
@@ -110,20 +110,20 @@ def _key(configs: Sequence[TrialConfig]) -> str:
 
 
 def _known(path: Path) -> dict[str, dict[str, Any]]:
-    """What was measured before, by key; nothing where the file is missing or damaged."""
+    """Cached measurements by key; empty if the file is missing or damaged."""
     try:
         found = read_json(path)
-        return {key: {part: _of(value[part]) for part in _PARTS} for key, value in found.items()}
+        return {key: {part: _as_dict(value[part]) for part in _PARTS} for key, value in found.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
-def _of(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _as_dict(part: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return None if part is None else dict(part)
 
 
 def _untried(measured: Mapping[str, Any], job: Job, configs: Sequence[TrialConfig]) -> bool:
-    """Whether torch.compile was not tried, as it could not pay with fewer images or epochs, and may now."""
+    """Whether torch.compile was skipped for too few images or epochs, and may pay now."""
     slowest = max(measured["seconds"].values(), default=0.0)
     return measured["compiled"] is None and _may_pay_to_compile(slowest, job, configs[0])
 
@@ -133,7 +133,7 @@ def _may_pay_to_compile(seconds: float, job: Job, config: TrialConfig) -> bool:
 
 
 def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
-    """A backbone at the largest size that memory holds and at the smallest; sizes fall."""
+    """Measure a backbone at its smallest size and the largest that fits in memory. Sizes descend."""
     job.workers.take()
     on_gpu = job.workers.device == "cuda"
     found: dict[str, Any] = {part: {} for part in _PARTS}
@@ -145,7 +145,7 @@ def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
         try:
             if on_gpu:
                 gc.collect()
-                torch.cuda.empty_cache()  # what the allocator keeps of the size before counts as reserved
+                torch.cuda.empty_cache()  # else memory of the previous size counts as reserved
                 torch.cuda.reset_peak_memory_stats()
             eager = _seconds(job, config)
             if on_gpu:
@@ -161,12 +161,12 @@ def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
 
 
 def _tried_to_compile(run: Callable[[], float], eager: float) -> dict[str, float]:
-    """What `Compiled` holds; nothing where this machine cannot compile (no C compiler, an old GPU)."""
+    """Fields of `Compiled`; empty if this machine cannot compile (no C compiler, an old GPU)."""
     started = time.monotonic()
     try:
         compiled = run()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # torch._dynamo's and torch._inductor's are of this kind
+    except RuntimeError:  # base class of the errors of torch._dynamo and torch._inductor
         return {}
     return {"seconds": time.monotonic() - started, "ratio": compiled / eager}

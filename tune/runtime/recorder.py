@@ -1,4 +1,4 @@
-"""Writes each trial into the study as it ends."""
+"""Records each trial in the study when it ends."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.watchdog import Watchdog
 from tune.runtime.worker import completed_before
 
-HOPELESS = 10  # failed trials in a row, beyond those side by side, that end a run
+HOPELESS = 10  # failed trials in a row that end a run, on top of the number of parallel trials
 
 
 class NotPickled:
-    """Ray pickles a Tuner's parts for `Tuner.restore`; we resume from trials.jsonl, so nothing is kept."""
+    """Pickles as an empty object. Ray pickles a Tuner for `Tuner.restore`; we resume from trials.jsonl."""
 
     def __reduce__(self) -> tuple[type[object], tuple[()]]:
         return object, ()
@@ -34,18 +34,18 @@ class NotPickled:
 
 @dataclass
 class Recorder(NotPickled, Callback):
-    """Writes each trial into the study as it ends; the only writer of trials.jsonl."""
+    """Records each trial in the study when it ends. The only writer of trials.jsonl."""
 
     study: Study
     stage: str
-    begun: float  # time.time() at the stage's start; earlier where it was gone on with
-    stops: Mapping[str, StopDecision]  # why the scheduler stopped a trial, by Ray's trial id
+    begun: float  # time.time() at the stage's start, less the seconds of earlier commands
+    stops: Mapping[str, StopDecision]  # why the scheduler pruned a trial, by Ray's trial id
     watch: ProgressCallback
     roles: Mapping[str, Role] = field(default_factory=dict)  # by run id
     running: dict[str, list[EpochMetrics]] = field(default_factory=dict)  # Ray's trial id -> epochs so far
     runs: dict[str, Run] = field(default_factory=dict)  # by Ray's trial id
     recorded: set[str] = field(default_factory=set)
-    retried: dict[str, str] = field(default_factory=dict)  # Ray's trial id -> what its first attempt died of
+    retried: dict[str, str] = field(default_factory=dict)  # Ray's trial id -> error of its first attempt
     watchdog: Watchdog = field(default_factory=lambda: Watchdog(None))
     most_failures: int = HOPELESS
     failures: int = 0  # in a row
@@ -53,26 +53,26 @@ class Recorder(NotPickled, Callback):
 
     @property
     def hopeless(self) -> bool:
-        """Whether so many trials failed one after the other that the next ones would, too."""
+        """Whether too many trials failed in a row to go on."""
         return self.failures >= self.most_failures
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Write down that it runs, so that it is run again should this process die."""
-        self._begun(trial)
+        """Record the trial as running. If this process dies, a resumed search runs it again."""
+        self._register(trial)
         self.watchdog.heard(trial, self.runs[trial.trial_id].config)
 
-    def _begun(self, trial: Any) -> None:
-        """Know of it, once. A worker that dies early ends a trial whose start Ray has not told."""
+    def _register(self, trial: Any) -> None:
+        """Register the trial once. If its worker dies early, Ray reports its end without its start."""
         if trial.trial_id not in self.running and trial.trial_id not in self.recorded:
             self.running[trial.trial_id] = []
             self.runs[trial.trial_id] = Run.from_dict(trial.config)
             run_id = self.runs[trial.trial_id].id
-            if not completed_before(self.study, run_id):  # one that had been cut short stays what it was
+            if not completed_before(self.study, run_id):  # a run that was cut short keeps its record
                 self.study.append(self._record(trial, State.RUNNING, ""))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Restarted on any node: its worker died, or it ended in an error for the first time."""
-        self._begun(trial)
+        """Restarted on any node, after its worker died or after its first error."""
+        self._register(trial)
         self.running[trial.trial_id] = []
         self.retried[trial.trial_id] = self._failure(trial)[1]
 
@@ -100,7 +100,7 @@ class Recorder(NotPickled, Callback):
             self._write(trial, stop.state, stop.reason)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._begun(trial)
+        self._register(trial)
         cause, reason = self._failure(trial)
         self._write(trial, State.FAILED, reason, cause=cause)
 
@@ -109,13 +109,13 @@ class Recorder(NotPickled, Callback):
         self.watch.on_step(self)
 
     def _failure(self, trial: Any) -> tuple[Cause, str]:
-        """What ended its worker, and the same for people."""
+        """The cause of a failure, and its reason as text."""
         if hung := self.watchdog.ended.pop(trial.trial_id, ""):
             return Cause.MACHINE, hung
         return _cause_of(trial.get_pickled_error()), _last_line(trial)
 
     def close(self, trials: list[Any], interrupted: bool) -> None:
-        """Write down the trials that the end of the run cut off."""
+        """Record the trials that were running when the run ended."""
         for trial in trials:
             if trial.trial_id in self.running and trial.trial_id not in self.recorded:
                 if trial.status == "ERROR":
@@ -186,7 +186,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _cause_of(error: Exception | None) -> Cause:
-    """What Ray's error says of a failure: an exception in the worker, or else the worker itself was lost."""
+    """Cause of a failure from Ray's error: an exception in the worker, or else a lost worker."""
     if not isinstance(error, RayTaskError):
         return Cause.MACHINE
     out_of_memory = type(error.cause).__name__ == "OutOfMemoryError"  # torch's, or Ray's of the node
@@ -194,7 +194,7 @@ def _cause_of(error: Exception | None) -> Cause:
 
 
 def _last_line(trial: Any) -> str:
-    """The error's own words, from the file Ray keeps of it."""
+    """Last line of the error file that Ray writes."""
     path = Path(trial.error_file) if trial.error_file else None
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path and path.is_file() else []
     words = [line.strip() for line in lines if line.strip()]

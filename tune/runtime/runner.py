@@ -1,4 +1,4 @@
-"""Running configurations side by side through Ray Tune, and writing down how each of them ended."""
+"""Runs configurations in parallel with Ray Tune and records how each ended."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from tune.runtime.recorder import HOPELESS, NotPickled, Recorder
 from tune.runtime.watchdog import Watchdog
 from tune.runtime.worker import train_trial, trial_name
 
-logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what a trial ended with is in its record
-RETRIES = 1  # of a trial that died or failed: machines go, memory is short for a while
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's record holds its error
+RETRIES = 1  # of a failed trial: a machine may leave, memory may be short for a while
 
 
 class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into an orderly end of the running stage; the second is immediate."""
+    """The first Ctrl-C or SIGTERM ends the running stage in order. The second ends it at once."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -51,7 +51,7 @@ class Interrupts:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """While inside, signals are noted instead of raised."""
+        """Inside the block, a signal sets `seen` instead of raising."""
         before = {s: signal.signal(s, self) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -61,7 +61,7 @@ class Interrupts:
 
 
 class DeadlineStopper(NotPickled, Stopper):
-    """Ends the whole run when the time is up or the user says so."""
+    """Ends the run at the deadline, on an interrupt, or after too many failures."""
 
     def __init__(self, end: float, interrupts: Interrupts, recorder: Recorder) -> None:
         self._end, self._interrupts, self._recorder = end, interrupts, recorder
@@ -85,10 +85,10 @@ def run_trials(
     watch: ProgressCallback,
     packing: Callable[[dict[str, Any]], PlacementGroupFactory] | None = None,
 ) -> bool:
-    """Run what the searcher hands out until it has no more or the time is `end`; False if interrupted.
+    """Run the searcher's configurations until it has no more or until `end`. False if interrupted.
 
-    `packing` says what each configuration asks of Ray; without it all ask for the same. Raises ValueError
-    where so many trials failed in a row that it is no use to go on.
+    `packing` gives the resources of each configuration; without it all request the same. Raises ValueError if
+    too many trials fail in a row.
     """
     interrupts = Interrupts()
     stops = getattr(scheduler, "stops", {})
@@ -103,7 +103,7 @@ def run_trials(
         most_failures=HOPELESS + job.workers.at_once,
     )
     resources = packing or {"cpu": job.workers.cpus, "gpu": job.workers.gpus}
-    # where trials ask for different shares, one is drawn only when those before it have found room
+    # if shares differ, the next trial is drawn only after earlier ones are placed
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1" if packing else "auto"
     tuner = Tuner(
         with_resources(with_parameters(train_trial, job=job), resources),
@@ -126,7 +126,7 @@ def run_trials(
         ),
     )
     with interrupts.caught():
-        results = _fitted(tuner, job.study)
+        results = _fit(tuner, job.study)
     recorder.close(results._experiment_analysis.trials, interrupts.seen)
     if recorder.hopeless:
         raise ValueError(
@@ -136,8 +136,8 @@ def run_trials(
     return not interrupts.seen
 
 
-def _fitted(tuner: Tuner, study: Study) -> Any:
-    """What `Tuner.fit` gives; an OSError of the recorder's, which Ray hides in its own, is one again."""
+def _fit(tuner: Tuner, study: Study) -> Any:
+    """Result of `Tuner.fit`. Raises the recorder's OSError, which Ray wraps in its own error."""
     try:
         return tuner.fit()
     except (TuneError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The search itself: what is queued, drawn, stopped and run again."""
+"""The search stage: queues, draws, prunes and runs trials again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tune.runtime.packing import Packing
 from tune.runtime.profiling import shared_gpu_bytes
 from tune.runtime.runner import run_trials
 
-BASELINE_SHARE = 0.2  # of the search's core-time that the baseline may take
+BASELINE_SHARE = 0.2  # largest share of the search's core-time for the baseline
 
 
 def search(
@@ -41,9 +41,9 @@ def search(
     say: Say,
     resumed: bool = True,
 ) -> bool:
-    """Search the space within `trials` configurations and its share of the clock; False if interrupted.
+    """Search the space within `trials` configurations and the clock's search time. False if interrupted.
 
-    What the study has of it is gone on with; `resumed`: as it was left by another command.
+    Continues the study's own search. `resumed`: False if this command has run the stage before.
     """
     study, metric = job.study, origin.metric
     mode = METRICS[metric].mode
@@ -87,8 +87,8 @@ def search(
     for folder, found in earlier.items() if resumed else ():
         count = len(transferable_trials(found, space))
         say(f"Warm start: {count} of {len(found)} trials of {folder} are of this space.")
-    study.optuna_file.unlink(missing_ok=True)  # it repeats what trials.jsonl says, and is rebuilt from that
-    draws = OptunaSearcher(
+    study.optuna_file.unlink(missing_ok=True)  # rebuilt from trials.jsonl
+    searcher = OptunaSearcher(
         space,
         origin=origin,
         metric=metric,
@@ -109,7 +109,7 @@ def search(
         stage="search",
         begun=clock.begun,
         end=late,
-        search_alg=draws,
+        search_alg=searcher,
         scheduler=scheduler,
         roles=roles,
         watch=watch,
@@ -120,7 +120,7 @@ def search(
 
 
 def _with_time_for_what_follows(plan: Plan, study: Study, clock: Clock) -> Plan:
-    """For a longer search: no trial that confirming and retraining would have no time left for."""
+    """For an extended search: the plan without trials too long to confirm and retrain afterwards."""
     if plan.costs is None:
         return plan
     dearest = max(plan.seconds(standing.record.config) for standing in standings_of(study)[:CONTENDERS])
@@ -129,10 +129,10 @@ def _with_time_for_what_follows(plan: Plan, study: Study, clock: Clock) -> Plan:
 
 
 def _to_run_again(record: TrialRecord, plan: Plan) -> bool:
-    """Whether a trial of an earlier run is queued once more.
+    """Whether a trial of an earlier run is queued again.
 
-    It was cut off, or lost with its machine, or had no time and has it now, or is the baseline and did not
-    end of itself.
+    True for a trial that was interrupted or lost its machine, or that ran out of time and now fits. The
+    baseline also runs again if it was pruned, ran out of time or failed, but not if it diverged.
     """
     if record.baseline:
         return record.resumable or record.state in (State.OUT_OF_TIME, State.PRUNED) or _failed(record)

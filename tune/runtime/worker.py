@@ -24,8 +24,8 @@ from tune.runtime.job import Job, Workers
 
 
 def train_trial(values: dict[str, Any], job: Job) -> None:
-    """Train one configuration in a Ray worker, and leave nothing of it behind in the worker."""
-    _clear(job)  # a trial that was stopped held its tensors until its thread had ended
+    """Train one configuration in a Ray worker, and free its memory afterwards."""
+    _clear(job)  # a pruned trial holds its tensors until its thread ends
     try:
         _train_trial(values, job)
     finally:
@@ -33,26 +33,26 @@ def train_trial(values: dict[str, Any], job: Job) -> None:
 
 
 def _clear(job: Job) -> None:
-    """Give back what a trial had, once a trial, not in every step."""
+    """Free a trial's memory: once per trial, since once per step would be slow."""
     gc.collect()
-    _give_memory_back()
+    _trim_heap()
     if job.workers.gpus:
         torch.cuda.empty_cache()
-        torch.compiler.reset()  # else after a few trials nothing would be compiled any more
+        torch.compiler.reset()  # else compiling stops after a few trials
 
 
-def _give_memory_back() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others give back by themselves
+def _trim_heap() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only; others trim by themselves
     if trim is not None:
         trim(0)
 
 
 def _train_trial(values: dict[str, Any], job: Job) -> None:
-    """Train and report every epoch; the last report carries `state`."""
+    """Train, and report every epoch. The last report carries `state`."""
     job = replace(job, workers=_own(job.workers))
     job.workers.take()
     run = Run.from_dict(values)
-    title = f"ray::{trial_name(run)}"  # by which the dashboard, ps and top tell workers apart
+    title = f"ray::{trial_name(run)}"  # shown in the dashboard, ps and top
     setproctitle(title)
     started = time.time()
     if job.workers.gpus:
@@ -65,16 +65,16 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
             {
                 run.origin.metric: metrics.value,
                 "run_id": run.id,
-                "elapsed": elapsed,  # seconds of the whole trial so far, where `seconds` are the epoch's
+                "elapsed": elapsed,  # seconds since the trial's start; `seconds` counts one epoch
                 "gpu_bytes": gpu_bytes,
                 **asdict(metrics),
                 **more,
             }
         )
-        setproctitle(title)  # Ray puts its own there, an actor's method, with each report
+        setproctitle(title)  # Ray overwrites the title with each report
 
     def on_epoch(metrics: EpochMetrics) -> None:
-        if not metrics.ending:  # the last epoch is reported when all that the trial leaves is on disk
+        if not metrics.ending:  # the last epoch is reported after the trial's files are written
             send(metrics)
 
     trained = fit(
@@ -98,7 +98,7 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
 
 
 def _own(workers: Workers) -> Workers:
-    """What this trial itself may use, as Ray has granted it, where trials differ in that."""
+    """This trial's resources. Ray grants them per trial if shares differ."""
     if not workers.packed:
         return workers
     granted = get_context().get_trial_resources().required_resources
@@ -124,15 +124,15 @@ def completed_before(study: Study, trial_id: str) -> TrialRecord | None:
 
 
 def _falls_short(trained: TrainResult, study: Study) -> bool:
-    """Whether the clock cut it short before it came as far as a run before it, whose files then stay."""
+    """Whether the clock ended the run earlier than a previous run, whose files are then kept."""
     before = completed_before(study, trained.run.id) if trained.ending == "time" else None
     return before is not None and len(trained.history) < before.epochs_run
 
 
 def _leave(trained: TrainResult, job: Job) -> None:
-    """Write a finished trial's probabilities of what it did not learn from, and its weights."""
+    """Write a complete trial's weights, and its predictions on val, holdout and test."""
     splits = splits_for(trained.run.origin, job.splits)
-    job.study.delete_predictions(trained.run.id)  # those of an earlier run of it
+    job.study.delete_predictions(trained.run.id)  # of an earlier run
     for split in (splits.val, splits.holdout, splits.test):
         if len(split):
             predictions = job.predict(trained.model, trained.run.config, split)
@@ -141,6 +141,6 @@ def _leave(trained: TrainResult, job: Job) -> None:
 
 
 def trial_name(run: Run) -> str:
-    """What a run is called in Ray, in its metrics and in file names."""
+    """A run's name in Ray, in metrics and in file names."""
     config = run.config
     return f"{config.backbone}-{config.image_size}px-{config.unfreeze}-{run.id}"
