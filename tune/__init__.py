@@ -1,3 +1,3 @@
-"""Scripts that a person runs, and the packages they share."""
+"""Command-line scripts and their packages."""
 
-import tune.runtime.environment  # noqa: F401  # Ray and albumentations read it as they are imported
+import tune.runtime.environment  # noqa: F401  # set before Ray and albumentations are imported

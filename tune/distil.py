@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check the options, then import the job, which takes seconds, and do it."""
+    """Check the options, then import the command, which takes seconds, and run it."""
     check(options)
     from tune.commands import run_distil
     from tune.monitor.terminal import Screen
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for an option that makes no sense, whatever the study."""
+    """Raises ValueError for an option that is wrong for any study."""
     most = int(BOUNDS["epochs"][1])
     if options.epochs is not None and not 1 <= options.epochs <= most:
         raise ValueError(f"--epochs {options.epochs} must be from 1 to {most}")

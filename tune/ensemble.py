@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check the options, then import the job, which takes seconds, and do it."""
+    """Check the options, then import the command, which takes seconds, and run it."""
     check(options)
     from tune.commands import run_ensemble
     from tune.monitor.terminal import Screen
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for an option that makes no sense, whatever the study and the machine."""
+    """Raises ValueError for an option that is wrong for any study and machine."""
     if not 1 <= options.top <= WEIGHTS_KEPT:
         raise ValueError(
             f"--top {options.top} must be from 1 to {WEIGHTS_KEPT}, whose weights a search keeps"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tune.cli.options import Parser, guarded, out_file
 
-ACCURACY = 0.95  # of the answers, where a user does not say
+ACCURACY = 0.95  # default share of right answers
 PORT = 8771
 
 
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check the options, then import the job, which takes seconds, and do it."""
+    """Check the options, then import the command, which takes seconds, and run it."""
     check(options)
     from tune.commands import run_predict
     from tune.monitor.terminal import Screen
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for options that do not go together, before any work."""
+    """Raises ValueError for a wrong combination of options."""
     if not (options.images or options.export or options.serve):
         raise ValueError("there is nothing to do: give images or folders, --export DIR or --serve")
     if options.out and not options.images:

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check the options, then import the job, which takes seconds, and do it."""
+    """Check the options, then import the command, which takes seconds, and run it."""
     check(options)
     from tune.commands import run_report
     from tune.monitor.terminal import Screen
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for options that do not go together, before any work."""
+    """Raises ValueError for a wrong combination of options."""
     if options.port is not None and not options.serve:
         raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
     if options.out and options.serve:

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check the options, then import the job, which takes seconds, and do it."""
+    """Check the options, then import the command, which takes seconds, and run it."""
     check(options)
     from tune.commands import run_retrain
     from tune.monitor.terminal import Screen
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for an option that makes no sense, whatever the study and the machine."""
+    """Raises ValueError for an option that is wrong for any study and machine."""
     for name in ("seeds", "epochs"):
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -112,12 +112,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the job; returns the exit code."""
+    """Run the command. Returns the exit code."""
     return guarded(run, parser().parse_args(arguments))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check the options, then import the job, which takes seconds, and do it."""
+    """Check the options, then import the command, which takes seconds, and run it."""
     check(options)
     from tune.commands import run_search
     from tune.monitor.terminal import Screen
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError for an option that makes no sense, whatever the data and the machine."""
+    """Raises ValueError for an option that is wrong for any data and machine."""
     if options.trials is not None and options.trials < 1:
         raise ValueError(f"--trials {options.trials} must be at least 1")
     if options.hours is not None and not 0 < options.hours < 24 * 365:
@@ -154,7 +154,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def check_until(options: argparse.Namespace) -> None:
-    """Raises ValueError for an option of a stage that --until leaves out."""
+    """Raises ValueError for an option of a stage after --until."""
     if options.thumbnails and options.until != "report":
         raise ValueError(f"--thumbnails is for the report, which --until {options.until} leaves out")
     until = STAGES.index(options.until)

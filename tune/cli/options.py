@@ -1,7 +1,7 @@
-"""The options that scripts share, and one line for an error.
+"""Options shared by the scripts, and one-line errors.
 
-A script reads and checks its options before it imports torch, Ray and the rest, which takes seconds: this
-module and what it imports must stay light.
+A script checks its options before it imports torch and Ray, which takes seconds. This module and its imports
+must stay light.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ LONGEST_NAME = 100  # characters of a study's name; file systems end at 255 byte
 
 
 class Parser(argparse.ArgumentParser):
-    """The command line of a script whose docstring is an example, an empty line, and what the script does.
+    """Command line of a script. The script's docstring is an example, an empty line and a description.
 
-    Says what is wrong with an option in one line.
+    An error takes one line.
     """
 
     def __init__(self, docstring: str | None, examples: str = "") -> None:
@@ -42,13 +42,13 @@ class Parser(argparse.ArgumentParser):
 
 
 class Group(Protocol):
-    """Where options are added: a parser, or a group under a heading of its own."""
+    """Takes options: a parser, or a group with its own heading."""
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action: ...
 
 
 def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """Run a script; one line on standard error for what a user can mend. Returns the exit code."""
+    """Run a script. Prints one line on standard error for a user's mistake. Returns the exit code."""
     try:
         _refuse_empty(options)
         return run(options)
@@ -61,14 +61,14 @@ def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespac
 
 
 def _refuse_empty(options: argparse.Namespace) -> None:
-    """An empty text is a shell variable that was not set, not the wish for a default."""
+    """Raises ValueError for an empty option: an unset shell variable, not a wish for the default."""
     for name, value in vars(options).items():
         if value == "":
             raise ValueError(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
 
 
 def add_machine_options(group: Group) -> None:
-    """The options that say what a command may use of this machine or cluster."""
+    """Add the options for the resources that a command may use."""
     add = group.add_argument
     add("--workers", type=int, metavar="N", help="trials side by side (as many as GPUs or cores hold)")
     add(
@@ -83,7 +83,7 @@ def add_machine_options(group: Group) -> None:
 
 
 def check_machine_options(options: argparse.Namespace) -> None:
-    """Raises ValueError for what makes no sense on any machine."""
+    """Raises ValueError for options that are wrong on any machine."""
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers {options.workers} must be at least 1")
     if options.gpus_per_trial != "auto":
@@ -92,7 +92,7 @@ def check_machine_options(options: argparse.Namespace) -> None:
 
 
 def gpu_share(options: argparse.Namespace) -> float:
-    """The number that --gpus-per-trial gives; ValueError for one that is no share of a GPU."""
+    """The value of --gpus-per-trial. Raises ValueError unless it is above 0 and at most 1."""
     try:
         share = float(options.gpus_per_trial)
     except ValueError:
@@ -106,7 +106,7 @@ def gpu_share(options: argparse.Namespace) -> float:
 
 
 def add_cache_options(group: Group) -> None:
-    """The options that say where decoded images are kept."""
+    """Add the options for the cache of decoded images."""
     add = group.add_argument
     add("--cache", metavar="DIR", help="folder for decoded images (the user's cache folder)")
     add(
@@ -119,7 +119,7 @@ def add_cache_options(group: Group) -> None:
 
 
 def check_cache_limit(options: argparse.Namespace) -> None:
-    """Raises ValueError for a limit that is none."""
+    """Raises ValueError for a cache limit out of range."""
     if not 0 < options.cache_limit < MOST_CACHE:
         raise ValueError(
             f"--cache-limit {options.cache_limit:g} must be above 0 and below {MOST_CACHE:,.0f} GB"
@@ -127,7 +127,7 @@ def check_cache_limit(options: argparse.Namespace) -> None:
 
 
 def add_fold_options(group: Group) -> None:
-    """The options of retraining that change what is learnt from."""
+    """Add the options for the images that retraining uses."""
     group.add_argument(
         "--folds",
         type=int,
@@ -143,13 +143,13 @@ def add_fold_options(group: Group) -> None:
 
 
 def check_folds(options: argparse.Namespace) -> None:
-    """Raises ValueError for a number of folds that makes no sense."""
+    """Raises ValueError for a number of folds out of range."""
     if options.folds and not 2 <= options.folds <= MOST_FOLDS:
         raise ValueError(f"--folds {options.folds} must be 0, which leaves it out, or from 2 to {MOST_FOLDS}")
 
 
 def add_cost_option(group: Group) -> None:
-    """The option that says what answers may cost."""
+    """Add the option that limits the ensemble's prediction time."""
     group.add_argument(
         "--max-seconds-per-1000",
         type=float,
@@ -159,7 +159,7 @@ def add_cost_option(group: Group) -> None:
 
 
 def cost_limit(options: argparse.Namespace) -> float:
-    """What 1,000 images may take; infinite where nothing was said. ValueError for a limit that is none."""
+    """Most seconds per 1,000 images; infinite by default. Raises ValueError unless it is above 0."""
     given = options.max_seconds_per_1000
     if given is not None and not given > 0:
         raise ValueError(f"--max-seconds-per-1000 {given:g} must be above 0")
@@ -167,7 +167,7 @@ def cost_limit(options: argparse.Namespace) -> float:
 
 
 def out_file(options: argparse.Namespace) -> Path | None:
-    """The absolute path that --out names, None without; ValueError where no file can be written."""
+    """Absolute path of --out, or None. Raises ValueError if no file can be written there."""
     if options.out is None:
         return None
     path = user_path(options.out)
@@ -177,17 +177,17 @@ def out_file(options: argparse.Namespace) -> Path | None:
 
 
 def cache_folder(options: argparse.Namespace) -> Path:
-    """What `--cache` says, else the user's cache folder."""
+    """The folder of `--cache`, by default the user's cache folder."""
     return user_path(options.cache) if options.cache else user_cache_path("carmodels")
 
 
 def written(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Iterator[str]:
-    """The options that differ from their defaults, as one can type them."""
+    """The options that differ from their defaults, as shell text."""
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
         if value is True:
             yield flag
-        elif isinstance(value, list):  # --set is given once for each, --warm-start once for all
+        elif isinstance(value, list):  # one --set for each value, one --warm-start for all
             groups = [value] if name == "warm_start" else [[item] for item in value]
             yield from (shlex.join([flag, *map(str, group)]) for group in groups if group)
         elif value is not None and value is not False and value != parser.get_default(name):

@@ -1,4 +1,4 @@
-"""What could stop a search halfway, looked for before it starts: each finding is one line with its remedy."""
+"""Checks before a search for problems that would stop it later. Each finding has its remedy."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tune.runtime.findings import (
 )
 from tune.runtime.job import Workers
 
-WORKER_BYTES = 1.5 * GB  # a worker that trains a small network on a CPU; larger ones and sizes take more
-RAY_DISK = 0.5 * GB  # logs and spilled objects of a run
+WORKER_BYTES = 1.5 * GB  # a small network on a CPU; larger networks and images take more
+RAY_DISK = 0.5 * GB  # logs and spilled objects per run
 BYTES_PER_PARAMETER = 4
 
 
 def findings(
     study: Study, space: Space, workers: Workers | None, cache: Path, *, later: int
 ) -> list[Finding]:
-    """Everything that was found, the fatal first. Without `workers` they are other machines' matter.
+    """All findings, the fatal ones first. Without `workers`, trials run on a cluster's machines.
 
-    `later`: models that further stages may leave beside those of the search.
+    `later`: number of models that later stages may add to those of the search.
     """
     found = [
         *folder_findings({"--results": study.folder.parent, "--cache": cache}),
@@ -46,7 +46,7 @@ def findings(
 
 
 def _disk(study: Study, space: Space, later: int) -> list[Finding]:
-    """Weights of the best trials, of reruns, of retrained ones and of their soups; Ray's own files."""
+    """Disk space for Ray's files and for weights: best trials, reruns, retrained models, soups."""
     largest = max(BACKBONES[name].millions for name in space.backbones) * 1e6 * BYTES_PER_PARAMETER
     there = sum(file.stat().st_size for file in study.weights_file("x").parent.glob("*"))
     needed = RAY_DISK + max(0.0, (WEIGHTS_KEPT + later) * largest - there)
@@ -63,7 +63,7 @@ def _disk(study: Study, space: Space, later: int) -> list[Finding]:
 
 
 def _memory(workers: Workers) -> list[Finding]:
-    """Of the machine, or of the container where that has less."""
+    """Memory of the machine, or of the container if that has less."""
     available = min(psutil.virtual_memory().available, _container_memory())
     needed = workers.at_once * WORKER_BYTES
     if available >= needed:
@@ -78,7 +78,7 @@ def _memory(workers: Workers) -> list[Finding]:
 
 
 def _container_memory() -> float:
-    """Bytes that this control group may still take; infinite where nothing limits it."""
+    """Bytes left to this control group; infinite without a limit."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = float((folder / "memory.max").read_text())
@@ -88,33 +88,33 @@ def _container_memory() -> float:
 
 
 def _loaded(space: Space, workers: Workers) -> float:
-    """Bytes that loader processes hand over in shared memory: of each a batch of val, the larger ones."""
+    """Bytes in shared memory: one val batch for each loader process. Val batches are the largest."""
     images = 2 * space.fixed.get("batch_size", TrialConfig.batch_size)
     return float(workers.count * workers.processes * images * 3 * space.largest_size**2)
 
 
 def _other_rays() -> list[Finding]:
-    """Ray instances of the same user, which take cores and GPUs that are not theirs alone.
+    """Other Ray instances of this user. They compete for cores and GPUs.
 
-    Each search is the parent of one.
+    A search is the parent of its Ray.
     """
-    rays: list[int] = []
+    other_pids: list[int] = []
     searches: list[str] = []
     for process in psutil.process_iter(["pid", "ppid", "name", "uids"]):
         uids = process.info["uids"]
         if process.info["name"] == "raylet" and uids is not None and uids.real == os.getuid():
-            if study := _searched(process.info["ppid"]):
+            if study := _search_of(process.info["ppid"]):
                 searches.append(study)
             else:
-                rays.append(process.info["pid"])
+                other_pids.append(process.info["pid"])
     found = []
     if searches:
         found.append(
             f"another search is running here ({'; '.join(searches)}) and takes the same cores and GPUs; "
             "wait for its end, or give each its own with --workers and CUDA_VISIBLE_DEVICES"
         )
-    if rays:
-        numbers = ", ".join(map(str, rays))
+    if other_pids:
+        numbers = ", ".join(map(str, other_pids))
         found.append(
             f"another Ray is running here (process {numbers}) and will share the machine with this search; "
             "`ray stop` ends it if it was left behind"
@@ -122,8 +122,8 @@ def _other_rays() -> list[Finding]:
     return [Finding(words) for words in found]
 
 
-def _searched(pid: int) -> str:
-    """What the process searches, in words; empty where it is no search of ours."""
+def _search_of(pid: int) -> str:
+    """Process id and study of a search; empty if the process is not a search."""
     try:
         command = psutil.Process(pid).cmdline()
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""How the GPUs or cores there are become workers."""
+"""Divides GPUs or cores among workers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tune.runtime.job import Workers
 
 
 class Machine(NamedTuple):
-    """What one machine has; a trial runs on one."""
+    """Cores and GPUs of one machine. A trial runs on one machine."""
 
     cores: int
     gpus: int
 
 
 def check_machine(options: argparse.Namespace) -> Workers | None:
-    """What each trial may use; ValueError for what this machine cannot do.
+    """Resources of each trial on this machine. None for a cluster, which is checked after joining.
 
-    None for a cluster, which is asked when it is joined.
+    Raises ValueError for more than the machine has.
     """
     return None if options.address else share_out(options, [this_machine()])
 
@@ -35,10 +35,10 @@ def this_machine() -> Machine:
 
 
 def share_out(options: argparse.Namespace, machines: Sequence[Machine]) -> Workers:
-    """As many trials side by side as the GPUs, or else the cores, hold; ValueError for more.
+    """As many parallel trials as fit on the GPUs, or on the cores if there is no GPU.
 
-    Machines without a GPU are left alone where another has one. Each trial gets as many cores as leave room
-    for all of them, on whichever machines.
+    If any machine has a GPU, machines without one are not used. Each trial gets the most cores with which all
+    trials still fit. Raises ValueError if --workers is more than fits.
     """
     gpus, cores = sum(m.gpus for m in machines), sum(m.cores for m in machines)
     packed = options.gpus_per_trial == "auto"
@@ -55,12 +55,12 @@ def share_out(options: argparse.Namespace, machines: Sequence[Machine]) -> Worke
 
 
 def _places(machine: Machine, share: float) -> int:
-    """How many trials its GPUs hold."""
+    """Number of trials that fit on the machine's GPUs."""
     return machine.gpus * int(1 / share + 1e-9)
 
 
 def _cores_each(machines: Sequence[Machine], count: int, share: float) -> int:
-    """The most cores a trial can have with `count` of them side by side, each on one machine; at least 1."""
+    """Most cores per trial with which `count` trials fit, each on one machine; at least 1."""
     on_gpus = any(m.gpus for m in machines)
 
     def held(cores: int) -> int:
@@ -72,7 +72,7 @@ def _cores_each(machines: Sequence[Machine], count: int, share: float) -> int:
 
 
 def cluster_machines(address: str) -> list[Machine]:
-    """The machines of the cluster that are there; ValueError where none can train."""
+    """The cluster's live machines. Raises ValueError if none has a core."""
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     machines = [Machine(int(r.get("CPU", 0)), int(r.get("GPU", 0))) for r in resources]
     if not any(m.cores for m in machines):

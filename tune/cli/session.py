@@ -1,4 +1,4 @@
-"""What every script needs before it works: the study's lock, the data, a running Ray."""
+"""Setup that the scripts share: the study's lock, the data, a running Ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tune.runtime.job import Job, Workers
 
 @contextmanager
 def held(study: Study) -> Iterator[None]:
-    """The study is this process's alone, from here to the end of the block; ValueError names who has it."""
+    """Hold the study's lock inside the block. Raises ValueError that names the process holding it."""
     study.lock_file.parent.mkdir(parents=True, exist_ok=True)
     owner = study.lock_file.with_suffix(".owner")
     lock = FileLock(study.lock_file, timeout=0)
@@ -51,7 +51,7 @@ def held(study: Study) -> Iterator[None]:
 
 
 def open_data(data: Path, options: argparse.Namespace, max_size: int, seed: int, screen: Screen) -> Splits:
-    """The data set, decoded once for every size up to `max_size` pixels."""
+    """The data set, decoded once at up to `max_size` pixels."""
     cache_dir = cache_folder(options)
     progress, on_progress = screen.decoding()
     with progress:
@@ -71,7 +71,7 @@ def open_data(data: Path, options: argparse.Namespace, max_size: int, seed: int,
 
 
 def data_of(study: Study, options: argparse.Namespace, screen: Screen) -> Splits:
-    """The data set of a study that exists; ValueError where it has changed."""
+    """The data set of an existing study. Raises ValueError if it has changed."""
     facts = study.metadata
     data = study.resolved(facts["data"])
     splits = open_data(data, options, facts["max_size"], facts["seed"], screen)
@@ -85,9 +85,9 @@ def data_of(study: Study, options: argparse.Namespace, screen: Screen) -> Splits
 def watched(
     job: Job, clock: Clock, trials: int | None, screen: Screen, *, inner: str = ""
 ) -> ProgressCallback:
-    """What looks on while the job's study runs: the screen, Ray's metrics and TensorBoard's curves.
+    """Callbacks for the progress of the job's study: screen, Ray metrics, TensorBoard.
 
-    `inner` names a study inside the user's own.
+    `inner` is the name of a study inside the user's study.
     """
     study = job.study
     metrics = exported(
@@ -102,7 +102,7 @@ def watched(
 
 @contextmanager
 def open_job(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
-    """The job of a study that exists, with Ray running for it; ValueError where its data set has changed."""
+    """The job of an existing study, with Ray running. Raises ValueError if its data set has changed."""
     check_machine(options)
     splits, weights = data_of(study, options, screen), weights_of(study)
     with held(study), ray_running(options, screen) as workers:
@@ -115,7 +115,7 @@ def open_job(study: Study, options: argparse.Namespace, screen: Screen) -> Itera
 
 @contextmanager
 def open_job_without_ray(study: Study, options: argparse.Namespace, screen: Screen) -> Iterator[Job]:
-    """Likewise without Ray: one worker that has all cores and one GPU, if there is any, to itself."""
+    """The job of an existing study without Ray: one worker with all cores and at most one GPU."""
     splits, here = data_of(study, options, screen), this_machine()
     workers = Workers(1, here.cores, float(min(1, here.gpus)))
     with held(study):
@@ -124,14 +124,14 @@ def open_job_without_ray(study: Study, options: argparse.Namespace, screen: Scre
 
 
 def weights_of(study: Study) -> Weights:
-    """Where a study that exists has its pretrained weights from."""
+    """Source of an existing study's pretrained weights."""
     source = study.metadata["weights"]
     return Weights(source if source in ("hub", "none") else str(study.resolved(source)))
 
 
 @contextmanager
 def ray_running(options: argparse.Namespace, screen: Screen) -> Iterator[Workers]:
-    """Ray, from here to the end of the block; gives what each trial may use."""
+    """Run Ray inside the block. Yields the resources of each trial."""
     here = this_machine()
     dashboard = start_ray(address=options.address, cores=here.cores, gpus=here.gpus)
     if dashboard:
@@ -145,13 +145,13 @@ def ray_running(options: argparse.Namespace, screen: Screen) -> Iterator[Workers
 def look_at_machines(
     study: Study, data: Path, weights: Weights, options: argparse.Namespace, screen: Screen
 ) -> None:
-    """Every machine of a cluster before the first trial: a line a finding, ValueError for a fatal one."""
+    """Check a cluster's machines before the first trial. Raises ValueError for a fatal finding."""
     shared = {"--data": data, **({"--weights": Path(weights.source)} if weights.is_folder else {})}
     report(cluster_findings(study.folder.parent, shared, cache_folder(options)), screen)
 
 
 def report(found: Sequence[Finding], screen: Screen) -> None:
-    """A line for each; ValueError with the first that is fatal."""
+    """Print one line for each finding. Raises ValueError for the first fatal one."""
     for finding in found:
         if finding.fatal:
             raise ValueError(finding.words)

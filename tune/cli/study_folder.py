@@ -1,4 +1,4 @@
-"""Beginning a study, going on with one, and what stands in the way of either."""
+"""Starts or resumes a study, after checks of its folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tune.monitor.terminal import Screen
 
 
 def earlier_studies(folders: Sequence[str], own: Study, metric: str) -> list[Study]:
-    """The studies in these folders; ValueError for one that cannot tell this one anything."""
+    """The studies to warm-start from. Raises ValueError for this study, another metric or no trials."""
     studies = [Study(user_path(folder)) for folder in folders]
     for study in studies:
         if study.folder == own.folder:
@@ -30,9 +30,9 @@ def earlier_studies(folders: Sequence[str], own: Study, metric: str) -> list[Stu
 
 
 def check_folder(study: Study, *, resume: bool, overwrite: bool) -> None:
-    """Raises ValueError where the study's folder and --resume or --overwrite do not go together.
+    """Raises ValueError if the study's folder does not fit --resume or --overwrite.
 
-    What is no study is left alone: it may be someone's images, which --overwrite would later delete.
+    A folder that is not a study is refused. It may hold images, which --overwrite would delete.
     """
     if not study.exists and (study.folder.is_file() or any(study.folder.glob("*"))):
         raise ValueError(
@@ -49,7 +49,7 @@ def check_folder(study: Study, *, resume: bool, overwrite: bool) -> None:
 
 
 def refuse_within(study: Study, options: argparse.Namespace) -> None:
-    """Raises ValueError for data, weights or a cache in the study's own folder, which --overwrite deletes."""
+    """Raises ValueError for data, weights or a cache in the study's folder: --overwrite deletes it."""
     for name in ("data", "weights", "cache"):
         value = getattr(options, name)
         if value in (None, "hub", "none"):
@@ -62,8 +62,8 @@ def refuse_within(study: Study, options: argparse.Namespace) -> None:
 
 
 def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: Screen) -> None:
-    """Says what is damaged; ValueError where what is resumed is not the same search of the same data."""
-    before = study.metadata  # first: to a study of another version nothing else applies
+    """Report damaged records. Raises ValueError if the resumed search or its data has changed."""
+    before = study.metadata  # read first: refuses a study of another version
     if damaged := study.damaged_lines():
         screen.say(f"{study.trials_file}: lines {damaged} are damaged, their trials run again.", "yellow")
     if lost := study.missing_trials():
@@ -73,30 +73,29 @@ def check_resumed(study: Study, facts: dict[str, Any], splits: Splits, screen: S
             "yellow",
         )
     for name in ("preset", "space", "seed", "metric", "warm_start", "weights", "fingerprint", "split_hash"):
-        if not _alike(study, name, before[name], facts[name]):
+        if not _same_fact(study, name, before[name], facts[name]):
             raise ValueError(
                 f"--resume: {name} was {before[name]} in {study.folder} and is {facts[name]} now; "
                 "give the options of the first run, or another --study NAME"
             )
     study.make_folders()
-    study.write_splits(split_rows(splits))  # the same, were it not damaged
-    study.write_metadata(
-        {**before, "data": facts["data"], "weights": facts["weights"]}
-    )  # they may have moved
+    study.write_splits(split_rows(splits))  # restores a damaged file
+    moved = {"data": facts["data"], "weights": facts["weights"]}  # the paths may have changed
+    study.write_metadata({**before, **moved})
 
 
-def _alike(study: Study, name: str, before: Any, now: Any) -> bool:
-    """Whether two facts of a study are the same, seen from where the study lies now, which may have moved."""
-    if name == "warm_start":  # the study has their trials
+def _same_fact(study: Study, name: str, before: Any, now: Any) -> bool:
+    """Whether a fact of the study is unchanged. Folders may have moved."""
+    if name == "warm_start":  # the study holds a copy of their trials
         return [Path(folder).name for folder in before] == [Path(folder).name for folder in now]
     moved = name == "weights" and not {before, now} & {"hub", "none"} and not study.resolved(before).is_dir()
     return moved or before == now
 
 
 def begin(study: Study, facts: dict[str, Any], splits: Splits, earlier: Sequence[Study]) -> None:
-    """Begin the study, in the place of one that is there."""
+    """Start the study. An existing one is replaced."""
     if study.exists:
-        old = study.folder.with_name(f".{study.folder.name}.old")  # whole or not at all, if this is killed
+        old = study.folder.with_name(f".{study.folder.name}.old")  # atomic, in case the process is killed
         shutil.rmtree(old, ignore_errors=True)
         study.folder.rename(old)
         shutil.rmtree(old, ignore_errors=True)
@@ -104,7 +103,7 @@ def begin(study: Study, facts: dict[str, Any], splits: Splits, earlier: Sequence
 
 
 def split_rows(splits: Splits) -> list[tuple[str, str, int]]:
-    """(split, id, class index or -1) of every image."""
+    """(split, id, class index or -1) for every image."""
     return [
         (split.name, image, -1 if split.labels is None else int(split.labels[i]))
         for split in (splits.train, splits.val, splits.holdout, splits.test)
@@ -113,13 +112,13 @@ def split_rows(splits: Splits) -> list[tuple[str, str, int]]:
 
 
 def describe_space(space: Space) -> dict[str, Any]:
-    """A space in JSON's types."""
+    """The space as JSON types."""
     dimensions = {n: {"kind": type(d).__name__, **_listed(asdict(d))} for n, d in space.dimensions.items()}
     return {"dimensions": dimensions, "fixed": dict(space.fixed)}
 
 
 def _listed(value: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, all the way down, so that what is read back from JSON compares equal."""
+    """Nested tuples as lists, to compare equal with values read from JSON."""
     return {k: _as_list(v) for k, v in value.items()}
 
 

@@ -1,4 +1,4 @@
-"""What tune/distil.py does: train a student, and say what it keeps and gains."""
+"""Work of tune/distil.py: trains a student and prints its accuracy and speed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tune.monitor.terminal import Screen
 
 
 def run(options: argparse.Namespace, screen: Screen) -> int:
-    """Distil and say what came of it."""
+    """Distil and print the results."""
     study = Study(user_path(options.study))
 
     def on_epoch(epoch: EpochMetrics) -> None:
         screen.say(f"  epoch {epoch.epoch}: {study.metric} on val {epoch.value:.4f}, {epoch.seconds:.0f} s")
 
     with session.open_job_without_ray(study, options, screen) as job:
-        Weights.parse(job.weights.source)  # a folder may have gone since
+        Weights.parse(job.weights.source)  # its folder may be gone
         torch.set_num_threads(joblib.cpu_count())
         results = distillation.distil(
             job, backbone=options.backbone, epochs=options.epochs, say=screen.say, on_epoch=on_epoch
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
 
 
 def _tell(results: dict[str, Any], study: Study, screen: Screen) -> None:
-    """What is kept and what is gained."""
+    """Print the student's scores and its speed."""
     metric, holdout, speed = results["metric"], results["holdout"], results["speed"]
     val = ", ".join(f"{name} {score_text(metric, score)}" for name, score in results["val"].items())
     screen.say(f"{metric} on val: {val}.")

@@ -1,4 +1,4 @@
-"""What tune/ensemble.py does: choose an ensemble, score it on holdout, write submission and report."""
+"""Work of tune/ensemble.py: chooses an ensemble, scores it on holdout, writes submission and report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tune.reporting.page import write_report
 
 
 def run(options: argparse.Namespace, screen: Screen) -> int:
-    """Ensemble and print the answer."""
+    """Build the ensemble and print its results."""
     study = Study(user_path(options.study))
     out = out_file(options)
     with session.open_job(study, options, screen) as job:

@@ -1,4 +1,4 @@
-"""What tune/predict.py does: export an ensemble, answer images with it, or serve a page to drop them on."""
+"""Work of tune/predict.py: exports an ensemble, classifies images, or serves a drop page."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tune.serving.inference import (
 )
 from tune.serving.model_card import write_card
 
-MOST_LINES = 100  # of answers on the screen, where a CSV has them all
+MOST_LINES = 100  # answers on the screen if a CSV holds them all
 
 
 def run(options: argparse.Namespace, screen: Screen, port: int) -> int:
-    """Export, answer, serve: whatever was asked for, in this order."""
+    """Export, predict and serve, in this order, as requested."""
     if options.export:
         _check_export(options)
     study = Study(user_path(options.study))
@@ -73,7 +73,7 @@ def _answer(
 ) -> None:
     names, shown = ensemble.spec.class_names, len(paths) <= MOST_LINES or out is None
     console = screen.console
-    looked = track(
+    progress = track(
         answers(ensemble, paths, limit),
         "Looking at images",
         total=len(paths),
@@ -82,7 +82,7 @@ def _answer(
         disable=not console.is_terminal,
     )
     found: list[Answer] = []
-    for answer in looked:
+    for answer in progress:
         if isinstance(answer, Unreadable):
             screen.say(f"Left out: {answer.image} ({answer.reason}).", "yellow")
             continue

@@ -1,4 +1,4 @@
-"""What tune/report.py does: write a study's page, or serve it."""
+"""Work of tune/report.py: writes a study's page or serves it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFRESH_SECONDS = 20
 
 
 def run(options: argparse.Namespace, screen: Screen, port: int) -> int:
-    """Write the page and say where it is, or serve it."""
+    """Write the page and print its path, or serve it."""
     studies = [Study(user_path(folder)) for folder in options.studies]
     out = out_file(options)
     if options.thumbnails:
@@ -34,8 +34,8 @@ def run(options: argparse.Namespace, screen: Screen, port: int) -> int:
 
 
 def add_thumbnails(study: Study, options: argparse.Namespace, screen: Screen) -> None:
-    """Ask the ensemble about the images of its worst mistakes again, for the page."""
-    import torch  # here, as what follows: it takes seconds that a page without thumbnails need not
+    """Write thumbnails of the ensemble's worst mistakes for the page."""
+    import torch  # these imports take seconds, and only thumbnails need them
 
     from carmodels.ensembling.network import load_ensemble
     from tune.cli import session
@@ -46,8 +46,8 @@ def add_thumbnails(study: Study, options: argparse.Namespace, screen: Screen) ->
 
 
 def serve(studies: list[Study], make: Callable[[int], str], port: int, screen: Screen) -> int:
-    """Show the page on this machine alone, made anew for every request, until Ctrl-C."""
-    begun = ", ".join(study.metadata["begun"] for study in studies)  # one clear line where one is no study
+    """Serve the page to this machine only, until Ctrl-C. Each request renders it again."""
+    begun = ", ".join(study.metadata["begun"] for study in studies)  # ValueError without a study
 
     class Page(local_page.LocalPage):
         def do_GET(self) -> None:
@@ -63,6 +63,6 @@ def serve(studies: list[Study], make: Callable[[int], str], port: int, screen: S
 
 
 def waiting(words: str) -> str:
-    """A page that looks again by itself."""
+    """A page that reloads itself."""
     refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">'
     return f"<!doctype html>{refresh}<title>Waiting</title><p>{html.escape(words)}</p>"

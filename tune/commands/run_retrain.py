@@ -1,4 +1,4 @@
-"""What tune/retrain.py does: train a configuration again from new seeds, on folds or on all images."""
+"""Work of tune/retrain.py: retrains a configuration with new seeds, on folds or on all images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     study = Study(user_path(options.study))
     clock = Clock(time.time())
     with session.open_job(study, options, screen) as job:
-        Weights.parse(job.weights.source)  # a folder may have gone since
+        Weights.parse(job.weights.source)  # its folder may be gone
         if options.folds:
             folds.check_fold_count(job.splits, options.folds, study.metadata["seed"])
         if options.folds or options.fold_in or (options.epochs and not options.onward) or new_head:
@@ -46,7 +46,9 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
         )
     screen.rest()
     screen.table(study)
-    made = [r for r in study.records() if r not in before]
-    if made and all(r.state is State.FAILED and not r.diverged for r in made):
-        raise ValueError(f"none of {len(made)} runs has finished, the last one failed by: {made[-1].reason}")
+    new_records = [r for r in study.records() if r not in before]
+    if new_records and all(r.state is State.FAILED and not r.diverged for r in new_records):
+        raise ValueError(
+            f"none of {len(new_records)} runs has finished, the last one failed by: {new_records[-1].reason}"
+        )
     return 0 if completed else 130

@@ -1,4 +1,4 @@
-"""What tune/search.py does: the stages of a search, from the data to the report."""
+"""Work of tune/search.py: all stages of a search, from the data to the report."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ from tune.runtime.job import Job
 from tune.runtime.profiling import costs_of, processor
 
 COMMAND = "python tune/search.py"
-DEMO_HOURS = 0.15  # the demo ends by its number of trials; this is for slow machines
+DEMO_HOURS = 0.15  # a limit for slow machines; the demo usually ends by its number of trials
 
 
 def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> int:
-    """The whole job, top to bottom; `typed` are the options that differ from their defaults, as text."""
+    """Run the whole command. `typed`: the options that differ from their defaults, as shell text."""
     begun = time.time()
     bare = options.data is None
     granted = resources.check_machine(options)
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
     data = user_path(options.data) if options.data else demo_data(options, screen)
     fetch_weights(weights, space.backbones)
     if weights.source == "hub" and not options.address:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: what they need is on this disk now
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: the weights are on this disk now
     splits = session.open_data(data, options, space.largest_size, options.seed, screen)
     if options.fold_in:
         retraining.check_has_test(splits)
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
 
 
 def repeats_the_demo(study: Study, typed: Sequence[str]) -> bool:
-    """Whether this is the demo without an option (but --check and --plain), and the study is of the same."""
+    """Whether this is the plain demo (--check and --plain allowed) and the study is an earlier one."""
     if not set(typed) <= {"--check", "--plain"} or not study.exists:
         return False
     command = str(study.metadata.get("command"))
@@ -121,7 +121,7 @@ def repeats_the_demo(study: Study, typed: Sequence[str]) -> bool:
 
 
 def described_budget(clock: Clock, trials: int | None) -> str:
-    """The limits of a search in words."""
+    """The search's limits as text."""
     count = f"{trials} trials" if trials else "as many trials as fit"
     return count if math.isinf(clock.seconds) else f"{count}, {duration(clock.seconds)} in all"
 
@@ -134,7 +134,7 @@ def go(
     trials: int | None,
     screen: Screen,
 ) -> int:
-    """The stages, one after the other, up to --until."""
+    """Run the stages up to --until. Returns the exit code."""
     origin = Origin(
         metric=options.metric,
         seed=options.seed,
@@ -183,8 +183,8 @@ def go(
 
 
 def report(job: Job, clock: Clock, screen: Screen, *, with_thumbnails: bool) -> None:
-    """The last stage: write report.html, with images of the worst mistakes where they are asked for."""
-    from tune.reporting import page, thumbnails  # here: a second of imports that no other stage needs
+    """Last stage: write report.html, with thumbnails of the worst mistakes if requested."""
+    from tune.reporting import page, thumbnails  # a second of imports, only for this stage
 
     if with_thumbnails:
         network = load_ensemble(job.study).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -194,9 +194,9 @@ def report(job: Job, clock: Clock, screen: Screen, *, with_thumbnails: bool) -> 
 
 
 def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Clock:
-    """The clock with more time for the search where the later stages, as they are bounded, do not need it.
+    """The clock with the spare time of the later stages given to the search.
 
-    Not where the search has ended long before its time: it has nothing more to draw.
+    Unchanged if the search ended long before its time: the space has nothing more to draw.
     """
     ends = clock.at(clock.search)
     if time.time() < ends - TRIAL_SHARE * (ends - clock.begun):
@@ -208,7 +208,7 @@ def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Cloc
         job.study, job.workers.count, max_reruns=options.confirm, costs=packed
     )
     return clock.with_spare_time(
-        confirm=min(reruns, clock.seconds * (clock.confirm - clock.search)),  # and no more, by their bounds
+        confirm=min(reruns, clock.seconds * (clock.confirm - clock.search)),  # the stage's own bound
         retrain=retraining.retraining_seconds(job, within=within, folds=options.folds) + less * clock.seconds,
         ensemble=blending.ensemble_seconds(job, folds=options.folds),
         stops=STOPS_SHARE if options.check_stops else 0.0,
@@ -218,7 +218,7 @@ def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Cloc
 def trained_further(
     job: Job, options: argparse.Namespace, clock: Clock, watch: ProgressCallback, screen: Screen
 ) -> bool:
-    """What trains after the search, up to --until; False if interrupted."""
+    """Run the training stages after the search, up to --until. False if interrupted."""
     last, say = STAGES.index(options.until), screen.say
     if options.check_stops:
         if not stop_check.check_stops(
@@ -243,10 +243,10 @@ def trained_further(
 
 
 def models_later(options: argparse.Namespace) -> int:
-    """How many models the stages after the search may leave: reruns, retrained ones, folds, soups."""
+    """Most models that the later stages save: reruns, retrained models, folds, soups."""
     until = STAGES.index(options.until)
-    found = options.check_stops  # until all of these have ended
-    found += 1 + options.confirm if until >= STAGES.index("confirm") else 1  # and the baseline's
+    found = options.check_stops  # kept until all of them end
+    found += 1 + options.confirm if until >= STAGES.index("confirm") else 1  # 1: the baseline
     if until >= STAGES.index("retrain"):
         found += folds.MOST_FOLDED * options.folds if options.folds else repeats.SEEDS + CONTENDERS - 1
         found += repeats.SEEDS if options.fold_in else 0
@@ -254,7 +254,7 @@ def models_later(options: argparse.Namespace) -> int:
 
 
 def demo_data(options: argparse.Namespace, screen: Screen) -> Path:
-    """Draw the built-in data set, unless it is drawn already."""
+    """Folder of the built-in data set. Drawn on first use."""
     folder = cache_folder(options) / "demo"
     screen.say("No --data given: this is the demo, ten classes of drawn cars in the competition's layout.")
     draw_demo(folder)
@@ -262,14 +262,14 @@ def demo_data(options: argparse.Namespace, screen: Screen) -> Path:
 
 
 def default_name(data: str | None) -> str:
-    """The study's name where none is given: that of the data."""
+    """Default name of the study: the name of the data."""
     return re.sub(r"[^\w.-]", "_", user_path(data).resolve().stem)[:LONGEST_NAME] if data else "demo"
 
 
 def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[Space, list[str]]:
-    """The preset with the overrides, less the backbones without weights, and the names of those."""
+    """The preset with the overrides, without backbones that lack weights; and their names."""
     space = SPACES[preset]
-    first = ("backbone", "image_size")  # what other sizes are held against
+    first = ("backbone", "image_size")  # other overrides are checked against these
     for text in sorted(overrides, key=lambda text: text.partition("=")[0] not in first):
         space = space.with_override(text)
     left_out = [name for name in space.backbones if not weights.has(name)]
@@ -283,7 +283,7 @@ def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[S
 
 
 def budget(options: argparse.Namespace, space: Space, bare: bool, begun: float) -> tuple[Clock, int | None]:
-    """The clock of the whole command, and the number of configurations where one is set."""
+    """The clock of the whole command, and the number of trials if limited."""
     asked = {"confirm": options.confirm, "check_stops": options.check_stops}
     hours, trials = options.hours, options.trials
     if hours is None and trials is None:
@@ -302,7 +302,7 @@ def budget(options: argparse.Namespace, space: Space, bare: bool, begun: float) 
 def describe(
     options: argparse.Namespace, typed: Sequence[str], preset: str, space: Space, splits: Splits
 ) -> dict[str, Any]:
-    """study.json: what was asked for, of which data, with which versions, on what machine."""
+    """Facts for study.json: options, data, package versions and hardware."""
     packages = (
         "torch",
         "torchvision",
@@ -338,7 +338,7 @@ def describe(
 
 
 def describe_data(splits: Splits, screen: Screen) -> None:
-    """What was found, what was left out, what looks alike."""
+    """Print the data set's sizes, excluded images and duplicates."""
     sizes = ", ".join(f"{s.name} {len(s)}" for s in (splits.train, splits.val, splits.holdout, splits.test))
     screen.say(f"{len(splits.classes)} classes ({', '.join(splits.class_names)}); images: {sizes}.")
     for lost in splits.excluded[:5]:
