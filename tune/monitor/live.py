@@ -1,4 +1,4 @@
-"""How a run stands while it goes on: a view that a terminal redraws, and the same in one plain line."""
+"""Progress of a run: a live terminal view, and the same as one plain line."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from tune.budget.clock import Clock
 from tune.runtime.callbacks import RunState
 
 BARS = "▁▂▃▄▅▆▇█"
-WIDE = 120  # columns from which on a trial's line holds its learning rate and augmentation, too
-CURVE, WIDE_CURVE = 8, 24  # most columns of a sparkline
-_OTHER_LINES = 7  # of the view, beside those of trials
-_MARGIN = 3  # columns at the right: the ^C that a terminal echoes would begin a line of its own there
+WIDE = 120  # columns; from this width a trial's row also has lr, augmentation and pace
+CURVE, WIDE_CURVE = 8, 24  # maximum width of a sparkline, columns
+_OTHER_LINES = 7  # lines of the view that are not trials
+_MARGIN = 3  # columns kept free at the right: an echoed ^C would wrap the line
 
 
 @dataclass(frozen=True)
 class Running:
-    """A trial that trains, and its epochs so far."""
+    """A running trial and its epochs so far."""
 
     run: Run
     curve: Sequence[EpochMetrics]
 
     @property
     def best(self) -> float | None:
-        """The best value so far; None before the first epoch, or where none is finite."""
+        """Best value so far. None before the first epoch, or if no value is finite."""
         values = [e.value for e in self.curve if math.isfinite(e.value)]
         better = max if METRICS[self.run.origin.metric].mode == "max" else min
         return better(values) if values else None
@@ -45,16 +45,16 @@ class Running:
 
 @dataclass(frozen=True)
 class Standing:
-    """A run at one moment."""
+    """Snapshot of a run."""
 
     stage: str
     metric: str
     running: tuple[Running, ...]
     ended: tuple[TrialRecord, ...]  # of this stage
-    best: TrialRecord | None  # finished, of any stage
-    trials: int | None  # the stage's goal, where it has one
-    used: float  # seconds since the command began
-    left: float  # seconds, an estimate where only the number of trials bounds the run; inf: not known
+    best: TrialRecord | None  # complete, of any stage but folds
+    trials: int | None  # target of the stage, if it has one
+    used: float  # seconds since the command started
+    left: float  # seconds; estimated if only the number of trials bounds the run; inf: unknown
 
     @property
     def stopped(self) -> int:
@@ -66,7 +66,7 @@ class Standing:
 
     @property
     def counts(self) -> str:
-        """How many trials ended, run, were stopped and failed, in words."""
+        """Numbers of trials that ended, are running, were cut short, and failed, as text."""
         goal = f" of {self.trials}" if self.trials else ""
         return (
             f"{len(self.ended)}{goal} trials ended, {len(self.running)} running, "
@@ -75,13 +75,13 @@ class Standing:
 
     @property
     def time(self) -> str:
-        """What is used and what is left, in words."""
+        """Time used and time left, as text."""
         left = "" if math.isinf(self.left) else f", {duration(self.left)} left"
         return f"{duration(self.used)} used{left}"
 
     @property
     def share_used(self) -> float | None:
-        """Of the time; None where nothing bounds it."""
+        """Share of the time used. None without a limit."""
         left = max(0.0, self.left)
         return None if math.isinf(left) else self.used / (self.used + left) if self.used + left else 1.0
 
@@ -89,18 +89,18 @@ class Standing:
 def standing(
     ended: Iterable[TrialRecord], recorder: RunState, metric: str, clock: Clock, trials: int | None
 ) -> Standing:
-    """The run at this moment; `trials` is what the search goes for."""
+    """Snapshot of the run now. `trials` is the target of the search."""
     ended = list(ended)
-    here = tuple(r for r in ended if r.stage == recorder.stage)
+    of_stage = tuple(r for r in ended if r.stage == recorder.stage)
     goal = trials if recorder.stage == "search" else None
     used, left = time.time() - clock.begun, clock.left
     if math.isinf(left) and goal and recorder.recorded:
-        left = used / len(recorder.recorded) * max(0, goal - len(here))
+        left = used / len(recorder.recorded) * max(0, goal - len(of_stage))
     return Standing(
         stage=recorder.stage,
         metric=metric,
         running=tuple(Running(recorder.runs[i], tuple(c)) for i, c in recorder.running.items()),
-        ended=here,
+        ended=of_stage,
         best=_best(ended, metric),
         trials=goal,
         used=used,
@@ -111,12 +111,12 @@ def standing(
 def _best(ended: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
     sign = 1 if METRICS[metric].mode == "max" else -1
     on_val = (r for r in ended if r.state is State.COMPLETE and r.stage != FOLD)
-    finished = [(sign * r.value, r) for r in on_val if r.value is not None]
-    return max(finished, key=lambda pair: pair[0])[1] if finished else None
+    scored = [(sign * r.value, r) for r in on_val if r.value is not None]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
 def line(now: Standing) -> str:
-    """How things stand, in a line."""
+    """Progress as one line."""
     parts = [f"{now.stage}: {now.counts}"]
     if now.best:
         parts.append(f"best {now.best.value:.4f} ({now.best.config.title})")
@@ -127,7 +127,7 @@ def line(now: Standing) -> str:
 
 @dataclass(frozen=True)
 class View:
-    """The run as a terminal shows it: counts, best, time, a line for each trial that trains."""
+    """Terminal view of a run: counts, best trial, time, and a row per running trial."""
 
     now: Standing
 
@@ -179,16 +179,16 @@ class View:
                 sparkline(curve, low, high, WIDE_CURVE if wide else CURVE),
                 Text(trial.run.title),
             )
-            table.add_row(*cells, *(_further(trial) if wide else ()))
+            table.add_row(*cells, *(_wide_cells(trial) if wide else ()))
         if len(self.now.running) > rows:
             table.add_row(*[""] * 4, f"and {len(self.now.running) - rows} more")
         return table
 
 
 def sparkline(values: Sequence[float], low: float, high: float, width: int) -> str:
-    """A bar for each value between `low` and `high`, a blank for one that is not finite.
+    """One bar per value, scaled from `low` to `high`. A non-finite value is a blank.
 
-    Of more values than `width` evenly spaced ones are shown, the last among them.
+    More than `width` values are sampled evenly. The last value is always kept.
     """
     if len(values) > width:
         values = [values[(i + 1) * len(values) // width - 1] for i in range(width)]
@@ -208,11 +208,11 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _further(trial: Running) -> tuple[str, str, str]:
+def _wide_cells(trial: Running) -> tuple[str, str, str]:
     pace = f"{trial.curve[-1].seconds:.1f}" if trial.curve else "-"
     return f"{trial.run.config.lr:.1e}", trial.run.config.augment, pace
 
 
 def _cut(text: str, style: str = "") -> Text:
-    """A line that ends where the terminal does."""
+    """One line, cut off at the terminal's width."""
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")

@@ -1,7 +1,7 @@
-"""What a run tells Prometheus: series of Ray's own metrics, which the agent of the node exports.
+"""Prometheus metrics of a run, exported by Ray's metrics agent on each node.
 
-`tune/monitor/` holds a scrape configuration and a Grafana dashboard for them; Ray puts `ray_` before the
-names, and Prometheus' convention `_total` after those of counters.
+`tune/monitor/` holds a scrape configuration and a Grafana dashboard. Ray prefixes the names with `ray_`.
+Names of counters end in `_total` in Prometheus.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tune.budget.clock import Clock
 from tune.runtime.callbacks import ProgressCallback, RunState
 from tune.runtime.worker import trial_name
 
-REFRESH_SECONDS = 1.0  # between two times that all gauges are set
+REFRESH_SECONDS = 1.0  # between updates of all gauges
 _RUN = ("study", "stage")
 _TRIAL = (*_RUN, "trial", "backbone", "image_size", "strategy")
 
@@ -42,7 +42,7 @@ _WHILE_TRAINING = ("carmodels_epochs_per_second", "carmodels_images_per_second",
 
 
 def reason_tag(record: TrialRecord) -> str:
-    """Why the trial ended, in a word or two: the rung's epoch, the cause of a failure."""
+    """Why the trial ended, in a few words: the rung's epoch if pruned, the cause of a failure."""
     if record.state is State.PRUNED:
         return f"rung at epoch {record.epochs_run}"
     if record.cause is not None:
@@ -66,9 +66,10 @@ def exported(
     clock: Clock,
     records: Iterable[TrialRecord] = (),
 ) -> ProgressCallback:
-    """A watch that exports what it is told; `images` says how many a run's epoch learns from.
+    """Callbacks that export a run's metrics to Prometheus.
 
-    `records` are there already.
+    `images` returns a run's number of training images per epoch. `records` are trials that ended earlier;
+    they set the initial best value.
     """
     exporter = _Exporter(study, metric, images, clock)
     for record in records:
@@ -108,7 +109,7 @@ class _Exporter:
         self.on_complete(record)
 
     def on_complete(self, record: TrialRecord) -> None:
-        """Raise the best, where this trial is better."""
+        """Update the best value if this trial is complete and better."""
         if record.state is not State.COMPLETE or record.value is None or record.stage == FOLD:
             return
         tags = {"study": self.study, "metric": self.metric}
@@ -117,7 +118,7 @@ class _Exporter:
         self._set("carmodels_best", better(record.value, best), tags)
 
     def on_step(self, recorder: RunState) -> None:
-        """Set every gauge again: Ray forgets one that was not set for two of its reports, 20 s."""
+        """Set all gauges again. Ray drops a gauge that is not set for two reports (20 s)."""
         if time.monotonic() - self._refreshed < REFRESH_SECONDS:
             return
         self._refreshed = time.monotonic()

@@ -1,4 +1,4 @@
-"""Learning curves as TensorBoard reads them, a folder for each trial: tensorboard --logdir results/STUDY"""
+"""TensorBoard logs, one folder per trial: tensorboard --logdir results/STUDY"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tune.runtime.worker import trial_name
 
 
 def written(study: Study) -> ProgressCallback:
-    """A watch that writes each epoch as it is reported; a trial that runs again starts its curves anew."""
+    """Callbacks that log each epoch. A restarted trial overwrites its earlier curves."""
     writers: dict[str, SummaryWriter] = {}
 
     def on_epoch(stage: str, run: Run, epoch: EpochMetrics, gpu_bytes: int) -> None:
@@ -31,7 +31,7 @@ def written(study: Study) -> ProgressCallback:
             ("train/loss", epoch.train_loss),
             ("seconds", epoch.seconds),
         ):
-            if math.isfinite(value):  # there is no val where everything is learnt from
+            if math.isfinite(value):  # val metrics are not finite when val is part of training
                 writers[name].add_scalar(tag, value, epoch.epoch)
         writers[name].flush()
 

@@ -1,4 +1,4 @@
-"""What the scripts print: a line for each trial that ends, how things stand meanwhile, a table at the end."""
+"""Terminal output of the scripts: a line per ended trial, live progress, and tables at the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tune.optim import importance
 from tune.optim.standings import Standing, standings_of, standings_sentence, top_standings
 from tune.runtime.callbacks import ProgressCallback, RunState
 
-QUIET_SECONDS = 60.0  # between two lines on how things stand, where the output is no terminal
+QUIET_SECONDS = 60.0  # between progress lines, if the output is not a terminal
 
 _SCORED_NAMES = {
     "ensemble": "ensemble",
@@ -39,29 +39,29 @@ _COLOURS = {
     State.FAILED: "red",
 }
 _CONFIGURATION = ("backbone", "px", "head", "strategy", "lr", "augment")
-_DETAILS = ("trial", "augment", "epochs", "s")  # which a narrow terminal has no room for
+_DETAILS = ("trial", "augment", "epochs", "s")  # columns left out on a narrow terminal
 
 
 class Screen:
-    """Prints for people: a live view on a terminal; plain lines elsewhere, and where they are asked for.
+    """Output for users: a live view on a terminal, plain lines elsewhere or on request.
 
-    At the end of a `with` block the live view is gone, so that an error stands alone.
+    The end of a `with` block removes the live view, so an error message stands alone.
     """
 
     def __init__(self, *, plain: bool = False) -> None:
-        plain = plain or not sys.stdout.isatty()  # FORCE_COLOR or not: a program reads it
-        self._terminal = False if plain else None  # None: rich finds out what the terminal can do
+        plain = plain or not sys.stdout.isatty()  # even with FORCE_COLOR: a program reads it
+        self._terminal = False if plain else None  # None: rich detects the terminal's features
         self.console = Console(highlight=False, soft_wrap=True, emoji=False, force_terminal=self._terminal)
         self._alive = self.console.is_interactive and not self.console.options.ascii_only
         self._live: Live | None = None
-        self._last_word = time.monotonic()
+        self._last_line_at = time.monotonic()
 
     def say(self, text: str, style: str = "") -> None:
-        """One line, whatever it holds; long ones are not cut."""
+        """Print one line, without interpreting markup. Long lines are not cut."""
         self.console.print(text, style=style, markup=False)
 
     def watch(self, study: Study, clock: Clock, trials: int | None) -> ProgressCallback:
-        """What a run calls as trials end and time goes by."""
+        """Callbacks that print each ended trial and the progress in between."""
         metric = study.metric
         ended = {r.trial_id: r for r in study.records() if r.state not in NOT_ENDED}
 
@@ -85,8 +85,8 @@ class Screen:
                 self._live = Live(console=self.console, transient=True)
                 self._live.start()
             self._live.update(live.View(now))
-        elif time.monotonic() - self._last_word >= QUIET_SECONDS:
-            self._last_word = time.monotonic()
+        elif time.monotonic() - self._last_line_at >= QUIET_SECONDS:
+            self._last_line_at = time.monotonic()
             self.say(f"      {live.line(now)}")
 
     def __enter__(self) -> Screen:
@@ -96,20 +96,20 @@ class Screen:
         self.rest()
 
     def rest(self) -> None:
-        """Take the live view away."""
+        """Remove the live view."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def decoding(self) -> tuple[Progress, Any]:
-        """A progress bar for the data cache, and the function that moves it."""
+        """A progress bar for the data cache, and the function that updates it."""
         columns = (TextColumn("Decoding images, once for all trials"), BarColumn(), TaskProgressColumn())
         progress = Progress(*columns, console=self.console, transient=True, disable=not self._alive)
         task = progress.add_task("decode", total=None)
         return progress, lambda done, total: progress.update(task, completed=done, total=total)
 
     def table(self, study: Study, rows: int = 10) -> None:
-        """The best finished trials, with their names and scores."""
+        """Print the best complete trials, with settings and scores. The baseline is always included."""
         table = Table(title=f"{study.metric} on val, best first", title_justify="left")
         names = ("rank", "trial", study.metric, *_CONFIGURATION, "epochs", "s", "note")
         narrow = self._alive and self.console.width < live.WIDE
@@ -125,7 +125,7 @@ class Screen:
             self._wide(table)
 
     def standings(self, study: Study) -> None:
-        """The best few by all their runs, and which of them cannot be told apart."""
+        """Print the best configurations over all their runs, and which may be as good as the best."""
         found = standings_of(study)
         if not found:
             return
@@ -141,7 +141,7 @@ class Screen:
         self.say(standings_sentence(found))
 
     def stops(self, study: Study) -> None:
-        """What became of the stopped trials that were finished after all."""
+        """Print the results of pruned trials that were trained to the end to check the pruning."""
         results = read_json(study.stops_file)
         table = Table(
             title=f"Stopped trials, finished after all: {study.metric} on val", title_justify="left"
@@ -158,7 +158,10 @@ class Screen:
         self.say(stops_sentence(results))
 
     def dimensions(self, study: Study) -> None:
-        """Which dimensions mattered, and which option goes beyond an end that the best trials lie at."""
+        """Print the importance of each dimension.
+
+        If the best trials lie at the edge of a range, name the option that extends it.
+        """
         space = study.space
         if space is None:
             self.say(importance.UNKNOWN)
@@ -179,7 +182,7 @@ class Screen:
         )
 
     def answer(self, results: dict[str, Any], study: Study) -> None:
-        """Members and holdout score of the ensemble, what searching gained, the submission's path."""
+        """Print the ensemble: members, holdout scores, gain over the baseline, and the submission's path."""
         holdout, shown = results["holdout"], partial(interval_text, results["metric"])
         self._members(results)
         self.say(f"{results['metric']} on holdout ({holdout['images']} images kept aside, 95 % intervals):")
@@ -200,7 +203,7 @@ class Screen:
             self.say(f"Submission: {study.submission_file}, {results['submission']['rows']} rows: {given}.")
 
     def _members(self, results: Mapping[str, Any]) -> None:
-        """Who is in, with what each adds on val and takes."""
+        """Print each member with its weight, its gain on val and its time per 1,000 images."""
         cost = results["cost"]
         worker = cost["device"].upper() if cost["device"] != "cpu" else f"{cost['cores']} CPU cores"
         title = f"Ensemble: {cost['seconds_per_1000']:.1f} s for 1,000 images on {worker}, views included"

@@ -1,4 +1,4 @@
-"""The report's images of a study, as Vega-Lite specifications; none of them reads a file."""
+"""Charts of the report, as Vega-Lite specifications. No function reads a file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from carmodels.training.config import EpochMetrics
 from tune.optim.importance import Importance
 
 Chart = dict[str, Any]  # a Vega-Lite specification
-MOST_CURVES = 150  # in one image; of more, the finished ones and an even choice of the others
+MOST_CURVES = 150  # in one chart; complete trials first, then an even sample of the others
 HEIGHT = 300  # pixels
 _AS_SEARCHED, _BY_CHANCE = "as searched", "in random order, mean"
-_BEYOND = 0.05  # of an axis, past its ends
-_ORDERS = 200  # random orders behind the image of what chance would have found
+_LABEL_OFFSET = 0.05  # share of an axis, from its ends to their labels
+_ORDERS = 200  # random orders that `progress` averages over
 
-# Okabe and Ito (2008): told apart with any kind of colour vision, on light and on dark
+# Okabe and Ito (2008): safe for colour-blind readers, on light and dark backgrounds
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933"]
 
 
 def _spec(chart: alt.TopLevelMixin) -> Chart:
-    with alt.data_transformers.disable_max_rows():  # it refuses more than 5,000
+    with alt.data_transformers.disable_max_rows():  # the default maximum is 5,000
         return chart.to_dict(validate=False)
 
 
@@ -39,7 +39,7 @@ def _colour(field: str, title: str, order: Sequence[str] = ()) -> alt.Color:
 
 
 def curves(records: Sequence[TrialRecord], metric: str) -> Chart:
-    """Learning curves by strategy; a cross where the scheduler or the clock cut one off."""
+    """Learning curves by unfreeze strategy. A cross marks a trial that was pruned or out of time."""
     shown = thinned(records, MOST_CURVES)
     rows = [_point(r, e) for r in shown for e in r.curve]
     ends = [_point(r, r.curve[-1]) for r in shown if r.state in (State.PRUNED, State.OUT_OF_TIME) and r.curve]
@@ -73,32 +73,32 @@ def _point(record: TrialRecord, epoch: EpochMetrics) -> dict[str, Any]:
 
 
 def thinned(records: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
-    """At most so many: the finished ones first, then an even choice of the others."""
-    finished = [r for r in records if r.state is State.COMPLETE]
+    """At most `most` records: complete trials first, then an even sample of the others."""
+    complete = [r for r in records if r.state is State.COMPLETE]
     others = [r for r in records if r.state is not State.COMPLETE]
-    for group in (finished, others):
-        room = max(0, most - (len(finished) if group is others else 0))
+    for group in (complete, others):
+        room = max(0, most - (len(complete) if group is others else 0))
         if len(group) > room:
             group[:] = [group[int(k)] for k in np.linspace(0, len(group) - 1, room)]
-    return finished + others
+    return complete + others
 
 
 def finished_by(records: Sequence[TrialRecord]) -> tuple[np.ndarray, np.ndarray]:
-    """Minutes of searching by which each finished trial had ended, (N,), and their values, (N,)."""
+    """Complete trials as minutes since the search started, (N,), and values, (N,)."""
     done = [(r.at / 60, r.value) for r in records if r.state is State.COMPLETE and r.value is not None]
     found = np.array(done, dtype=float).reshape(-1, 2)
     return found[:, 0], found[:, 1]
 
 
 def best_so_far(values: np.ndarray, metric: str) -> np.ndarray:
-    """(..., N) in the order of time -> the best up to each."""
+    """Values in order of time, (..., N) -> best value up to each, (..., N)."""
     best = np.maximum if METRICS[metric].mode == "max" else np.minimum
     found: np.ndarray = best.accumulate(values, axis=-1)
     return found
 
 
 def progress(records: Sequence[TrialRecord], metric: str) -> Chart:
-    """Best value so far over time, and what the same trials in random order would have had by then."""
+    """Best value so far over time, beside the mean over random orders of the same trials."""
     minutes, values = finished_by(records)
     rng = np.random.default_rng(0)
     orders = np.array([rng.permutation(values) for _ in range(_ORDERS)])
@@ -124,9 +124,9 @@ def progress(records: Sequence[TrialRecord], metric: str) -> Chart:
 
 
 def cost(records: Sequence[TrialRecord], metric: str) -> Chart:
-    """Value against seconds of every finished trial, with the Pareto front."""
-    finished = [r for r in records if r.state is State.COMPLETE and r.value is not None]
-    front = {r.trial_id for r in pareto(finished, metric)}
+    """Value against training seconds of complete trials, with the Pareto front."""
+    complete = [r for r in records if r.state is State.COMPLETE and r.value is not None]
+    front = {r.trial_id for r in pareto(complete, metric)}
     rows = [
         {
             "title": r.config.title,
@@ -135,7 +135,7 @@ def cost(records: Sequence[TrialRecord], metric: str) -> Chart:
             "value": r.value,
             "front": r.trial_id in front,
         }
-        for r in finished
+        for r in complete
     ]
     x = alt.X("seconds:Q", title="seconds of training", scale=alt.Scale(type="log"))
     y = alt.Y("value:Q", title=f"{metric} on val", scale=alt.Scale(zero=False))
@@ -155,7 +155,7 @@ def cost(records: Sequence[TrialRecord], metric: str) -> Chart:
 
 
 def pareto(records: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
-    """Those that no other is both faster and better than, fastest first."""
+    """Pareto front of training seconds and value, fastest first."""
     sign = 1 if METRICS[metric].mode == "max" else -1
     front: list[TrialRecord] = []
     best = -np.inf
@@ -167,7 +167,7 @@ def pareto(records: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
 
 
 def parallel(records: Sequence[TrialRecord], space: Space, metric: str) -> Chart:
-    """Every trial as a line through its hyperparameters, the better the darker."""
+    """Parallel coordinates of the hyperparameters, a line per trial, coloured by value."""
     shown = [r for r in thinned(records, MOST_CURVES) if r.value is not None]
     names = list(space.dimensions)
     rows = []
@@ -214,13 +214,13 @@ def parallel(records: Sequence[TrialRecord], space: Space, metric: str) -> Chart
 
 
 def _ends(space: Space, name: str) -> list[dict[str, Any]]:
-    """What is at the bottom and the top of a dimension's axis, to be written just beyond."""
+    """Labels for the ends of a dimension's axis, placed just outside it."""
     dimension = space.dimensions[name]
     if isinstance(dimension, Choice):
         settings = dict.fromkeys((dimension.options[0], dimension.options[-1]))
     else:
         settings = dict.fromkeys((dimension.low, dimension.high))
-    places = (-_BEYOND, 1 + _BEYOND)
+    places = (-_LABEL_OFFSET, 1 + _LABEL_OFFSET)
     return [
         {"dimension": name, "place": at, "setting": short(value)}
         for at, value in zip(places, settings, strict=False)
@@ -228,7 +228,7 @@ def _ends(space: Space, name: str) -> list[dict[str, Any]]:
 
 
 def place(space: Space, name: str, value: Any) -> float:
-    """0 to 1 between the ends of a dimension."""
+    """Position on a dimension's axis, 0 to 1. An unknown option is at 0.5."""
     dimension = space.dimensions[name]
     if isinstance(dimension, Choice):
         options = dimension.options
@@ -239,12 +239,12 @@ def place(space: Space, name: str, value: Any) -> float:
 
 
 def short(value: Any) -> str:
-    """A setting in few characters."""
+    """A setting as short text. None is empty."""
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def importance(found: Sequence[Importance]) -> Chart:
-    """A bar a dimension, faint where chance comes to as much; a tick where that is."""
+    """A bar per dimension, with a tick at chance level. Bars within chance are faint."""
     rows = [{"dimension": i.name, **asdict(i), "matters": i.matters} for i in found]
     base = alt.Chart(pd.DataFrame(rows)).encode(
         y=alt.Y("dimension:N", sort=[i.name for i in found], title=None),
@@ -264,8 +264,8 @@ def importance(found: Sequence[Importance]) -> Chart:
 
 
 def confusion(counts: np.ndarray, names: Sequence[str], shown: Sequence[int]) -> Chart:
-    """counts (C, C), rows are the truth; `shown` are the classes that are drawn."""
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of all answers, those not drawn, too
+    """counts (C, C), rows are true classes -> confusion matrix of the classes in `shown`."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of all answers, shown or not
     rows = [
         {
             "truth": names[i],
@@ -282,7 +282,7 @@ def confusion(counts: np.ndarray, names: Sequence[str], shown: Sequence[int]) ->
         y=alt.Y("truth:N", scale=alt.Scale(domain=list(names))),
         tooltip=["truth:N", "answer:N", "images:Q", alt.Tooltip("share:Q", format=".1%")],
     )
-    # the colour's strength says how much, so that the ground shows through on light and on dark
+    # opacity shows the share, so the chart suits light and dark backgrounds
     strength = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 1], range=[0.12, 1]), legend=None)
     cells = base.mark_rect(color=COLOURS[0]).encode(opacity=strength)
     text = base.mark_text(fontSize=11).encode(
@@ -294,7 +294,7 @@ def confusion(counts: np.ndarray, names: Sequence[str], shown: Sequence[int]) ->
 
 
 def recall(rows: Sequence[Mapping[str, Any]]) -> Chart:
-    """A dot a class, with its interval."""
+    """Recall of each class, with its interval."""
     base = alt.Chart(pd.DataFrame(rows)).encode(
         y=alt.Y("name:N", sort=[row["name"] for row in rows], title=None),
         tooltip=[
@@ -312,7 +312,7 @@ def recall(rows: Sequence[Mapping[str, Any]]) -> Chart:
 
 
 def calibration(bins: Sequence[Mapping[str, Any]]) -> Chart:
-    """Share of right answers against confidence, before and after the temperature."""
+    """Reliability diagram: accuracy against confidence, before and after temperature scaling."""
     base = alt.Chart(pd.DataFrame(bins))
     ideal = (
         alt.Chart(pd.DataFrame({"confidence": [0, 1], "right": [0, 1]}))
@@ -330,13 +330,13 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> Chart:
             alt.Tooltip("right:Q", format=".2f"),
         ],
     )
-    size = alt.Size("images:Q", scale=alt.Scale(range=[15, 250]), legend=None)  # few prove little
+    size = alt.Size("images:Q", scale=alt.Scale(range=[15, 250]), legend=None)  # small bins are noisy
     lines, dots = found.mark_line(opacity=0.5), found.mark_circle(opacity=1).encode(size=size)
     return _spec((ideal + lines + dots).properties(width="container", height=HEIGHT))
 
 
 def rivals(studies: Mapping[str, Sequence[TrialRecord]], metric: str) -> Chart:
-    """Best value so far over time, a line a study, drawn on to the end of its search."""
+    """Best value so far over time, a line per study, extended to the end of its search."""
     rows = []
     for name, records in studies.items():
         minutes, values = finished_by(records)
@@ -363,7 +363,7 @@ def rivals(studies: Mapping[str, Sequence[TrialRecord]], metric: str) -> Chart:
 
 
 def scores(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
-    """A dot a score on holdout, with its interval, of each study's ensemble, single trial and baseline."""
+    """Holdout scores with intervals of each study's ensemble, best single trial and baseline."""
     names = list(dict.fromkeys(row["study"] for row in rows))
     what = list(dict.fromkeys(row["what"] for row in rows))
     base = alt.Chart(pd.DataFrame(rows)).encode(
@@ -383,7 +383,7 @@ def scores(rows: Sequence[Mapping[str, Any]], metric: str) -> Chart:
 
 
 def spent(studies: Mapping[str, Sequence[TrialRecord]]) -> Chart:
-    """Minutes of training of each study, by how the trials ended."""
+    """Minutes of training of each study, by trial state."""
     rows = [
         {
             "study": name,

@@ -1,4 +1,4 @@
-"""Studies side by side in one page: how fast each got where, what it is worth, what was set differently."""
+"""One page that compares studies: progress, scores and settings."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from tune.reporting.page import counts, refuse_empty, rendered
 PAGE = "compare.html"
 _SCORED = {"ensemble": "ensemble", "single": "best single trial", "baseline": "baseline"}
 
-# of study.json: what says how the search was made, in the order it is shown
+# keys of study.json that describe the search, in display order
 _FACTS = ("preset", "seed", "fingerprint", "split_hash", "max_size", "weights", "warm_start")
 NOTHING = "-"
-Rows = dict[str, list[str]]  # name -> a cell for each study
+Rows = dict[str, list[str]]  # name -> one cell per study
 
 
 @dataclass(frozen=True)
 class Side:
-    """A study that is compared, and what it left."""
+    """A study in the comparison, with its records and results."""
 
     name: str
     study: Study
     metadata: Mapping[str, Any]
     records: Sequence[TrialRecord]
-    results: Mapping[str, Any] | None  # of its ensemble; None before there is one
+    results: Mapping[str, Any] | None  # of its ensemble; None without one
 
     @property
     def searched(self) -> list[TrialRecord]:
@@ -43,35 +43,35 @@ class Side:
 
     @property
     def best(self) -> TrialRecord | None:
-        """By all runs on val; None before a trial has finished."""
+        """Best trial on val over all its runs. None if no trial is complete."""
         found = standings_of(self.study)
         return found[0].record if found else next(iter(self.study.leaderboard()), None)
 
 
 def write_comparison(studies: Sequence[Study], path: Path | None = None) -> Path:
-    """Write the page to `path` (compare.html beside the first study), whole or not at all."""
+    """Write the page to `path`, by default compare.html beside the first study. The write is atomic."""
     path = path or studies[0].folder.parent / PAGE
     write_atomic(path, render(studies))
     return path
 
 
 def render(studies: Sequence[Study], refresh: int = 0) -> str:
-    """The page, as HTML.
+    """The page as HTML.
 
-    ValueError for what is no study, has no trial, is there twice or was searched for another metric.
+    ValueError if a folder is not a study, has no trials, is given twice or was searched for another metric.
     """
     sides = opened(studies)
     metric = studies[0].metric
     settings, alike = differing([_settings(side) for side in sides])
     config, same_config = differing([_config(side.best) for side in sides])
     by_name = {side.name: side.searched for side in sides}
-    judged_stops = _scored_sides(sides)
+    scored_rows = _score_rows(sides)
     drawn = {
         "rivals": charts.rivals(by_name, metric),
         "spent": charts.spent({s.name: s.records for s in sides}),
     }
-    if judged_stops:
-        drawn["scores"] = charts.scores(judged_stops, metric)
+    if scored_rows:
+        drawn["scores"] = charts.scores(scored_rows, metric)
     return rendered(
         "compare.html",
         title=f"{', '.join(side.name for side in sides)} · {metric}",
@@ -92,8 +92,8 @@ def render(studies: Sequence[Study], refresh: int = 0) -> str:
 
 
 def opened(studies: Sequence[Study]) -> list[Side]:
-    """The studies with the shortest names that tell them apart; ValueError as in `render`."""
-    metrics = [study.metric for study in studies]  # or the error that one is no study
+    """The studies under their shortest distinct names. ValueError as in `render`."""
+    metrics = [study.metric for study in studies]  # ValueError if a folder is not a study
     folders = [study.folder.resolve() for study in studies]
     for n, study in enumerate(studies):
         if folders[n] in folders[:n]:
@@ -118,7 +118,7 @@ def opened(studies: Sequence[Study]) -> list[Side]:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """As many of the last parts of each path as tell all of them apart."""
+    """The shortest path suffixes that are all distinct. Each has the same number of parts."""
     return next(
         found
         for parts in count(1)
@@ -127,7 +127,7 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 
 def _headline(side: Side, metric: str) -> tuple[str, str, str]:
-    """A study's score, its interval and what it is."""
+    """A study's score, its interval and a label."""
     if side.results:
         found = side.results["holdout"]["ensemble"]
         return (
@@ -139,8 +139,8 @@ def _headline(side: Side, metric: str) -> tuple[str, str, str]:
     return value, "", f"{side.name}, best on val so far"
 
 
-def _scored_sides(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """A row for each score on holdout."""
+def _score_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """One row per score on holdout."""
     return [
         {"study": side.name, "what": words, **side.results["holdout"][name]}
         for side in sides
@@ -151,7 +151,7 @@ def _scored_sides(sides: Sequence[Side]) -> list[dict[str, Any]]:
 
 
 def verdict(first: Side, other: Side, metric: str) -> str:
-    """Whether one study's ensemble is better than another's, by the same images of holdout if they are."""
+    """Text on which ensemble is better, by a paired interval if the studies share a holdout."""
     pair = f"{first.name} over {other.name}"
     if not (first.results and other.results):
         return f"{pair}: not both have an ensemble yet."
@@ -161,16 +161,16 @@ def verdict(first: Side, other: Side, metric: str) -> str:
     if found is None:
         return f"{pair}: the probabilities on holdout are not both there, only the scores can be compared."
     value, ends = gain_text(metric, asdict(found))
-    told = found.low > 0 or found.high < 0
+    clear = found.low > 0 or found.high < 0
     better = first.name if found.value > 0 else other.name
-    words = f"{better} is better" if told else "the two cannot be told apart"
+    words = f"{better} is better" if clear else "the two cannot be told apart"
     return (
         f"{pair}: {value} points ({ends}) on the same {len(first.study.labels('holdout'))} images; {words}."
     )
 
 
 def _gain(first: Study, other: Study, metric: str) -> Interval | None:
-    """Of one ensemble over another on the holdout they share; None where probabilities are missing."""
+    """Gain of one ensemble over another on their shared holdout. None if predictions are missing."""
     if not all(study.predictions_file("ensemble", "holdout").is_file() for study in (first, other)):
         return None
     mine, truth = first.probs_and_labels("ensemble", "holdout")
@@ -179,14 +179,14 @@ def _gain(first: Study, other: Study, metric: str) -> Interval | None:
 
 
 def _outcomes(sides: Sequence[Side], metric: str) -> Rows:
-    """What the studies came to and what they cost; rows that none can fill are left out."""
+    """Scores and cost of the studies. Rows without any value are left out."""
     found = [_holdout_rows(side, metric) | _other_rows(side, metric) for side in sides]
     rows = {name: [of[name] for of in found] for name in found[0]}
     return {name: cells for name, cells in rows.items() if set(cells) != {NOTHING}}
 
 
 def _holdout_rows(side: Side, metric: str) -> dict[str, str]:
-    """Scores on holdout and what they promise."""
+    """Scores on holdout, gain over the baseline, expected score on the hidden images."""
     results = side.results or {"holdout": {}}
     holdout = results["holdout"]
     found = {
@@ -201,7 +201,7 @@ def _holdout_rows(side: Side, metric: str) -> dict[str, str]:
 
 
 def _other_rows(side: Side, metric: str) -> dict[str, str]:
-    """Scores on val, trials, time."""
+    """Scores on val, trials, time and hardware."""
     best = side.best
     ended = ", ".join(f"{n} {state}" for state, n in counts(side.records).items() if n)
     return {
@@ -216,42 +216,42 @@ def _other_rows(side: Side, metric: str) -> dict[str, str]:
 
 
 def _settings(side: Side) -> dict[str, str]:
-    """How a search was made, in words by name."""
+    """Settings of a search, name -> text."""
     facts = side.metadata
-    found = {name.replace("_", " "): _said(facts.get(name)) for name in _FACTS}
+    found = {name.replace("_", " "): _text(facts.get(name)) for name in _FACTS}
     space = facts.get("space") or {}
     dimensions = space.get("dimensions", {})
     found |= {f"space: {name}": _dimension(values) for name, values in dimensions.items()}
-    found |= {f"fixed: {name}": _said(value) for name, value in space.get("fixed", {}).items()}
-    found |= {f"hardware: {name}": _said(value) for name, value in facts["hardware"].items()}
-    found |= {f"version: {name}": _said(value) for name, value in facts["versions"].items()}
+    found |= {f"fixed: {name}": _text(value) for name, value in space.get("fixed", {}).items()}
+    found |= {f"hardware: {name}": _text(value) for name, value in facts["hardware"].items()}
+    found |= {f"version: {name}": _text(value) for name, value in facts["versions"].items()}
     return {**found, "command": facts["command"]}
 
 
 def _dimension(values: Mapping[str, Any]) -> str:
-    """A dimension of study.json in words, of whatever version."""
+    """A dimension of study.json as text, for any version of the file."""
     if "options" in values:
         text = ", ".join(charts.short(option) for option in values["options"])
     else:
         text = f"{values.get('low')} to {values.get('high')}{' (log)' if values.get('log') else ''}"
-    return f"{text}, where {values['when'][0]} is {_said(values['when'][1])}" if values.get("when") else text
+    return f"{text}, where {values['when'][0]} is {_text(values['when'][1])}" if values.get("when") else text
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(_said, value)) or "none"
+        return ", ".join(map(_text, value)) or "none"
     return charts.short(value) or NOTHING
 
 
 def _config(record: TrialRecord | None) -> dict[str, str]:
-    """A trial's hyperparameters by name."""
+    """A trial's hyperparameters, name -> text."""
     if record is None:
         return {}
-    return {n.replace("_", " "): _said(v) for n, v in asdict(record.config).items()}
+    return {n.replace("_", " "): _text(v) for n, v in asdict(record.config).items()}
 
 
 def differing(found: Sequence[Mapping[str, str]]) -> tuple[Rows, list[str]]:
-    """What is said by name, a mapping a study -> rows of what differs, and names of what does not."""
+    """One mapping per study -> rows that differ, and names of those that do not."""
     every = dict.fromkeys(name for of in found for name in of)
     rows = {name: [of.get(name, NOTHING) for of in found] for name in every}
     return {n: row for n, row in rows.items() if len(set(row)) > 1}, [

@@ -1,4 +1,4 @@
-"""The answers on val that a study's ensemble was surest of and that are wrong."""
+"""The most confident wrong answers of a study's ensemble on val."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ import numpy as np
 
 from carmodels.study import Study
 
-MOST = 8  # mistakes that are shown
+MOST = 8  # mistakes shown
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that is answered wrongly."""
+    """A misclassified image."""
 
     image: str  # its id
-    column: int  # of the answer
+    column: int  # of the predicted class
     answer: str
     truth: str
     confidence: float
-    chance: float  # the probability of the truth
+    chance: float  # probability of the true class
 
 
 @dataclass(frozen=True)
 class Mistakes:
-    """The wrong answers of an ensemble among those on val."""
+    """The wrong answers of an ensemble on val."""
 
-    among: int
+    among: int  # images in val
     wrong: int
-    worst: tuple[Mistake, ...]  # the most confident ones first
+    worst: tuple[Mistake, ...]  # most confident first
 
 
 def found_mistakes(study: Study) -> Mistakes | None:
-    """Those of the study's ensemble; None before there is one."""
+    """Mistakes of the study's ensemble. None without an ensemble."""
     if not study.predictions_file("ensemble", "val").is_file():
         return None
     ids, names = list(study.labels("val")), study.metadata["class_names"]
     probs, truth = study.probs_and_labels("ensemble", "val")
-    told = probs.argmax(axis=1)
-    wrong = np.flatnonzero(told != truth)
+    predicted = probs.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != truth)
     order = wrong[np.argsort(-probs[wrong].max(axis=1), kind="stable")][:MOST].tolist()
     worst = [
         Mistake(
             image=ids[k],
-            column=int(told[k]),
-            answer=names[told[k]],
+            column=int(predicted[k]),
+            answer=names[predicted[k]],
             truth=names[truth[k]],
             confidence=float(probs[k].max()),
             chance=float(probs[k, truth[k]]),

@@ -1,4 +1,4 @@
-"""The report of a study: one self-contained HTML page, from what the study left on disk."""
+"""The report of a study: one self-contained HTML page, made from the study's files."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from tune.reporting import charts
 from tune.reporting.charts import Chart
 from tune.reporting.mistakes import found_mistakes
 
-MOST_ROWS = 1000  # of the table of trials; the CSV has them all
-MOST_CLASSES = 30  # in the images of confusion and recall: those least often recognised
-BINS = 10  # of confidence, in the image of calibration
+MOST_ROWS = 1000  # of the table of trials; trials.csv has all
+MOST_CLASSES = 30  # in the charts of confusion and recall: those with the lowest recall
+BINS = 10  # of confidence, in the calibration chart
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: an image, with what to look for in it."""
+    """A chart of the page, with a text on how to read it."""
 
     name: str
     title: str
@@ -52,9 +52,9 @@ class Section:
 
 
 def write_report(study: Study, path: Path | None = None) -> Path:
-    """Write the page to `path` (report.html in the study's folder), whole or not at all.
+    """Write the page to `path`, by default report.html in the study's folder. The write is atomic.
 
-    ValueError without a trial.
+    ValueError for a study without trials.
     """
     path = path or study.report_file
     write_atomic(path, render(study))
@@ -62,17 +62,17 @@ def write_report(study: Study, path: Path | None = None) -> Path:
 
 
 def render(study: Study, refresh: int = 0) -> str:
-    """The page of a study, as HTML; one that loads itself anew every `refresh` seconds, if that is not 0."""
+    """The page as HTML. It reloads every `refresh` seconds; 0: never."""
     facts, records = study.metadata, study.records()
     refuse_empty(study)
     results = read_json(study.ensemble_file) if study.ensemble_file.is_file() else None
     space, metric = study.space, facts["metric"]
     rows, columns = table(study)
     standings = standings_of(study)
-    finished = any(r.stage == "search" and r.state is State.COMPLETE and not r.baseline for r in records)
+    has_complete = any(r.stage == "search" and r.state is State.COMPLETE and not r.baseline for r in records)
     mattered = importances(records, space, metric) if space is not None else None
-    images = sections(study, records, space, results)
-    drawn = {section.name: section.chart for section in images}
+    chart_sections = sections(study, records, space, results)
+    drawn = {section.name: section.chart for section in chart_sections}
     if mattered and mattered.dimensions:
         drawn["importance"] = charts.importance(mattered.dimensions)
     found_stops = read_json(study.stops_file) if study.stops_file.is_file() else None
@@ -88,12 +88,12 @@ def render(study: Study, refresh: int = 0) -> str:
         counts=counts(records),
         rows=rows,
         columns=columns,
-        sections=images,
+        sections=chart_sections,
         charts=drawn,
         importances=mattered,
         caveat=CAVEAT,
         unknown=UNKNOWN,
-        edges=edges(records, space, metric) if space is not None and finished else None,
+        edges=edges(records, space, metric) if space is not None and has_complete else None,
         standings=standings_json(standings),
         verdict=standings_sentence(standings) if standings else "",
         stops=found_stops,
@@ -110,13 +110,13 @@ def render(study: Study, refresh: int = 0) -> str:
 
 
 def refuse_empty(study: Study) -> None:
-    """ValueError for a study without a trial."""
+    """ValueError for a study without trials."""
     if not study.records():
         raise ValueError(f"{study.folder} has no trials yet: there is nothing to report")
 
 
 def rendered(template: str, **values: Any) -> str:
-    """One of the templates beside this file, filled in; `charts` are drawn by the scripts in the page."""
+    """A rendered template. Scripts in the page draw the `charts`."""
     return _templates().get_template(template).render(library=_library(), json=_json, **values)
 
 
@@ -128,8 +128,8 @@ def _templates() -> jinja2.Environment:
 
 @cache
 def _library() -> str:
-    """Vega, Vega-Lite and vega-embed, to be put into the page."""
-    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its annotations want a snippet
+    """JavaScript of Vega, Vega-Lite and vega-embed, to embed in the page."""
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # wrongly annotated
     return bundle.replace("</script", "<\\/script")
 
 
@@ -139,12 +139,12 @@ def _json(value: Any) -> str:
 
 
 def counts(records: Sequence[TrialRecord]) -> dict[str, int]:
-    """How many trials ended in each way."""
+    """Number of trials in each state."""
     return {str(s): sum(r.state is s for r in records) for s in State}
 
 
 def failures(records: Sequence[TrialRecord]) -> list[tuple[str, list[TrialRecord]]]:
-    """Trials that failed or diverged, by reason, the commonest first."""
+    """Trials that failed or diverged, by reason, most frequent first."""
     found: dict[str, list[TrialRecord]] = {}
     for record in records:
         if record.state is State.FAILED:
@@ -153,7 +153,7 @@ def failures(records: Sequence[TrialRecord]) -> list[tuple[str, list[TrialRecord
 
 
 def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> list[tuple[str, str, str]]:
-    """Figures, their intervals and what they are, the most wanted first, the cost last."""
+    """(figure, interval, label), most important first, cost last."""
     board, records = study.leaderboard(), study.records()
     seconds = sum(r.seconds for r in records)
     cost = (duration(seconds), "", f"of training in {len(records)} trials")
@@ -179,7 +179,7 @@ def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> li
 
 
 def table(study: Study) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of trials.csv and the columns that differ between them, in the order of the file."""
+    """Rows of trials.csv, and the columns to show: the main ones and those whose values differ."""
     rows = [{name: charts.short(v) for name, v in row.items()} for row in study.table()[:MOST_ROWS]]
     always = ("rank", "trial_id", "stage", "state", "value", "epochs_run", "seconds", "reason", "note")
     columns = [c for c in rows[0] if c in always or len({row[c] for row in rows}) > 1]
@@ -190,7 +190,7 @@ def table(study: Study) -> tuple[list[dict[str, str]], list[str]]:
 def sections(
     study: Study, records: Sequence[TrialRecord], space: Space | None, results: Mapping[str, Any] | None
 ) -> list[Section]:
-    """The images that there is something to draw for."""
+    """The charts that there is data for."""
     metric = study.metric
     found = []
     on_val = [r for r in records if r.stage not in (FOLD, FOLD_IN)]
@@ -205,8 +205,8 @@ def sections(
             )
         )
     searched = [r for r in records if r.stage == "search"]
-    finished = [r for r in searched if r.state is State.COMPLETE and r.value is not None]
-    if finished:
+    complete = [r for r in searched if r.state is State.COMPLETE and r.value is not None]
+    if complete:
         found += [
             Section(
                 "progress",
@@ -219,10 +219,10 @@ def sections(
                 "cost",
                 "Accuracy against cost",
                 "Finished trials; the dashed line joins those that nothing beats in both.",
-                charts.cost(finished, metric),
+                charts.cost(complete, metric),
             ),
         ]
-    if finished and space is not None:
+    if complete and space is not None:
         found.append(
             Section(
                 "parallel",
@@ -235,7 +235,7 @@ def sections(
 
 
 def answers(study: Study, results: Mapping[str, Any] | None) -> list[Section]:
-    """How the ensemble does, class by class and by confidence; nothing before there is one."""
+    """Charts of the ensemble on holdout: by class, and calibration. Empty without an ensemble."""
     path = study.predictions_file("ensemble", "holdout")
     if results is None or not path.is_file():
         return []
@@ -263,7 +263,7 @@ def answers(study: Study, results: Mapping[str, Any] | None) -> list[Section]:
 
 
 def by_class(probs: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> list[Section]:
-    """probs (N, C), truth (N,) -> confusion and recall; of many classes those least often recognised."""
+    """probs (N, C), truth (N,) -> confusion and recall. Many classes: only the lowest recalls."""
     confused = np.zeros((len(names), len(names)), int)
     np.add.at(confused, (truth, probs.argmax(1)), 1)
     recalls = recall(confused, names)
@@ -291,9 +291,9 @@ def by_class(probs: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> list
 
 
 def recall(confused: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Confusion (C, C), rows are the truth -> recall of each class that occurs, with Wilson's 95 % interval.
+    """Confusion (C, C), rows are true classes -> recall per class, with Wilson's 95 % interval.
 
-    The least often recognised ones first.
+    Lowest recall first. Classes without images are left out.
     """
     found = []
     for k, images in enumerate(confused.sum(axis=1).tolist()):
@@ -313,7 +313,7 @@ def recall(confused: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def reliability(probs: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
-    """probs (N, C), labels (N,) -> mean confidence and share of right answers in bins of confidence."""
+    """probs (N, C), labels (N,) -> mean confidence and accuracy in each bin of confidence."""
     confidence, right = probs.max(1), probs.argmax(1) == labels
     places = np.minimum((confidence * BINS).astype(int), BINS - 1)
     return [

@@ -1,4 +1,4 @@
-"""Small images of an ensemble's worst mistakes, each with a map of what spoke for the answer."""
+"""Thumbnails of an ensemble's worst mistakes, with occlusion maps of the answer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from carmodels.records import FOLD
 from carmodels.study import Study
 from tune.reporting.mistakes import found_mistakes
 
-SIDE = 240  # pixels, the longer side of a thumbnail: 5 to 15 KB each
-SECONDS = 120.0  # that attribution maps may take
-_FOR, _AGAINST = (230, 97, 1), (0, 114, 178)  # told apart with any kind of colour vision
-_OPAQUE = 190  # of 255, where most spoke for the answer
-_ROW = 7  # looks at once, to measure by: one by one they would take much longer
-_LEAST = 0.01  # of probability, below which a map stays faint
+SIDE = 240  # pixels, longer side of a thumbnail; 5 to 15 KB each
+SECONDS = 120.0  # budget of all occlusion maps
+_FOR, _AGAINST = (230, 97, 1), (0, 114, 178)  # RGB, safe for colour-blind readers
+_MAX_ALPHA = 190  # of 255, at a map's largest value
+_TIMED_IMAGES = 7  # batch to time; single images take much longer each
+_FULL_ALPHA_FROM = 0.01  # probability; a map of smaller values stays faint
 
 
 def write_thumbnails(study: Study, ensemble: Ensemble, splits: Splits, *, seconds: float = SECONDS) -> None:
-    """Small images of the worst mistakes, each with a map of what spoke for the answer, for the report.
+    """Write thumbnails and occlusion maps of the worst mistakes, for the report.
 
-    There are maps as far as `seconds` reach, but none of an ensemble of folds: all but one of its models have
-    learnt the image, and would be asked, too.
+    Maps are made while `seconds` last. An ensemble of folds gets none: all but one of its models trained on
+    the image.
     """
     if any(member["stage"] == FOLD for member in read_json(study.ensemble_file)["members"]):
         seconds = 0.0
@@ -51,7 +51,7 @@ def write_thumbnails(study: Study, ensemble: Ensemble, splits: Splits, *, second
 def _maps(
     ensemble: Ensemble, images: Sequence[np.ndarray], columns: Sequence[int], seconds: float
 ) -> list[np.ndarray | None]:
-    """A map for each image; None for those that the time does not hold."""
+    """One map per image. None where there is no time left for it."""
     end = time.monotonic() + seconds
     if not images or seconds <= 0:
         return [None for _ in images]
@@ -68,11 +68,11 @@ def _maps(
 
 
 def _expected(ensemble: Ensemble, image: np.ndarray) -> float:
-    """Seconds that a map takes, from a row of its looks; the first look is slower and does not count."""
+    """Estimated seconds per map, from one timed batch. The first call is slower and not timed."""
     ensemble.probabilities([image])
     started = time.monotonic()
-    ensemble.probabilities([image] * _ROW)
-    return OCCLUSIONS / _ROW * (time.monotonic() - started)
+    ensemble.probabilities([image] * _TIMED_IMAGES)
+    return OCCLUSIONS / _TIMED_IMAGES * (time.monotonic() - started)
 
 
 def thumbnail(image: np.ndarray) -> str:
@@ -83,13 +83,13 @@ def thumbnail(image: np.ndarray) -> str:
 
 
 def overlay(falls: np.ndarray) -> str:
-    """A map as `occlusion` gives it -> a PNG of a pixel a cell, to lie over the image, as a data URL.
+    """Map of `occlusion_map` -> PNG with one pixel per cell, to lay over the image, as a data URL.
 
-    Orange spoke for the answer, blue against it; the more, the less transparent.
+    Orange parts support the answer, blue parts oppose it. Larger values are more opaque.
     """
-    strength = np.abs(falls) / max(float(np.abs(falls).max()), _LEAST)
+    strength = np.abs(falls) / max(float(np.abs(falls).max()), _FULL_ALPHA_FROM)
     colours = np.where((falls > 0)[..., None], _FOR, _AGAINST)
-    pixels = np.concatenate([colours, _OPAQUE * strength[..., None]], axis=-1)
+    pixels = np.concatenate([colours, _MAX_ALPHA * strength[..., None]], axis=-1)
     return _data_url(Image.fromarray(pixels.round().astype(np.uint8), "RGBA"), "png")
 
 

@@ -1,4 +1,4 @@
-"""A local page to drop an image on: its class, how sure that is, and which parts of it spoke for it."""
+"""A local page to drop images on. It shows the class, the confidence and the parts that support it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from carmodels.study import Study
 from tune.serving import local_page
 from tune.serving.inference import Threshold
 
-MOST_BYTES = 40_000_000  # of an image
-MOST_CLASSES = 5  # that the page lists
+MOST_BYTES = 40_000_000  # per image
+MOST_CLASSES = 5  # shown on the page
 
 
 @dataclass(frozen=True)
 class Desk:
-    """The ensemble behind the page; one image at a time."""
+    """The ensemble behind the page. A lock admits one image at a time."""
 
     ensemble: Ensemble
     limit: Threshold
     turn: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, content: bytes) -> dict[str, Any]:
-        """The likeliest classes of an image, the first one first; ValueError for a file that is none."""
+        """The most likely classes of an image, in order. ValueError if the file is not an image."""
         with self.turn:
             probs = self.ensemble.probabilities([self._opened(content)])[0]
         names = self.ensemble.spec.class_names
@@ -45,7 +45,7 @@ class Desk:
         }
 
     def parts(self, content: bytes) -> dict[str, Any]:
-        """By how much the likeliest class loses where a part of the image is hidden, row by row."""
+        """Occlusion map: drop in the top class's probability when a part is hidden, row by row."""
         with self.turn:
             image = self._opened(content)
             column = int(self.ensemble.probabilities([image])[0].argmax())
@@ -59,13 +59,13 @@ class Desk:
 
 
 def serve(study: Study, ensemble: Ensemble, limit: Threshold, port: int, say: Callable[[str], None]) -> int:
-    """Show the page on this machine alone, until Ctrl-C; images are kept nowhere."""
+    """Serve the page on this machine only, until Ctrl-C. Images are not kept."""
     visitor = partial(_Visitor, Desk(ensemble, limit), render(study, limit))
     return local_page.serve(visitor, port, "Drop images on", say)
 
 
 def render(study: Study, limit: Threshold) -> str:
-    """The page, as HTML."""
+    """The page as HTML."""
     here = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     environment = jinja2.Environment(loader=here, autoescape=True, undefined=jinja2.StrictUndefined)
     names = study.metadata["class_names"]
@@ -75,7 +75,7 @@ def render(study: Study, limit: Threshold) -> str:
 
 
 class _Visitor(local_page.LocalPage):
-    """One request."""
+    """Handles one request."""
 
     def __init__(self, desk: Desk, page: str, *arguments: Any) -> None:
         self.desk, self.page = desk, page

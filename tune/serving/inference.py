@@ -1,4 +1,4 @@
-"""What an ensemble says of images, and when it had better say nothing."""
+"""Predictions of an ensemble, and the confidence below which it gives no answer."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from carmodels.files import csv_text, write_atomic
 from carmodels.study import Study
 
 NOT_SURE = "not sure"
-_AT_ONCE = 64  # images in memory
+_BATCH = 64  # images in memory at a time
 
 
 @dataclass(frozen=True)
 class Given:
-    """What became of a split's images where answers are given from some confidence on."""
+    """Answers on a split at a confidence threshold."""
 
     images: int
     unanswered: int
-    accuracy: Interval | None  # of the answers; None where there are none
+    accuracy: Interval | None  # of the answers; None without answers
 
     @property
     def right(self) -> str:
-        """How many answers are right, in words; empty where there are none."""
+        """Accuracy of the answers, as text. Empty without answers."""
         if self.accuracy is None:
             return ""
         found = self.accuracy
@@ -41,28 +41,28 @@ class Given:
 
     @property
     def sentence(self) -> str:
-        """In words."""
+        """Unanswered images and accuracy, as text."""
         left = f"{self.unanswered} of {self.images} images are left unanswered"
         return f"{left}, of the others {self.right}" if self.right else left
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The confidence from which answers are given: chosen on val, tested on holdout."""
+    """The minimum confidence of an answer, chosen on val and tested on holdout."""
 
-    wanted: float  # accuracy of the answers
-    confidence: float  # infinite where val's answers are not that good at any
+    wanted: float  # target accuracy of the answers
+    confidence: float  # inf if no threshold reaches the target on val
     val: Given
     holdout: Given
 
     def sure(self, probs: np.ndarray) -> np.ndarray:
-        """probs (N, C) -> (N,) whether the answer is given."""
+        """probs (N, C) -> (N,) whether each answer is given."""
         chosen: np.ndarray = probs.max(axis=1) >= self.confidence
         return chosen
 
     @property
     def sentence(self) -> str:
-        """In words."""
+        """The threshold and what it gives, as text."""
         if math.isinf(self.confidence):
             return (
                 f"No answer is sure: not even the {MIN_ANSWERED} most confident ones on val are right in "
@@ -77,23 +77,26 @@ class Threshold:
 
 
 def threshold(study: Study, wanted: float, answer: str = "ensemble") -> Threshold:
-    """The smallest confidence from which on so many of val's answers are right; ValueError for no share."""
+    """The smallest confidence at which the answers on val are at least `wanted` accurate.
+
+    ValueError if `wanted` is not from 0 to 1, or predictions are missing or damaged.
+    """
     if not 0 <= wanted <= 1:
         raise ValueError(f"--not-sure {wanted:g} must be from 0 (always answer) to 1")
-    looked = {split: _said(study, answer, split) for split in ("val", "holdout")}
-    confidence = confidence_threshold(*looked["val"], wanted)
+    predicted = {split: _probs_and_labels(study, answer, split) for split in ("val", "holdout")}
+    confidence = confidence_threshold(*predicted["val"], wanted)
     given = {
         split: Given(
             len(labels),
             int((probs.max(axis=1) < confidence).sum()),
             selective_accuracy(probs, labels, confidence),
         )
-        for split, (probs, labels) in looked.items()
+        for split, (probs, labels) in predicted.items()
     }
     return Threshold(wanted, confidence, **given)
 
 
-def _said(study: Study, answer: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _probs_and_labels(study: Study, answer: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     file = study.predictions_file(answer, split)
     if not study.has_predictions(answer, split):
         script = "distil.py" if answer == "student" else "ensemble.py"
@@ -106,10 +109,10 @@ def _said(study: Study, answer: str, split: str) -> tuple[np.ndarray, np.ndarray
 
 @dataclass(frozen=True)
 class Answer:
-    """What an ensemble says of one image."""
+    """Prediction for one image."""
 
     image: str
-    column: int  # of the likeliest class
+    column: int  # of the most likely class
     sure: bool
     probs: np.ndarray  # (C,)
 
@@ -120,14 +123,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that there is no answer to."""
+    """A file that could not be read as an image."""
 
-    image: str  # its name, quoted, with escapes for what cannot be shown
+    image: str  # repr of its path, so that every character can be printed
     reason: str
 
 
 def found_images(paths: Sequence[Path]) -> list[Path]:
-    """The files, and the images at any depth below the folders; ValueError for a path without any."""
+    """The given files, and all images below the given folders. ValueError for a path without images."""
     found: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -140,9 +143,9 @@ def found_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def answers(ensemble: Ensemble, paths: Sequence[Path], limit: Threshold) -> Iterator[Answer | Unreadable]:
-    """One for each image, in order; some dozens are in memory at a time."""
-    for start in range(0, len(paths), _AT_ONCE):
-        part = paths[start : start + _AT_ONCE]
+    """One answer per image, in order. Images are read in batches."""
+    for start in range(0, len(paths), _BATCH):
+        part = paths[start : start + _BATCH]
         read = _read(part, ensemble.spec.max_size)
         good = [image for image in read if isinstance(image, np.ndarray)]
         probs = ensemble.probabilities(good) if good else np.empty((0, len(ensemble.spec.classes)))
@@ -156,7 +159,7 @@ def answers(ensemble: Ensemble, paths: Sequence[Path], limit: Threshold) -> Iter
 
 
 def _read(paths: Sequence[Path], max_size: int) -> list[np.ndarray | str]:
-    """Each image, or why there is none."""
+    """Each image, or the reason why it cannot be read."""
 
     def one(path: Path) -> np.ndarray | str:
         try:
@@ -169,12 +172,12 @@ def _read(paths: Sequence[Path], max_size: int) -> list[np.ndarray | str]:
             return str(reason)
 
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, about odd metadata
+        warnings.simplefilter("ignore")  # Pillow warns about odd metadata
         return list(pool.map(one, paths))
 
 
 def write_answers(found: Sequence[Answer], spec: EnsembleSpec, path: Path) -> None:
-    """A CSV, whole or not at all: image, class, name, confidence, sure, and a column for each class."""
+    """Write a CSV: image, class, name, confidence, sure, and a probability per class. The write is atomic."""
     header = ["image", "class", "name", "confidence", "sure", *(f"p_{name}" for name in spec.classes)]
     rows = [
         [

@@ -1,4 +1,4 @@
-"""Pages for this machine alone."""
+"""HTTP pages that are served on this machine only."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class LocalPage(BaseHTTPRequestHandler):
     """One request to a page that listens on 127.0.0.1."""
 
-    timeout = 60  # seconds that a request may take to arrive
+    timeout = 60  # seconds to wait for data of a request
 
     @property
     def from_here(self) -> bool:
-        """Whether the page's own address was asked: other sites' names may be made to lead here, too."""
+        """Whether the Host header is local. Protects against DNS rebinding."""
         return self.headers.get("Host", "").rsplit(":", 1)[0] in ("127.0.0.1", "localhost")
 
     def send(self, status: HTTPStatus, kind: str, text: str) -> None:
-        """Answer with a text of this MIME type."""
+        """Send a text with MIME type `kind`."""
         content = text.encode()
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
@@ -27,15 +27,18 @@ class LocalPage(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def refuse_others(self) -> None:
-        """Answer to who asked for another address."""
+        """Reject a request for another host."""
         self.send(HTTPStatus.FORBIDDEN, "text/plain", "this page is for its own address")
 
     def log_message(self, format: str, *words: object) -> None:
-        """Nothing: the terminal is for what matters."""
+        """Requests are not logged to the terminal."""
 
 
 def serve(page: Callable[..., LocalPage], port: int, words: str, say: Callable[[str], None]) -> int:
-    """Answer on this machine alone until Ctrl-C; `words` go before the address. ValueError for no port."""
+    """Serve on this machine only, until Ctrl-C. `words` are printed before the address.
+
+    ValueError if the port is out of range or taken.
+    """
     if not 0 <= port < 65536:
         raise ValueError(f"--port {port} must be from 0 to 65535")
     try:

@@ -1,4 +1,4 @@
-"""The model card that goes with an exported ensemble (after Mitchell et al., 2019)."""
+"""Model card of an exported ensemble (after Mitchell et al., 2019)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tune.serving.inference import Threshold
 def write_card(
     study: Study, answer: str, spec: EnsembleSpec, limit: Threshold, difference: float, folder: Path
 ) -> None:
-    """README.md of an exported ensemble or student: what it is of, what it is worth, how to use it."""
+    """Write README.md of an exported ensemble or student: contents, scores and usage."""
     facts, results = study.metadata, read_json(study.results_file(answer))
     metric = facts["metric"]
     text = _template().render(
@@ -45,12 +45,12 @@ def _template() -> jinja2.Template:
 
 
 def _cell(value: Any) -> str:
-    """Text that stays in its cell of a Markdown table, and in its line."""
+    """Text on one line, escaped for a cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def recalls(study: Study, answer: str, spec: EnsembleSpec) -> list[tuple[str, str, int, float]]:
-    """(class, name, images, share recognised) on holdout, least recognised first."""
+    """(class, name, images, recall) on holdout, lowest recall first."""
     probs, truth = study.probs_and_labels(answer, "holdout")
     guessed = probs.argmax(axis=1)
     rows = [
