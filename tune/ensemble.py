@@ -1,6 +1,6 @@
 """python tune/ensemble.py results/demo
 
-Choose an ensemble of a study's finished trials on val, score it once on holdout, write submission and report.
+Choose an ensemble of a study's complete trials on val, score it once on holdout, write submission and report.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Show images to a study's ensemble: class, name and confidence of each, and "not sure" where answers of so
 little confidence are wrong too often. With --export the ensemble leaves the study (ONNX, safetensors, model
-card); with --serve a local page takes an image that is dropped on it, and shows what spoke for the answer.
+card). With --serve a local page takes an image that is dropped on it, and shows which parts of it support
+the answer.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     )
     again = study.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with a study that exists")
-    again.add_argument("--overwrite", action="store_true", help="delete a study that exists, and begin anew")
+    again.add_argument("--overwrite", action="store_true", help="delete a study that exists, and start again")
 
     add_machine_options(p.add_argument_group("machine"))
     return p

@@ -287,7 +287,7 @@ def test_the_sentence_names_the_best_and_those_that_cannot_be_told_apart() -> No
     found = standings(records, metric="accuracy", images=IMAGES)
     text = standings_sentence(found)
     assert text.startswith(f"The best is test_resnet 32px head0 full ({records[0].trial_id}), by 3 runs. ")
-    assert "Cannot be told apart from it: " in text
+    assert "Not clearly worse: " in text
     assert text.endswith(", 2 more that ran once.")
     assert records[2].trial_id not in text
     assert len(top_standings(found)) == CONTENDERS

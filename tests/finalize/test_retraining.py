@@ -166,7 +166,7 @@ def test_where_the_best_takes_too_long_the_next_that_is_as_good_is_retrained(
     left_out = ["Retraining is left out: the time that is left does not hold one run of it."]
     assert retrained(trial_id=slow.trial_id) == (slow.trial_id, left_out, 0)
     study.append(replace(slow, value=1.0))
-    assert retrained() == (slow.trial_id, left_out, 0)  # the others can be told apart from it
+    assert retrained() == (slow.trial_id, left_out, 0)  # the others are clearly worse
 
 
 def test_of_single_runs_the_best_is_retrained(study: Study) -> None:

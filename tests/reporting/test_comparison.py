@@ -1,4 +1,4 @@
-"""Studies side by side: what differs, what each is worth, and whether that can be told apart."""
+"""Studies side by side: what differs, what each is worth, and whether one is clearly better."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_ensembles_are_told_apart_by_the_same_images(pair: tuple[Study, Study]) 
         f"one over two: {100 * gain.value:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f}) "
         "on the same 60 images; two is better."
     )
-    assert verdict(first, first, "accuracy").endswith("the two cannot be told apart.")
+    assert verdict(first, first, "accuracy").endswith("neither is clearly better.")
     elsewhere = replace(second, metadata={**second.metadata, "split_hash": "other"})
     assert "their images or splits differ" in verdict(first, elsewhere, "accuracy")
     pair[1].predictions_file("ensemble", "holdout").unlink()

@@ -242,7 +242,7 @@ def test_the_page_says_which_configurations_cannot_be_told_apart(study: Study) -
     ]
     assert [row[-1] for row in rows[1:3]] == ["the best", "yes"]
     assert len(rows) == 1 + 4
-    assert f"The best is {first.config.title} ({first.trial_id}), by 3 runs. Cannot be told apart" in page
+    assert f"The best is {first.config.title} ({first.trial_id}), by 3 runs. Not clearly worse" in page
     assert "Were the stops right?" not in page
 
 

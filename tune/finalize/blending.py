@@ -211,7 +211,7 @@ def _recompute_predictions(job: Job, records: Sequence[TrialRecord], say: Say) -
     """Recompute missing or damaged predictions from the weights. Reports damaged files."""
     for split in ("val", "holdout"):
         for file in EnsembleMembers(job, dict.fromkeys(records, 1.0), {}).predict_missing(split, ("plain",)):
-            say(f"{file} was damaged, it is made anew from the weights.")
+            say(f"{file} was damaged, it is made again from the weights.")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from carmodels.formatting import interval_text, stops_sentence
 from carmodels.records import NOT_ENDED, State, TrialRecord
 from carmodels.study import Study
 from tune.budget.clock import Clock
-from tune.monitor import live
+from tune.monitor import terminal_view
 from tune.optim import importance
 from tune.optim.standings import Standing, standings_of, standings_sentence, top_standings
 from tune.runtime.callbacks import ProgressCallback, RunState
@@ -75,19 +75,19 @@ class Screen:
             )
 
         def on_step(recorder: RunState) -> None:
-            self._show(live.standing(ended.values(), recorder, metric, clock, trials))
+            self._show(terminal_view.take_snapshot(ended.values(), recorder, metric, clock, trials))
 
         return ProgressCallback(on_record, on_step)
 
-    def _show(self, now: live.Standing) -> None:
+    def _show(self, now: terminal_view.RunSnapshot) -> None:
         if self._alive:
             if self._live is None:
                 self._live = Live(console=self.console, transient=True)
                 self._live.start()
-            self._live.update(live.View(now))
+            self._live.update(terminal_view.TerminalView(now))
         elif time.monotonic() - self._last_line_at >= QUIET_SECONDS:
             self._last_line_at = time.monotonic()
-            self.say(f"      {live.line(now)}")
+            self.say(f"      {terminal_view.line(now)}")
 
     def __enter__(self) -> Screen:
         return self
@@ -112,7 +112,7 @@ class Screen:
         """Print the best complete trials, with settings and scores. The baseline is always included."""
         table = Table(title=f"{study.metric} on val, best first", title_justify="left")
         names = ("rank", "trial", study.metric, *_CONFIGURATION, "epochs", "s", "note")
-        narrow = self._alive and self.console.width < live.WIDE
+        narrow = self._alive and self.console.width < terminal_view.WIDE
         shown = [i for i, name in enumerate(names) if not (narrow and name in _DETAILS)]
         for i in shown:
             right = names[i] in {"rank", study.metric, "px", "lr", "epochs", "s"}
@@ -134,7 +134,7 @@ class Screen:
             table.add_column(name)
         for name in ("runs", "mean", "estimate", "95 % interval"):
             table.add_column(name, justify="right")
-        table.add_column("cannot be told apart from the best")
+        table.add_column("not clearly worse than the best")
         for standing in top_standings(found):
             table.add_row(*_standing_cells(standing, found[0]))
         self._wide(table)

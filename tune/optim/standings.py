@@ -259,7 +259,7 @@ def standings_sentence(ranked: Sequence[Standing]) -> str:
     named = [_title(s) for s in top_standings(ranked) if s in rivals]
     unnamed = len(rivals) - len(named)
     names = ", ".join(named + ([f"{unnamed} more that ran once"] if unnamed else []))
-    return text + f"Cannot be told apart from it: {names}."
+    return text + f"Not clearly worse: {names}."
 
 
 def _title(standing: Standing) -> str:

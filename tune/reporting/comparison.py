@@ -163,7 +163,7 @@ def verdict(first: Side, other: Side, metric: str) -> str:
     value, ends = gain_text(metric, asdict(found))
     clear = found.low > 0 or found.high < 0
     better = first.name if found.value > 0 else other.name
-    words = f"{better} is better" if clear else "the two cannot be told apart"
+    words = f"{better} is better" if clear else "neither is clearly better"
     return (
         f"{pair}: {value} points ({ends}) on the same {len(first.study.labels('holdout'))} images; {words}."
     )

@@ -16,7 +16,7 @@ from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Run
 from tune.budget.clock import Clock
-from tune.monitor.live import View, line, sparkline, standing
+from tune.monitor.terminal_view import TerminalView, line, sparkline, take_snapshot
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.recorder import Recorder
 
@@ -52,10 +52,10 @@ ENDED = [
 
 def shown(recorder: Recorder, width: int, height: int = 25, seconds: float = math.inf) -> str:
     clock = Clock(time.time() - 30, seconds)
-    now = standing(ENDED, recorder, "accuracy", clock, 20)
+    now = take_snapshot(ENDED, recorder, "accuracy", clock, 20)
     file = io.StringIO()
     console = Console(file=file, width=width, height=height, force_terminal=True, color_system=None)
-    console.print(View(now))
+    console.print(TerminalView(now))
     return file.getvalue()
 
 
@@ -94,7 +94,7 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("still")
 def test_the_plain_line_says_the_same(recorder: Recorder) -> None:
     recorder.recorded = set("12345")
-    now = standing(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)
+    now = take_snapshot(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)
     assert line(now) == (
         "search: 5 of 20 trials ended, 2 running, 1 stopped, 2 failed, "
         "best 0.8300 (mobilenetv2_100 160px head0 gradual), epochs 3/8 0/8, 30 s used, 90 s left"
@@ -103,21 +103,21 @@ def test_the_plain_line_says_the_same(recorder: Recorder) -> None:
 
 @pytest.mark.usefixtures("still")
 def test_a_resumed_search_is_as_fast_as_the_trials_since_it_began(recorder: Recorder) -> None:
-    assert line(standing(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)).endswith("30 s used")
+    assert line(take_snapshot(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)).endswith("30 s used")
     recorder.recorded = {"5"}
-    now = standing(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)
+    now = take_snapshot(ENDED, recorder, "accuracy", Clock(time.time() - 30), 20)
     assert line(now).endswith("30 s used, 8 min left")
 
 
 def test_trials_that_ran_out_of_time_are_stopped_ones_too(recorder: Recorder) -> None:
     late = ended(6, State.OUT_OF_TIME, 0.95)
-    now = standing([*ENDED, late], recorder, "accuracy", Clock(time.time()), 20)
+    now = take_snapshot([*ENDED, late], recorder, "accuracy", Clock(time.time()), 20)
     assert now.stopped == 2
     assert now.best == ENDED[1]
 
 
 def test_a_metric_to_minimise_has_its_lowest_as_the_best(recorder: Recorder) -> None:
-    now = standing(ENDED, recorder, "log_loss", Clock(time.time()), None)
+    now = take_snapshot(ENDED, recorder, "log_loss", Clock(time.time()), None)
     assert now.best is not None
     assert now.best.value == 0.61
 

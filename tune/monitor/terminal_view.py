@@ -44,7 +44,7 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunSnapshot:
     """Snapshot of a run."""
 
     stage: str
@@ -86,9 +86,9 @@ class Standing:
         return None if math.isinf(left) else self.used / (self.used + left) if self.used + left else 1.0
 
 
-def standing(
+def take_snapshot(
     ended: Iterable[TrialRecord], recorder: RunState, metric: str, clock: Clock, trials: int | None
-) -> Standing:
+) -> RunSnapshot:
     """Snapshot of the run now. `trials` is the target of the search."""
     ended = list(ended)
     of_stage = tuple(r for r in ended if r.stage == recorder.stage)
@@ -96,7 +96,7 @@ def standing(
     used, left = time.time() - clock.begun, clock.left
     if math.isinf(left) and goal and recorder.recorded:
         left = used / len(recorder.recorded) * max(0, goal - len(of_stage))
-    return Standing(
+    return RunSnapshot(
         stage=recorder.stage,
         metric=metric,
         running=tuple(Running(recorder.runs[i], tuple(c)) for i, c in recorder.running.items()),
@@ -115,7 +115,7 @@ def _best(ended: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
     return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
-def line(now: Standing) -> str:
+def line(now: RunSnapshot) -> str:
     """Progress as one line."""
     parts = [f"{now.stage}: {now.counts}"]
     if now.best:
@@ -126,10 +126,10 @@ def line(now: Standing) -> str:
 
 
 @dataclass(frozen=True)
-class View:
+class TerminalView:
     """Terminal view of a run: counts, best trial, time, and a row per running trial."""
 
-    now: Standing
+    now: RunSnapshot
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = max(1, options.max_width - _MARGIN)
