@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -533,9 +532,6 @@ def test_a_page_that_loads_anew_keeps_what_was_sorted_and_filtered(
     ).start()
     wait = WebDriverWait(browser, 100)
     wait.until(lambda _: spoken)
-    rebound = urllib.request.Request(spoken[0].split()[-3], headers={"Host": "evil.example"})
-    with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(rebound)
     browser.get(spoken[0].split()[-3])
     browser.find_element("css selector", "#filter").send_keys("pruned")
     browser.find_element("css selector", "#trials th:nth-child(5) button").click()

@@ -51,13 +51,11 @@ def serve(studies: list[Study], make: Callable[[int], str], port: int, screen: S
 
     class Page(local_page.LocalPage):
         def do_GET(self) -> None:
-            if not self.from_here:
-                return self.refuse_others()
             try:
                 status, text = HTTPStatus.OK, make(REFRESH_SECONDS)
             except ValueError as error:
                 status, text = HTTPStatus.SERVICE_UNAVAILABLE, waiting(str(error))
-            return self.send(status, "text/html", text)
+            self.send(status, "text/html", text)
 
     return local_page.serve(Page, port, f"Report of the search of {begun}:", screen.say)
 
