@@ -51,6 +51,10 @@ class Study:
         return self.folder / f"{name}.json"
 
     @property
+    def holdout_file(self) -> Path:
+        return self.folder / "holdout.jsonl"
+
+    @property
     def submission_file(self) -> Path:
         return self.folder / "submission.csv"
 

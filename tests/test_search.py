@@ -35,6 +35,7 @@ from carmodels.ensembling.network import load_ensemble
 from carmodels.evaluation.calibration import with_temperature
 from carmodels.files import read_json
 from carmodels.formatting import stops_sentence
+from carmodels.holdout import looks, quoted_look
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.records import State
@@ -484,6 +485,7 @@ def test_another_search_is_not_resumed_into_the_same_folder(place: Place, here: 
 def test_retraining_and_ensembling_can_be_run_alone(place: Place, copied: Callable[[str], Study]) -> None:
     study = copied("alone")
     folder = str(study.folder)
+    scored = read_json(study.ensemble_file)["holdout"]
     searched = [r for r in study.leaderboard() if r.stage == "search"]
     kept = [r for r in searched if study.weights_file(r.trial_id).is_file()]
     worst = [r for r in kept if r.config.unfreeze != "frozen"][-1]
@@ -501,12 +503,17 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place, copied: Callab
     assert new.config.backbone == worst.config.backbone
     reference = next(r for r in searched if r.baseline)
     study.predictions_file(reference.trial_id, "holdout").unlink()
+    (first,) = looks(study)
     out = place.folder / "mine.csv"
     result = place.run(
         place.command("ensemble.py", folder, "--top", "1", "--tta", "1", "--out", str(out), *cache)
     )
     assert result.returncode == 0, result.stderr
-    assert "holdout was looked at 2 times" in result.stdout
+    assert "Holdout was looked at 2 times." in result.stdout
+    assert [look.number for look in looks(study)] == [1, 2]
+    assert quoted_look(study, "ensemble") == first
+    assert first.scores == {k: v for k, v in scored.items() if k != "looks"}
+    assert read_json(study.ensemble_file)["holdout"]["looks"] == 2
     assert study.has_predictions(reference.trial_id, "holdout")
     assert out.read_text() == study.submission_file.read_text()
 

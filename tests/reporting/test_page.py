@@ -22,6 +22,7 @@ import pytest
 from carmodels.evaluation.predictions import Predictions
 from carmodels.files import read_json, write_json
 from carmodels.formatting import duration
+from carmodels.holdout import add_look
 from carmodels.presets import SPACES
 from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import Study
@@ -189,6 +190,30 @@ def test_the_page_says_whether_the_ensemble_helps_and_what_it_costs(study: Study
     assert "Weight soups tried: a soup of 2 (91.5 %)." in page
     assert "<th>temperature</th><th>s for 1,000</th>" in page
     assert "<td>1.25</td><td>3.0</td>" in page
+
+
+def test_the_page_quotes_the_first_look_at_holdout_and_lists_the_others(study: Study) -> None:
+    page = write_report(study).read_text()
+    assert 'id="looks"' not in page
+    results = read_json(study.ensemble_file)
+    score = {"value": 0.97, "low": 0.95, "high": 0.99}
+    for answer in ("ensemble", "student"):
+        again = {
+            **results,
+            "holdout": {**results["holdout"], answer: score},
+            "hidden": {**score, "images": 7},
+        }
+        add_look(study, answer, again)
+    write_json(study.ensemble_file, again)
+    page = " ".join(write_report(study).read_text().split())
+    assert "90.0 % <small>(85.0 to 94.0)</small></b>accuracy of the ensemble on holdout<" in page
+    assert "90.0 % <small>(80.0 to 95.0)</small></b>accuracy expected on the 7 hidden images<" in page
+    assert "looked at 3 times. The scores above are those to quote, first look: what" in page
+    assert [row[1:] for row in cells(page, "looks")[1:]] == [
+        ["an ensemble", "90.0 % (85.0 to 94.0)"],
+        ["an ensemble", "97.0 % (95.0 to 99.0)"],
+        ["a student", "97.0 % (95.0 to 99.0)"],
+    ]
 
 
 def test_the_page_says_what_to_submit_what_it_is_worth_and_every_trial(study: Study) -> None:

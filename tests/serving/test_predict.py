@@ -35,6 +35,7 @@ from carmodels.ensembling.occlusion import occlusion_map
 from carmodels.evaluation.calibration import confidence_threshold, with_temperature
 from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.files import read_json, write_json
+from carmodels.holdout import add_look
 from carmodels.models.classifier import save_weights
 from carmodels.models.weights import Weights
 from carmodels.records import FOLD, State, TrialRecord
@@ -49,6 +50,7 @@ from tune.reporting.mistakes import found_mistakes
 from tune.reporting.thumbnails import overlay, thumbnail, write_thumbnails
 from tune.serving.drop_page import MOST_BYTES, Desk, _Visitor, render
 from tune.serving.inference import found_images, threshold
+from tune.serving.model_card import write_card
 
 VIEWS = ["flip", "top_right", "darker"]
 TEMPERATURES = (0.8, 1.6)
@@ -286,6 +288,28 @@ def test_an_ensemble_leaves_the_study_and_works_without_it(
     (folder / "ensemble.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="is damaged or of another ensemble"):
         load_exported(folder)
+
+
+def test_the_model_card_quotes_the_first_look_at_holdout_and_names_a_later_one(
+    study: Study, ensemble: Ensemble, tmp_path: Path
+) -> None:
+    copy, folder = Study(tmp_path / "copy"), tmp_path / "model"
+    shutil.copytree(study.folder, copy.folder)
+    folder.mkdir()
+    images = read_json(copy.ensemble_file)["holdout"]["images"]
+    write_card(copy, "ensemble", ensemble.spec, threshold(copy, 0.0), 0.0, folder)
+    once = (folder / "README.md").read_text()
+    assert f"| on holdout, {images} images that chose nothing | 50.0 % (40.0 to 60.0) |" in once
+    assert "looked at" not in once
+    results = read_json(copy.ensemble_file)
+    results["holdout"]["ensemble"] = {"value": 0.7, "low": 0.6, "high": 0.8}
+    later = add_look(copy, "ensemble", results)
+    write_json(copy.ensemble_file, results)
+    write_card(copy, "ensemble", ensemble.spec, threshold(copy, 0.0), 0.0, folder)
+    twice = (folder / "README.md").read_text()
+    assert f"| on holdout, {images} images that chose nothing, first look | 50.0 % (40.0 to 60.0) |" in twice
+    assert f"| not to quote: this ensemble on holdout, look 2 ({later.at}) | 70.0 % (60.0 to 80.0) |" in twice
+    assert "Holdout was looked at 2 times in this study. The scores are those of an earlier ensemble" in twice
 
 
 def test_an_ensemble_of_before_there_were_temperatures_of_members_answers_as_it_did(

@@ -10,6 +10,7 @@ import torch
 
 from carmodels.files import user_path
 from carmodels.formatting import interval_text, score_text
+from carmodels.holdout import later_sentence, quoted_look, quoted_suffix
 from carmodels.models.weights import Weights
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics
@@ -37,10 +38,12 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
 
 def _tell(results: dict[str, Any], study: Study, screen: Screen) -> None:
     """Print the student's scores and its speed."""
-    metric, holdout, speed = results["metric"], results["holdout"], results["speed"]
+    first = quoted_look(study, "student")
+    metric, holdout, speed = results["metric"], first.scores, results["speed"]
     val = ", ".join(f"{name} {score_text(metric, score)}" for name, score in results["val"].items())
     screen.say(f"{metric} on val: {val}.")
-    screen.say(f"{metric} on holdout ({holdout['images']} images kept aside, 95 % intervals):")
+    images = f"{holdout['images']} images kept aside, 95 % intervals"
+    screen.say(f"{metric} on holdout ({images}){quoted_suffix(study, 'student')}:")
     for name, words in (
         ("student", "student"),
         ("ensemble", "ensemble"),
@@ -49,10 +52,8 @@ def _tell(results: dict[str, Any], study: Study, screen: Screen) -> None:
         screen.say(
             f"  {words:<24}{interval_text(metric, holdout[name])}", "bold" if name == "student" else ""
         )
-    if holdout["looks"] > 1:
-        screen.say(
-            f"  (holdout was looked at {holdout['looks']} times for students: quote the first)", "yellow"
-        )
+    if later := later_sentence(study, "student"):
+        screen.say(f"  {later}", "yellow")
     screen.say(
         f"Images a second: {speed['student']:.0f}, the ensemble {speed['ensemble']:.0f}; "
         f"{speed['ratio']:.1f} times as fast."

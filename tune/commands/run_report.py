@@ -30,6 +30,8 @@ def run(options: argparse.Namespace, screen: Screen, port: int) -> int:
         return serve(studies, make, port, screen)
     path = comparison.write_comparison(studies, out) if several else page.write_report(studies[0], out)
     screen.say(f"{'Comparison' if several else 'Report'}: {path}")
+    if warning := comparison.holdout_warning(comparison.opened(studies)) if several else "":
+        screen.say(warning, "yellow")
     return 0
 
 

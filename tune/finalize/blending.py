@@ -17,7 +17,8 @@ from carmodels.evaluation.intervals import paired_gain, score_interval, score_pr
 from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.nested import NestedCheck, nested_check
 from carmodels.evaluation.predictions import Predictions, blend
-from carmodels.files import read_json, write_json
+from carmodels.files import write_json
+from carmodels.holdout import add_look
 from carmodels.models.classifier import weights_damage
 from carmodels.records import FOLDS, TRAIN_SPLIT_STAGES, TrialRecord
 from carmodels.study import Study
@@ -104,6 +105,7 @@ def ensemble(
         **_submission_results(job, blended),
     }
     study.thumbnails_file.unlink(missing_ok=True)  # shows the mistakes of the previous ensemble
+    results["holdout"]["looks"] = add_look(study, "ensemble", results).number
     write_json(study.ensemble_file, results)
     study.write_table()
     return results
@@ -359,7 +361,7 @@ def _submission_summary(study: Study, names: Sequence[str], test: Predictions) -
 
 
 def _holdout_results(study: Study, ensembled: Predictions, single: str) -> dict[str, Any]:
-    """Holdout scores of ensemble, best single trial and baseline, with 95 % intervals. Counts looks."""
+    """Holdout scores of ensemble, best single trial and baseline, with 95 % intervals."""
     labels = study.labels("holdout")
     truth = np.array(list(labels.values()))
     probs = {"ensemble": ensembled.aligned(list(labels)).probs}
@@ -371,8 +373,7 @@ def _holdout_results(study: Study, ensembled: Predictions, single: str) -> dict[
     scores: dict[str, Any] = {name: asdict(score_interval(metric, p, truth)) for name, p in probs.items()}
     for name in named:
         scores[f"gain_over_{name}"] = asdict(paired_gain(metric, probs["ensemble"], probs[name], truth))
-    looks = 1 + (read_json(study.ensemble_file)["holdout"]["looks"] if study.ensemble_file.is_file() else 0)
-    return {**scores, "images": len(truth), "looks": looks}
+    return {**scores, "images": len(truth)}
 
 
 def _expected_test_score(study: Study, holdout: Predictions, images: int) -> dict[str, Any]:

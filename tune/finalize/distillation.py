@@ -15,6 +15,7 @@ from carmodels.evaluation.calibration import fit_temperature, with_temperature
 from carmodels.evaluation.intervals import paired_gain, score_interval
 from carmodels.evaluation.metrics import METRICS
 from carmodels.files import read_json, write_json
+from carmodels.holdout import add_look
 from carmodels.models.classifier import save_weights
 from carmodels.records import State, TrialRecord
 from carmodels.study import Study
@@ -76,8 +77,7 @@ def distil(
     study.write_table()
     temperature = _save_predictions(job, trained, record)
     student_file = study.results_file(STUDENT)
-    looks = 1 + (read_json(student_file)["holdout"]["looks"] if student_file.is_file() else 0)
-    results = {
+    results: dict[str, Any] = {
         "metric": study.metric,
         "members": [
             {
@@ -94,8 +94,9 @@ def distil(
         "tta": {"views": ["plain"], "sentence": "left out, the student is to be fast"},
         "taught": {"views": views, "temperature": softness, "share": TEACHER_WEIGHT},
         "val": _val_scores(study),
-        "holdout": {**_holdout_comparison(study), "looks": looks},
+        "holdout": _holdout_comparison(study),
     }
+    results["holdout"]["looks"] = add_look(study, STUDENT, results).number
     write_json(student_file, results)
     results["speed"] = _speeds(job, teacher, load_ensemble(study, STUDENT).to(device))
     write_json(student_file, results)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from carmodels.files import read_json
 from carmodels.formatting import interval_text, stops_sentence
+from carmodels.holdout import later_sentence, quoted_look, quoted_suffix
 from carmodels.records import NOT_ENDED, State, TrialRecord
 from carmodels.study import Study
 from tune.budget.clock import Clock
@@ -183,20 +184,19 @@ class Screen:
 
     def answer(self, results: dict[str, Any], study: Study) -> None:
         """Print the ensemble: members, holdout scores, gain over the baseline, and the submission's path."""
-        holdout, shown = results["holdout"], partial(interval_text, results["metric"])
+        first = quoted_look(study, "ensemble")
+        holdout, shown = first.scores, partial(interval_text, results["metric"])
         self._members(results)
-        self.say(f"{results['metric']} on holdout ({holdout['images']} images kept aside, 95 % intervals):")
+        images = f"{holdout['images']} images kept aside, 95 % intervals"
+        self.say(f"{results['metric']} on holdout ({images}){quoted_suffix(study, 'ensemble')}:")
         for name, words in _SCORED_NAMES.items():
             if name in holdout:
                 self.say(f"  {words:<24}{shown(holdout[name])}", "bold" if name == "ensemble" else "")
         if "baseline" not in holdout:
             self.say("  The baseline did not finish: there is nothing to compare with.", "yellow")
-        if holdout["looks"] > 1:
-            self.say(
-                f"  (holdout was looked at {holdout['looks']} times in this study: quote the first)", "yellow"
-            )
-        if "hidden" in results:
-            hidden = results["hidden"]
+        if later := later_sentence(study, "ensemble"):
+            self.say(f"  {later}", "yellow")
+        if hidden := first.hidden:
             self.say(f"Expected on the {hidden['images']} hidden images, in 95 of 100: {shown(hidden)}.")
         if "submission" in results:
             given = ", ".join(f"{row['name']} {row['rows']}" for row in results["submission"]["classes"])

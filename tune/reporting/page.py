@@ -27,6 +27,7 @@ from carmodels.formatting import (
     score_text,
     stops_sentence,
 )
+from carmodels.holdout import ANSWERS, looks, quoted_look, quoted_suffix
 from carmodels.records import FOLD, FOLD_IN, State, TrialRecord
 from carmodels.space import Space
 from carmodels.study import Study
@@ -85,6 +86,11 @@ def render(study: Study, refresh: int = 0) -> str:
         facts=facts,
         results=results,
         headline=headline(study, results, metric),
+        first=quoted_look(study, "ensemble") if results else None,
+        which=quoted_suffix(study, "ensemble") if results else "",
+        looks=[
+            (look.number, look.title, ANSWERS[look.answer], look.scores[look.answer]) for look in looks(study)
+        ],
         counts=counts(records),
         rows=rows,
         columns=columns,
@@ -162,7 +168,8 @@ def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> li
             [(score_text(metric, board[0].value), "", f"{metric} on val, best trial so far")] if board else []
         )
         return [*best, cost]
-    holdout = results["holdout"]
+    first = quoted_look(study, "ensemble")
+    holdout = first.scores
 
     def scored(found: Mapping[str, float], words: str) -> tuple[str, str, str]:
         return score_text(metric, found["value"]), range_text(metric, found), words
@@ -172,8 +179,7 @@ def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> li
         found.append(
             (*gain_text(metric, holdout["gain_over_baseline"]), "points over the baseline, on holdout")
         )
-    if "hidden" in results:
-        hidden = results["hidden"]
+    if hidden := first.hidden:
         found.append(scored(hidden, f"{metric} expected on the {hidden['images']} hidden images"))
     return [*found, scored(holdout["single"], "best single trial, on holdout"), cost]
 

@@ -10,6 +10,7 @@ import jinja2
 from carmodels.ensembling.network import EXPORTED, EnsembleSpec
 from carmodels.files import read_json, write_atomic
 from carmodels.formatting import interval_text, score_text
+from carmodels.holdout import later_looks, looks, quoted_look, quoted_suffix
 from carmodels.study import Study
 from tune.serving.inference import Threshold
 
@@ -25,6 +26,10 @@ def write_card(
         answer=answer,
         facts=facts,
         results=results,
+        first=quoted_look(study, answer),
+        which=quoted_suffix(study, answer),
+        later=later_looks(study, answer),
+        looks=looks(study),
         spec=spec,
         limit=limit,
         difference=difference,

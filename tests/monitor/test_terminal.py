@@ -1,0 +1,46 @@
+"""What the scripts print of an ensemble."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carmodels.holdout import add_look
+from carmodels.study import Study
+from tune.monitor.terminal import Screen
+
+
+def results(value: float) -> dict[str, Any]:
+    score = {"value": value, "low": value - 0.05, "high": value + 0.05}
+    member = {"trial_id": "a", "title": "a model", "stage": "search", "weight": 1.0, "gain": 0.0, "val": 0.9}
+    return {
+        "metric": "accuracy",
+        "members": [{**member, "temperature": 1.0, "seconds_per_1000": 1.0}],
+        "tta": {"views": ["plain"]},
+        "cost": {"seconds_per_1000": 1.0, "device": "cpu", "cores": 1},
+        "holdout": {"ensemble": score, "single": score, "baseline": score, "images": 60},
+        "hidden": {**score, "images": 7},
+    }
+
+
+def test_a_later_look_at_holdout_is_printed_below_the_first_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = Study(tmp_path / "study")
+    study.begin({"metric": "accuracy"}, [])
+    first = add_look(study, "ensemble", results(0.8))
+    Screen(plain=True).answer(results(0.8), study)
+    once = capsys.readouterr().out
+    assert "accuracy on holdout (60 images kept aside, 95 % intervals):\n" in once
+    assert "looked at" not in once
+    later = add_look(study, "ensemble", results(0.9))
+    Screen(plain=True).answer(results(0.9), study)
+    twice = capsys.readouterr().out
+    assert (
+        f"95 % intervals), first look ({first.at}):\n  ensemble                80.0 % (75.0 to 85.0)" in twice
+    )
+    assert f"look 2 ({later.at}) at an ensemble, 90.0 % (85.0 to 95.0)." in twice
+    assert twice.count("90.0 %") == 1
+    assert "Expected on the 7 hidden images, in 95 of 100: 80.0 % (75.0 to 85.0)." in twice
