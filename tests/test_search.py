@@ -96,14 +96,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "COLUMNS": "150", "NO_ALBUMENTATIONS_UPDATE": "1"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def place(drawn: Path, tmp_path_factory: pytest.TempPathFactory, weights: Weights) -> Place:
     return Place(tmp_path_factory.mktemp("place"), drawn, weights.source)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(place: Place) -> str:
-    """What a run of the whole job prints."""
+    """What a run of the whole job prints. Tests read its study. Those that write have a copy (`copied`)."""
     result = place.run(place.search("--trials", "6", "--study", "cars", "--confirm", "2", "--thumbnails"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
@@ -195,29 +195,29 @@ def test_the_job_ends_with_a_report_of_every_trial(place: Place, whole: str) -> 
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("whole")
 def test_with_images_the_report_shows_the_worst_mistakes_and_what_spoke_for_them(
-    place: Place, here: Command
+    place: Place, here: Command, copied: Callable[[str], Study]
 ) -> None:
-    found = found_mistakes(place.study)
+    study = copied("shown")
+    found = found_mistakes(study)
     assert found is not None
-    thumbnails = read_json(place.study.thumbnails_file)
+    thumbnails = read_json(study.thumbnails_file)
     assert list(thumbnails) == [mistake.image for mistake in found.worst]
     assert thumbnails
-    page = place.study.report_file.read_text()
+    page = study.report_file.read_text()
     for thumbnail in thumbnails.values():
         assert f'<img src="{thumbnail["image"]}"' in page
         if thumbnail["map"]:  # a busy machine may not get to all of them
             assert f'<img class="map" src="{thumbnail["map"]}"' in page
     out = place.folder / "again.html"
-    place.study.thumbnails_file.unlink()
+    study.thumbnails_file.unlink()
     cache = ("--cache", str(place.folder / "cache"))
     for options, shown in (((), False), ((*cache, "--thumbnails"), True)):
-        command = place.command("report.py", str(place.study.folder), "--out", str(out), *options)
+        command = place.command("report.py", str(study.folder), "--out", str(out), *options)
         done = here(command)
         assert done.returncode == 0, done.stderr
         assert ("<figure>" in out.read_text()) is shown
-    again = read_json(place.study.thumbnails_file)
+    again = read_json(study.thumbnails_file)
     assert {i: t["image"] for i, t in again.items()} == {i: t["image"] for i, t in thumbnails.items()}
 
 
@@ -391,19 +391,26 @@ def test_a_search_that_was_cut_off_among_its_reruns_goes_on_there(
     place: Place, copied: Callable[[str], Study], on_own_ray: Command
 ) -> None:
     study = copied("cut-rerun")
-    before = study.records()
-    reruns = [r for r in before if r.stage == "confirm"]
-    if not reruns:
-        pytest.skip("the best stood out by far")
-    study.append(replace(reruns[-1], state=State.INTERRUPTED, value=None))
-    options = ("--trials", "6", "--study", "cut-rerun", "--resume", "--until", "confirm", "--confirm", "2")
+    before = [r for r in study.records() if r.stage != "confirm"]
+    reruns = {r.trial_id: r for r in study.records() if r.stage == "confirm"}
+    best = next(r for r in study.leaderboard() if r.stage == "search")
+    other_seed = best.run.with_origin(seed=best.origin.seed + 1)
+    cut = reruns.get(other_seed.id) or replace(
+        best, trial_id=other_seed.id, origin=other_seed.origin, stage="confirm", repeats=best.trial_id
+    )
+    study.trials_file.unlink()
+    for record in (*before, replace(cut, state=State.INTERRUPTED, value=None)):
+        study.append(record)
+    study.write_table()
+    options = ("--trials", "6", "--study", "cut-rerun", "--resume", "--until", "confirm", "--confirm", "1")
     result = on_own_ray(place.search(*options))
     assert result.returncode == 0, result.stderr
     after = {r.trial_id: r for r in study.records()}
-    assert set(after) == {r.trial_id for r in before}
-    again = after[reruns[-1].trial_id]
-    assert (again.state, again.stage, again.value) == (State.COMPLETE, "confirm", reruns[-1].value)
-    assert all(after[r.trial_id] == r for r in before if r.trial_id != again.trial_id)
+    again = after.pop(cut.trial_id)
+    assert after == {r.trial_id: r for r in before}
+    assert (again.state, again.stage, again.repeats) == (State.COMPLETE, "confirm", best.trial_id)
+    best_epoch = max(epoch.value for epoch in again.curve)
+    assert again.value == (cut.value if cut.trial_id in reruns else best_epoch)
 
 
 @pytest.mark.usefixtures("whole")

@@ -150,6 +150,7 @@ def test_what_is_chosen_on_one_half_does_not_know_the_labels_of_the_other(
     monkeypatch.setattr("tune.finalize.blending.nested_check", caught)
     for truth in (TRUTH, spoilt):
         replace(library(probs), truth=truth).check(until=0)
+    assert len(said) == 4
     for one, other in zip(said[:2], said[2:], strict=True):
         np.testing.assert_array_equal(one, other)
 

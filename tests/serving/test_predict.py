@@ -13,6 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
@@ -240,20 +241,41 @@ def test_the_confidence_is_the_least_that_makes_answers_right_so_often() -> None
     labels = np.where(right, 0, 1)
     limit = confidence_threshold(probs, labels, 0.97)
     chosen = probs.max(1) >= limit
-    assert right[chosen].mean() >= 0.97
-    assert right[probs.max(1) >= limit - 0.011].mean() < 0.97 or chosen.sum() >= 31
+    enough = [c for c in confidence if right[confidence >= c].mean() >= 0.97]
+    assert limit == min(enough)
+    assert 30 <= chosen.sum() < 50
     assert confidence_threshold(probs, labels, 0.5) == 0
     assert math.isinf(confidence_threshold(probs, 1 - labels, 0.97))
 
 
-def test_below_the_confidence_nothing_is_answered(study: Study, holdout: Predictions) -> None:
-    never = threshold(study, 1.0)
-    always = threshold(study, 0.0)
+def test_below_the_confidence_nothing_is_answered(study: Study, tmp_path: Path) -> None:
+    """On val the sure answers are right and the others wrong; on holdout half of the sure ones are right."""
+    copy = Study(tmp_path / "copy")
+    shutil.copytree(study.folder, copy.folder)
+    sure = {"val": 22, "holdout": 10}
+    for split, count in sure.items():
+        labels = np.array(list(copy.labels(split).values()))
+        named = np.where(np.arange(len(labels)) < count, labels, (labels + 1) % 10)
+        if split == "holdout":
+            named[: count // 2] = (labels[: count // 2] + 1) % 10
+        confidence = np.where(np.arange(len(labels)) < count, 0.91, 0.55)[:, None]
+        probs = np.where(np.eye(10, dtype=bool)[named], confidence, (1 - confidence) / 9)
+        said = copy.predictions("ensemble", split).aligned(list(copy.labels(split)))
+        replace(said, probs=probs).save(copy.predictions_file("ensemble", split))
+    limit = threshold(copy, 1.0)
+    assert limit.confidence == pytest.approx(0.91)
+    assert (limit.val.images, limit.val.unanswered) == (len(copy.labels("val")), len(copy.labels("val")) - 22)
+    assert limit.holdout.unanswered == len(copy.labels("holdout")) - 10
+    assert limit.val.accuracy is not None
+    assert limit.holdout.accuracy is not None
+    assert (limit.val.accuracy.value, limit.holdout.accuracy.value) == (1.0, 0.5)
+    holdout = copy.predictions("ensemble", "holdout")
+    np.testing.assert_array_equal(limit.sure(holdout.probs), holdout.probs.max(1) > 0.7)
+    always = threshold(copy, 0.0)
     assert always.confidence == 0
     assert always.sure(holdout.probs).all()
     assert always.holdout.unanswered == 0
     assert always.sentence.startswith(f"Every image is answered: on val {always.val.right}; on holdout ")
-    assert never.sure(holdout.probs).sum() == never.holdout.images - never.holdout.unanswered
     with pytest.raises(ValueError, match=r"--not-sure 1\.5 must be from 0"):
         threshold(study, 1.5)
 
