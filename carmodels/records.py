@@ -26,12 +26,12 @@ class State(StrEnum):
 
 
 class Cause(StrEnum):
-    """Why a trial failed. Only a MACHINE failure is worth a retry."""
+    """Why a trial failed. The sampler avoids the first two, `--resume` runs MACHINE again."""
 
     OUT_OF_MEMORY = "out_of_memory"
     DIVERGED = "diverged"  # non-finite loss
-    MACHINE = "machine"  # its worker died, hung or was lost
-    ERROR = "error"  # any other exception
+    MACHINE = "machine"  # its worker died or hung, its disk was full, a download failed
+    ERROR = "error"  # any other exception: it says nothing of the configuration
 
 
 FOLD, FOLDS, FOLD_IN = "fold", "folds", "fold-in"  # stages: one fold, all folds, all labelled images
