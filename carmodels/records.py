@@ -21,7 +21,7 @@ class State(StrEnum):
     COMPLETE = "complete"  # ended by its schedule or patience, or early where `cut_short` is set
     PRUNED = "pruned"  # by the scheduler at a rung
     OUT_OF_TIME = "out_of_time"  # its stage's time was up
-    INTERRUPTED = "interrupted"  # by the user
+    INTERRUPTED = "interrupted"  # by the user, or by what ended the run
     FAILED = "failed"  # see `cause`
 
 

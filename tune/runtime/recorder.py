@@ -184,7 +184,7 @@ class Recorder(NotPickled, Callback):
         elif interrupted:
             self._write(trial, State.INTERRUPTED, "interrupted by the user")
         elif self.fault:
-            self._write(trial, State.INTERRUPTED, f"the run ended before it: {last_line(self.fault)}")
+            self._write(trial, State.INTERRUPTED, f"the run ended before it: {first_line(self.fault)}")
         elif self.hopeless:
             self._write(trial, State.INTERRUPTED, f"{self.failures} trials before it failed")
         else:
@@ -248,10 +248,10 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def last_line(error: BaseException) -> str:
-    """The last line of an error's text."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.strip().splitlines()[-1][:300]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
 
 
 def _error_text(trial: Any) -> str:

@@ -32,7 +32,7 @@ from carmodels.study import Study
 from carmodels.training.run import Run
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job
-from tune.runtime.recorder import HOPELESS, NotPickled, Recorder, last_line
+from tune.runtime.recorder import HOPELESS, NotPickled, Recorder, first_line
 from tune.runtime.watchdog import Watchdog
 from tune.runtime.worker import train_trial, trial_name
 
@@ -151,7 +151,7 @@ def _in_one_line(error: Exception, study: Study) -> Exception:
         cause = cause.__cause__ or (cause.__context__ if isinstance(cause, TuneError) else None)
     if cause is None:
         return error
-    return OSError(f"{study.folder}: {last_line(cause)}; mend that, then search.py --resume goes on")
+    return OSError(f"{study.folder}: {first_line(cause)}; mend that, then search.py --resume goes on")
 
 
 def _of_machine(error: BaseException) -> bool:
