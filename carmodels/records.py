@@ -21,17 +21,17 @@ class State(StrEnum):
     COMPLETE = "complete"  # ended by its schedule or patience, or early where `cut_short` is set
     PRUNED = "pruned"  # by the scheduler at a rung
     OUT_OF_TIME = "out_of_time"  # its stage's time was up
-    INTERRUPTED = "interrupted"  # by the user
+    INTERRUPTED = "interrupted"  # by the user, or by what ended the run
     FAILED = "failed"  # see `cause`
 
 
 class Cause(StrEnum):
-    """Why a trial failed. Only a MACHINE failure is worth a retry."""
+    """Why a trial failed. The sampler avoids the first two, `--resume` runs MACHINE again."""
 
     OUT_OF_MEMORY = "out_of_memory"
     DIVERGED = "diverged"  # non-finite loss
-    MACHINE = "machine"  # its worker died, hung or was lost
-    ERROR = "error"  # any other exception
+    MACHINE = "machine"  # its worker died or hung, its disk was full, a download failed
+    ERROR = "error"  # any other exception: it says nothing of the configuration
 
 
 FOLD, FOLDS, FOLD_IN = "fold", "folds", "fold-in"  # stages: one fold, all folds, all labelled images

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from carmodels.evaluation.metrics import get_metric, log_loss
+from carmodels.steady_clock import steady_time
 
 _TIE = 1e-9  # smaller differences of mean scores are rounding errors
 
@@ -41,12 +41,12 @@ def nested_check(
 
     `choose(rows)` may look at the rows (N / 2,) only. It returns probabilities (N, C) of its choice and of
     what the choice replaces. Every repeat draws new stratified halves. No repeat but the first starts after
-    `until`, in seconds of time.time().
+    `until`, in seconds of steady_time().
     """
     scorer, rng = get_metric(metric), np.random.default_rng(seed)
     scores: list[list[float]] = []
     losses: list[list[float]] = []
-    while not scores or (len(scores) < repeats and time.time() < until):
+    while not scores or (len(scores) < repeats and steady_time() < until):
         both_probs = _out_of_half(choose, _halves(labels, rng))
         scores.append([scorer.score(probs, labels) for probs in both_probs])
         losses.append([log_loss(probs, labels) for probs in both_probs])

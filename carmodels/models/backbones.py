@@ -21,11 +21,17 @@ TimmNetwork = Any  # an nn.Module with attributes that torch's annotations do no
 
 
 def create_backbone(name: str, *, image_size: int, weights: Weights) -> TimmNetwork:
-    """A timm network that maps (B, 3, S, S) floats to (B, F) pooled features."""
+    """A timm network that maps (B, 3, S, S) floats to (B, F) pooled features.
+
+    Raises OSError if a download fails.
+    """
     arguments: dict[str, Any] = {"img_size": image_size} if BACKBONES[name].fixed_size else {}
     if path := weights.file(name):
         arguments["pretrained_cfg_overlay"] = {"file": str(path)}
-    return timm.create_model(name, pretrained=weights.source != "none", num_classes=0, **arguments)
+    try:
+        return timm.create_model(name, pretrained=weights.source != "none", num_classes=0, **arguments)
+    except HTTPError as error:  # not always an OSError, and one that Ray cannot bring to the driver
+        raise ConnectionError(str(error) or type(error).__name__) from error
 
 
 def fetch_weights(weights: Weights, backbones: Iterable[str]) -> None:
@@ -40,7 +46,7 @@ def fetch_weights(weights: Weights, backbones: Iterable[str]) -> None:
             network = _seeded_backbone(name, weights)
             if weights.is_folder:
                 _check_loaded(network, _seeded_backbone(name, Weights("none")))
-        except (OSError, RuntimeError, ValueError, SafetensorError, HTTPError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             where = "from the hub" if weights.source == "hub" else f"from {weights.file(name)}"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise ValueError(

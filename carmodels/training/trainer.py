@@ -24,6 +24,7 @@ from carmodels.evaluation.metrics import METRICS, accuracy, log_loss
 from carmodels.models.classifier import Classifier, create_classifier, load_weights
 from carmodels.models.parameter_groups import optimizer_groups, trainable_groups
 from carmodels.models.weights import Weights
+from carmodels.steady_clock import steady_time
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.features import FeatureStore
 from carmodels.training.forward import autocast, has_bf16, predict_probs
@@ -70,7 +71,7 @@ def fit(
     (warm restart, Loshchilov and Hutter, 2017).
 
     `on_epoch` is called after every epoch. A non-finite loss ends training as "diverged". Training ends early
-    if another epoch would not end by `until`, in time.time()'s seconds. With `features`, epochs with a frozen
+    if another epoch would not end by `until` (steady_time()). With `features`, epochs with a frozen
     backbone train the head on its stored outputs. With `targets`, (V, N, C) probabilities take the place of
     the labels (distillation, Hinton et al., 2015): epoch e augments the N train images as a loader does in
     its epoch v = (e - 1) mod V, and trains on `targets[v]`.
@@ -102,7 +103,7 @@ def fit(
             best = metrics
             best_state = {k: v.detach().cpu().clone() for k, v in trainer.eval_model.state_dict().items()}
         ending = _ending(run, metrics, best)
-        if not ending and time.time() + metrics.seconds > until:
+        if not ending and steady_time() + metrics.seconds > until:
             ending = "time"
         metrics = replace(metrics, ending=ending)
         history.append(metrics)

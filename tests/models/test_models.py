@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import pickle
 import threading
 from dataclasses import replace
 from functools import partial
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from carmodels.catalog import BACKBONES, HEADS, UNFREEZE, VIEWS
 from carmodels.data.dataset import Splits
-from carmodels.models.backbones import fetch_weights
+from carmodels.models import backbones
+from carmodels.models.backbones import create_backbone, fetch_weights
 from carmodels.models.classifier import Classifier, create_classifier, create_head, load_weights, save_weights
 from carmodels.models.parameter_groups import optimizer_groups, trainable_groups
 from carmodels.models.weights import Weights
@@ -187,6 +190,20 @@ def test_an_unreachable_hub_is_one_clear_error_that_names_the_option(tmp_path: P
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: the weights of lcnet_050 could not be loaded from the hub")
     assert "--weights DIR" in last
+
+
+def test_a_download_that_fails_in_a_worker_is_an_error_that_reaches_the_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray pickles it. What the hub's client raises cannot be read again, or is no OSError."""
+
+    def refuse(*arguments: object, **named: object) -> None:
+        raise HTTPError("the hub does not answer")
+
+    monkeypatch.setattr(backbones.timm, "create_model", refuse)
+    with pytest.raises(OSError, match="the hub does not answer") as caught:
+        create_backbone("lcnet_050", image_size=32, weights=Weights("hub"))
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), OSError)
 
 
 @pytest.mark.server

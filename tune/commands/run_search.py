@@ -27,6 +27,7 @@ from carmodels.models.backbones import fetch_weights
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.space import Space
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.run import Origin
 from tune.budget.clock import STOPS_SHARE, Clock, last_share, search_share
@@ -57,7 +58,7 @@ DEMO_HOURS = 0.15  # a limit for slow machines; the demo usually ends by its num
 
 def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> int:
     """Run the whole command. `typed`: the options that differ from their defaults, as shell text."""
-    begun = time.time()
+    begun = steady_time()
     bare = options.data is None
     granted = resources.check_machine(options)
     preset = options.preset or ("demo" if bare else "gpu" if torch.cuda.is_available() else "cpu")
@@ -157,7 +158,7 @@ def go(
     completed = search(clock=clock)
     longer = with_spare_time(job, options, clock) if completed and trials is None else clock
     if longer != clock:
-        more = duration(longer.at(longer.search) - time.time())
+        more = duration(longer.at(longer.search) - steady_time())
         screen.say(f"What follows does not need all the time that is left: the search goes on for {more}.")
         completed, clock = search(clock=longer, resumed=False), longer
     completed = completed and trained_further(job, options, clock, watch, screen)
@@ -178,7 +179,9 @@ def go(
         screen.answer(results, job.study)
     if options.until == "report":
         report(job, clock, screen, with_thumbnails=options.thumbnails or options.data is None)
-    screen.say(f"Every trial: {job.study.table_file}. All of it took {duration(time.time() - clock.begun)}.")
+    screen.say(
+        f"Every trial: {job.study.table_file}. All of it took {duration(steady_time() - clock.begun)}."
+    )
     return 0
 
 
@@ -199,11 +202,11 @@ def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Cloc
     Unchanged if the search ended long before its time: the space has nothing more to draw.
     """
     ends = clock.at(clock.search)
-    if time.time() < ends - TRIAL_SHARE * (ends - clock.begun):
+    if steady_time() < ends - TRIAL_SHARE * (ends - clock.begun):
         return clock
     packed = job.costs if job.workers.packed else None
     less = retraining.FOLD_IN_SHARE if options.fold_in else 0.0
-    within = clock.at(clock.retrain - less) - time.time()
+    within = clock.at(clock.retrain - less) - steady_time()
     reruns = confirmation.confirmation_seconds(
         job.study, job.workers.count, max_reruns=options.confirm, costs=packed
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from carmodels.files import write_json
 from carmodels.holdout import add_look
 from carmodels.models.classifier import weights_damage
 from carmodels.records import FOLDS, TRAIN_SPLIT_STAGES, TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.submission import write_submission
 from tune.budget.clock import Clock
@@ -57,7 +57,7 @@ def ensemble(
     times = PredictionTimes(job)
     fold_sets = _within_cost(_fold_sets(job, say), times, max_seconds)
     _, split, _ = folds.ensemble_candidates(study, trained, fold_sets)
-    until = time.time() + SOUP_SHARE * clock.left
+    until = steady_time() + SOUP_SHARE * clock.left
     new_soups = soups.make_soups(job, trained, until=until) if split == "val" else []  # else only fold sets
     for record in new_soups:
         say(f"Soup {record.trial_id}: {record.reason}, {record.config.title}; val {record.value:.4f}.")
@@ -65,7 +65,7 @@ def ensemble(
     _recompute_predictions(job, candidates, say)
     times.measure(record.run for record in candidates)
     library = ModelLibrary.from_study(study, candidates, split, split_labels, times, max_seconds)
-    chosen = library.choose(until=time.time() + CHECK_SHARE * clock.left)
+    chosen = library.choose(until=steady_time() + CHECK_SHARE * clock.left)
     say(f"{chosen.sentence}.")
     records = {r.trial_id: r for r in [*trained, *candidates]}
     members = EnsembleMembers(

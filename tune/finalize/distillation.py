@@ -18,6 +18,7 @@ from carmodels.files import read_json, write_json
 from carmodels.holdout import add_look
 from carmodels.models.classifier import save_weights
 from carmodels.records import State, TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics
 from carmodels.training.run import Run
@@ -57,7 +58,7 @@ def distil(
         f"It is {answers.max(axis=2).mean():.0%} sure there and {confidence:.0%} on val: "
         f"its answers get a temperature of {softness:.2f}."
     )
-    started = time.time()
+    started = steady_time()
     trained = fit(
         run,
         splits,
@@ -71,7 +72,7 @@ def distil(
         raise ValueError(
             f"the student's loss was not finite in epoch {len(trained.history)}; a lower lr helps"
         )
-    record = _student_record(study, trained, time.time() - started)
+    record = _student_record(study, trained, steady_time() - started)
     save_weights(trained.model, study.weights_file(record.trial_id))
     study.append(record)
     study.write_table()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from carmodels.catalog import UNFREEZE
 from carmodels.records import TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Run
@@ -103,8 +103,8 @@ class TimeBudget:
 
     @classmethod
     def until(cls, end: float, job: Job) -> TimeBudget:
-        """The time from now until `end`, in time.time()."""
-        return cls(max(0.0, end - time.time()), job.workers.count, job.costs, bool(job.workers.packed))
+        """The time from now until `end`, in steady_time()."""
+        return cls(max(0.0, end - steady_time()), job.workers.count, job.costs, bool(job.workers.packed))
 
     def training_seconds(self, record: TrialRecord, config: TrialConfig, image_ratio: float = 1.0) -> float:
         """Estimated seconds of training `config`, on `image_ratio` times as many images as the trial.

@@ -22,6 +22,7 @@ from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.models.classifier import create_classifier
 from carmodels.models.weights import Weights
 from carmodels.records import FOLDS, TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import view_size
 from carmodels.training.run import Run
@@ -187,12 +188,12 @@ def select_tta_views(
     """
     if limit < 2:
         return ViewsVerdict(("plain",), "not asked for")
-    ends = time.time() + seconds
+    ends = steady_time() + seconds
     if not members.reproduce_predictions():
         return ViewsVerdict(("plain",), "left out, the plain view does not give again what the trial left")
     costs = members.costs(times, VIEWS)
     on_val = members.costs(times, VIEWS, on_val=True)
-    max_views, left_out = _plan_views(members.job, costs, on_val, limit, ends - time.time(), max_cost)
+    max_views, left_out = _plan_views(members.job, costs, on_val, limit, ends - steady_time(), max_cost)
     if len(left_out) == len(VIEWS) - 1:
         reason = "no time for it" if max_views < 2 else "every view would cost too much"
         return ViewsVerdict(("plain",), f"left out, {reason}", _left_out_rows(left_out))

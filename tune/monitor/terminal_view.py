@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from rich.text import Text
 from carmodels.evaluation.metrics import METRICS
 from carmodels.formatting import duration
 from carmodels.records import FOLD, State, TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.training.config import EpochMetrics
 from carmodels.training.run import Run
 from tune.budget.clock import Clock
@@ -93,7 +93,7 @@ def take_snapshot(
     ended = list(ended)
     of_stage = tuple(r for r in ended if r.stage == recorder.stage)
     goal = trials if recorder.stage == "search" else None
-    used, left = time.time() - clock.begun, clock.left
+    used, left = steady_time() - clock.begun, clock.left
     if math.isinf(left) and goal and recorder.recorded:
         left = used / len(recorder.recorded) * max(0, goal - len(of_stage))
     return RunSnapshot(

@@ -13,11 +13,12 @@ import scipy.stats
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from carmodels.records import Cause
 from carmodels.space import Choice, Range, Space
 from carmodels.training.config import TrialConfig
 from tune.optim.coordinates import Coordinates, from_unit, to_unit
 from tune.optim.gaussian_process import CurvePoints, GaussianProcess, GPPosterior
-from tune.optim.optuna_records import distribution
+from tune.optim.optuna_records import CAUSE, distribution
 
 _RANDOM, _NEAR = 600, 400  # candidates: random ones, and neighbours of the best trials
 _BEST, _ROUNDS, _NEIGHBOURS = 5, 2, 30  # then, in rounds, neighbours of each of the best candidates
@@ -99,6 +100,8 @@ class CurveSampler(optuna.samplers.BaseSampler):
         """The trials with curves to maximise; ended ones first, in the order they ended."""
         runs = []
         for trial in sorted(trials, key=_order):
+            if _is_not_known(trial):
+                continue
             if set(trial.params) >= set(self._space.active_dimensions({**self._space.fixed, **trial.params})):
                 config = TrialConfig.from_dict({**self._space.fixed, **trial.params})
                 ended, failed = trial.state.is_finished(), _failed(trial)
@@ -282,8 +285,13 @@ def _order(trial: FrozenTrial) -> tuple[bool, float, int]:
     return ended is None, ended.timestamp() if ended else 0.0, trial.number
 
 
+def _is_not_known(trial: FrozenTrial) -> bool:
+    """Whether a trial failed by no fault of its configuration."""
+    return trial.state is TrialState.FAIL and trial.user_attrs.get(CAUSE) != Cause.OUT_OF_MEMORY
+
+
 def _failed(trial: FrozenTrial) -> bool:
-    """Whether a trial ended in an error or with a value that is not finite."""
+    """Whether a trial ran out of memory, or ended with a value that is not finite."""
     values = trial.intermediate_values
     return trial.state is TrialState.FAIL or (bool(values) and not math.isfinite(values[max(values)]))
 

@@ -67,7 +67,7 @@ class Job:
     cache: Path  # folder shared by all studies on this machine
     costs: Costs | None = None  # training costs on this hardware, if measured
     spent: Mapping[str, float] = field(default_factory=dict)  # seconds of earlier commands, by stage
-    until: float = math.inf  # time.time() at which a trial completes early, with its best epoch
+    until: float = math.inf  # steady_time() at which a trial completes early, with its best epoch
 
     def predict(
         self, model: Classifier, config: TrialConfig, images: Split, view: str = "plain"

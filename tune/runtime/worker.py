@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import time
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from ray.tune import get_context, report
 
 from carmodels.models.classifier import save_weights
 from carmodels.records import Cause, State, TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics
 from carmodels.training.features import FeatureStore
@@ -24,12 +24,13 @@ from tune.runtime.job import Job, Workers
 
 
 def train_trial(values: dict[str, Any], job: Job) -> None:
-    """Train one configuration in a Ray worker, and free its memory afterwards."""
+    """Train one configuration in a Ray worker, free its memory, and send the last report."""
     _clear(job)  # a pruned trial holds its tensors until its thread ends
     try:
-        _train_trial(values, job)
+        last = _train_trial(values, job)
     finally:
         _clear(job)
+    report({**last, "done": True})  # Ray ends the trial as it reads this: nothing comes in between
 
 
 def _clear(job: Job) -> None:
@@ -47,35 +48,33 @@ def _trim_heap() -> None:
         trim(0)
 
 
-def _train_trial(values: dict[str, Any], job: Job) -> None:
-    """Train, and report every epoch. The last report carries `state`."""
+def _train_trial(values: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Train, and report every epoch but the last. Returns the last report, which carries `state`."""
     job = replace(job, workers=_own(job.workers))
     job.workers.take()
     run = Run.from_dict(values)
     title = f"ray::{trial_name(run)}"  # shown in the dashboard, ps and top
     setproctitle(title)
-    started = time.time()
+    started = steady_time()
     if job.workers.gpus:
         torch.cuda.reset_peak_memory_stats()
 
-    def send(metrics: EpochMetrics, **more: Any) -> None:
-        elapsed = time.time() - started
+    def report_of(metrics: EpochMetrics, **more: Any) -> dict[str, Any]:
+        elapsed = steady_time() - started
         gpu_bytes = torch.cuda.max_memory_reserved() if job.workers.gpus else 0
-        report(
-            {
-                run.origin.metric: metrics.value,
-                "run_id": run.id,
-                "elapsed": elapsed,  # seconds since the trial's start; `seconds` counts one epoch
-                "gpu_bytes": gpu_bytes,
-                **asdict(metrics),
-                **more,
-            }
-        )
-        setproctitle(title)  # Ray overwrites the title with each report
+        return {
+            run.origin.metric: metrics.value,
+            "run_id": run.id,
+            "elapsed": elapsed,  # seconds since the trial's start; `seconds` counts one epoch
+            "gpu_bytes": gpu_bytes,
+            **asdict(metrics),
+            **more,
+        }
 
     def on_epoch(metrics: EpochMetrics) -> None:
         if not metrics.ending:  # the last epoch is reported after the trial's files are written
-            send(metrics)
+            report(report_of(metrics))
+            setproctitle(title)  # Ray overwrites the title with each report
 
     trained = fit(
         run,
@@ -94,7 +93,7 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
     if complete and not _falls_short(trained, job.study):
         _leave(trained, job)
     kept = trained.best if complete and trained.best else trained.history[-1]
-    send(trained.history[-1], **end, best_value=kept.value)
+    return report_of(trained.history[-1], **end, best_value=kept.value)
 
 
 def _own(workers: Workers) -> Workers:
