@@ -11,7 +11,7 @@ from typing import Any
 
 from carmodels.evaluation.intervals import Interval, paired_gain
 from carmodels.files import read_json, write_atomic
-from carmodels.formatting import duration, gain_text, interval_text, range_text, score_text
+from carmodels.formatting import duration, gain_text, gain_unit, interval_text, range_text, score_text
 from carmodels.records import TrialRecord
 from carmodels.study import Study
 from tune.optim.standings import standings_of
@@ -164,9 +164,8 @@ def verdict(first: Side, other: Side, metric: str) -> str:
     clear = found.low > 0 or found.high < 0
     better = first.name if found.value > 0 else other.name
     words = f"{better} is better" if clear else "neither is clearly better"
-    return (
-        f"{pair}: {value} points ({ends}) on the same {len(first.study.labels('holdout'))} images; {words}."
-    )
+    images = len(first.study.labels("holdout"))
+    return f"{pair}: {value} {gain_unit(metric)} ({ends}) on the same {images} images; {words}."
 
 
 def _gain(first: Study, other: Study, metric: str) -> Interval | None:
@@ -174,8 +173,9 @@ def _gain(first: Study, other: Study, metric: str) -> Interval | None:
     if not all(study.predictions_file("ensemble", "holdout").is_file() for study in (first, other)):
         return None
     mine, truth = first.probs_and_labels("ensemble", "holdout")
-    theirs = other.predictions("ensemble", "holdout").aligned(list(first.labels("holdout"))).probs
-    return paired_gain(metric, mine, theirs, truth)
+    ids = list(first.labels("holdout"))
+    theirs = other.predictions("ensemble", "holdout").aligned(ids).probs
+    return paired_gain(metric, mine, theirs, truth, groups=first.groups(ids))
 
 
 def _outcomes(sides: Sequence[Side], metric: str) -> Rows:
@@ -194,7 +194,7 @@ def _holdout_rows(side: Side, metric: str) -> dict[str, str]:
         for name, words in _SCORED.items()
     }
     gain = gain_text(metric, holdout["gain_over_baseline"]) if "gain_over_baseline" in holdout else ()
-    found["gain over the baseline, points"] = f"{gain[0]} ({gain[1]})" if gain else NOTHING
+    found[f"gain over the baseline, {gain_unit(metric)}"] = f"{gain[0]} ({gain[1]})" if gain else NOTHING
     hidden = interval_text(metric, results["hidden"]) if "hidden" in results else NOTHING
     found["expected on the hidden images"] = hidden
     return found
