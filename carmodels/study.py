@@ -21,6 +21,7 @@ from carmodels.files import append_line, csv_text, read_json, write_atomic, writ
 from carmodels.records import FOLD, NOT_ENDED, State, TrialRecord
 from carmodels.space import Space
 
+SplitRow = tuple[str, str, int, int | str]  # split, id, class index or -1, group or ""
 VERSION = "0.2"  # of a study's files; raise it when an older study could be misread
 
 
@@ -119,7 +120,7 @@ class Study:
     def begin(
         self,
         metadata: Mapping[str, Any],
-        splits: Iterable[tuple[str, str, int]],
+        splits: Iterable[SplitRow],
         earlier: Sequence[Study] = (),
     ) -> None:
         """Write the files of a new study: splits.csv, the earlier studies' trials and, last, study.json."""
@@ -138,9 +139,9 @@ class Study:
         """Write study.json and the version of its format."""
         write_json(self._metadata_file, {"version": VERSION, **metadata})
 
-    def write_splits(self, splits: Iterable[tuple[str, str, int]]) -> None:
-        """Write splits.csv from rows of (split, id, class index or -1)."""
-        _write_csv(self._splits_file, ("split", "id", "label"), splits)
+    def write_splits(self, splits: Iterable[SplitRow]) -> None:
+        """Write splits.csv."""
+        _write_csv(self._splits_file, ("split", "id", "label", "group"), splits)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -182,6 +183,16 @@ class Study:
         """Class index by id, for a labelled split."""
         return {row["id"]: int(row["label"]) for row in self._split_rows() if row["split"] == split}
 
+    def groups(self, ids: Iterable[str]) -> np.ndarray:
+        """(N,) groups of labelled images, for `carmodels.evaluation.intervals`: near-duplicates share one.
+
+        In a study of a version that did not write them down, each image is its own group.
+        """
+        rows = (row for row in self._split_rows() if row["label"] != "-1" and row.get("group"))
+        group_of = {row["id"]: int(row["group"]) for row in rows}
+        unused = 1 + max(group_of.values(), default=-1)
+        return np.array([group_of.get(name, unused + n) for n, name in enumerate(ids)], dtype=np.int64)
+
     def _split_rows(self) -> list[dict[str, str]]:
         """Raises ValueError if splits.csv ends within a line or lacks images that study.json counts."""
         with self._splits_file.open(newline="", encoding="utf-8") as file:
@@ -210,7 +221,7 @@ class Study:
                 for name in ("data", "weights")
                 if metadata[name] not in ("hub", "none")
             }
-            rows = [(row["split"], row["id"], int(row["label"])) for row in self._split_rows()]
+            rows = [(r["split"], r["id"], int(r["label"]), r.get("group") or "") for r in self._split_rows()]
             inner.begin({**metadata, **paths}, rows)
         return inner
 

@@ -63,6 +63,21 @@ def test_a_record_comes_back_as_it_was(study: Study) -> None:
     assert study.records()[1:] == [failed, soup]
 
 
+def test_groups_of_near_duplicates_are_kept_with_the_split(study: Study) -> None:
+    rows = [("val", "a", 1, 4), ("val", "b", 0, 4), ("train", "c", 0, 7), ("test", "a", -1, 9)]
+    study.write_splits(rows)
+    assert study.groups(["c", "b", "a"]).tolist() == [7, 4, 4]
+    assert study.groups(study.labels("val")).tolist() == [4, 4]
+    write_json(study.folder / "study.json", {**study.metadata, "data": "d", "weights": "none"})
+    assert study.begin_stop_check().groups(["a", "b", "c"]).tolist() == [4, 4, 7]
+
+
+def test_where_an_older_study_names_no_groups_each_image_is_its_own(study: Study) -> None:
+    file = study.folder / "splits.csv"
+    file.write_text("split,id,label\nval,a,1\nval,b,0\n")
+    assert len(set(study.groups(["a", "b"]).tolist())) == 2
+
+
 def test_the_last_line_of_a_trial_wins(study: Study) -> None:
     study.append(record(1, 0.4, State.INTERRUPTED))
     study.append(record(2, 0.6))

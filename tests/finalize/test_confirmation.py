@@ -30,6 +30,7 @@ from tune.optim.standings import (
     runs_by_config,
     standings,
     standings_json,
+    standings_of,
     standings_sentence,
     top_standings,
 )
@@ -262,6 +263,32 @@ def test_an_interval_ends_where_the_metric_does() -> None:
     sure = standings(field(1.0, 0.995, 0.99), metric="accuracy", images=IMAGES)
     assert sure[0].estimate.high == 1.0
     assert standings(field(0.004, 0.006), metric="log_loss", images=5)[0].estimate.low == 0.0
+
+
+def test_near_duplicates_in_val_make_no_configuration_more_certain(tmp_path: Path) -> None:
+    """Ten copies of each image say no more than one."""
+    studies = []
+    for name, copies in (("one", 1), ("ten", 10)):
+        study = Study(tmp_path / name)
+        rows = [("val", f"{n}-{k}.jpg", n % 3, n) for n in range(60) for k in range(copies)]
+        study.begin({"metric": "accuracy"}, rows)
+        for record in field(0.9, 0.89, 0.7):
+            study.append(record)
+        studies.append(standings_of(study))
+    alone, copied = studies
+    assert [s.estimate for s in copied] == [pytest.approx(s.estimate) for s in alone]
+
+
+def test_rare_classes_make_macro_f1_less_certain_than_accuracy(tmp_path: Path) -> None:
+    widths = {}
+    for metric in ("accuracy", "macro_f1"):
+        study = Study(tmp_path / metric)
+        study.begin({"metric": metric}, [("val", f"{n}.jpg", int(n >= 390), n) for n in range(400)])
+        for record in field(0.9, 0.89, 0.7):
+            study.append(record)
+        best = standings_of(study)[0].estimate
+        widths[metric] = best.high - best.low
+    assert widths["macro_f1"] > 1.5 * widths["accuracy"]
 
 
 def test_without_a_complete_trial_or_images_there_is_no_standing() -> None:

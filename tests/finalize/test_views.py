@@ -119,7 +119,8 @@ class MadeUp:
     def job(self) -> Any:
         splits = SimpleNamespace(val=range(120), holdout=range(120), test=range(300))
         workers = SimpleNamespace(count=2)
-        return SimpleNamespace(splits=splits, workers=workers, study=SimpleNamespace(metric="accuracy"))
+        study = SimpleNamespace(metric="accuracy", groups=lambda ids: np.arange(len(ids)))
+        return SimpleNamespace(splits=splits, workers=workers, study=study)
 
     def reproduce_predictions(self) -> bool:
         return self.same

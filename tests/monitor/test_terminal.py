@@ -1,4 +1,4 @@
-"""What the scripts print of an ensemble."""
+"""What the scripts print of an ensemble is so, in the unit that it names."""
 
 from __future__ import annotations
 
@@ -44,3 +44,21 @@ def test_a_later_look_at_holdout_is_printed_below_the_first_as_such(
     assert f"look 2 ({later.at}) at an ensemble, 90.0 % (85.0 to 95.0)." in twice
     assert twice.count("90.0 %") == 1
     assert "Expected on the 7 hidden images, in 95 of 100: 80.0 % (75.0 to 85.0)." in twice
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"), [("accuracy", "+3.4 points (-1.0 to +8.0)"), ("log_loss", "+0.0340 nats (-0.0100 to")]
+)
+def test_a_gain_is_told_in_points_and_no_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], metric: str, said: str
+) -> None:
+    gain = {"value": 0.034, "low": -0.01, "high": 0.08}
+    found = results(0.9)
+    found |= {"metric": metric, "holdout": {**found["holdout"], "gain_over_baseline": gain}}
+    study = Study(tmp_path)
+    study.begin({"metric": metric}, [])
+    add_look(study, "ensemble", found)
+    Screen().answer(found, study)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "gain over the" in line]
+    assert line.split("baseline")[1].strip().startswith(said)
+    assert "%" not in line

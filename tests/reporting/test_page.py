@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 import subprocess
@@ -19,6 +20,7 @@ import numpy as np
 import optuna
 import pytest
 
+from carmodels.evaluation.calibration import with_temperature
 from carmodels.evaluation.predictions import Predictions
 from carmodels.files import read_json, write_json
 from carmodels.formatting import duration
@@ -34,7 +36,6 @@ from tune.cli.study_folder import describe_space
 from tune.commands import run_report
 from tune.finalize.stop_check import stops_summary
 from tune.monitor.terminal import Screen
-from tune.optim.importance import CAVEAT, UNKNOWN, edges, importances
 from tune.optim.optuna_records import suggest
 from tune.reporting import charts
 from tune.reporting.mistakes import found_mistakes
@@ -138,6 +139,7 @@ def made(folder: Path, count: int) -> Study:
             ],
             "temperature": 0.5,
             "tta": {
+                "views": ["plain"],
                 "sentence": "kept flip",
                 "tried": [
                     {
@@ -221,7 +223,7 @@ def test_the_page_says_what_to_submit_what_it_is_worth_and_every_trial(study: St
     seconds = sum(r.seconds for r in study.records())
     for figure in (
         "90.0 % <small>(85.0 to 94.0)</small></b>accuracy of the ensemble on holdout<",
-        "+3.4 <small>(-1.0 to +8.0)</small></b>points over the baseline, on holdout<",
+        "+3.4 <small>(-1.0 to +8.0)</small></b>points better than the baseline, on holdout<",
         "90.0 % <small>(80.0 to 95.0)</small></b>accuracy expected on the 7 hidden images<",
         f"{duration(seconds)}</b>of training in 41 trials<",
     ):
@@ -238,7 +240,6 @@ def test_the_page_says_what_to_submit_what_it_is_worth_and_every_trial(study: St
         "progress",
         "parallel",
         "cost",
-        "importance",
         "confusion",
         "recall",
         "calibration",
@@ -324,23 +325,59 @@ def test_the_best_so_far_is_that_of_the_trials_that_had_ended(study: Study) -> N
     board = study.leaderboard()
     ends = [replace(board[0], at=at) for at in (60.0, 120.0, 150.0, 210.0)]
     values = [replace(r, value=v) for r, v in zip(ends, (0.5, 0.4, 0.7, 0.6), strict=True)]
-    rows = next(iter(charts.progress(values, "accuracy")["datasets"].values()))
-    searched = [(r["minutes"], r["value"]) for r in rows if r["order"] == "as searched"]
-    assert searched == [(1, 0.5), (2, 0.5), (2.5, 0.7), (3.5, 0.7)]
-    losses = next(iter(charts.progress(values, "log_loss")["datasets"].values()))
-    assert [r["value"] for r in losses if r["order"] == "as searched"] == [0.5, 0.4, 0.4, 0.4]
+    assert searched(values, "accuracy") == [(1, 0.5), (2, 0.5), (2.5, 0.7), (3.5, 0.7)]
+    assert searched(values, "log_loss") == [(1, 0.5), (2, 0.4), (2.5, 0.4), (3.5, 0.4)]
+
+
+def searched(trials: list[TrialRecord], metric: str) -> list[tuple[float, float]]:
+    """The points of the chart of the best so far."""
+    rows = itertools.chain.from_iterable(charts.progress(trials, metric)["datasets"].values())
+    return [(row["minutes"], row["value"]) for row in rows if "minutes" in row]
+
+
+def test_the_baseline_is_a_rule_and_no_gain_of_the_search(study: Study) -> None:
+    first, second = study.leaderboard()[:2]
+    trials = [replace(first, at=60.0, value=0.9, baseline=True), replace(second, at=120.0, value=0.6)]
+    assert searched(trials, "accuracy") == [(2, 0.6)]
+    [line, rule] = charts.progress(trials, "accuracy")["layer"]
+    assert (line["mark"]["type"], rule["mark"]["type"]) == ("line", "rule")
+    compared = next(iter(charts.rivals({"a study": trials}, "accuracy")["datasets"].values()))
+    assert {row["value"] for row in compared} == {0.6}
+    assert searched(trials[:1], "accuracy") == []
 
 
 def test_recall_counts_each_class_by_its_own_images() -> None:
-    rows = recall(np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]]), ["a", "b", "c"])
+    truth = np.repeat([0, 2], 4)
+    probs = np.eye(3)[[0, 0, 0, 1, 0, 0, 2, 2]]
+    rows = recall(probs, truth, ["a", "b", "c"], np.arange(8))
     assert [(r["name"], r["recall"], r["images"]) for r in rows] == [("c", 0.5, 4), ("a", 0.75, 4)]
     assert all(r["low"] < r["recall"] < r["high"] for r in rows)
+    alike = recall(probs, truth, ["a", "b", "c"], np.repeat([0, 1, 2, 3], 2))
+    assert all(wide["high"] > r["high"] for wide, r in zip(alike, rows, strict=True))
+
+
+def test_calibration_is_shown_as_trained_and_with_all_temperatures(study: Study) -> None:
+    results = read_json(study.ensemble_file)
+    [member] = results["members"]
+    trained = study.predictions("ensemble", "holdout")
+    trained.save(study.predictions_file(member["trial_id"], "holdout"))
+    tempered = with_temperature(trained, 2.0)
+    tempered.save(study.predictions_file("ensemble", "holdout"))
+    write_json(
+        study.ensemble_file, {**results, "temperature": 1.0, "members": [{**member, "temperature": 2.0}]}
+    )
+    rows = [row for found in drawn(render(study))["calibration"]["datasets"].values() for row in found]
+    sure = {row["when"]: row["confidence"] for row in rows if "when" in row}
+    assert sure["as trained"] == pytest.approx(trained.probs.max(1).mean())
+    assert sure["with temperatures"] == pytest.approx(tempered.probs.max(1).mean())
+    study.predictions_file(member["trial_id"], "holdout").unlink()
+    assert "as trained" not in render(study)
 
 
 def test_of_many_classes_the_least_recognised_are_drawn() -> None:
     truth = np.repeat(np.arange(60), 4)
     told = np.where(truth % 2 == 0, truth, (truth + 2) % 60)
-    parts = by_class(np.eye(60)[told], truth, [f"class {k}" for k in range(60)])
+    parts = by_class(np.eye(60)[told], truth, [f"class {k}" for k in range(60)], np.arange(240))
     for part in parts:
         assert "Of 60 classes the 30 that are least often recognised" in part.words
     rows = next(iter(parts[1].chart["datasets"].values()))
@@ -402,71 +439,14 @@ def test_a_study_without_an_ensemble_or_a_complete_trial_is_reported_as_far_as_i
         render(study)
 
 
-def edged(study: Study) -> list[TrialRecord]:
-    """Adds five trials, the best there are, at the top of the learning rate; returns all records."""
-    first = study.leaderboard()[0]
-    for number in range(5):
-        run = first.run.with_config(lr=2e-2).with_origin(seed=500 + number)
-        study.append(
-            replace(
-                first,
-                trial_id=run.id,
-                config=run.config,
-                origin=run.origin,
-                value=0.999 + number / 10_000,
-            )
-        )
-    return study.records()
-
-
-def test_the_page_and_the_console_say_what_mattered_and_which_range_to_widen(
-    study: Study, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records = edged(study)
-    page = html.unescape(render(study))
-    Screen().dimensions(study)
-    lines = capsys.readouterr().out.splitlines()
-    found = importances(records, SPACE, "accuracy")
-    [edge] = [e for e in edges(records, SPACE, "accuracy") if e.name == "lr"]
-    assert lines[0] == found.sentence
-    assert lines[1].strip() == CAVEAT
-    assert f"At the edge: {edge}; another study looks further with --set lr=0.0002:0.063" in lines
-    assert f"<p>{found.sentence}</p>" in page
-    assert CAVEAT in page
-    assert f"<li>{edge}: <code>--set lr=0.0002:0.063</code></li>" in page
-    [bars, ticks] = drawn(page)["importance"]["layer"]
-    rows = next(iter(drawn(page)["importance"]["datasets"].values()))
-    assert {r["dimension"]: (r["share"], r["chance"]) for r in rows} == {
-        i.name: (i.share, i.chance) for i in found.dimensions
-    }
-    assert (bars["encoding"]["x"]["field"], ticks["encoding"]["x"]["field"]) == ("share", "chance")
-
-
-def test_of_few_trials_the_page_and_the_console_say_that_they_are_too_few(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    study = made(tmp_path / "few", 12)
-    words = "What mattered: 12 trials are too few to say; it takes 20."
-    Screen().dimensions(study)
-    assert capsys.readouterr().out.splitlines()[0] == words
-    page = render(study)
-    assert f"<p>{words}</p>" in page
-    assert CAVEAT not in page
-    assert "importance" not in drawn(page)
-
-
 @pytest.mark.parametrize("change", [{"space": None}, {"space": {"dimensions": {"colour": {}}}}, {}])
 def test_a_space_that_this_version_does_not_know_is_left_out_of_the_page(
-    study: Study, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    study: Study, change: dict[str, Any]
 ) -> None:
     facts = {name: value for name, value in study.metadata.items() if name != "space"}
     write_json(study.folder / "study.json", {**facts, **change})
     page = render(study)
-    assert f"<p>{UNKNOWN}</p>" in page
-    assert "At the edge" not in page
     assert set(drawn(page)) == {"curves", "progress", "cost", "confusion", "recall", "calibration"}
-    Screen().dimensions(study)
-    assert capsys.readouterr().out == f"{UNKNOWN}\n"
 
 
 def test_the_study_in_the_repository_is_reported() -> None:

@@ -9,7 +9,7 @@ import joblib
 import torch
 
 from carmodels.files import user_path
-from carmodels.formatting import interval_text, score_text
+from carmodels.formatting import gain_text, gain_unit, interval_text, score_text
 from carmodels.holdout import later_sentence, quoted_look, quoted_suffix
 from carmodels.models.weights import Weights
 from carmodels.study import Study
@@ -44,14 +44,10 @@ def _tell(results: dict[str, Any], study: Study, screen: Screen) -> None:
     screen.say(f"{metric} on val: {val}.")
     images = f"{holdout['images']} images kept aside, 95 % intervals"
     screen.say(f"{metric} on holdout ({images}){quoted_suffix(study, 'student')}:")
-    for name, words in (
-        ("student", "student"),
-        ("ensemble", "ensemble"),
-        ("gain_over_ensemble", "student less ensemble"),
-    ):
-        screen.say(
-            f"  {words:<24}{interval_text(metric, holdout[name])}", "bold" if name == "student" else ""
-        )
+    for name in ("student", "ensemble"):
+        screen.say(f"  {name:<24}{interval_text(metric, holdout[name])}", "bold" if name == "student" else "")
+    value, ends = gain_text(metric, holdout["gain_over_ensemble"])
+    screen.say(f"  {'gain over the ensemble':<24}{value} {gain_unit(metric)} ({ends})")
     if later := later_sentence(study, "student"):
         screen.say(f"  {later}", "yellow")
     screen.say(

@@ -174,7 +174,6 @@ def go(
     if last >= STAGES.index("ensemble"):
         results = blending.ensemble(job, clock=clock, say=screen.say, max_seconds=cost_limit(options))
     screen.table(job.study)
-    screen.dimensions(job.study)
     if results:
         screen.answer(results, job.study)
     if options.until == "report":

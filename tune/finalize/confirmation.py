@@ -21,7 +21,15 @@ from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.costs import Costs, rerun_seconds
 from tune.budget.stages import RERUNS
 from tune.finalize.retraining import shortest_retraining_seconds
-from tune.optim.standings import CONTENDERS, TAIL, RunStatistics, runs_by_config, standings_of, without_seed
+from tune.optim.standings import (
+    CONTENDERS,
+    TAIL,
+    RunStatistics,
+    independent_val_images,
+    runs_by_config,
+    standings_of,
+    without_seed,
+)
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.runner import run_trials
@@ -30,7 +38,7 @@ _ENDED = (State.COMPLETE, State.FAILED)  # the seed is used up
 
 
 def next_rerun(
-    records: Sequence[TrialRecord], *, metric: str, images: int, pending: Sequence[Run] = ()
+    records: Sequence[TrialRecord], *, metric: str, images: float, pending: Sequence[Run] = ()
 ) -> Run | None:
     """The run with the largest expected gain; None once the best is clearly better than every contender.
 
@@ -91,7 +99,7 @@ class RerunSearcher(Searcher):
         super().__init__(metric=study.metric, mode=METRICS[study.metric].mode)
         self._costs = costs
         self._study, self._max_reruns, self._end, self._roles = study, max_reruns, end, roles
-        self._images = len(study.labels("val"))
+        self._images = independent_val_images(study)
         self._suggested: list[Run] = []
         records = (r for r in study.records() if r.stage == "confirm")
         self._unfinished = [r.run for r in records if r.resumable]  # of an earlier command

@@ -203,10 +203,11 @@ def _holdout_comparison(study: Study) -> dict[str, Any]:
     """Scores of student and ensemble on holdout and their difference, with 95 % intervals."""
     student, truth = study.probs_and_labels(STUDENT, "holdout")
     ensemble, _ = study.probs_and_labels("ensemble", "holdout")
+    metric, groups = study.metric, study.groups(study.labels("holdout"))
     return {
-        STUDENT: asdict(score_interval(study.metric, student, truth)),
-        "ensemble": asdict(score_interval(study.metric, ensemble, truth)),
-        "gain_over_ensemble": asdict(paired_gain(study.metric, student, ensemble, truth)),
+        STUDENT: asdict(score_interval(metric, student, truth, groups=groups)),
+        "ensemble": asdict(score_interval(metric, ensemble, truth, groups=groups)),
+        "gain_over_ensemble": asdict(paired_gain(metric, student, ensemble, truth, groups=groups)),
         "images": len(truth),
     }
 

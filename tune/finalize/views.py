@@ -216,7 +216,8 @@ def select_tta_views(
     sets: list[tuple[str, ...]] = [("plain", view) for view in probs if view != "plain"]
     sets += [views[:count] for count in range(3, len(views) + 1)]
     tried = tuple(_score_views(metric, probs, views, truth) for views in sets)
-    check = nested_check(choose, truth, metric=metric, until=ends)
+    groups = members.job.study.groups(ids)
+    check = nested_check(choose, truth, metric=metric, groups=groups, until=ends)
     kept, sentence = _decision(metric, probs, views, truth, check)
     return ViewsVerdict(
         kept, sentence, tried + _left_out_rows(left_out), {**asdict(check), "gain": check.gain}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -14,13 +13,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from carmodels.files import read_json
-from carmodels.formatting import interval_text, stops_sentence
+from carmodels.formatting import gain_text, gain_unit, interval_text, stops_sentence
 from carmodels.holdout import later_sentence, quoted_look, quoted_suffix
 from carmodels.records import NOT_ENDED, State, TrialRecord
 from carmodels.study import Study
 from tune.budget.clock import Clock
 from tune.monitor import terminal_view
-from tune.optim import importance
 from tune.optim.standings import Standing, standings_of, standings_sentence, top_standings
 from tune.runtime.callbacks import ProgressCallback, RunState
 
@@ -30,7 +28,6 @@ _SCORED_NAMES = {
     "ensemble": "ensemble",
     "single": "best single trial",
     "baseline": "baseline",
-    "gain_over_baseline": "gain over the baseline",
 }
 
 _COLOURS = {
@@ -158,23 +155,6 @@ class Screen:
             self._wide(table)
         self.say(stops_sentence(results))
 
-    def dimensions(self, study: Study) -> None:
-        """Print the importance of each dimension.
-
-        If the best trials lie at the edge of a range, name the option that extends it.
-        """
-        space = study.space
-        if space is None:
-            self.say(importance.UNKNOWN)
-            return
-        records = study.records()
-        found = importance.importances(records, space, study.metric)
-        self.say(found.sentence)
-        if found.dimensions:
-            self.say(f"  {importance.CAVEAT}")
-        for edge in importance.edges(records, space, study.metric):
-            self.say(f"At the edge: {edge}; another study looks further with {edge.option}", "yellow")
-
     def _wide(self, table: Table) -> None:
         self.rest()
         width = self.console.width if self._alive else max(self.console.width, 150)
@@ -184,20 +164,25 @@ class Screen:
 
     def answer(self, results: dict[str, Any], study: Study) -> None:
         """Print the ensemble: members, holdout scores, gain over the baseline, and the submission's path."""
-        first = quoted_look(study, "ensemble")
-        holdout, shown = first.scores, partial(interval_text, results["metric"])
+        first, metric = quoted_look(study, "ensemble"), results["metric"]
+        holdout = first.scores
         self._members(results)
         images = f"{holdout['images']} images kept aside, 95 % intervals"
-        self.say(f"{results['metric']} on holdout ({images}){quoted_suffix(study, 'ensemble')}:")
+        self.say(f"{metric} on holdout ({images}){quoted_suffix(study, 'ensemble')}:")
         for name, words in _SCORED_NAMES.items():
             if name in holdout:
-                self.say(f"  {words:<24}{shown(holdout[name])}", "bold" if name == "ensemble" else "")
+                shown = interval_text(metric, holdout[name])
+                self.say(f"  {words:<24}{shown}", "bold" if name == "ensemble" else "")
+        if "gain_over_baseline" in holdout:
+            value, ends = gain_text(metric, holdout["gain_over_baseline"])
+            self.say(f"  {'gain over the baseline':<24}{value} {gain_unit(metric)} ({ends})")
         if "baseline" not in holdout:
             self.say("  The baseline did not finish: there is nothing to compare with.", "yellow")
         if later := later_sentence(study, "ensemble"):
             self.say(f"  {later}", "yellow")
         if hidden := first.hidden:
-            self.say(f"Expected on the {hidden['images']} hidden images, in 95 of 100: {shown(hidden)}.")
+            shown = interval_text(metric, hidden)
+            self.say(f"Expected on the {hidden['images']} hidden images, in 95 of 100: {shown}.")
         if "submission" in results:
             given = ", ".join(f"{row['name']} {row['rows']}" for row in results["submission"]["classes"])
             self.say(f"Submission: {study.submission_file}, {results['submission']['rows']} rows: {given}.")

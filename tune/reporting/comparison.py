@@ -11,7 +11,7 @@ from typing import Any
 
 from carmodels.evaluation.intervals import Interval, paired_gain
 from carmodels.files import read_json, write_atomic
-from carmodels.formatting import duration, gain_text, interval_text, score_text
+from carmodels.formatting import duration, gain_text, gain_unit, interval_text, score_text
 from carmodels.holdout import Look, looks, quoted_look
 from carmodels.records import TrialRecord
 from carmodels.study import Study
@@ -185,7 +185,7 @@ def verdict(first: Side, other: Side, metric: str) -> str:
     better = first.name if found.value > 0 else other.name
     words = f"{better} is better on val" if clear else "neither is clearly better on val"
     images = len(first.study.labels("val"))
-    return f"{pair}: {value} points ({ends}) on the same {images} images of val; {words}."
+    return f"{pair}: {value} {gain_unit(metric)} ({ends}) on the same {images} images of val; {words}."
 
 
 def _gain(first: Study, other: Study, metric: str) -> Interval | None:
@@ -193,8 +193,9 @@ def _gain(first: Study, other: Study, metric: str) -> Interval | None:
     if not all(study.predictions_file("ensemble", "val").is_file() for study in (first, other)):
         return None
     mine, truth = first.probs_and_labels("ensemble", "val")
-    theirs = other.predictions("ensemble", "val").aligned(list(first.labels("val"))).probs
-    return paired_gain(metric, mine, theirs, truth)
+    ids = list(first.labels("val"))
+    theirs = other.predictions("ensemble", "val").aligned(ids).probs
+    return paired_gain(metric, mine, theirs, truth, groups=first.groups(ids))
 
 
 def _outcomes(sides: Sequence[Side], metric: str) -> Rows:
@@ -212,7 +213,7 @@ def _holdout_rows(side: Side, metric: str) -> dict[str, str]:
         for name, words in _SCORED.items()
     }
     gain = gain_text(metric, holdout["gain_over_baseline"]) if "gain_over_baseline" in holdout else ()
-    found["gain over the baseline, points"] = f"{gain[0]} ({gain[1]})" if gain else NOTHING
+    found[f"gain over the baseline, {gain_unit(metric)}"] = f"{gain[0]} ({gain[1]})" if gain else NOTHING
     hidden = side.quoted.hidden if side.quoted else None
     found["expected on the hidden images"] = interval_text(metric, hidden) if hidden else NOTHING
     return found

@@ -89,7 +89,7 @@ def threshold(study: Study, wanted: float, answer: str = "ensemble") -> Threshol
         split: Given(
             len(labels),
             int((probs.max(axis=1) < confidence).sum()),
-            selective_accuracy(probs, labels, confidence),
+            selective_accuracy(probs, labels, confidence, groups=study.groups(study.labels(split))),
         )
         for split, (probs, labels) in predicted.items()
     }
