@@ -83,6 +83,25 @@ class TrialRecord:
         """Whether `--resume` runs it again, because it was interrupted or lost its machine."""
         return self.state in NOT_ENDED or self.cause is Cause.MACHINE
 
+    @property
+    def best_epoch(self) -> EpochMetrics | None:
+        """The epoch that `value` is of; None if the record has no curve or no value.
+
+        If several epochs have the value, the one with the lowest log loss, which `fit` keeps.
+        """
+        if not self.curve or self.value is None:
+            return None
+        if self.state is not State.COMPLETE or self.origin.keeps_last_epoch:
+            return self.curve[-1]
+        value = self.value
+        return min(self.curve, key=lambda epoch: (abs(epoch.value - value), epoch.val_loss))
+
+    @property
+    def log_loss(self) -> float:
+        """The log loss on val that goes with `value`, which breaks ties; infinite if unknown."""
+        best = self.best_epoch
+        return best.val_loss if best and math.isfinite(best.val_loss) else math.inf
+
     def to_json(self) -> str:
         """One line, without the newline."""
         return json.dumps(json_ready(asdict(self)), allow_nan=False)

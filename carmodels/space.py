@@ -77,6 +77,11 @@ class Space:
         """The largest side that a trial can train or evaluate on, pixels."""
         return max(max(self._values(name)) for name in ("image_size", "eval_image_size") if self._has(name))
 
+    @property
+    def largest_batch_size(self) -> int:
+        """The largest batch that a trial can train on, images."""
+        return max(self._values("batch_size")) if self._has("batch_size") else TrialConfig.batch_size
+
     def _has(self, name: str) -> bool:
         return name in self.dimensions or name in self.fixed
 

@@ -274,10 +274,7 @@ class Study:
 
     def leaderboard(self) -> list[TrialRecord]:
         """Complete trials, best value on val first. Single folds are left out: they are not scored on val."""
-        sign = -1 if METRICS[self.metric].mode == "max" else 1
-        complete = (r for r in self.records() if r.state is State.COMPLETE and r.stage != FOLD)
-        ranked = [(sign * r.value, r) for r in complete if r.value is not None]
-        return [record for _, record in sorted(ranked, key=lambda pair: pair[0])]
+        return best_first(self.records(), self.metric)
 
     def table(self) -> list[dict[str, Any]]:
         """One row per trial, one column per hyperparameter. The leaderboard first, then the other trials."""
@@ -337,6 +334,14 @@ class Study:
             return []
 
 
+def best_first(records: Iterable[TrialRecord], metric: str) -> list[TrialRecord]:
+    """Complete trials that are scored on val, best value first. Log loss breaks ties."""
+    sign = -1 if METRICS[metric].mode == "max" else 1
+    complete = (r for r in records if r.state is State.COMPLETE and r.stage != FOLD)
+    ranked = [(sign * r.value, r.log_loss, r) for r in complete if r.value is not None]
+    return [record for *_, record in sorted(ranked, key=lambda row: row[:2])]
+
+
 @lru_cache(maxsize=8)  # each trial's end asks several times
 def _parse_trials(path: Path, size: int, modified: int) -> tuple[dict[str, TrialRecord], list[int]]:
     """Records by trial_id, and numbers of damaged lines. `size` and `modified` are for the cache's key."""
@@ -359,10 +364,7 @@ def _parse_line(line: bytes) -> TrialRecord:
 
 
 def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
-    value = record.value
-    best = None
-    if record.curve and value is not None:
-        best = min(record.curve, key=lambda epoch: abs(epoch.value - value))
+    value, best = record.value, record.best_epoch
     origin = asdict(record.origin)
     for name in ("data", "split", "metric"):  # the same for all trials, in study.json
         origin.pop(name)

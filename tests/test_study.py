@@ -113,6 +113,21 @@ def test_the_leaderboard_holds_complete_trials_best_first(tmp_path: Path, metric
     assert len(board) == 2
 
 
+def test_log_loss_breaks_ties_of_the_leaderboard_and_of_the_best_epoch(study: Study) -> None:
+    def tied(seed: int, *losses: float) -> TrialRecord:
+        curve = tuple(EpochMetrics(n, 1.0, loss, 0.5, 0.5, 2.0) for n, loss in enumerate(losses, start=1))
+        return replace(record(seed, 0.5), curve=curve)
+
+    soup = replace(record(4, 0.5), stage="soup", curve=())
+    pruned = replace(tied(5, 0.1, 0.3), state=State.PRUNED)
+    for r in (tied(1, 0.9, 0.9), soup, tied(2, 0.9, 0.6, 0.7), tied(3, 0.8, 0.8), pruned):
+        study.append(r)
+    assert [r.origin.seed for r in study.leaderboard()] == [2, 3, 1, 4]
+    best, *_, last = study.table()
+    assert (best["best_epoch"], best["val_loss"]) == (2, 0.6)
+    assert last["best_epoch"] == 2  # a pruned trial has the value of its last epoch
+
+
 def test_the_table_has_a_row_a_trial_and_a_column_a_hyperparameter(study: Study) -> None:
     for r in (
         record(3, 0.9, State.PRUNED),

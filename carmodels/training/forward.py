@@ -32,11 +32,16 @@ def forward_in_halves(network: Callable[..., torch.Tensor], *inputs: torch.Tenso
 
 
 def autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context for the forward pass: bf16 on GPUs that support it, fp16 on others, float32 on CPUs."""
+    """A context for the forward pass in `precision`."""
+    dtype = precision(device)
+    return nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """bf16 on GPUs that support it, fp16 on others, float32 on CPUs."""
     if device.type != "cuda":
-        return nullcontext
-    dtype = torch.bfloat16 if has_bf16() else torch.float16
-    return lambda: torch.autocast(device.type, dtype)
+        return torch.float32
+    return torch.bfloat16 if has_bf16() else torch.float16
 
 
 def has_bf16() -> bool:
@@ -47,10 +52,10 @@ def has_bf16() -> bool:
 def predict_probs(model: Classifier, loader: Loader, device: torch.device) -> np.ndarray:
     """(N, C) float32, in the order of the loader's split."""
     model.eval()
-    precision = autocast(device)
+    mixed = autocast(device)
     probs: list[torch.Tensor] = []
     for batch in loader.epoch(0):
-        with precision():
+        with mixed():
             images = batch.images.to(device, non_blocking=True)
             logits = forward_in_halves(model, images.contiguous(memory_format=torch.channels_last))
         probs.append(logits.float().softmax(dim=1))

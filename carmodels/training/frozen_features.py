@@ -8,16 +8,18 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 
 from carmodels.catalog import AUGMENTS
+from carmodels.data.cache import CACHE_VERSION
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
 from carmodels.models.classifier import Classifier
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import VIEWS_KEPT, FeatureStore
-from carmodels.training.forward import autocast, forward_in_halves
+from carmodels.training.forward import autocast, forward_in_halves, precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +83,19 @@ class FrozenFeatures:
             "data": self.splits.fingerprint,
             "split": self.splits.split_hash,
             "decoded": self.splits.open_arguments.max_size,
+            "cache": CACHE_VERSION,
+            "timm": timm.__version__,
             "device": self._device.type,
+            "precision": str(precision(self._device)),
         }
 
     @torch.inference_mode()
     def _compute(self, loader: Loader, epoch: int) -> np.ndarray:
         """(N, F) features of all images of an unshuffled loader."""
-        precision = autocast(self._device)
+        mixed = autocast(self._device)
         features: list[torch.Tensor] = []
         for batch in loader.epoch(epoch):
-            with precision():
+            with mixed():
                 images = self.model.normalise(batch.images.to(self._device, non_blocking=True))
                 features.append(forward_in_halves(self.model.backbone, images).float())
         return torch.cat(features).cpu().numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -63,7 +63,7 @@ def fit(
     targets: np.ndarray | None = None,
     start: Path | None = None,
 ) -> TrainResult:
-    """Train a run and keep the epoch with the best value of the run's metric on val.
+    """Train a run and keep the epoch with the best value of the run's metric on val. Log loss breaks ties.
 
     With folds, trains on the other K-1 folds and keeps the last epoch, so that the held-out fold never
     influences selection. With `fold_in`, trains on all labelled images and keeps the last epoch; its metrics
@@ -102,7 +102,7 @@ def fit(
         if not metrics.ending and _should_keep(run, metrics, best):
             best = metrics
             best_state = {k: v.detach().cpu().clone() for k, v in trainer.eval_model.state_dict().items()}
-        ending = _ending(run, metrics, best)
+        ending = _ending(run, [*history, metrics])
         if not ending and steady_time() + metrics.seconds > until:
             ending = "time"
         metrics = replace(metrics, ending=ending)
@@ -131,16 +131,27 @@ def _measure(
 def _should_keep(run: Run, metrics: EpochMetrics, best: EpochMetrics | None) -> bool:
     if run.origin.keeps_last_epoch or best is None:
         return True
-    return METRICS[run.origin.metric].gain(metrics.value, best.value) > 0
+    gain = METRICS[run.origin.metric].gain(metrics.value, best.value)
+    return gain > 0 or (gain == 0 and metrics.val_loss < best.val_loss)
 
 
-def _ending(run: Run, metrics: EpochMetrics, best: EpochMetrics | None) -> str:
-    if metrics.ending:
-        return metrics.ending
-    if metrics.epoch == run.config.epochs:
+def _ending(run: Run, history: Sequence[EpochMetrics]) -> str:
+    """Why the last epoch of the history is the last of all; "" if it is not."""
+    last, patience = history[-1], run.config.patience
+    if last.ending:
+        return last.ending
+    if last.epoch == run.config.epochs:
         return "schedule"
-    stalled = best is not None and metrics.epoch - best.epoch >= run.config.patience
-    return "patience" if run.config.patience and stalled else ""
+    return "patience" if patience and last.epoch - _last_gain(run, history) >= patience else ""
+
+
+def _last_gain(run: Run, history: Sequence[EpochMetrics]) -> int:
+    """The epoch that first had the best value. A tie with a lower log loss is no gain of the metric."""
+    metric = METRICS[run.origin.metric]
+    first = history[0]
+    for metrics in history:
+        first = metrics if metric.gain(metrics.value, first.value) > 0 else first
+    return first.epoch
 
 
 class Trainer:

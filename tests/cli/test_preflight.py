@@ -64,12 +64,15 @@ def test_loader_processes_of_a_gpu_need_room_in_shared_memory(
     plenty(monkeypatch, shared=64e6)
     workers = Workers(1, 16, 1.0)
     [said] = findings(Study(tmp_path / "results" / "a"), SPACE, workers, tmp_path / "cache", later=5)
-    each = 2 * 32 * 3 * SPACE.largest_size**2
+    each = 2 * 2 * 32 * 3 * SPACE.largest_size**2  # two batches ready, val's are twice as large
     assert said == Finding(
         "/dev/shm has 0.06 GB free, loader processes hand over images there and need "
-        f"{15 * each / 1e9:.2f} GB; in a container: --shm-size=2g",
+        f"{15 * each / 1e9:.2f} GB; in a container: --shm-size=3g",
         fatal=True,
     )
+    drawn = SPACE.with_override("batch_size=16,64")
+    [more] = findings(Study(tmp_path / "results" / "a"), drawn, workers, tmp_path / "cache", later=5)
+    assert f"need {30 * each / 1e9:.2f} GB" in more.words  # of the largest batch that is drawn
     sharing = Workers(1, 16, 1.0, packed=4)  # trials share the cores, too
     assert findings(Study(tmp_path / "results" / "a"), SPACE, sharing, tmp_path / "cache", later=5) == [said]
     plenty(monkeypatch, shared=3e9)

@@ -203,6 +203,17 @@ def test_the_best_is_first_whichever_way_the_metric_points(metric: str) -> None:
     assert found[-1].clearly_worse
 
 
+def test_of_configurations_with_one_value_that_with_the_lowest_log_loss_is_first() -> None:
+    def scored(record: TrialRecord, loss: float) -> TrialRecord:
+        return replace(record, curve=(EpochMetrics(4, 1.0, loss, record.value, record.value, 8.0),))
+
+    losses = [0.7, 0.5, 0.3, 0.9, 0.4, 0.6, 0.1]
+    tied = [scored(r, loss) for r, loss in zip(field(*[0.9] * 6, 0.8), losses, strict=True)]
+    found = standings(tied, metric="accuracy", images=IMAGES)
+    assert [s.record.log_loss for s in found] == [0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 0.1]
+    assert next_rerun(tied, metric="accuracy", images=IMAGES).config == tied[2].config
+
+
 def test_repeats_that_disappoint_cost_the_first_place() -> None:
     records = field(0.95, 0.93, 0.90, 0.91, 0.89)
     assert standings(records, metric="accuracy", images=IMAGES)[0].record == records[0]

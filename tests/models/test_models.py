@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from carmodels.catalog import BACKBONES, HEADS, UNFREEZE, VIEWS
@@ -132,6 +133,37 @@ def test_rates_fall_by_layer_decay_from_the_head_down_and_vectors_are_not_decaye
             assert group["lr"] == pytest.approx(1e-2 * 0.5**below)
             assert group["weight_decay"] == (0.1 if named[name].ndim > 1 else 0.0)
     assert {by_parameter[id(p)]["lr"] for p in model.head.parameters()} == {1e-2}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_what_a_backbone_exempts_from_weight_decay_is_exempt(backbone: str) -> None:
+    """As timm itself sorts the parameters."""
+    size = 224 if BACKBONES[backbone].fixed_size else 64
+    config = TrialConfig(backbone, image_size=size, epochs=1, weight_decay=0.1)
+    with torch.device("meta"):
+        model = create_classifier(config, classes=7, weights=NONE)
+    names = {id(p): name for name, p in model.backbone.named_parameters()}
+    decayed = {
+        names[id(p)]: group["weight_decay"] > 0
+        for group in optimizer_groups(model, config)
+        for p in group["params"]
+        if id(p) in names
+    }
+    exempt = getattr(model.backbone, "no_weight_decay", set)()
+    kept, decaying = param_groups_weight_decay(model.backbone, 0.1, no_weight_decay_list=exempt)
+    assert decayed == {
+        **{names[id(p)]: False for p in kept["params"]},
+        **{names[id(p)]: True for p in decaying["params"]},
+    }
+
+
+def test_a_pattern_of_exempt_parameters_reaches_all_that_it_names(config: TrialConfig) -> None:
+    model = create_classifier(config, classes=3, weights=NONE)
+    model.backbone.no_weight_decay = lambda: {"conv1.*"}
+    decay = {id(p): g["weight_decay"] for g in optimizer_groups(model, config) for p in g["params"]}
+    found = {name: decay[id(p)] for name, p in model.backbone.named_parameters() if p.ndim > 1}
+    assert {n for n, value in found.items() if not value} == {n for n in found if n.startswith("conv1.")}
+    assert set(found.values()) == {0.0, config.weight_decay}
 
 
 def test_a_frozen_backbone_is_not_given_to_the_optimizer(config: TrialConfig) -> None:

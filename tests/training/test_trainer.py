@@ -18,6 +18,7 @@ from carmodels.data.splits import Split
 from carmodels.evaluation.metrics import METRICS, accuracy
 from carmodels.models.classifier import save_weights
 from carmodels.models.weights import Weights
+from carmodels.records import State, TrialRecord
 from carmodels.training import trainer as trainer_module
 from carmodels.training.config import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
 from carmodels.training.forward import forward_in_halves, predict, view_size
@@ -313,7 +314,37 @@ def test_patience_ends_training_when_nothing_gets_better(
     still = replace(config, lr=1e-8, epochs=6, patience=2, unfreeze="frozen", augment="none")
     trained = fit(Run(still), splits, weights=weights)
     assert trained.ending == "patience"
-    assert len(trained.history) == trained.best.epoch + 2
+    first = next(m.epoch for m in trained.history if m.value == trained.best.value)
+    assert len(trained.history) == first + 2
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *epochs: tuple[float, float]) -> None:
+    """Epochs measure these values and log losses, whatever was trained."""
+
+    def measured(run: Run, epoch: int, *found: object) -> EpochMetrics:
+        value, loss = epochs[epoch - 1]
+        return EpochMetrics(epoch, 1.0, loss, value, value, 1.0)
+
+    monkeypatch.setattr(trainer_module, "_measure", measured)
+
+
+def test_of_epochs_with_one_value_that_with_the_lowest_log_loss_is_kept(
+    config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, (0.5, 0.9), (0.6, 0.9), (0.6, 0.7), (0.6, 0.8))
+    trained = fit(Run(replace(config, epochs=4)), splits, weights=weights)
+    assert trained.best == trained.history[2]
+    record = TrialRecord("a", config, State.COMPLETE, 4, 0.6, 1.0, "", curve=trained.history)
+    assert record.best_epoch == trained.best
+
+
+def test_a_lower_log_loss_alone_is_no_better_metric_for_patience(
+    config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, (0.5, 0.9), (0.6, 0.9), (0.6, 0.8), (0.6, 0.7), (0.6, 0.6), (0.6, 0.5))
+    trained = fit(Run(replace(config, epochs=6, patience=2)), splits, weights=weights)
+    assert (trained.ending, len(trained.history)) == ("patience", 4)
+    assert trained.best.epoch == 4
 
 
 def test_training_ends_with_what_it_has_before_the_time_is_up(

@@ -152,13 +152,17 @@ def posterior(means: np.ndarray, counts: np.ndarray, sd: float) -> Posterior:
 
 def _mixture(weight: np.ndarray, means: np.ndarray, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, (J,), of a mixture, (T,), of normals, (T, J)."""
-    mean = weight @ means
-    return mean, np.sqrt(weight @ (variances + (means - mean) ** 2))
+    share = weight[:, None]  # sums over rows: BLAS would round equal columns differently and break their ties
+    mean = (share * means).sum(axis=0)
+    return mean, np.sqrt((share * (variances + (means - mean) ** 2)).sum(axis=0))
 
 
 @dataclass(frozen=True)
 class RunStatistics:
-    """Means and numbers of runs of J configurations; larger means are better."""
+    """Means and numbers of runs of J configurations; larger means are better.
+
+    The configurations are in order of log loss, which thereby breaks ties of means.
+    """
 
     records: list[TrialRecord]  # of the search's own run of each
     means: np.ndarray  # (J,)
@@ -175,6 +179,7 @@ class RunStatistics:
         """
         if not runs or not images:
             return None
+        runs = dict(sorted(runs.items(), key=lambda item: np.mean([r.log_loss for r in item[1]])))
         values = [np.array([float(r.value or 0) for r in found]) for found in runs.values()]
         raw = np.array([v.mean() for v in values])
         means = raw if METRICS[metric].mode == "max" else -raw
