@@ -21,7 +21,7 @@ from carmodels.files import append_line, csv_text, read_json, write_atomic, writ
 from carmodels.records import FOLD, NOT_ENDED, State, TrialRecord
 from carmodels.space import Space
 
-VERSION = "0.2"  # of a study's files; raise it when an older study could be misread
+VERSION = "0.3"  # of a study's files; raise it when an older study could be misread
 
 
 @dataclass(frozen=True)

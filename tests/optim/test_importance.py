@@ -24,7 +24,7 @@ from tune.optim.optuna_records import suggest
 from tune.search import parser
 
 SPACE = SPACES["demo"]
-MIDDLE = TrialConfig("test_resnet", image_size=48, epochs=8, lr=2e-3, head_depth=1, layer_decay=0.8)
+MIDDLE = TrialConfig("test_resnet", image_size=48, epochs=8, lr=2e-3, head_depth=1, lr_ratio=0.3)
 
 
 def ended(
@@ -216,7 +216,7 @@ def test_words_and_choices_of_one_have_no_edge() -> None:
 
 
 def test_at_the_natural_limit_there_is_nothing_to_widen() -> None:
-    assert not told(*5 * [{"layer_decay": 1.0, "dropout": 0.0, "head_depth": 1}])
+    assert not told(*5 * [{"lr_ratio": 1.0, "dropout": 0.0, "head_depth": 1}])
     smoothed = SPACE.with_override("label_smoothing=0.0,0.1")
     assert not told(*5 * [{"label_smoothing": 0.0}], space=smoothed)
     assert len(told(*5 * [{"label_smoothing": 0.1}], space=smoothed)) == 1
@@ -235,7 +235,7 @@ def test_sizes_are_not_widened_beyond_what_goes_with_the_other_sizes() -> None:
 def test_what_a_trial_did_not_draw_lies_at_no_edge() -> None:
     assert [e.name for e in best_five({"dropout": 0.5})] == ["dropout"]
     assert not told({"dropout": 0.5, "head_depth": 0})
-    assert not told({"layer_decay": 0.6, "unfreeze": "frozen"})
+    assert not told({"lr_ratio": 0.05, "unfreeze": "frozen"})
 
 
 def test_only_complete_trials_are_looked_at() -> None:
