@@ -38,7 +38,7 @@ HEAD_DEPTHS = (1, 2, 3)  # those with a block, to which `head` and `dropout` app
 _CONDITIONS: dict[str, Condition] = {  # of dimensions that an override adds to a space
     "head": ("head_depth", HEAD_DEPTHS),
     "dropout": ("head_depth", HEAD_DEPTHS),
-    "layer_decay": ("unfreeze", FINE_TUNING),
+    "lr_ratio": ("unfreeze", FINE_TUNING),
     "start_image_size": ("unfreeze", FINE_TUNING),
 }
 _SIZES = ("image_size", "start_image_size", "eval_image_size")  # whose values depend on one another

@@ -22,7 +22,7 @@ from carmodels.records import FOLD, NOT_ENDED, State, TrialRecord
 from carmodels.space import Space
 
 SplitRow = tuple[str, str, int, int | str]  # split, id, class index or -1, group or ""
-VERSION = "0.2"  # of a study's files; raise it when an older study could be misread
+VERSION = "0.3"  # of a study's files; raise it when an older study could be misread
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
         "dropout": 0.1,
         "unfreeze": "frozen",
         "lr": 1e-4,
-        "layer_decay": 0.5,
+        "lr_ratio": 0.05,
         "optimizer": "sgd",
         "weight_decay": 0.0,
         "schedule": "plateau",
@@ -131,7 +131,7 @@ def test_what_is_held_out_does_not_end_training(origin: Origin) -> None:
 def test_ids_change_with_the_version_of_a_study_alone() -> None:
     """A new field, or another default, is another id: a study made before it would not find its trials."""
     run = Run(TrialConfig("lcnet_035", image_size=64, epochs=4))
-    assert (VERSION, run.id) == ("0.2", "e6dab0b083b3")
+    assert (VERSION, run.id) == ("0.3", "70287f0d1e9e")
 
 
 def test_images_grow_in_steps_to_their_whole_size_and_augmentation_with_them() -> None:
@@ -167,7 +167,7 @@ def test_a_dimension_that_is_not_used_is_not_drawn(preset: str) -> None:
     assert {"dropout" in v for v in drawn} == {True, False}
     for values in drawn:
         assert ("dropout" in values) == (values["head_depth"] > 0)
-        assert ("layer_decay" in values) == (values["unfreeze"] != "frozen")
+        assert ("lr_ratio" in values) == (values["unfreeze"] != "frozen")
 
 
 @pytest.mark.parametrize("preset", SPACES)
@@ -215,7 +215,7 @@ def test_an_override_replaces_a_range_a_choice_or_a_fixed_value() -> None:
     space = SPACES["cpu"]
     assert space.with_override("image_size=64,128").image_sizes == (64, 128)
     assert space.with_override("lr=1e-5:1e-3").dimensions["lr"] == Range(1e-5, 1e-3, log=True)
-    assert space.with_override("layer_decay=0.7:0.9").dimensions["layer_decay"].when is not None
+    assert space.with_override("lr_ratio=0.1:0.9").dimensions["lr_ratio"].when is not None
     fixed = space.with_override("unfreeze=full")
     assert "unfreeze" not in fixed.dimensions
     assert fixed.fixed["unfreeze"] == "full"

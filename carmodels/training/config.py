@@ -28,7 +28,7 @@ class TrialConfig:
     dropout: float = 0.25  # in each head block
     unfreeze: str = "full"
     lr: float = 1e-3  # peak learning rate of the head
-    layer_decay: float = 1.0  # factor for the learning rate from one layer group to the next one down
+    lr_ratio: float = 1.0  # learning rate of the backbone's bottom layer group over the head's
     optimizer: str = "adamw"
     weight_decay: float = 0.02
     schedule: str = "cosine"
@@ -146,7 +146,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "head_depth": (0, 3),
     "dropout": (0.0, 0.95),
     "lr": (1e-8, 10.0),
-    "layer_decay": (0.01, 1.0),
+    "lr_ratio": (1e-6, 1.0),
     "weight_decay": (0.0, 10.0),
     "batch_size": (2, 65_536),
     "label_smoothing": (0.0, 0.9),

@@ -43,7 +43,7 @@ from tune.runtime.job import Workers
 
 CLASSES, EACH, TESTS = ("2", "10", "1"), 8, 5
 SETTABLE = (
-    "backbone, image_size, epochs, head_depth, head, dropout, unfreeze, lr, layer_decay, optimizer, "
+    "backbone, image_size, epochs, head_depth, head, dropout, unfreeze, lr, lr_ratio, optimizer, "
     "weight_decay, schedule, batch_size, augment, label_smoothing, mixup, cutmix, ema, clip_norm, "
     "class_weights, patience, start_image_size, eval_image_size"
 )

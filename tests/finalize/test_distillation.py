@@ -136,7 +136,7 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
     student = distillation._student_config(study, "test_efficientnet", 3)
     config = student.config
     assert (config.unfreeze, config.augment, config.mixup, config.image_size) == ("full", "crop", 0.0, 48)
-    assert (student.origin.continues, config.layer_decay) == ("", 0.5)
+    assert (student.origin.continues, config.lr_ratio) == ("", 0.004)
 
 
 def test_a_student_is_trained_longer_than_the_space_says_and_not_than_a_shortened_baseline(

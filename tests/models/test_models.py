@@ -119,10 +119,10 @@ def test_only_open_groups_and_the_head_move_and_frozen_batchnorm_stays(
     assert bool(statistics) == (count > 0)
 
 
-def test_rates_fall_by_layer_decay_from_the_head_down_and_vectors_are_not_decayed(
+def test_rates_fall_to_lr_ratio_at_the_bottom_and_vectors_are_not_decayed(
     config: TrialConfig,
 ) -> None:
-    config = replace(config, lr=1e-2, layer_decay=0.5, weight_decay=0.1, unfreeze="full")
+    config = replace(config, lr=1e-2, lr_ratio=0.1, weight_decay=0.1, unfreeze="full")
     model = create_classifier(config, classes=3, weights=NONE)
     by_parameter = {id(p): g for g in optimizer_groups(model, config) for p in g["params"]}
     named = dict(model.backbone.named_parameters())
@@ -130,7 +130,7 @@ def test_rates_fall_by_layer_decay_from_the_head_down_and_vectors_are_not_decaye
     for below, names in enumerate(reversed(model.groups), start=1):
         for name in names:
             group = by_parameter[id(named[name])]
-            assert group["lr"] == pytest.approx(1e-2 * 0.5**below)
+            assert group["lr"] == pytest.approx(1e-2 * 0.1 ** (below / len(model.groups)))
             assert group["weight_decay"] == (0.1 if named[name].ndim > 1 else 0.0)
     assert {by_parameter[id(p)]["lr"] for p in model.head.parameters()} == {1e-2}
 
@@ -164,6 +164,19 @@ def test_a_pattern_of_exempt_parameters_reaches_all_that_it_names(config: TrialC
     found = {name: decay[id(p)] for name, p in model.backbone.named_parameters() if p.ndim > 1}
     assert {n for n, value in found.items() if not value} == {n for n in found if n.startswith("conv1.")}
     assert set(found.values()) == {0.0, config.weight_decay}
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "xception41"])  # of 5 and 14 groups
+def test_the_stem_has_the_same_rate_whatever_the_number_of_groups(backbone: str) -> None:
+    config = TrialConfig(backbone, image_size=64, epochs=1, lr=1e-2, lr_ratio=0.03)
+    with torch.device("meta"):
+        model = create_classifier(config, classes=3, weights=NONE)
+    rates = {id(p): g["lr"] for g in optimizer_groups(model, config) for p in g["params"]}
+    named = dict(model.backbone.named_parameters())
+    assert [rates[id(named[name])] for name in model.groups[0]] == pytest.approx(
+        [3e-4] * len(model.groups[0])
+    )
+    assert max(rates.values()) == 1e-2
 
 
 def test_a_frozen_backbone_is_not_given_to_the_optimizer(config: TrialConfig) -> None:

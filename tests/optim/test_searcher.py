@@ -238,7 +238,7 @@ def end(draws: OptunaSearcher, trial_id: str, record: TrialRecord) -> None:
 
 def test_trials_of_another_study_tell_where_to_begin() -> None:
     """There 32 px and a low rate were best, against what is expected, and half the epochs were enough."""
-    other = TrialConfig("test_resnet", image_size=32, epochs=4, unfreeze="full", lr=3e-4, layer_decay=0.8)
+    other = TrialConfig("test_resnet", image_size=32, epochs=4, unfreeze="full", lr=3e-4, lr_ratio=0.3)
     elsewhere = Origin(seed=9, data="other", split="other")
 
     def at(size: int, lr: float) -> TrialRecord:

@@ -485,9 +485,7 @@ def test_dimensions_whose_parent_is_fixed_are_drawn() -> None:
     like = {"unfreeze": "full", "head_depth": 1}
     shown = [replace(r, config=replace(r.config, **like)) for r in records(40) if r.value is not None]
     rows = charts.parallel(shown, space, "accuracy")["datasets"].values()
-    assert {"dropout", "layer_decay"} <= {
-        row["dimension"] for table in rows for row in table if "trial" in row
-    }
+    assert {"dropout", "lr_ratio"} <= {row["dimension"] for table in rows for row in table if "trial" in row}
 
 
 def test_of_many_trials_the_complete_ones_are_drawn_first() -> None:

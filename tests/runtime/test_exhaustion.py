@@ -215,7 +215,7 @@ def test_a_gpu_too_small_for_some_configurations_is_searched_with_the_others(
     tmp_path: Path, drawn: Path, cache: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(SMALL_GPU)
-    fixed = ("backbone=test_resnet", "unfreeze=full", "head_depth=0", "lr=1e-3", "layer_decay=1")
+    fixed = ("backbone=test_resnet", "unfreeze=full", "head_depth=0", "lr=1e-3", "lr_ratio=1")
     fixed += ("augment=shift",)
     few = [text for value in fixed for text in ("--set", value)]  # one configuration a size, and the baseline
     command = [*search_command(drawn, cache, seed=6), *few, "--trials", "3"]

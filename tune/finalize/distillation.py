@@ -145,7 +145,7 @@ def _student_config(study: Study, backbone: str, epochs: int | None) -> Run:
         image_size=max(multiple, template.image_size // multiple * multiple),
         epochs=epochs or STUDENT_EPOCHS * (epochs_of_space(study) or template.epochs),
         unfreeze="full",
-        layer_decay=unfrozen(template).layer_decay,
+        lr_ratio=unfrozen(template).lr_ratio,
         start_image_size=0,  # the teacher sees the crops at full size and strength
         eval_image_size=0,
         schedule="cosine",
