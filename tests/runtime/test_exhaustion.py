@@ -231,7 +231,8 @@ def test_a_gpu_too_small_for_some_configurations_is_searched_with_the_others(
     assert small
     failed = [r for r in records if r.state is State.FAILED]
     assert failed
-    assert all("CUDA out of memory" in r.reason and r.cause is Cause.OUT_OF_MEMORY for r in failed)
+    causes = [(r.config.image_size, r.cause, r.reason) for r in failed]
+    assert all("CUDA out of memory" in r.reason and r.cause is Cause.OUT_OF_MEMORY for r in failed), causes
     assert not set(failed) & set(small), output
     assert set(large) == set(failed)
     storage = f"sqlite:///{tmp_path}/results/cars/optuna.db"
