@@ -38,8 +38,8 @@ from carmodels.study import Study
 from disk import Disk, mounted
 
 ROOT = Path(__file__).parents[1]
-TRIALS = 4
-LONGEST = 5.0  # seconds from the first trial's start to the fault
+TRIALS = 3
+LONGEST = 4.0  # seconds from the first trial's start to the fault
 LOCKED = 8.0  # seconds that optuna.db is locked
 JUMP = 3 * 3600  # seconds by which the clock is set
 PATIENCE = float(os.environ.get("SOAK_PATIENCE", "120"))  # seconds after which a command counts as hanging
@@ -351,7 +351,7 @@ FAULTS: dict[str, Fault] = {
     "command terminated": Fault(send(signal.SIGTERM), (130, 0)),  # 0: all trials had ended
     "Ctrl-C": Fault(send(signal.SIGINT), (130, 0)),
     "Ctrl-C twice": Fault(send(signal.SIGINT, signal.SIGINT), (130, 0)),
-    "Ray killed": Fault(kill_ray, (2,)),
+    "Ray killed": Fault(kill_ray, (1, 2)),  # 1: Ray's own code ends the process
     "clock forward": Fault(set_clock(JUMP), (0,), HALF_AN_HOUR, CLOCK, ends=True),
     "clock back": Fault(set_clock(-JUMP), (0,), HALF_AN_HOUR, CLOCK, ends=True),
     "time is up": Fault(nothing, (0,), ("--hours", f"{30 / 3600:.5f}")),
