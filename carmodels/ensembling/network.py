@@ -24,7 +24,8 @@ from carmodels.models.classifier import Classifier, create_classifier, load_weig
 from carmodels.models.weights import Weights
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
-from carmodels.training.forward import autocast, forward_in_halves, view_size
+from carmodels.training.forward import autocast, view_size
+from carmodels.training.memory import PartwiseForward
 
 EXPORTED = ("model.json", "ensemble.safetensors", "ensemble.onnx", "README.md")
 
@@ -100,6 +101,7 @@ class Ensemble(nn.Module):
         self.spec = spec
         self.models = nn.ModuleList(models)
         self.requires_grad_(False).eval()
+        self._forward = PartwiseForward(self._probabilities)
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 for each of `spec.inputs` -> (B, C) probabilities."""
@@ -117,15 +119,15 @@ class Ensemble(nn.Module):
     @torch.inference_mode()
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Images (H, W, 3) uint8 -> (N, C) float32. Halves the batch on out-of-memory."""
-        device = next(self.parameters()).device
         inputs = [preprocess(images, spec) for spec in self.spec.inputs]
+        with autocast(next(self.parameters()).device)():
+            return self._forward(*inputs).numpy()
 
-        def forward(*batches: torch.Tensor) -> torch.Tensor:
-            probs: torch.Tensor = self(*(batch.to(device) for batch in batches))
-            return probs.cpu()
-
-        with autocast(device)():
-            return forward_in_halves(forward, *inputs).numpy()
+    def _probabilities(self, *images: torch.Tensor) -> torch.Tensor:
+        """`forward` of images on any device. Returns to the CPU."""
+        device = next(self.parameters()).device
+        probs: torch.Tensor = self(*(batch.to(device) for batch in images))
+        return probs.cpu()
 
 
 def _tempered(probs: torch.Tensor, temperature: float) -> torch.Tensor:
