@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from carmodels.models.classifier import Classifier, create_classifier, load_weig
 from carmodels.models.weights import Weights
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
-from carmodels.training.forward import autocast, view_size
+from carmodels.training.forward import autocast, shown_view, view_size
 from carmodels.training.memory import PartwiseForward
 
 EXPORTED = ("model.json", "ensemble.safetensors", "ensemble.onnx", "README.md")
@@ -64,7 +65,9 @@ class EnsembleSpec:
     max_size: int  # pixels; the shorter side of an image is first reduced to twice this
 
     def inputs_of(self, member: Member) -> tuple[InputSpec, ...]:
-        return tuple(InputSpec(view, view_size(member.config, view)) for view in self.views)
+        """The member's input for each view; equal ones where it is shown two views alike."""
+        config = member.config
+        return tuple(InputSpec(shown_view(config, view), view_size(config, view)) for view in self.views)
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -110,9 +113,9 @@ class Ensemble(nn.Module):
         total = sum(member.weight for member, _ in members) * len(self.spec.views)
         means = [
             _tempered(model(by_input[spec]).float().softmax(dim=1), member.temperature)
-            * (member.weight / total)
+            * (count * member.weight / total)
             for member, model in members
-            for spec in self.spec.inputs_of(member)
+            for spec, count in Counter(self.spec.inputs_of(member)).items()
         ]
         return _tempered(torch.stack(means).sum(dim=0), self.spec.temperature)
 

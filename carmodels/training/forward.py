@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,3 +92,13 @@ def view_size(config: TrialConfig, view: str) -> int:
     smallest, largest = math.ceil(low / row.multiple), int(high // row.multiple)
     steps = round(config.eval_size * VIEWS[view].scale / row.multiple)
     return row.multiple * min(max(steps, smallest), largest)
+
+
+def shown_view(config: TrialConfig, view: str) -> str:
+    """The first row of VIEWS that shows the configuration's backbone the same images.
+
+    A view of another scale is another view only if its size differs.
+    """
+    size, unscaled = view_size(config, view), replace(VIEWS[view], scale=1.0)
+    same = (name for name, row in VIEWS.items() if replace(row, scale=1.0) == unscaled)
+    return next(name for name in same if view_size(config, name) == size)
