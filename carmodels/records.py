@@ -97,6 +97,11 @@ class TrialRecord:
         return min(self.curve, key=lambda epoch: (abs(epoch.value - value), epoch.val_loss))
 
     @property
+    def microbatches(self) -> int:
+        """Into how many parts a batch was split, as memory did not hold it; BatchNorm saw one at a time."""
+        return max((epoch.microbatches for epoch in self.curve), default=1)
+
+    @property
     def log_loss(self) -> float:
         """The log loss on val that goes with `value`, which breaks ties; infinite if unknown."""
         best = self.best_epoch

@@ -380,6 +380,7 @@ def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
         "best_epoch": best.epoch if best else "",
         "epochs_run": record.epochs_run,
         "seconds": round(record.seconds, 1),
+        "microbatches": record.microbatches,
         "parameters_millions": BACKBONES[record.config.backbone].millions,
         **asdict(record.config),
         **origin,

@@ -18,6 +18,7 @@ from carmodels.models.classifier import Classifier, create_classifier
 from carmodels.models.weights import Weights
 from carmodels.steady_clock import steady_time
 from carmodels.training.forward import autocast, predict
+from carmodels.training.memory import named_out_of_memory
 from carmodels.training.run import Run
 from carmodels.training.trainer import make_train_loader
 
@@ -119,6 +120,6 @@ def update_batch_norm(
     The mean of the ingredients' statistics would belong to other weights (Izmailov et al., 2018).
     """
     loader, target = make_train_loader(run, splits, processes=processes), torch.device(device)
-    with autocast(target)():
+    with autocast(target)(), named_out_of_memory():
         update_bn((batch.images for batch in loader.epoch(0)), model, target)
     model.eval()

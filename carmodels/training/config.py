@@ -127,6 +127,7 @@ class EpochMetrics:
     value: float  # the run's metric on val
     seconds: float  # training and validation
     ending: str = ""  # why this is the last epoch: schedule, patience, time or diverged
+    microbatches: int = 1  # into which a batch was split, as memory did not hold it
 
 
 FIELDS = tuple(f.name for f in fields(TrialConfig))

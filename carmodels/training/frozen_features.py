@@ -19,7 +19,8 @@ from carmodels.models.classifier import Classifier
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import VIEWS_KEPT, FeatureStore
-from carmodels.training.forward import autocast, forward_in_halves, precision
+from carmodels.training.forward import autocast, precision
+from carmodels.training.memory import PartwiseForward, try_twice
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,8 @@ class FrozenFeatures:
             "view": view,
         }
         stored = self.store.get(content, len(train), lambda: self._compute(loader, view))
-        features = torch.from_numpy(np.array(stored)).to(self._device)  # in one transfer
+        images = torch.from_numpy(np.array(stored))
+        features = try_twice(lambda: images.to(self._device))  # in one transfer
         assert train.labels is not None
         labels = torch.from_numpy(train.labels).to(self._device)
         for order in orders:
@@ -89,6 +91,10 @@ class FrozenFeatures:
             "precision": str(precision(self._device)),
         }
 
+    @cached_property
+    def _forward(self) -> PartwiseForward:
+        return PartwiseForward(lambda images: self.model.backbone(self.model.normalise(images)))
+
     @torch.inference_mode()
     def _compute(self, loader: Loader, epoch: int) -> np.ndarray:
         """(N, F) features of all images of an unshuffled loader."""
@@ -96,6 +102,5 @@ class FrozenFeatures:
         features: list[torch.Tensor] = []
         for batch in loader.epoch(epoch):
             with mixed():
-                images = self.model.normalise(batch.images.to(self._device, non_blocking=True))
-                features.append(forward_in_halves(self.model.backbone, images).float())
+                features.append(self._forward(batch.images.to(self._device, non_blocking=True)).float())
         return torch.cat(features).cpu().numpy()

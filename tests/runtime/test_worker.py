@@ -22,6 +22,8 @@ from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Run
+from carmodels.training.trainer import Trainer
+from tune.budget.costs import Costs
 from tune.optim.scheduler import StopDecision
 from tune.runtime import worker
 from tune.runtime.callbacks import ProgressCallback, RunState
@@ -96,6 +98,39 @@ def test_a_trial_ends_of_itself_before_the_time_is_up_and_leaves_its_best_epoch(
     assert (last["state"], last["cause"], last["cut_short"]) == ("complete", None, True)
     assert last["reason"] == "the time was up after epoch 1 of 9"
     assert job.study.weights_file(last["run_id"]).is_file()
+
+
+def test_an_epoch_on_stored_features_does_not_stand_for_one_that_trains_the_backbone(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first epoch takes a second; the next would take much longer than there is time for."""
+    costs = Costs({"test_resnet": {32: 10.0}}, train=len(job.splits.train), val=len(job.splits.val))
+    hurried = replace(job, costs=costs, until=time.time() + 600)
+    run = Run(replace(config, unfreeze="gradual", epochs=4))
+    [last] = reports(run, hurried, monkeypatch)
+    assert last["reason"] == "the time was up after epoch 1 of 4"
+    assert len(reports(run, replace(hurried, until=time.time() + 6000), monkeypatch)) == 4
+
+
+def test_memory_that_holds_a_batch_only_in_parts_is_in_the_report_and_in_the_row(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulated = Trainer._accumulate
+
+    def within(self: Trainer, network: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 8 * self.microbatches:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return accumulated(self, network, inputs, targets)
+
+    monkeypatch.setattr(Trainer, "_accumulate", within)
+    run = Run(replace(config, batch_size=32))
+    recorder = Recorder(job.study, "search", 0.0, {}, ProgressCallback())
+    trial = told(recorder, "a", run, [])
+    for trial.last_result in reports(run, job, monkeypatch):
+        recorder.on_trial_result(0, [], trial, trial.last_result)
+    recorder.on_trial_complete(0, [], trial)
+    [row] = job.study.table()
+    assert (row["state"], row["microbatches"]) == ("complete", 4)
 
 
 def test_a_run_that_falls_short_of_one_before_it_leaves_that_one_s_files(

@@ -24,7 +24,7 @@ from carmodels.models.weights import Weights
 from carmodels.records import FOLDS, TrialRecord
 from carmodels.steady_clock import steady_time
 from carmodels.training.config import TrialConfig
-from carmodels.training.forward import view_size
+from carmodels.training.forward import shown_view, view_size
 from carmodels.training.run import Run
 from tune.finalize import folds
 from tune.runtime.job import Job, as_task
@@ -91,14 +91,19 @@ class EnsembleMembers:
         return blend(means, list(self.weights.values()))
 
     def _tempered(self, record: TrialRecord, split: str, view: str) -> Predictions:
+        view = shown_view(record.config, view)
         predictions = self.job.study.predictions(record.trial_id, split, view)
         return with_temperature(predictions, self.temperatures[record.trial_id])
 
     def predict_missing(self, split: str, views: Sequence[str]) -> list[Path]:
-        """Compute missing or damaged predictions of all members and views, side by side; damaged files."""
+        """Compute missing or damaged predictions of all members and views, side by side; damaged files.
+
+        What a member is shown alike is computed once, under the first such view.
+        """
         study, path = self.job.study, self.job.study.predictions_file
+        shown = {r: dict.fromkeys(shown_view(r.config, view) for view in views) for r in self.weights}
         missing = {
-            r: [v for v in views if not study.has_predictions(r.trial_id, split, v)] for r in self.weights
+            r: [v for v in shown[r] if not study.has_predictions(r.trial_id, split, v)] for r in self.weights
         }
         damaged = [f for r, vs in missing.items() for v in vs if (f := path(r.trial_id, split, v)).is_file()]
         # few tasks, as each may start a process
@@ -130,14 +135,20 @@ class EnsembleMembers:
     ) -> dict[str, float]:
         """Seconds for 1,000 images, all members together, by view.
 
-        On val only one model of a fold set predicts each image.
+        On val only one model of a fold set predicts each image. A view costs nothing for a member that is
+        shown another one alike: on val all views are computed, else the plain one is.
         """
         runs, views = [record.run for record in self.weights], tuple(views)
         times.measure(runs, views)
-        shares = {run: 1 / (run.origin.folds or 1) if on_val else 1.0 for run in runs}
-        return {
-            view: 1000 * sum(shares[r] * times.seconds_per_image(r, view) for r in runs) for view in views
-        }
+
+        def seconds(run: Run, view: str) -> float:
+            shown = shown_view(run.config, view)
+            if shown != view and (on_val or shown == "plain"):
+                return 0.0
+            share = 1 / (run.origin.folds or 1) if on_val else 1.0
+            return share * times.seconds_per_image(run, view)
+
+        return {view: 1000 * sum(seconds(run, view) for run in runs) for view in views}
 
 
 def _predict_views(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
@@ -241,7 +252,9 @@ def _plan_views(
         if view == "plain":
             continue
         on_val_seconds = len(splits.val) * on_val[view] / 1000 / workers
-        if costs["plain"] + costs[view] > max_cost:
+        if on_val[view] == 0:
+            left_out[view] = "every model is shown another view alike"
+        elif costs["plain"] + costs[view] > max_cost:
             total = costs["plain"] + costs[view]
             left_out[view] = f"with it 1,000 images would take {total:.1f} s, more than {max_cost:g} s"
         elif max_views < 2 or on_val_seconds > remaining:

@@ -224,8 +224,14 @@ def _cells(record: TrialRecord) -> tuple[str, ...]:
         config.augment,
         str(record.epochs_run),
         f"{record.seconds:.0f}",
-        record.note,
+        _note(record),
     )
+
+
+def _note(record: TrialRecord) -> str:
+    """The record's note, and that memory was short."""
+    short = f"batches in {record.microbatches} parts (memory)" if record.microbatches > 1 else ""
+    return "; ".join(filter(None, (record.note, short)))
 
 
 def _standing_cells(standing: Standing, best: Standing) -> tuple[str, ...]:

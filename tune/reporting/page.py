@@ -182,7 +182,18 @@ def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> li
 def table(study: Study) -> tuple[list[dict[str, str]], list[str]]:
     """Rows of trials.csv, and the columns to show: the main ones and those whose values differ."""
     rows = [{name: charts.short(v) for name, v in row.items()} for row in study.table()[:MOST_ROWS]]
-    always = ("rank", "trial_id", "stage", "state", "value", "epochs_run", "seconds", "reason", "note")
+    always: tuple[str, ...] = (
+        "rank",
+        "trial_id",
+        "stage",
+        "state",
+        "value",
+        "epochs_run",
+        "seconds",
+        "reason",
+        "note",
+    )
+    always += ("microbatches",) if any(row["microbatches"] != "1" for row in rows) else ()
     columns = [c for c in rows[0] if c in always or len({row[c] for row in rows}) > 1]
     hidden = ("val_accuracy", "parameters_millions", "seed") if study.metric == "accuracy" else ()
     return rows, [c for c in columns if c not in hidden]

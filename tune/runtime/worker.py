@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,11 +16,12 @@ from carmodels.models.classifier import save_weights
 from carmodels.records import Cause, State, TrialRecord
 from carmodels.steady_clock import steady_time
 from carmodels.study import Study
-from carmodels.training.config import EpochMetrics
+from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.features import FeatureStore
 from carmodels.training.held_out import splits_for
 from carmodels.training.run import Run
 from carmodels.training.trainer import TrainResult, fit
+from tune.budget.costs import Costs
 from tune.runtime.job import Job, Workers
 
 
@@ -50,7 +52,8 @@ def _trim_heap() -> None:
 
 def _train_trial(values: dict[str, Any], job: Job) -> dict[str, Any]:
     """Train, and report every epoch but the last. Returns the last report, which carries `state`."""
-    job = replace(job, workers=_own(job.workers))
+    packed, job = job.workers.packed, replace(job, workers=_own(job.workers))
+    share = job.workers.gpus if packed else 1.0  # of the GPU on which costs were measured
     job.workers.take()
     run = Run.from_dict(values)
     title = f"ray::{trial_name(run)}"  # shown in the dashboard, ps and top
@@ -86,6 +89,7 @@ def _train_trial(values: dict[str, Any], job: Job) -> dict[str, Any]:
         features=FeatureStore(job.cache / "features"),
         compiled=job.costs is not None and job.costs.pays_to_compile(run.config),
         until=job.until,
+        epoch_seconds=_epoch_seconds(run.config, job.costs, share),
         start=job.study.weights_file(run.origin.continues) if run.origin.continues else None,
     )
     end = _end_of(trained)
@@ -94,6 +98,11 @@ def _train_trial(values: dict[str, Any], job: Job) -> dict[str, Any]:
         _leave(trained, job)
     kept = trained.best if complete and trained.best else trained.history[-1]
     return report_of(trained.history[-1], **end, best_value=kept.value)
+
+
+def _epoch_seconds(config: TrialConfig, costs: Costs | None, share: float) -> Callable[[int], float] | None:
+    """What each epoch of a configuration should take, on a share of a GPU; None without measured costs."""
+    return None if costs is None else lambda number: costs.epoch(config, number) / share
 
 
 def _own(workers: Workers) -> Workers:
