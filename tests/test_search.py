@@ -847,7 +847,7 @@ def test_what_follows_has_the_clock_of_the_longer_search(
         return False
 
     for place, name, value in (
-        (run_search, "costs_of", lambda job, space: None),
+        (run_search, "costs_of", lambda job, space, say: None),
         (run_search, "with_spare_time", lambda job, options, clock: longer),
         (run_search, "trained_further", trained),
         (search_stage, "search", searched),

@@ -570,14 +570,14 @@ def test_a_port_without_a_server_is_refused(study: Study, capsys: pytest.Capture
 def test_the_page_opens_from_disk_and_asks_nothing_of_the_network(
     study: Study, browser: Any, open_page: Callable[..., None], width: int, scheme: str
 ) -> None:
-    open_page(write_report(study), charts=8, width=width, scheme=scheme)
+    open_page(write_report(study), charts=7, width=width, scheme=scheme)
     assert browser.title == "a study · accuracy"
 
 
 def test_five_hundred_trials_open_with_images_that_show_what_spoke_for_the_answer(
     browser: Any, open_page: Callable[..., None], tmp_path: Path
 ) -> None:
-    open_page(write_report(large(tmp_path)), charts=8)
+    open_page(write_report(large(tmp_path)), charts=7)
     assert len(browser.find_elements("css selector", "#trials tbody tr")) == 501
     sizes = browser.execute_script(
         "return [...document.querySelectorAll('figure img')].map(i => [i.naturalWidth, i.naturalHeight])"
@@ -597,7 +597,7 @@ def test_the_table_sorts_and_filters_and_a_point_answers_to_the_mouse(
 ) -> None:
     from selenium.webdriver import ActionChains
 
-    open_page(write_report(study), charts=8)
+    open_page(write_report(study), charts=7)
 
     def column(name: str) -> list[str]:
         heads = [

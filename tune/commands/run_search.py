@@ -143,7 +143,7 @@ def go(
         split=job.splits.split_hash,
     )
     if math.isfinite(clock.seconds) or job.workers.packed:
-        job = replace(job, costs=costs_of(job, space))
+        job = replace(job, costs=costs_of(job, space, screen.say))
     watch = session.watched(job, clock, trials, screen)
     search = partial(
         search_stage.search,

@@ -6,7 +6,6 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
-import ray
 import torch
 
 from carmodels.ensembling.soup import Ingredient, greedy_soup, soup_key
@@ -14,7 +13,7 @@ from carmodels.evaluation.metrics import METRICS
 from carmodels.models.classifier import save_weights, weights_damage
 from carmodels.records import State, TrialRecord
 from carmodels.steady_clock import steady_time
-from tune.runtime.job import Job, as_task
+from tune.runtime.job import Job, as_task, results_of
 
 SOUP = "soup"
 MAX_INGREDIENTS = 8  # models of one kind to try, best first
@@ -32,7 +31,7 @@ def make_soups(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> 
     done = {name for name, record in existing.items() if not record.cut_short or steady_time() > until}
     missing = {name: group for name, group in groups.items() if name not in done}
     task = as_task(_make_soup, job.workers)
-    for record in ray.get([task.remote(job, *item, until) for item in missing.items()]):
+    for record in results_of([task.remote(job, *item, until) for item in missing.items()], "making a soup"):
         if record is not None:
             study.append(record)
             existing[record.trial_id] = record

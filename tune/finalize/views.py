@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from carmodels.catalog import VIEWS
 from carmodels.data.splits import Split
@@ -27,7 +26,7 @@ from carmodels.training.config import TrialConfig
 from carmodels.training.forward import shown_view, view_size
 from carmodels.training.run import Run
 from tune.finalize import folds
-from tune.runtime.job import Job, as_task
+from tune.runtime.job import Job, as_task, results_of
 
 _HALF_PRECISION_TOLERANCE = 0.02  # how much probabilities differ between batch layouts on a GPU
 _ROUNDING_TOLERANCE = 1e-5
@@ -51,7 +50,8 @@ class PredictionTimes:
         wanted = {self._key(r.config, v): r.config for r in runs for v in views}
         missing = {key: config for key, config in wanted.items() if key not in self.seconds}
         task = as_task(prediction_seconds, self.job.workers)
-        times = ray.get([task.remote(self.job, config, size) for (_, size), config in missing.items()])
+        tasks = [task.remote(self.job, config, size) for (_, size), config in missing.items()]
+        times = results_of(tasks, "measuring how long a prediction takes")
         self.seconds.update(zip(missing, times, strict=True))
 
     @staticmethod
@@ -110,7 +110,7 @@ class EnsembleMembers:
         parts = math.ceil(self.job.workers.count / max(1, sum(map(bool, missing.values()))))
         tasks = [(r, vs[k::parts]) for r, vs in missing.items() for k in range(parts) if vs[k::parts]]
         task = as_task(_predict_views, self.job.workers)
-        results = ray.get([task.remote(self.job, r, split, vs) for r, vs in tasks])
+        results = results_of([task.remote(self.job, r, split, vs) for r, vs in tasks], f"predicting {split}")
         for (record, vs), by_view in zip(tasks, results, strict=True):
             for view, predictions in zip(vs, by_view, strict=True):
                 predictions.save(path(record.trial_id, split, view))
@@ -124,7 +124,8 @@ class EnsembleMembers:
         record = next(iter(self.weights))
         before = self.job.study.predictions(record.trial_id, "val")
         task = as_task(_predict_views, self.job.workers)
-        again = ray.get(task.remote(self.job, record, "val", ("plain",)))[0].aligned(before.ids)
+        [[shown]] = results_of([task.remote(self.job, record, "val", ("plain",))], "predicting val")
+        again = shown.aligned(before.ids)
         tolerance = _ROUNDING_TOLERANCE if record.stage == FOLDS else 0.0  # batches of folds differ
         if self.job.workers.gpus:
             tolerance = _HALF_PRECISION_TOLERANCE

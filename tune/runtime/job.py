@@ -10,10 +10,12 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError, RayTaskError
 
 from carmodels.data.dataset import Splits
 from carmodels.data.splits import Split
 from carmodels.evaluation.predictions import Predictions
+from carmodels.formatting import one_line
 from carmodels.models.classifier import Classifier, load_weights
 from carmodels.models.weights import Weights
 from carmodels.records import TrialRecord
@@ -89,6 +91,22 @@ class Job:
         weights = self.study.weights_file(run.trial_id)
         model = load_weights(run.config, weights, classes=len(self.splits.classes))
         return [self.predict(model, run.config, images, view) for view in views]
+
+
+def results_of(tasks: Sequence[Any], doing: str) -> list[Any]:
+    """The results of Ray tasks. ValueError, in one line, if one of them failed at `doing`."""
+    try:
+        found: list[Any] = ray.get(tasks)
+    except RayError as error:
+        raise ValueError(f"{doing} failed on a worker: {failure_text(error)}") from error
+    return found
+
+
+def failure_text(error: RayError) -> str:
+    """Why a Ray task failed, in one line: its own exception, or how its worker was lost."""
+    if isinstance(error, RayTaskError) and error.cause is not None:
+        return f"{type(error.cause).__name__}: {one_line(error.cause)}"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def as_task(function: Callable[..., Any], workers: Workers) -> Any:
