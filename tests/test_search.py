@@ -255,7 +255,6 @@ def patiently(ask: Callable[[], Any], seconds: float = 100) -> Any:
 @pytest.mark.server
 @pytest.mark.usefixtures("whole")
 def test_optuna_dashboard_opens_the_storage_of_a_study(place: Place) -> None:
-    pytest.importorskip("optuna_dashboard", reason="needs optuna-dashboard, as in the extra 'dev'")
     url = f"sqlite:///{place.study.optuna_file}"
     run = "import sys; from optuna_dashboard._cli import main; sys.exit(main())"
     with serving(sys.executable, "-c", run, url) as ask:
@@ -273,7 +272,6 @@ def test_optuna_dashboard_opens_the_storage_of_a_study(place: Place) -> None:
 @pytest.mark.server
 @pytest.mark.usefixtures("whole")
 def test_tensorboard_shows_the_curve_of_every_trial(place: Place) -> None:
-    pytest.importorskip("tensorboard", reason="needs tensorboard, as in the extra 'dev'")
     curves = {f"{r.stage}-{trial_name(r.run)}": r.curve for r in place.study.records() if r.curve}
     run = "import sys; from tensorboard.main import run_main; run_main()"
     with serving(sys.executable, "-c", run, "--logdir", str(place.study.tensorboard_folder)) as ask:

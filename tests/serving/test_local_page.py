@@ -82,6 +82,7 @@ FOREIGN = [
     {"Sec-Fetch-Site": "cross-site"},
     {"Sec-Fetch-Site": "same-site"},
     {"Sec-Fetch-Site": "cross-site", "Origin": "http://127.0.0.1:PORT"},
+    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
 ]
 
 
@@ -116,6 +117,17 @@ def test_the_page_itself_and_a_typed_address_are_answered(
     assert asked(port, "GET", "/", headers) == (200, "the page")
     status, _ = asked(port, "POST", "/answer", headers)
     assert (status, desk.asked) in [(200, [b"image"]), (501, [])]  # a report takes no POST
+
+
+@pytest.mark.server
+def test_a_link_on_another_site_opens_the_page_and_a_form_there_sends_nothing(
+    served: tuple[int, Desk],
+) -> None:
+    port, desk = served
+    clicked = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert asked(port, "GET", "/", clicked) == (200, "the page")
+    assert asked(port, "POST", "/answer", clicked) == (403, REFUSAL)
+    assert not desk.asked
 
 
 def test_no_other_module_serves_pages() -> None:

@@ -29,11 +29,15 @@ class LocalPage(BaseHTTPRequestHandler):
         """Whether the browser names this machine as the page's host, and no other site as the sender.
 
         A foreign Host is DNS rebinding. Browsers set Sec-Fetch-Site; those that do not set Origin on a POST.
+        A link that is clicked elsewhere may open the page: the other site cannot read it.
         """
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         local = host.rsplit(":", 1)[0] in ("127.0.0.1", "localhost")
         own = origin is None or origin == f"http://{host}"
-        return local and own and self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+        clicked = self.command == "GET" and self.headers.get("Sec-Fetch-Dest") == "document"
+        return (
+            local and own and (clicked or self.headers.get("Sec-Fetch-Site") in (None, "none", "same-origin"))
+        )
 
     def send(self, status: HTTPStatus, kind: str, text: str) -> None:
         """Send a text with MIME type `kind`."""
