@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
-import threading
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +21,7 @@ from carmodels.training.forward import predict, view_size
 from carmodels.training.run import Run
 from carmodels.training.trainer import fit
 
-from hub import Hub, fetch_from
+from hub import fetch_from, serving
 
 NONE = Weights("none")
 
@@ -203,19 +200,14 @@ def test_an_unreachable_hub_is_one_clear_error_that_names_the_option(tmp_path: P
 
 
 @pytest.mark.server
-def test_hub_weights_are_fetched_once_through_timms_own_download(tmp_path: Path) -> None:
+def test_hub_weights_are_fetched_once(tmp_path: Path) -> None:
     repository = tmp_path / "www" / "timm" / "lcnet_050.ra2_in1k" / "resolve" / "main"
     repository.mkdir(parents=True)
     import timm
 
     save_file(timm.create_model("lcnet_050").state_dict(), repository / "model.safetensors")
-    handler = partial(Hub, directory=str(tmp_path / "www"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.seen = []  # type: ignore[attr-defined]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        first = fetch_from(endpoint, tmp_path / "home")
-        server.shutdown()
+    with serving(tmp_path / "www") as server:
+        first = fetch_from(f"http://127.0.0.1:{server.server_port}", tmp_path / "home")
     assert first.returncode == 0, first.stderr
     assert any("model.safetensors" in path for path in server.seen)  # type: ignore[attr-defined]
     env_offline = fetch_from("http://127.0.0.1:9", tmp_path / "home")

@@ -12,8 +12,8 @@ import numpy as np
 import optuna
 from scipy.stats import binom
 
-from carmodels.catalog import BACKBONES
 from carmodels.evaluation.metrics import METRICS
+from carmodels.models.facts import facts_of
 from carmodels.records import State, TrialRecord
 from carmodels.space import Choice, Dimension, Range, Space
 from carmodels.training.config import BOUNDS
@@ -245,7 +245,7 @@ def _valid_value(name: str, end: float, target: float, space: Space) -> float:
     """`target` in few digits, as `TrialConfig` accepts it; `end` if it accepts nothing beyond `end`."""
     low, high = BOUNDS[name]
     if isinstance(end, int):
-        multiple = math.lcm(*(BACKBONES[b].multiple for b in space.backbones)) if name == "image_size" else 1
+        multiple = math.lcm(*(facts_of(b).multiple for b in space.backbones)) if name == "image_size" else 1
         new = multiple * (math.ceil if target > end else math.floor)(target / multiple)
         return new if low <= new <= high else end
     target = min(max(target, low), high)
