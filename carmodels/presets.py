@@ -5,7 +5,7 @@ Edit a preset here. `--set NAME=...` changes it for one search only.
 
 from __future__ import annotations
 
-from carmodels.catalog import BACKBONES
+from carmodels.models.facts import facts_of
 from carmodels.space import FINE_TUNING, HEAD_DEPTHS, Choice, Range, Space
 from carmodels.training.config import TrialConfig
 
@@ -19,8 +19,8 @@ def baseline(space: Space) -> TrialConfig:
     """
     backbones = space.backbones
     xception = [b for b in ("legacy_xception", "xception41") if b in backbones]
-    backbone = xception[0] if xception else max(backbones, key=lambda b: BACKBONES[b].millions)
-    return TrialConfig.from_dict(
+    backbone = xception[0] if xception else max(backbones, key=lambda b: facts_of(b).millions)
+    return space.config(
         {
             **space.fixed,
             "backbone": backbone,
@@ -74,6 +74,9 @@ SPACES: dict[str, Space] = {
                     "lcnet_050",
                     "lcnet_100",
                     "efficientnet_b0",
+                    "tf_efficientnet_lite0",
+                    "tf_efficientnet_lite1",
+                    "tf_efficientnet_lite2",
                 )
             ),
             "image_size": Choice((64, 96, 128, 160, 192)),
@@ -91,7 +94,7 @@ SPACES: dict[str, Space] = {
         dimensions={
             "backbone": Choice(
                 (
-                    "legacy_xception",
+                    "xception41",
                     "efficientnet_b0",
                     "efficientnet_b2",
                     "efficientnet_b3",

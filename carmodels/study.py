@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from carmodels.catalog import BACKBONES
 from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.predictions import Predictions
 from carmodels.files import append_line, csv_text, read_json, write_atomic, write_json
+from carmodels.models.facts import facts_of, remember
 from carmodels.records import FOLD, NOT_ENDED, State, TrialRecord
 from carmodels.space import Space
 
@@ -139,6 +139,19 @@ class Study:
         """Write study.json and the version of its format."""
         write_json(self._metadata_file, {"version": VERSION, **metadata})
 
+    def add_backbones(self, backbones: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write facts about backbones to study.json. What it holds already stays."""
+        metadata = self.metadata
+        self.write_metadata({**metadata, "backbones": {**backbones, **metadata.get("backbones", {})}})
+
+    def remember_backbones(self) -> None:
+        """Know what study.json says of backbones that have no row in the catalog.
+
+        Their hub or folder may be out of reach.
+        """
+        if self.exists:
+            remember(read_json(self._metadata_file).get("backbones", {}))
+
     def write_splits(self, splits: Iterable[SplitRow]) -> None:
         """Write splits.csv."""
         _write_csv(self._splits_file, ("split", "id", "label", "group"), splits)
@@ -166,6 +179,7 @@ class Study:
     def space(self) -> Space | None:
         """The search space; None if another version of the project wrote one that this version lacks."""
         metadata = self.metadata
+        self.remember_backbones()
         try:
             return Space.from_dict(metadata["space"])
         except ValueError:
@@ -234,6 +248,7 @@ class Study:
         """The earlier studies' trials that this study was warm-started with, by folder."""
         if not self.earlier_file.is_file():
             return {}
+        self.remember_backbones()
         by_folder = read_json(self.earlier_file)
         return {
             folder: [TrialRecord.from_json(line) for line in lines] for folder, lines in by_folder.items()
@@ -254,6 +269,7 @@ class Study:
     def _read_trials(self) -> tuple[dict[str, TrialRecord], list[int]]:
         if not self.trials_file.is_file():
             return {}, []
+        self.remember_backbones()
         status = self.trials_file.stat()
         return _parse_trials(self.trials_file, status.st_size, status.st_mtime_ns)
 
@@ -381,7 +397,7 @@ def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
         "epochs_run": record.epochs_run,
         "seconds": round(record.seconds, 1),
         "microbatches": record.microbatches,
-        "parameters_millions": BACKBONES[record.config.backbone].millions,
+        "parameters_millions": facts_of(record.config.backbone).millions,
         **asdict(record.config),
         **origin,
         "cut_short": record.cut_short,

@@ -22,6 +22,7 @@ from carmodels.data.splits import Split
 from carmodels.evaluation.metrics import FLOOR
 from carmodels.files import read_json
 from carmodels.models.classifier import Classifier, create_classifier, load_weights
+from carmodels.models.facts import facts_of, remember
 from carmodels.models.weights import Weights
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
@@ -77,12 +78,16 @@ class EnsembleSpec:
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types."""
         inputs = [{"name": i.name, **asdict(i), "shown": asdict(VIEWS[i.view])} for i in self.inputs]
-        values: dict[str, Any] = json.loads(json.dumps({**asdict(self), "inputs": inputs}))
+        names = sorted({member.config.backbone for member in self.members})
+        backbones = {name: asdict(facts_of(name)) for name in names}
+        content = {**asdict(self), "inputs": inputs, "backbones": backbones}
+        values: dict[str, Any] = json.loads(json.dumps(content))
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EnsembleSpec:
         """The inverse of `to_dict`."""
+        remember(values.get("backbones", {}))
         members = tuple(
             Member(m["trial_id"], m["weight"], TrialConfig.from_dict(m["config"]), m.get("temperature", 1.0))
             for m in values["members"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -11,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from carmodels.catalog import BACKBONES, VIEWS
+from carmodels.catalog import VIEWS
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
 from carmodels.data.splits import Split
 from carmodels.evaluation.predictions import Predictions
 from carmodels.models.classifier import Classifier
-from carmodels.training.config import BOUNDS, TrialConfig
+from carmodels.models.facts import facts_of
+from carmodels.training.config import TrialConfig
 from carmodels.training.memory import PartwiseForward, try_twice
 
 
@@ -86,12 +86,8 @@ def view_size(config: TrialConfig, view: str) -> int:
 
     A backbone with a fixed size keeps that.
     """
-    row, (low, high) = BACKBONES[config.backbone], BOUNDS["image_size"]
-    if row.fixed_size:
-        return config.image_size
-    smallest, largest = math.ceil(low / row.multiple), int(high // row.multiple)
-    steps = round(config.eval_size * VIEWS[view].scale / row.multiple)
-    return row.multiple * min(max(steps, smallest), largest)
+    row = facts_of(config.backbone)
+    return config.image_size if row.fixed_size else row.fit(config.eval_size * VIEWS[view].scale)
 
 
 def shown_view(config: TrialConfig, view: str) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import pickle
-import threading
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import HTTPError
@@ -18,7 +16,6 @@ from torch import nn
 
 from carmodels.catalog import BACKBONES, HEADS, UNFREEZE, VIEWS
 from carmodels.data.dataset import Splits
-from carmodels.models import backbones
 from carmodels.models.backbones import create_backbone, fetch_weights
 from carmodels.models.classifier import Classifier, create_classifier, create_head, load_weights, save_weights
 from carmodels.models.parameter_groups import optimizer_groups, trainable_groups
@@ -28,7 +25,7 @@ from carmodels.training.forward import predict, view_size
 from carmodels.training.run import Run
 from carmodels.training.trainer import fit
 
-from hub import Hub, fetch_from
+from hub import fetch_from, serving
 
 NONE = Weights("none")
 
@@ -245,26 +242,21 @@ def test_a_download_that_fails_in_a_worker_is_an_error_that_reaches_the_driver(
     def refuse(*arguments: object, **named: object) -> None:
         raise HTTPError("the hub does not answer")
 
-    monkeypatch.setattr(backbones.timm, "create_model", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(OSError, match="the hub does not answer") as caught:
         create_backbone("lcnet_050", image_size=32, weights=Weights("hub"))
     assert isinstance(pickle.loads(pickle.dumps(caught.value)), OSError)
 
 
 @pytest.mark.server
-def test_hub_weights_are_fetched_once_through_timms_own_download(tmp_path: Path) -> None:
+def test_hub_weights_are_fetched_once(tmp_path: Path) -> None:
     repository = tmp_path / "www" / "timm" / "lcnet_050.ra2_in1k" / "resolve" / "main"
     repository.mkdir(parents=True)
     import timm
 
     save_file(timm.create_model("lcnet_050").state_dict(), repository / "model.safetensors")
-    handler = partial(Hub, directory=str(tmp_path / "www"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.seen = []  # type: ignore[attr-defined]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        first = fetch_from(endpoint, tmp_path / "home")
-        server.shutdown()
+    with serving(tmp_path / "www") as server:
+        first = fetch_from(f"http://127.0.0.1:{server.server_port}", tmp_path / "home")
     assert first.returncode == 0, first.stderr
     assert any("model.safetensors" in path for path in server.seen)  # type: ignore[attr-defined]
     env_offline = fetch_from("http://127.0.0.1:9", tmp_path / "home")

@@ -22,12 +22,14 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 from carmodels.data.dataset import Splits
-from carmodels.ensembling.export import TOLERANCE
+from carmodels.ensembling.export import TOLERANCE, export
 from carmodels.ensembling.network import (
     Ensemble,
     EnsembleSpec,
+    Member,
     load_ensemble,
     load_exported,
     load_image,
@@ -37,7 +39,8 @@ from carmodels.evaluation.calibration import confidence_threshold, with_temperat
 from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.files import read_json, write_json
 from carmodels.holdout import add_look
-from carmodels.models.classifier import save_weights
+from carmodels.models.backbones import known_backbones
+from carmodels.models.classifier import Classifier, save_weights
 from carmodels.models.weights import Weights
 from carmodels.records import FOLD, State, TrialRecord
 from carmodels.study import Study
@@ -77,6 +80,7 @@ def study(splits: Splits, weights: Weights, tmp_path_factory: pytest.TempPathFac
             "classes": list(splits.classes),
             "class_names": list(splits.class_names),
             "max_size": 48,
+            "backbones": known_backbones(weights, sorted({config.backbone for config in CONFIGS})),
             "images": {part.name: len(part) for part in parts},
             "excluded": [],
             "test_duplicates": [],
@@ -282,7 +286,12 @@ def test_below_the_confidence_nothing_is_answered(study: Study, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_an_ensemble_leaves_the_study_and_works_without_it(
-    study: Study, ensemble: Ensemble, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: Study,
+    ensemble: Ensemble,
+    drawn: Path,
+    weights: Weights,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "model"
     assert answered([str(study.folder), "--export", str(folder)]) == 0
@@ -295,6 +304,8 @@ def test_an_ensemble_leaves_the_study_and_works_without_it(
     card = (folder / "README.md").read_text()
     assert "my \\| cars" in card
     assert study.metadata["fingerprint"] in card
+    licence = f"test_resnet.safetensors | sha256:{weights.identity('test_resnet')} | not stated |"
+    assert licence in card
     code = re.search(r"```python\n(.*?)```", card, re.S)
     assert code
     script = folder / "as_the_card_says.py"
@@ -332,6 +343,23 @@ def test_the_model_card_quotes_the_first_look_at_holdout_and_names_a_later_one(
     assert f"| on holdout, {images} images that chose nothing, first look | 50.0 % (40.0 to 60.0) |" in twice
     assert f"| not to quote: this ensemble on holdout, look 2 ({later.at}) | 70.0 % (60.0 to 80.0) |" in twice
     assert "Holdout was looked at 2 times in this study. The scores are those of an earlier ensemble" in twice
+
+
+class Undecided(nn.Module):
+    """A network whose path depends on its images, which no graph can hold."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        means = images.float().mean(dim=(2, 3))
+        return means if means.sum() > 100 else -means
+
+
+@pytest.mark.slow
+def test_where_torch_cannot_export_there_are_safetensors_and_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "ensemble.onnx").write_text("of an earlier export")
+    spec = EnsembleSpec(tuple("abc"), tuple("abc"), (Member("x", 1.0, CONFIGS[0]),), ("plain",), 1.0, 48)
+    onnx = export(Ensemble(spec, [cast(Classifier, Undecided())]), tmp_path)
+    assert onnx.refusal.startswith("torch cannot export it (")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ensemble.safetensors", "model.json"]
 
 
 def test_an_ensemble_of_before_there_were_temperatures_of_members_answers_as_it_did(

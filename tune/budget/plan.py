@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import optuna
 
+from carmodels.models.facts import facts_of
 from carmodels.space import Space, unfrozen_configs
 from carmodels.steady_clock import steady_time
 from carmodels.training.config import TrialConfig
@@ -68,7 +69,8 @@ class Plan:
             return in_time and costs.schedule(config) <= share * available
 
         config = wanted
-        for size in sorted((s for s in sizes if s <= wanted.image_size), reverse=True):
+        fitting = {facts_of(wanted.backbone).fit(size) for size in sizes}
+        for size in sorted((s for s in fitting if s <= wanted.image_size), reverse=True):
             config = replace(wanted, image_size=size)
             if affordable(config):
                 break

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from carmodels.catalog import BACKBONES
 from carmodels.data.loader import PREFETCHED
+from carmodels.models.facts import facts_of
 from carmodels.space import Space
 from carmodels.study import Study
 from tune.budget.stages import WEIGHTS_KEPT
@@ -47,7 +47,7 @@ def findings(
 
 def _disk(study: Study, space: Space, later: int) -> list[Finding]:
     """Disk space for Ray's files and for weights: best trials, reruns, retrained models, soups."""
-    largest = max(BACKBONES[name].millions for name in space.backbones) * 1e6 * BYTES_PER_PARAMETER
+    largest = max(facts_of(name).millions for name in space.backbones) * 1e6 * BYTES_PER_PARAMETER
     there = sum(file.stat().st_size for file in study.weights_file("x").parent.glob("*"))
     needed = RAY_DISK + max(0.0, (WEIGHTS_KEPT + later) * largest - there)
     free = shutil.disk_usage(nearest_existing(study.folder)).free

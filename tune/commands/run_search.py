@@ -23,7 +23,8 @@ from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
 from carmodels.ensembling.network import load_ensemble
 from carmodels.files import user_path
 from carmodels.formatting import duration
-from carmodels.models.backbones import fetch_weights
+from carmodels.models.backbones import known_backbones
+from carmodels.models.facts import short_name
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.space import Space
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
     session.report(findings(study, space, granted, cache_folder(options), later=later), screen)
     earlier = [] if options.resume else earlier_studies(options.warm_start, study, options.metric)
     data = user_path(options.data) if options.data else demo_data(options, screen)
-    fetch_weights(weights, space.backbones)
+    backbones = described_backbones(weights, space, screen)
     if weights.source == "hub" and not options.address:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: the weights are on this disk now
     splits = session.open_data(data, options, space.largest_size, options.seed, screen)
@@ -87,6 +88,7 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
         "data": study.relative(data),
         "weights": study.relative(Path(weights.source)) if weights.is_folder else weights.source,
         "warm_start": [study.relative(user_path(f)) for f in options.warm_start],
+        "backbones": backbones,
         **describe(options, typed, preset, space, splits),
     }
     describe_data(splits, screen)
@@ -282,6 +284,19 @@ def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[S
             "or --weights none"
         )
     return space.with_backbones(tuple(b for b in space.backbones if b not in left_out)), left_out
+
+
+def described_backbones(weights: Weights, space: Space, screen: Screen) -> dict[str, dict[str, Any]]:
+    """Fetch the weights. Returns facts about each backbone of the space, for study.json."""
+    backbones = known_backbones(weights, space.backbones)
+    for name, facts in backbones.items():
+        sizes = space.sizes_of(name)
+        if set(sizes) != set(space.image_sizes):
+            screen.say(f"{short_name(name)} takes images of {', '.join(map(str, sizes))} px.")
+        if facts["non_commercial"]:
+            licence = f"the licence of its weights, {facts['licence']}, forbids commercial use"
+            screen.say(f"{short_name(name)}: {licence}.", "yellow")
+    return backbones
 
 
 def budget(options: argparse.Namespace, space: Space, bare: bool, begun: float) -> tuple[Clock, int | None]:

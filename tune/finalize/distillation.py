@@ -16,7 +16,9 @@ from carmodels.evaluation.intervals import paired_gain, score_interval
 from carmodels.evaluation.metrics import METRICS
 from carmodels.files import read_json, write_json
 from carmodels.holdout import add_look
+from carmodels.models.backbones import known_backbones
 from carmodels.models.classifier import save_weights
+from carmodels.models.facts import facts_of
 from carmodels.records import State, TrialRecord
 from carmodels.steady_clock import steady_time
 from carmodels.study import Study
@@ -46,6 +48,7 @@ def distil(
     study, splits, device = job.study, job.splits, job.workers.device
     teacher = load_ensemble(study).to(device)
     run = _student_run(job, backbone, epochs, say)
+    study.add_backbones(known_backbones(job.weights, [run.config.backbone]))
     views = min(TEACHER_EPOCHS, run.config.epochs)
     say(f"The ensemble is shown train, {len(splits.train)} images in {views} crops each.")
     processes = job.workers.processes
@@ -129,7 +132,8 @@ def _student_run(job: Job, backbone: str | None, epochs: int | None, say: Say) -
 def _available_backbones(job: Job) -> list[str]:
     """Backbones with pretrained weights: of the catalog if they are in a folder, else of the space."""
     space = job.study.space
-    known = tuple(BACKBONES) if job.weights.is_folder or space is None else space.backbones
+    own = space.backbones if space else ()
+    known = own if own and not job.weights.is_folder else tuple(dict.fromkeys([*BACKBONES, *own]))
     return [name for name in known if job.weights.has(name)]
 
 
@@ -139,10 +143,9 @@ def _student_config(study: Study, backbone: str, epochs: int | None) -> Run:
     same_backbone = [r for r in board if r.config.backbone == backbone]
     best = (same_backbone or board)[0].run
     template = best.config
-    multiple = BACKBONES[backbone].multiple
     return best.with_config(
         backbone=backbone,
-        image_size=max(multiple, template.image_size // multiple * multiple),
+        image_size=facts_of(backbone).fit(template.image_size),
         epochs=epochs or STUDENT_EPOCHS * (epochs_of_space(study) or template.epochs),
         unfreeze="full",
         lr_ratio=unfrozen(template).lr_ratio,

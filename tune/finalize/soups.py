@@ -55,7 +55,7 @@ def _by_kind(candidates: Sequence[TrialRecord]) -> list[list[TrialRecord]]:
 
 def _make_soup(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> TrialRecord | None:
     """Make and save the soup of one kind, in a worker; None if no soup is better than the best model."""
-    job.workers.take()
+    job.begin()
     started = steady_time()
     study, splits, workers = job.study, job.splits, job.workers
     ingredients = [

@@ -61,7 +61,7 @@ class PredictionTimes:
 
 def prediction_seconds(job: Job, config: TrialConfig, size: int) -> float:
     """Seconds per image: the faster of two passes over some val images, after a warm-up pass."""
-    job.workers.take()
+    job.begin()
     config = replace(config, image_size=size, start_image_size=0, eval_image_size=0)
     model = create_classifier(config, classes=len(job.splits.classes), weights=Weights("none"))
     val = job.splits.val

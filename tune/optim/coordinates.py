@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from carmodels.catalog import BACKBONES, UNFREEZE
+from carmodels.catalog import UNFREEZE
+from carmodels.models.facts import facts_of
 from carmodels.models.parameter_groups import trainable_groups
 from carmodels.presets import SPACES
 from carmodels.space import Choice, Dimension, Range, Space
@@ -37,7 +38,7 @@ class Coordinates:
     def __init__(self, space: Space) -> None:
         self._space = space
         dimensions = space.dimensions
-        self._sizes = _Span(*_extremes([math.log(BACKBONES[b].millions) for b in space.backbones]))
+        self._sizes = _Span(*_extremes([math.log(facts_of(b).millions) for b in space.backbones]))
         rates, ratios = _bounds(space, "lr"), _bounds(space, "lr_ratio")
         self._rates = _Span(*(math.log(r * _mean_ratio(d)) for r, d in zip(rates, ratios, strict=True)))
         names = list(dimensions)
@@ -66,7 +67,7 @@ class Coordinates:
         x = [to_unit(d, values[n]) if n in drawn else _MIDDLE for n, d in self._space.dimensions.items()]
         trainable = _trainable_share(config.unfreeze, config.epochs)
         rate = math.log(config.lr * _mean_ratio(config.lr_ratio))
-        x.append(self._sizes.to_unit(math.log(BACKBONES[config.backbone].millions)))
+        x.append(self._sizes.to_unit(math.log(facts_of(config.backbone).millions)))
         x.append(trainable)
         x.append(self._rates.to_unit(rate) if trainable else _MIDDLE)
         return np.array(x)
@@ -126,7 +127,7 @@ def _expected_rates(space: Space, low: float, high: float) -> tuple[float, float
     """The overlap of [low, high] with the preset of the most similar backbone sizes; all of it if none."""
 
     def size(some: Space) -> float:
-        return math.log(median(BACKBONES[name].millions for name in some.backbones))
+        return math.log(median(facts_of(name).millions for name in some.backbones))
 
     usual = _bounds(min(SPACES.values(), key=lambda preset: abs(size(preset) - size(space))), "lr")
     overlap = max(low, usual[0]), min(high, usual[1])

@@ -89,15 +89,14 @@ def suggest(trial: ParamSuggester, space: Space) -> dict[str, Any]:
             values[name] = trial.suggest_categorical(name, dimension.options)
         else:
             values[name] = trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
-    return values
+    return space.fitted(values)
 
 
 def params_of(config: TrialConfig, space: Space) -> dict[str, Any] | None:
     """The dimensions' values in a configuration; None if the space cannot draw it."""
-    values = vars(config)
-    params = {name: values[name] for name in space.active_dimensions(values)}
+    params = space.params(config)
     within = all(_contains(space.dimensions[name], value) for name, value in params.items())
-    return params if within and config == TrialConfig(**{**space.fixed, **params}) else None
+    return params if within and config == space.config({**space.fixed, **params}) else None
 
 
 def _contains(dimension: Dimension, value: Any) -> bool:

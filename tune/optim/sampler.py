@@ -82,7 +82,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
         chosen = self._best_candidate(runs, rng)
         if chosen is None:
             return {}
-        return {name: getattr(chosen, name) for name in self._space.active_dimensions(vars(chosen))}
+        return self._space.params(chosen)
 
     def sample_independent(
         self,
@@ -103,7 +103,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
             if _is_not_known(trial):
                 continue
             if set(trial.params) >= set(self._space.active_dimensions({**self._space.fixed, **trial.params})):
-                config = TrialConfig.from_dict({**self._space.fixed, **trial.params})
+                config = self._space.config({**self._space.fixed, **trial.params})
                 ended, failed = trial.state.is_finished(), _failed(trial)
                 curve = {} if failed else _curve(trial.intermediate_values, config.epochs, sign)
                 runs.append(_Run(config, self._coordinates.encode(config), curve, ended, failed, task))
@@ -213,37 +213,37 @@ class CurveSampler(optuna.samplers.BaseSampler):
         return next((config for config in ranked if self._accepts(config)), None)
 
     def _random(self, rng: np.random.Generator) -> TrialConfig:
-        return self._mutate({}, rng, lambda name: True, _STEP)
+        return self._mutate(None, rng, lambda name: True, _STEP)
 
     def _neighbour(
         self, base: TrialConfig, rng: np.random.Generator, changed: float, step: float
     ) -> TrialConfig:
         """A configuration with about a `changed` share of new values: another option, or a step away."""
-        return self._mutate(vars(base), rng, lambda name: rng.random() < changed, step)
+        return self._mutate(base, rng, lambda name: rng.random() < changed, step)
 
     def _mutate(
         self,
-        base: Mapping[str, Any],
+        base: TrialConfig | None,
         rng: np.random.Generator,
         changes: Callable[[str], bool],
         step: float,
     ) -> TrialConfig:
         """`base` with new values for the dimensions that change and for those it has not drawn."""
-        before = set(self._space.active_dimensions(base)) if base else set()
+        before = self._space.params(base) if base else {}
         values = dict(self._space.fixed)
         for name, dimension in self._space.dimensions.items():
             if dimension.when is not None and values.get(dimension.when[0]) not in dimension.when[1]:
                 continue
             if name in before and not changes(name):
-                values[name] = base[name]
+                values[name] = before[name]
             elif isinstance(dimension, Choice):
                 values[name] = dimension.options[rng.integers(len(dimension.options))]
             elif name in before:
-                unit = to_unit(dimension, base[name]) + rng.normal(0, step)
+                unit = to_unit(dimension, before[name]) + rng.normal(0, step)
                 values[name] = _rounded(dimension, float(np.clip(unit, 0, 1)))
             else:
                 values[name] = _rounded(dimension, rng.random())
-        return TrialConfig.from_dict(values)
+        return self._space.config(values)
 
 
 def log_expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> np.ndarray:

@@ -71,6 +71,11 @@ class Job:
     spent: Mapping[str, float] = field(default_factory=dict)  # seconds of earlier commands, by stage
     until: float = math.inf  # steady_time() at which a trial completes early, with its best epoch
 
+    def begin(self) -> None:
+        """Take this process's share of the machine, and learn of the study's backbones."""
+        self.workers.take()
+        self.study.remember_backbones()
+
     def predict(
         self, model: Classifier, config: TrialConfig, images: Split, view: str = "plain"
     ) -> Predictions:
@@ -87,7 +92,7 @@ class Job:
 
     def predict_again(self, run: TrialRecord, images: Split, views: Sequence[str]) -> list[Predictions]:
         """Predictions recomputed from a run's saved weights, one for each view. Uses a worker's share."""
-        self.workers.take()
+        self.begin()
         weights = self.study.weights_file(run.trial_id)
         model = load_weights(run.config, weights, classes=len(self.splits.classes))
         return [self.predict(model, run.config, images, view) for view in views]

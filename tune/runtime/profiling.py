@@ -46,7 +46,7 @@ def processor() -> str:
 
 def _looked_at(job: Job, config: TrialConfig) -> tuple[str, float]:
     """A worker's device, which may differ from this machine's, and its current seconds per image."""
-    job.workers.take()
+    job.begin()
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else processor()
     return device, _seconds(job, config)
 
@@ -214,7 +214,7 @@ def _may_pay_to_compile(seconds: float, job: Job, config: TrialConfig) -> bool:
 
 def _measure(job: Job, configs: Sequence[TrialConfig]) -> dict[str, Any]:
     """Measure a backbone at its smallest size and the largest that fits in memory. Sizes descend."""
-    job.workers.take()
+    job.begin()
     on_gpu = job.workers.device == "cuda"
     found: dict[str, Any] = {part: {} for part in _PARTS}
 

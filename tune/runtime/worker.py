@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,6 +14,7 @@ from ray._raylet import setproctitle  # type: ignore[attr-defined]  # its stubs 
 from ray.tune import get_context, report
 
 from carmodels.models.classifier import save_weights
+from carmodels.models.facts import short_name
 from carmodels.records import Cause, State, TrialRecord
 from carmodels.steady_clock import steady_time
 from carmodels.study import Study
@@ -54,7 +56,7 @@ def _train_trial(values: dict[str, Any], job: Job) -> dict[str, Any]:
     """Train, and report every epoch but the last. Returns the last report, which carries `state`."""
     packed, job = job.workers.packed, replace(job, workers=_own(job.workers))
     share = job.workers.gpus if packed else 1.0  # of the GPU on which costs were measured
-    job.workers.take()
+    job.begin()
     run = Run.from_dict(values)
     title = f"ray::{trial_name(run)}"  # shown in the dashboard, ps and top
     setproctitle(title)
@@ -151,4 +153,5 @@ def _leave(trained: TrainResult, job: Job) -> None:
 def trial_name(run: Run) -> str:
     """A run's name in Ray, in metrics and in file names."""
     config = run.config
-    return f"{config.backbone}-{config.image_size}px-{config.unfreeze}-{run.id}"
+    backbone = re.sub(r"[^\w.-]", "_", short_name(config.backbone))
+    return f"{backbone}-{config.image_size}px-{config.unfreeze}-{run.id}"
