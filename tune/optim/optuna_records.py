@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
+from sqlalchemy.engine import URL
 
 from carmodels.records import State, TrialRecord
 from carmodels.space import Choice, Dimension, Space
 from carmodels.training.config import TrialConfig
+
+
+def storage_url(path: Path) -> str:
+    """URL of the SQLite file for Optuna, with the path's special characters quoted."""
+    return URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def transferable_trials(records: Iterable[TrialRecord], space: Space) -> list[optuna.trial.FrozenTrial]:

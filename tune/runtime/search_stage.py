@@ -16,7 +16,7 @@ from carmodels.study import Study
 from carmodels.training.run import Origin, Run
 from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.plan import Plan, make_plan
-from tune.optim.optuna_records import transferable_trials
+from tune.optim.optuna_records import storage_url, transferable_trials
 from tune.optim.scheduler import AshaScheduler, TimeLimit, grace_period
 from tune.optim.searcher import OptunaSearcher
 from tune.optim.standings import CONTENDERS, standings_of
@@ -100,7 +100,7 @@ def search(
         optional={r.trial_id for r in again if r.state is State.OUT_OF_TIME and not r.baseline},
         known=known,
         earlier=list(earlier.values()),
-        storage=optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}"),
+        storage=optuna.storages.RDBStorage(storage_url(study.optuna_file)),
     )
     complete = trials is not None and len(known) >= trials and not queue
     packing = Packing(plan.costs, plan.gpu_bytes, job.workers.cpus) if plan.costs and plan.gpu_bytes else None
