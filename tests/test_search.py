@@ -38,16 +38,18 @@ from carmodels.formatting import stops_sentence
 from carmodels.holdout import looks, quoted_look
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
-from carmodels.records import State
+from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import VERSION, Study
-from tune import search
+from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
+from tune import retrain, search
 from tune.budget import clock
 from tune.budget.clock import Clock
 from tune.cli import session, study_folder
 from tune.cli.options import guarded, written
 from tune.cli.resources import share_out, this_machine
-from tune.commands import run_search
-from tune.finalize import blending, confirmation, retraining
+from tune.commands import run_retrain, run_search
+from tune.finalize import blending, confirmation, repeats, retraining
 from tune.finalize.schedules import RETRAIN_EPOCHS_RATIO
 from tune.finalize.stop_check import pruned_in_search
 from tune.monitor.terminal import Screen
@@ -850,6 +852,7 @@ def test_what_follows_has_the_clock_of_the_longer_search(
         (run_search, "trained_further", trained),
         (search_stage, "search", searched),
         (session, "watched", lambda *given: None),
+        (repeats, "chosen_trial", lambda *given: None),
     ):
         monkeypatch.setattr(place, name, value)
     splits = SimpleNamespace(fingerprint="f", split_hash="s")
@@ -896,3 +899,82 @@ def test_backbones_without_weights_are_left_out_by_name(weights: Weights) -> Non
     assert left_out == ["resnet50"]
     with pytest.raises(ValueError, match="no weights for any of resnet50"):
         run_search.chosen_space("cpu", ["backbone=resnet50"], weights)
+
+
+def failed(study: Study, seed: int, reason: str, stage: str = "search") -> None:
+    """Records a trial that has failed."""
+    run = Run(TrialConfig("test_resnet", image_size=32, epochs=1)).with_origin(seed=seed)
+    cause = Cause.DIVERGED if "loss" in reason else Cause.ERROR
+    record = TrialRecord(
+        run.id, run.config, State.FAILED, 0, None, 1.0, reason, cause=cause, origin=run.origin, stage=stage
+    )
+    study.append(record)
+
+
+@pytest.mark.parametrize(
+    ("reasons", "says"),
+    [
+        ((), "{study} has no finished trial; search.py --resume goes on, with more --hours"),
+        (
+            ("ImportError: no torch", "RuntimeError: later"),
+            "{study}: none of 2 trials has finished, the first failed by: ImportError: no torch; mend that, "
+            "then search.py --resume goes on",
+        ),
+        (
+            ("the loss was not finite",),
+            "{study}: none of 1 trials has finished, the first failed by: the loss was not finite; "
+            "mend that, then search.py --resume goes on",
+        ),
+    ],
+)
+@pytest.mark.parametrize("until", ["search", "report"])
+def test_a_search_without_a_finished_trial_is_an_error(
+    until: str, reasons: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tmp_path / "a")
+    study.begin({"metric": "accuracy"}, [])
+
+    def searched(*given: Any, **more: Any) -> bool:
+        for seed, reason in enumerate(reasons):
+            failed(study, seed, reason)
+        return True
+
+    for place, name, value in (
+        (run_search, "costs_of", lambda job, space: None),
+        (search_stage, "search", searched),
+        (session, "watched", lambda *given: None),
+    ):
+        monkeypatch.setattr(place, name, value)
+    splits = SimpleNamespace(fingerprint="f", split_hash="s")
+    job = Job(study, splits, None, Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
+    options = search.parser().parse_args(["--until", until])
+    clock = Clock(time.time() - 36, 36)
+    with pytest.raises(ValueError, match="^" + re.escape(says.format(study=study.folder)) + "$"):
+        run_search.go(job, SPACES["demo"], options, clock, None, Screen())
+
+
+def test_a_retraining_of_which_every_run_diverged_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tmp_path / "a")
+    study.begin({"metric": "accuracy", "weights": "none"}, [])
+
+    @contextmanager
+    def opened(*given: Any) -> Iterator[Job]:
+        yield Job(study, None, Weights.parse("none"), Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
+
+    def retrained(*given: Any, **more: Any) -> bool:
+        for seed in range(2):
+            failed(study, seed, f"the loss was not finite in epoch {seed}", "retrain")
+        return True
+
+    for place, name, value in (
+        (session, "open_job", opened),
+        (session, "watched", lambda *given: None),
+        (retraining, "retrain_all", retrained),
+    ):
+        monkeypatch.setattr(place, name, value)
+    options = retrain.parser().parse_args([str(study.folder)])
+    says = "none of 2 runs has finished, the first failed by: the loss was not finite in epoch 0"
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        run_retrain.run(options, Screen())

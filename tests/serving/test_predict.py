@@ -53,7 +53,7 @@ from tune.predict import parser, run
 from tune.reporting.mistakes import found_mistakes
 from tune.reporting.thumbnails import overlay, thumbnail, write_thumbnails
 from tune.serving.drop_page import MOST_BYTES, Desk, _Visitor, render
-from tune.serving.inference import found_images, threshold
+from tune.serving.inference import Given, Threshold, found_images, threshold
 from tune.serving.model_card import write_card
 
 VIEWS = ["flip", "top_right", "darker"]
@@ -282,6 +282,20 @@ def test_below_the_confidence_nothing_is_answered(study: Study, tmp_path: Path) 
     assert always.sentence.startswith(f"Every image is answered: on val {always.val.right}; on holdout ")
     with pytest.raises(ValueError, match=r"--not-sure 1\.5 must be from 0"):
         threshold(study, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (50, "not even of the 20 most confident ones on val 95% are right"),
+        (12, "of the 12 on val fewer than 95% are right"),
+    ],
+)
+def test_no_more_images_are_spoken_of_than_there_are(images: int, words: str) -> None:
+    none = Given(images, images, None)
+    assert Threshold(0.95, math.inf, none, none).sentence == (
+        f"No answer is sure: {words}; a lower --not-sure gives answers."
+    )
 
 
 @pytest.mark.slow

@@ -84,6 +84,8 @@ def _answer(
     )
     found: list[Answer] = []
     for answer in progress:
+        if console.quiet and out is None:  # nobody reads the answers any more
+            break
         if isinstance(answer, Unreadable):
             screen.say(f"Left out: {answer.image} ({answer.reason}).", "yellow")
             continue

@@ -47,8 +47,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     screen.rest()
     screen.table(study)
     new_records = [r for r in study.records() if r not in before]
-    if new_records and all(r.state is State.FAILED and not r.diverged for r in new_records):
+    if new_records and all(r.state is State.FAILED for r in new_records):
         raise ValueError(
-            f"none of {len(new_records)} runs has finished, the last one failed by: {new_records[-1].reason}"
+            f"none of {len(new_records)} runs has finished, the first failed by: {new_records[0].reason}"
         )
     return 0 if completed else 130

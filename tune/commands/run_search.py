@@ -72,7 +72,8 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
     overwrite = options.overwrite or repeats_the_demo(study, typed)
     check_folder(study, resume=options.resume, overwrite=overwrite)
     later = models_later(options)
-    session.report(findings(study, space, granted, cache_folder(options), later=later), screen)
+    found = findings(study, space, granted, cache_folder(options), later=later)
+    session.report([*found, *resources.device_findings(preset, options.address)], screen)
     earlier = [] if options.resume else earlier_studies(options.warm_start, study, options.metric)
     data = user_path(options.data) if options.data else demo_data(options, screen)
     backbones = described_backbones(weights, space, screen)
@@ -111,7 +112,10 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
                 f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
             )
             job = Job(study, splits, weights, workers, cache_folder(options), spent=study.seconds_by_stage())
-            return go(job, space, options, clock, trials, screen)
+            try:
+                return go(job, space, options, clock, trials, screen)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("search.py --resume goes on with what was recorded") from None
 
 
 def repeats_the_demo(study: Study, typed: Sequence[str]) -> bool:
@@ -158,6 +162,8 @@ def go(
         say=screen.say,
     )
     completed = search(clock=clock)
+    if completed:
+        repeats.chosen_trial(job.study, None)  # ValueError if none has finished
     longer = with_spare_time(job, options, clock) if completed and trials is None else clock
     if longer != clock:
         more = duration(longer.at(longer.search) - steady_time())

@@ -22,6 +22,7 @@ from tune.monitor import terminal_view
 from tune.optim.standings import Standing, standings_of, standings_sentence, top_standings
 from tune.runtime.callbacks import ProgressCallback, RunState
 
+NARROWEST = 80  # columns of a table; a narrower terminal wraps its lines
 QUIET_SECONDS = 60.0  # between progress lines, if the output is not a terminal
 
 _SCORED_NAMES = {
@@ -40,6 +41,19 @@ _CONFIGURATION = ("backbone", "px", "head", "strategy", "lr", "augment")
 _DETAILS = ("trial", "augment", "epochs", "s")  # columns left out on a narrow terminal
 
 
+class _Console(Console):
+    """Says nothing more once nobody reads it, or it cannot be written: the result of a run is its files."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        try:
+            super().print(*objects, **settings)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Screen:
     """Output for users: a live view on a terminal, plain lines elsewhere or on request.
 
@@ -49,7 +63,7 @@ class Screen:
     def __init__(self, *, plain: bool = False) -> None:
         plain = plain or not sys.stdout.isatty()  # even with FORCE_COLOR: a program reads it
         self._terminal = False if plain else None  # None: rich detects the terminal's features
-        self.console = Console(highlight=False, soft_wrap=True, emoji=False, force_terminal=self._terminal)
+        self.console = _Console(highlight=False, soft_wrap=True, emoji=False, force_terminal=self._terminal)
         self._alive = self.console.is_interactive and not self.console.options.ascii_only
         self._live: Live | None = None
         self._last_line_at = time.monotonic()
@@ -156,11 +170,19 @@ class Screen:
         self.say(stops_sentence(results))
 
     def _wide(self, table: Table) -> None:
+        """Print a table. A narrow terminal wraps its rows: rich would cut columns to letters."""
         self.rest()
-        width = self.console.width if self._alive else max(self.console.width, 150)
-        Console(width=width, highlight=False, markup=False, emoji=False, force_terminal=self._terminal).print(
-            table
-        )
+        width = max(self.console.width, NARROWEST if self._alive else 150)
+        height = self.console.height  # without it a "dumb" terminal has 80 columns, whatever its width
+        _Console(
+            width=width,
+            height=height,
+            quiet=self.console.quiet,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            force_terminal=self._terminal,
+        ).print(table)
 
     def answer(self, results: dict[str, Any], study: Study) -> None:
         """Print the ensemble: members, holdout scores, gain over the baseline, and the submission's path."""
