@@ -754,9 +754,11 @@ def test_the_search_goes_on_where_later_stages_leave_time() -> None:
 
 def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
     study, said = Study(tmp_path / "studies" / "cars"), []
-    rows = SimpleNamespace(ids=("a.jpg",), labels=[0], name="val")
-    none = SimpleNamespace(ids=(), labels=[], name="none")
-    splits = SimpleNamespace(train=none, val=rows, holdout=none, test=none)
+    rows = SimpleNamespace(ids=("a.jpg",), labels=[0], rows=[0], name="val")
+    none = SimpleNamespace(ids=(), labels=[], rows=[], name="none")
+    splits = SimpleNamespace(
+        train=none, val=rows, holdout=none, test=none, images=SimpleNamespace(groups=[0])
+    )
     names = ("preset", "space", "seed", "metric", "fingerprint", "split_hash")
     (tmp_path / "weights").mkdir()
     (tmp_path / "others").mkdir()
@@ -766,7 +768,7 @@ def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
         "weights": "../../weights",
         "warm_start": ["../a/b"],
     }
-    study.begin(facts, [("val", "a.jpg", 0)])
+    study.begin(facts, [("val", "a.jpg", 0, 0)])
     screen = SimpleNamespace(say=lambda *words: said.append(words))
     now = {**facts, "data": "../new", "warm_start": ["../../b"]}
     for folder in ("predictions", "weights"):
@@ -789,8 +791,8 @@ def test_what_is_killed_while_it_begins_leaves_no_half_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, other = Study(tmp_path / "cars"), Study(tmp_path / "other")
-    none = SimpleNamespace(ids=(), labels=[], name="none")
-    splits = SimpleNamespace(train=none, val=none, holdout=none, test=none)
+    none = SimpleNamespace(ids=(), labels=[], rows=[], name="none")
+    splits = SimpleNamespace(train=none, val=none, holdout=none, test=none, images=SimpleNamespace(groups=[]))
     for one in (study, other):
         one.begin({"metric": "accuracy"}, [])
 
