@@ -942,7 +942,7 @@ def test_a_search_without_a_finished_trial_is_an_error(
         return True
 
     for place, name, value in (
-        (run_search, "costs_of", lambda job, space: None),
+        (run_search, "costs_of", lambda *given: None),
         (search_stage, "search", searched),
         (session, "watched", lambda *given: None),
     ):

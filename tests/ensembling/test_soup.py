@@ -6,7 +6,6 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,7 +187,7 @@ def test_a_soup_says_of_how_many_models_the_time_held_a_try(
     assert whole.reason.endswith(" models of 3")
     assert not whole.cut_short
     moments = iter([0.0, 2.0])  # the time is up before the third is tried
-    monkeypatch.setattr("carmodels.ensembling.soup.time", SimpleNamespace(time=lambda: next(moments)))
+    monkeypatch.setattr("carmodels.ensembling.soup.steady_time", lambda: next(moments))
     cut = soups._make_soup(job, "cut", group, 1.0)
     assert cut is not None
     assert cut.reason == "the mean of the weights of 2 models of 3, the time was up after 2 of them"
