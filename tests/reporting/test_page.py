@@ -210,7 +210,7 @@ def test_the_page_quotes_the_first_look_at_holdout_and_lists_the_others(study: S
     page = " ".join(write_report(study).read_text().split())
     assert "90.0 % <small>(85.0 to 94.0)</small></b>accuracy of the ensemble on holdout<" in page
     assert "90.0 % <small>(80.0 to 95.0)</small></b>accuracy expected on the 7 hidden images<" in page
-    assert "looked at 3 times. The scores above are those to quote, first look: what" in page
+    assert "looked at 3 times. The scores above are those to quote, first look. What" in page
     assert [row[1:] for row in cells(page, "looks")[1:]] == [
         ["an ensemble", "90.0 % (85.0 to 94.0)"],
         ["an ensemble", "97.0 % (95.0 to 99.0)"],
