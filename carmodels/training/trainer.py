@@ -109,14 +109,15 @@ def fit(
         started = time.monotonic()
         train_loss, probs = trainer.epoch(epoch)
         metrics = _measure(run, epoch, train_loss, probs, trainer.val_labels, time.monotonic() - started)
+        metrics = replace(metrics, microbatches=trainer.microbatches)
         if not metrics.ending and _should_keep(run, metrics, best):
             best = metrics
             best_state = {k: v.detach().cpu().clone() for k, v in trainer.eval_model.state_dict().items()}
         ending = _ending(run, [*history, metrics])
-        next_seconds = _next_seconds(metrics, trainer.uses_features(epoch), epoch_seconds)
-        if not ending and steady_time() + next_seconds > until:
-            ending = "time"
-        metrics = replace(metrics, ending=ending, microbatches=trainer.microbatches)
+        if not ending:
+            foreseen = _next_seconds(metrics, trainer.uses_features(epoch), epoch_seconds)
+            ending = "time" if steady_time() + foreseen > until else ""
+        metrics = replace(metrics, ending=ending)
         history.append(metrics)
         on_epoch(metrics)
         if metrics.ending:
