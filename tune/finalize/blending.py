@@ -307,8 +307,10 @@ class ModelLibrary:
         return nested_check(choose, self.truth, metric=self.metric, groups=self.groups, until=until)
 
     def score(self, name: str) -> float:
-        """A candidate's score alone, calibrated as in the ensemble."""
-        return METRICS[self.metric].score(self.tempered(self.all_rows)[name].probs, self.truth)
+        """A candidate's score alone, calibrated as the ensemble of it alone would be."""
+        probs = self.probs[name].probs
+        tempered = apply_temperature(probs, _temperature_alone(probs, self.truth))
+        return METRICS[self.metric].score(tempered, self.truth)
 
     def best_single(self, names: Sequence[str]) -> str:
         """The best of the named candidates that are cheap enough, calibrated as in the ensemble."""
@@ -390,10 +392,16 @@ def _holdout_results(study: Study, ensembled: Predictions, single: str) -> dict[
 
 
 def _calibrated(study: Study, trial_id: str, split: str) -> np.ndarray:
-    """A trial's probabilities (N, C), with the temperature that fits it on val, as the ensemble has one."""
-    temperature = fit_temperature(*study.probs_and_labels(trial_id, "val"))
+    """A trial's probabilities (N, C), calibrated as the ensemble of it alone would be."""
+    temperature = _temperature_alone(*study.probs_and_labels(trial_id, "val"))
     probs, _ = study.probs_and_labels(trial_id, split)
     return apply_temperature(probs, temperature)
+
+
+def _temperature_alone(probs: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature of an ensemble of one model: the member's own times the ensemble's."""
+    own = fit_temperature(probs, labels)
+    return own * fit_temperature(apply_temperature(probs, own), labels)
 
 
 def _expected_test_score(study: Study, holdout: Predictions, images: int) -> dict[str, Any]:
