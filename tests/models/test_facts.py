@@ -20,6 +20,7 @@ from carmodels.models.classifier import create_classifier
 from carmodels.models.facts import absolute_name, facts_of
 from carmodels.models.weights import NOT_STATED, Provenance, Weights
 from carmodels.records import State, TrialRecord
+from carmodels.space import Choice, read_override
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 
@@ -75,6 +76,14 @@ def test_a_folder_without_safetensors_is_refused(
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(ValueError, match=message):
         absolute_name(asked)
+
+
+def test_an_override_names_backbones_of_every_source(tmp_path: Path) -> None:
+    folder = saved_network(tmp_path / "own")
+    name, choice = read_override(f"backbone=test_resnet,hf-hub:maker/net@v1,local-dir:{folder}")
+    assert name == "backbone"
+    assert choice == Choice(("test_resnet", "hf-hub:maker/net@v1", f"local-dir:{folder}"))
+    assert read_override(f"backbone={folder}")[1] == Choice((f"local-dir:{folder}",))
 
 
 def saved_network(folder: Path, licence: str = "cc-by-nc-4.0") -> Path:
