@@ -188,7 +188,7 @@ def read_override(text: str) -> tuple[str, Dimension]:
         )
     if name == "epochs" and not values.isdecimal():
         raise ValueError(f"{source}: epochs must be one number, the same schedule for every trial")
-    if ":" in values:
+    if ":" in values and name != "backbone":  # whose names may hold a colon
         low, high = (parse_value(name, value) for value in values.split(":", 1))
         if not (isinstance(low, float) and isinstance(high, float) and low < high):
             raise ValueError(f"{source}: LOW:HIGH is for a real number, with LOW below HIGH")

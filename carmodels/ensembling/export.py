@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from carmodels.ensembling.network import EXPORTED, Ensemble
 from carmodels.files import write_atomic
+from carmodels.models.classifier import stored_state
 
 TOLERANCE = 1e-4  # largest difference of a probability between onnxruntime and torch
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -53,8 +54,7 @@ def export(ensemble: Ensemble, folder: Path) -> Onnx:
         onnx = _checked_onnx(ensemble, Path(unchecked) / onnx_file.name)
         for file in () if onnx.refusal else Path(unchecked).iterdir():
             file.replace(folder / file.name)
-    state = {name: value.detach().contiguous() for name, value in ensemble.state_dict().items()}
-    write_atomic(weights_file, save(state, metadata={"format": "pt"}))
+    write_atomic(weights_file, save(stored_state(ensemble), metadata={"format": "pt"}))
     write_atomic(spec_file, json.dumps(ensemble.spec.to_dict(), indent=2, ensure_ascii=False) + "\n")
     return onnx
 

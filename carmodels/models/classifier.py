@@ -101,8 +101,15 @@ def create_classifier(config: TrialConfig, *, classes: int, weights: Weights) ->
 
 def save_weights(model: Classifier, path: Path) -> None:
     """Write the model's state to a safetensors file, atomically."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomic(path, save(state))
+    write_atomic(path, save(stored_state(model)))
+
+
+def stored_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state as safetensors takes it: no two tensors share memory, as tied weights do."""
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
 
 
 def weights_damage(path: Path) -> str:

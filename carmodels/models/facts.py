@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -32,7 +33,7 @@ def facts_of(name: str) -> Backbone:
 
 def remember(backbones: Mapping[str, Mapping[str, Any]]) -> None:
     """Take facts that a study or an export holds: what they came from may be out of reach."""
-    for name, values in backbones.items():
+    for name, values in json.loads(json.dumps(backbones)).items():  # dicts of its own, of the plain kind
         _known.setdefault(name, Backbone(**{key: values[key] for key in _FIELDS if key in values}))
 
 

@@ -46,7 +46,7 @@ class _Probe:
         self._dynamic = "dynamic_img_size" in inspect.signature(type(self._plain).__init__).parameters
         self._fixed = bool(self._plain.pretrained_cfg.get("fixed_input_size")) and not self._dynamic
         self._arguments = {"dynamic_img_size": True} if self._dynamic else {}
-        self._flexible = self._built(**self._arguments)
+        self._flexible = self._built(**self._arguments) if self._dynamic else self._plain
 
     def facts(self) -> Backbone:
         millions = round(sum(p.numel() for p in self._plain.parameters()) / 1e6, 1)

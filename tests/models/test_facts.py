@@ -17,8 +17,11 @@ from carmodels.ensembling.network import EnsembleSpec, Member
 from carmodels.models import facts
 from carmodels.models.backbones import known_backbones
 from carmodels.models.classifier import create_classifier
-from carmodels.models.facts import absolute_name, facts_of, remember
+from carmodels.models.facts import absolute_name, facts_of
 from carmodels.models.weights import NOT_STATED, Provenance, Weights
+from carmodels.records import State, TrialRecord
+from carmodels.space import Choice, read_override
+from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 
 from hub import fetch_from, serving
@@ -75,6 +78,14 @@ def test_a_folder_without_safetensors_is_refused(
         absolute_name(asked)
 
 
+def test_an_override_names_backbones_of_every_source(tmp_path: Path) -> None:
+    folder = saved_network(tmp_path / "own")
+    name, choice = read_override(f"backbone=test_resnet,hf-hub:maker/net@v1,local-dir:{folder}")
+    assert name == "backbone"
+    assert choice == Choice(("test_resnet", "hf-hub:maker/net@v1", f"local-dir:{folder}"))
+    assert read_override(f"backbone={folder}")[1] == Choice((f"local-dir:{folder}",))
+
+
 def saved_network(folder: Path, licence: str = "cc-by-nc-4.0") -> Path:
     """A small network as timm saves one, trained on other pixels than the architecture's."""
     network = timm.create_model("test_resnet", num_classes=7)
@@ -102,19 +113,18 @@ def test_a_folder_in_timms_format_is_a_backbone_and_is_remembered_when_it_is_gon
     std = torch.tensor(model.backbone.pretrained_cfg["std"])
     torch.testing.assert_close(black[0, :, 0, 0], -torch.tensor([0.1, 0.2, 0.3]) / std)
 
+    study = Study(tmp_path / "study")
+    study.begin({"backbones": {name: known}}, [])
+    study.append(TrialRecord("x", config, State.COMPLETE, 1, 0.5, 1.0, ""))
     shutil.rmtree(tmp_path / "own")
-    spec = EnsembleSpec(("a", "b"), ("a", "b"), (Member("x", 1.0, config),), ("plain",), 1.0, 64)
+    monkeypatch.setattr(facts, "_known", {})  # as in another process
+    again = study.records()[0].config
+    assert again == config
+    spec = EnsembleSpec(("a", "b"), ("a", "b"), (Member("x", 1.0, again),), ("plain",), 1.0, 64)
+    written = json.loads(json.dumps(spec.to_dict()))
     monkeypatch.setattr(facts, "_known", {})
-    again = EnsembleSpec.from_dict(spec_values(spec, name, known)).members[0].config
-    assert create_classifier(again, classes=2, weights=Weights("none")).head[-1].out_features == 2
-
-
-def spec_values(spec: EnsembleSpec, name: str, known: dict[str, object]) -> dict[str, object]:
-    """What model.json holds, read after the folder is gone."""
-    remember({name: known})
-    values = spec.to_dict()
-    facts._known.clear()
-    return values
+    exported = EnsembleSpec.from_dict(written).members[0].config
+    assert create_classifier(exported, classes=2, weights=Weights("none")).head[-1].out_features == 2
 
 
 @pytest.mark.server

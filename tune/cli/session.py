@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from carmodels.data.dataset import Splits, open_dataset
 from carmodels.files import write_atomic
+from carmodels.models.facts import LOCAL
 from carmodels.models.weights import Weights
 from carmodels.study import Study
 from carmodels.training.held_out import splits_for
@@ -143,10 +144,17 @@ def ray_running(options: argparse.Namespace, screen: Screen) -> Iterator[Workers
 
 
 def look_at_machines(
-    study: Study, data: Path, weights: Weights, options: argparse.Namespace, screen: Screen
+    study: Study,
+    data: Path,
+    weights: Weights,
+    options: argparse.Namespace,
+    screen: Screen,
+    backbones: Sequence[str] = (),
 ) -> None:
     """Check a cluster's machines before the first trial. Raises ValueError for a fatal finding."""
     shared = {"--data": data, **({"--weights": Path(weights.source)} if weights.is_folder else {})}
+    folders = [Path(name.removeprefix(LOCAL)) for name in backbones if name.startswith(LOCAL)]
+    shared |= {f"--set backbone={folder.name}": folder for folder in folders}
     report(cluster_findings(study.folder.parent, shared, cache_folder(options)), screen)
 
 

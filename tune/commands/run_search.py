@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
     if options.check:
         if options.address:
             with session.ray_running(options, screen):
-                session.look_at_machines(study, data, weights, options, screen)
+                session.look_at_machines(study, data, weights, options, screen, space.backbones)
         screen.say("Checked: data, weights, space, folders, disk, memory. Nothing stands in the way.")
         return 0
     with session.held(study):
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
             check_resumed(study, facts, splits, screen)
         with session.ray_running(options, screen) as workers:
             if options.address:
-                session.look_at_machines(study, data, weights, options, screen)
+                session.look_at_machines(study, data, weights, options, screen, space.backbones)
             if not options.resume:
                 begin(study, facts, splits, earlier)
             screen.say(
