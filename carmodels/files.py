@@ -67,6 +67,10 @@ def user_path(text: str | Path) -> Path:
     except RuntimeError:
         raise ValueError(f"{str(text)!r}: there is no such home folder; write the path in full") from None
     try:
+        path.resolve()
+    except RuntimeError:
+        raise ValueError(f"{str(text)!r} is a circle of symbolic links: give a path without it") from None
+    try:
         str(path).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{str(text)!r} is not UTF-8, as paths must be here: rename it") from None

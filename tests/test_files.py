@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from carmodels.files import append_line, write_atomic
+from carmodels.files import append_line, user_path, write_atomic
 
 
 @pytest.mark.parametrize("content", ["Bögen\r\nund Räder\n", "", b"\x00\xff\r\n"])
@@ -65,3 +65,11 @@ def test_a_line_with_a_newline_in_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'one\\ntwo'"):
         append_line(tmp_path / "lines", "one\ntwo")
     assert not (tmp_path / "lines").exists()
+
+
+def test_a_circle_of_links_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a").symlink_to("b")
+    Path("b").symlink_to("a")
+    with pytest.raises(ValueError, match=r"^'a/c' is a circle of symbolic links: give a path without it$"):
+        user_path("a/c")

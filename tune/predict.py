@@ -15,10 +15,9 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from pathlib import Path
 
 from tune.cli.entry import start
-from tune.cli.options import Parser, check_address_space, out_file
+from tune.cli.options import Parser, check_address_space, out_file, path
 
 ACCURACY = 0.95  # default share of right answers
 PORT = 8771
@@ -28,9 +27,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser(__doc__)
     add = p.add_argument
-    add("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
-    add("images", metavar="IMAGES", type=Path, nargs="*", help="images and folders of images")
-    add("--out", type=Path, metavar="CSV", help="write the answers with all probabilities to this file")
+    add("study", metavar="STUDY_DIR", type=path, help="a folder under results/")
+    add("images", metavar="IMAGES", type=path, nargs="*", help="images and folders of images")
+    add("--out", type=path, metavar="CSV", help="write the answers with all probabilities to this file")
     add(
         "--not-sure",
         type=float,
@@ -39,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"share of the answers that must be right; others are not given ({ACCURACY}; 0: give all)",
     )
     add("--student", action="store_true", help="answer with the student of tune/distil.py")
-    add("--export", type=Path, metavar="DIR", help="write ONNX, safetensors and a model card to this folder")
+    add("--export", type=path, metavar="DIR", help="write ONNX, safetensors and a model card to this folder")
     add("--serve", action="store_true", help="show a page to drop images on, until Ctrl-C")
     add("--port", type=int, metavar="N", help=f"port of that page ({PORT}; 0: any)")
     return p

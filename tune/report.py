@@ -14,10 +14,9 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from pathlib import Path
 
 from tune.cli.entry import start
-from tune.cli.options import CACHE_LIMIT, Parser, add_cache_options, check_cache_limit, out_file
+from tune.cli.options import CACHE_LIMIT, Parser, add_cache_options, check_cache_limit, out_file, path
 
 PORT = 8770
 
@@ -29,11 +28,11 @@ def parser() -> argparse.ArgumentParser:
     add(
         "studies",
         metavar="STUDY_DIR",
-        type=Path,
+        type=path,
         nargs="+",
         help="a folder under results/; several are compared",
     )
-    add("--out", type=Path, metavar="HTML", help="write the page to this file instead")
+    add("--out", type=path, metavar="HTML", help="write the page to this file instead")
     add("--serve", action="store_true", help="show the page at a local address until Ctrl-C")
     add("--port", type=int, metavar="N", help=f"port of that address ({PORT}; 0: any)")
     add("--thumbnails", action="store_true", help="show images of the most confident mistakes")

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from pathlib import Path
 
 from carmodels.training.config import parse_assignment
 from tune.cli.entry import start
@@ -24,6 +23,7 @@ from tune.cli.options import (
     check_folds,
     check_machine_options,
     check_start,
+    path,
 )
 
 MOST_SEEDS = 1000
@@ -32,7 +32,7 @@ MOST_SEEDS = 1000
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser(__doc__)
-    p.add_argument("study", metavar="STUDY_DIR", type=Path, help="a folder under results/")
+    p.add_argument("study", metavar="STUDY_DIR", type=path, help="a folder under results/")
     training = p.add_argument_group("training")
     add = training.add_argument
     add("--trial", metavar="ID", help="the trial whose configuration is retrained (the best)")

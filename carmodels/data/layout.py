@@ -65,7 +65,7 @@ def data_roots(path: Path, cache_dir: Path) -> tuple[Path, ...]:
         return path, *(unpack_once(archive, cache_dir) for archive in archives)
     if not path.exists():
         raise ValueError(f"the data {str(path)!r} does not exist: give a folder or a zip")
-    if not zipfile.is_zipfile(path):
+    if not (path.is_file() and zipfile.is_zipfile(path)):  # a pipe would be waited for, a device read
         raise ValueError(f"the data {str(path)!r} is neither a folder nor an intact zip")
     folder = unpack_once(path, cache_dir)
     inside = [path for path in folder.iterdir() if path.name[0] != "."]

@@ -151,6 +151,15 @@ def test_another_search_on_this_machine_is_named(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("name", "option"), [("results", "--results"), ("cache", "--cache")])
+def test_a_link_to_nothing_is_no_folder(name: str, option: str, tmp_path: Path) -> None:
+    """Where a folder is missing it is made, which a link prevents."""
+    (tmp_path / name).symlink_to("gone")
+    said = found(tmp_path)
+    trouble = "no writing there (a link to what is not there); give a folder of your own"
+    assert said == [Finding(f"{option} {tmp_path / name}: {trouble}", fatal=True)]
+
+
+@pytest.mark.parametrize(("name", "option"), [("results", "--results"), ("cache", "--cache")])
 def test_a_folder_that_cannot_be_written_to_is_named(name: str, option: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("a file in the place of the folder")
     [finding] = found(tmp_path)

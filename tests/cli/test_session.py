@@ -99,3 +99,16 @@ def test_what_a_user_can_mend_is_one_line(
 
     assert guarded(run, options()) == code
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"), [("", "stopped at once"), ("a goes on", "stopped at once; a goes on")]
+)
+def test_ctrl_c_is_one_line_that_says_how_to_go_on_where_that_is_known(
+    words: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: object) -> int:
+        raise KeyboardInterrupt(*([words] if words else []))
+
+    assert guarded(run, options()) == 130
+    assert capsys.readouterr().err == f"{says}\n"

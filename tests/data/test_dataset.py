@@ -749,3 +749,11 @@ def test_a_step_that_albumentations_does_not_know_is_refused(
 def test_augment_and_view_exclude_each_other(splits: Splits) -> None:
     with pytest.raises(ValueError, match="augment or view, not both"):
         Loader(splits.images, splits.val, image_size=8, batch_size=5, augment=AUGMENTS["crop"], view=View())
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_and_a_device_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(ValueError, match="is neither a folder nor an intact zip"):
+            open_dataset(path, cache_dir=tmp_path / "cache", max_size=48)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import re
 import runpy
 import shutil
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -284,11 +286,31 @@ def test_below_the_confidence_nothing_is_answered(study: Study, tmp_path: Path) 
         threshold(study, 1.5)
 
 
+def test_answers_end_where_nobody_reads_them(
+    study: Study, drawn: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Closed(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    looked_at: list[int] = []
+
+    def probabilities(ensemble: Ensemble, images: list[np.ndarray]) -> np.ndarray:
+        looked_at.append(len(images))
+        return np.full((len(images), len(ensemble.spec.classes)), 0.1)
+
+    monkeypatch.setattr(Ensemble, "probabilities", probabilities)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert answered([str(study.folder), str(drawn / "train")]) == 0
+    assert sum(looked_at) <= 64  # of 200
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        (50, "not even of the 20 most confident ones on val 95% are right"),
-        (12, "of the 12 on val fewer than 95% are right"),
+        (50, "not even 95% of the 20 most confident ones on val are right"),
+        (12, "fewer than 95% of the 12 on val are right"),
     ],
 )
 def test_no_more_images_are_spoken_of_than_there_are(images: int, words: str) -> None:

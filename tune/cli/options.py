@@ -43,6 +43,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the options\n")
 
 
+def path(text: str) -> Path:
+    """The path of an option. Empty text is refused: Path would make it the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a path")
+    return Path(text)
+
+
 class Group(Protocol):
     """Takes options: a parser, or a group with its own heading."""
 
@@ -81,7 +88,7 @@ def _refuse_other_encoding() -> None:
 def _refuse_empty(options: argparse.Namespace) -> None:
     """Raises ValueError for an empty option: an unset shell variable, not a wish for the default."""
     for name, value in vars(options).items():
-        if value == "":
+        if value == "" or (isinstance(value, list) and "" in value):
             raise ValueError(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
 
 

@@ -85,7 +85,7 @@ def _answer(
     found: list[Answer] = []
     for answer in progress:
         if console.quiet and out is None:  # nobody reads the answers any more
-            break
+            return
         if isinstance(answer, Unreadable):
             screen.say(f"Left out: {answer.image} ({answer.reason}).", "yellow")
             continue

@@ -113,6 +113,8 @@ def folder_findings(wanted: Mapping[str, Path]) -> list[Finding]:
 
 
 def _trouble_writing(folder: Path) -> str:
+    if folder.is_symlink() and not folder.exists():
+        return "a link to what is not there"
     try:
         with tempfile.TemporaryFile(dir=nearest_existing(folder)):
             return ""

@@ -66,9 +66,9 @@ class Threshold:
         if math.isinf(self.confidence):
             images = self.val.images
             wrong = (
-                f"not even of the {MIN_ANSWERED} most confident ones on val {self.wanted:.0%} are right"
+                f"not even {self.wanted:.0%} of the {MIN_ANSWERED} most confident ones on val are right"
                 if images > MIN_ANSWERED
-                else f"of the {images} on val fewer than {self.wanted:.0%} are right"
+                else f"fewer than {self.wanted:.0%} of the {images} on val are right"
             )
             return f"No answer is sure: {wrong}; a lower --not-sure gives answers."
         if not self.confidence:
