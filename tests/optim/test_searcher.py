@@ -16,7 +16,7 @@ from carmodels.records import Cause, State, TrialRecord
 from carmodels.space import Choice, Space
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
-from tune.optim.optuna_records import transferable_trials
+from tune.optim.optuna_records import storage_url, transferable_trials
 from tune.optim.searcher import OptunaSearcher, QueueSearcher
 
 ORIGIN = Origin(seed=3, metric="accuracy", data="d", split="s")
@@ -246,3 +246,14 @@ def test_the_queue_ends_at_what_no_longer_fits_into_the_time() -> None:
     queue = QueueSearcher(runs, metric="accuracy", mode="max", fits=lambda run: run.origin.seed != 1)
     assert queue.suggest("a") == runs[0].to_dict()
     assert queue.suggest("b") == Searcher.FINISHED
+
+
+@pytest.mark.parametrize("name", ["50%20 off", "what?", "a?b=c", "Жигули", "a#b;c&d", "a\nb"])
+def test_a_path_of_any_characters_is_where_the_storage_lies(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    storage = optuna.storages.RDBStorage(storage_url(folder / "optuna.db"))
+    optuna.create_study(storage=storage)
+    storage.remove_session()
+    storage.engine.dispose()
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.db")] == [Path(name, "optuna.db")]
