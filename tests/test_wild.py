@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from carmodels.demo.folder import DEMO_WEIGHTS
 from carmodels.records import State
 from carmodels.study import Study
+from tune.runtime.findings import head_findings
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("search", "retrain", "ensemble", "report", "predict", "distil")
@@ -204,6 +206,11 @@ def test_what_answers_at_the_address_must_be_a_head(page: int, tmp_path: Path) -
     done = run("search.py", ["--address", f"127.0.0.1:{page}"], tmp_path, {})
     words = "what answers there is no Ray head; give what `ray start --head` printed on the head"
     check(done, f"--address 127.0.0.1:{page}: {words}", 2)
+
+
+@pytest.mark.usefixtures("own_ray")
+def test_a_head_at_the_address_is_taken_for_one() -> None:
+    assert head_findings(ray.get_runtime_context().gcs_address) == []
 
 
 def odd_folder(place: Path) -> Path:

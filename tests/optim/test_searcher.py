@@ -300,3 +300,12 @@ def test_the_queue_ends_at_what_no_longer_fits_into_the_time() -> None:
     queue = QueueSearcher(runs, metric="accuracy", mode="max", fits=lambda run: run.origin.seed != 1)
     assert queue.suggest("a") == runs[0].to_dict()
     assert queue.suggest("b") == Searcher.FINISHED
+
+
+@pytest.mark.parametrize("name", ["50%20 off", "what?", "a?b=c", "Жигули", "a#b;c&d", "a\nb"])
+def test_a_path_of_any_characters_is_where_the_copy_for_optuna_lies(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    copy = OptunaFile(folder / "optuna.db", print)
+    copy.begin(optuna.create_study())
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.db")] == [Path(name, "optuna.db")]
