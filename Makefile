@@ -37,7 +37,7 @@ check: lint types test
 
 # Forty searches, each with a fault while it runs, and resumed.
 soak: .venv/installed-dev
-	$(BIN)/python tests/soak.py --rounds 40 --seed 0
+	PYTHONPATH=. $(BIN)/python tests/soak.py --rounds 40 --seed 0
 
 # Known vulnerabilities of the pinned versions. Needs a network.
 audit:
