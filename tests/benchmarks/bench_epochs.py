@@ -1,11 +1,11 @@
 """nice python tests/benchmarks/bench_epochs.py --data ../shared/data/cars9 --weights ../shared/weights
 
 What makes an epoch of fine-tuning cheaper or worth more: one change each to a plain strong recipe, all at
-the same CPU seconds a run, on out-of-fold predictions of all labelled images (three folds, near-duplicates on
-one side, the last epoch's weights). The epochs that fit are found once for each variant, by the CPU seconds of
-its steps; so runs may share the machine with other work. Runs are kept in the cache folder as they end, and
-not made again; started twice, it trains on two cores. A row a variant: its gain in accuracy over the one it is
-held against, with a 95 % interval from resampling images.
+the same CPU seconds a run, on out-of-fold predictions of all labelled images (three folds, near-duplicates
+on one side, the last epoch's weights). The epochs that fit are found once for each variant, by the CPU
+seconds of its steps; so runs may share the machine with other work. Runs are kept in the cache folder as
+they end, and not made again; started twice, it trains on two cores. A row a variant: its gain in accuracy
+over the one it is held against, with a 95 % interval from resampling images.
 """
 
 from __future__ import annotations
