@@ -5,17 +5,31 @@ The tests run over all rows. `presets.py` says which ones a search draws.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+SIZES = (16, 2048)  # smallest and largest side of an image, pixels
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A timm network. Its timm name is the key in `BACKBONES`."""
+    """What has to be known of a timm network. `facts_of` in carmodels/models/facts.py has it for any name."""
 
     millions: float  # parameters without the classifier
     multiple: int = 1  # image_size must be a multiple of this
     fixed_size: bool = False  # built for one image size, as `img_size` of timm.create_model
+    dynamic: bool = False  # likewise, but takes other sizes, too: `dynamic_img_size` of timm.create_model
+    smallest: int = SIZES[0]  # side of an image, pixels
+    only_size: int = 0  # the one side that its weights are for, pixels; 0: any
+    saved: dict[str, Any] | None = None  # architecture and arguments, where the name is no timm name
+
+    def fit(self, size: float) -> int:
+        """The side nearest to `size` that the network takes, pixels."""
+        if self.only_size:
+            return self.only_size
+        steps = max(round(size / self.multiple), math.ceil(self.smallest / self.multiple))
+        return self.multiple * min(steps, SIZES[1] // self.multiple)
 
 
 BACKBONES: dict[str, Backbone] = {
@@ -26,6 +40,9 @@ BACKBONES: dict[str, Backbone] = {
     "efficientnet_b2": Backbone(7.7),
     "efficientnet_b3": Backbone(10.7),
     "efficientnet_b4": Backbone(17.5),
+    "tf_efficientnet_lite0": Backbone(3.4),  # without squeeze-and-excitation, for CPUs and 8-bit integers
+    "tf_efficientnet_lite1": Backbone(4.1),
+    "tf_efficientnet_lite2": Backbone(4.8),
     "tf_efficientnetv2_s": Backbone(20.2),  # Tan and Le, 2021
     "convnext_atto": Backbone(3.4),  # Liu et al., 2022
     "convnext_femto": Backbone(4.8),

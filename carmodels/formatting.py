@@ -30,6 +30,11 @@ def points_text(metric: str, value: float) -> str:
     return f"{value:+.4f}" if metric == "log_loss" else f"{100 * value:+.1f}"
 
 
+def gain_unit(metric: str) -> str:
+    """The unit of `points_text`."""
+    return "nats" if metric == "log_loss" else "points"
+
+
 def range_text(metric: str, interval: Mapping[str, float]) -> str:
     """The bounds of an interval."""
     low, high = (score_text(metric, interval[end]).removesuffix(" %") for end in ("low", "high"))

@@ -5,7 +5,7 @@ Edit a preset here. `--set NAME=...` changes it for one search only.
 
 from __future__ import annotations
 
-from carmodels.catalog import BACKBONES
+from carmodels.models.facts import facts_of
 from carmodels.space import FINE_TUNING, HEAD_DEPTHS, Choice, Range, Space
 from carmodels.training.config import TrialConfig
 
@@ -19,8 +19,8 @@ def baseline(space: Space) -> TrialConfig:
     """
     backbones = space.backbones
     xception = [b for b in ("legacy_xception", "xception41") if b in backbones]
-    backbone = xception[0] if xception else max(backbones, key=lambda b: BACKBONES[b].millions)
-    return TrialConfig.from_dict(
+    backbone = xception[0] if xception else max(backbones, key=lambda b: facts_of(b).millions)
+    return space.config(
         {
             **space.fixed,
             "backbone": backbone,
@@ -31,7 +31,7 @@ def baseline(space: Space) -> TrialConfig:
             "optimizer": "adam",
             "lr": 1e-3,
             "weight_decay": 0.0,
-            "layer_decay": 1.0,
+            "lr_ratio": 1.0,
             "unfreeze": "head_first",
             "schedule": "plateau",
             "augment": "shift",
@@ -56,7 +56,7 @@ SPACES: dict[str, Space] = {
             "lr": Range(2e-4, 2e-2, log=True),
             "head_depth": Choice((0, 1, 2)),
             "dropout": Range(0.0, 0.5, when=("head_depth", HEAD_DEPTHS)),
-            "layer_decay": Range(0.6, 1.0, when=("unfreeze", FINE_TUNING)),
+            "lr_ratio": Range(0.05, 1.0, log=True, when=("unfreeze", FINE_TUNING)),
             "augment": Choice(("shift", "crop", "color")),
         },
         fixed={"epochs": 8, "batch_size": 32},
@@ -74,6 +74,9 @@ SPACES: dict[str, Space] = {
                     "lcnet_050",
                     "lcnet_100",
                     "efficientnet_b0",
+                    "tf_efficientnet_lite0",
+                    "tf_efficientnet_lite1",
+                    "tf_efficientnet_lite2",
                 )
             ),
             "image_size": Choice((64, 96, 128, 160, 192)),
@@ -81,7 +84,7 @@ SPACES: dict[str, Space] = {
             "lr": Range(3e-4, 2e-2, log=True),
             "head_depth": Choice((0, 1, 2)),
             "dropout": Range(0.0, 0.5, when=("head_depth", HEAD_DEPTHS)),
-            "layer_decay": Range(0.35, 1.0, when=("unfreeze", FINE_TUNING)),
+            "lr_ratio": Range(1e-3, 1.0, log=True, when=("unfreeze", FINE_TUNING)),
             "augment": Choice(("shift", "crop", "color")),
             "label_smoothing": Choice((0.0, 0.1)),
         },
@@ -91,7 +94,7 @@ SPACES: dict[str, Space] = {
         dimensions={
             "backbone": Choice(
                 (
-                    "legacy_xception",
+                    "xception41",
                     "efficientnet_b0",
                     "efficientnet_b2",
                     "efficientnet_b3",
@@ -111,7 +114,7 @@ SPACES: dict[str, Space] = {
             "lr": Range(3e-5, 3e-3, log=True),
             "head_depth": Choice((0, 1, 2)),
             "dropout": Range(0.0, 0.5, when=("head_depth", HEAD_DEPTHS)),
-            "layer_decay": Range(0.5, 1.0, when=("unfreeze", FINE_TUNING)),
+            "lr_ratio": Range(3e-3, 1.0, log=True, when=("unfreeze", FINE_TUNING)),
             "augment": Choice(("crop", "color", "strong")),
             "label_smoothing": Choice((0.0, 0.1)),
             "mixup": Choice((0.0, 0.2)),

@@ -21,17 +21,17 @@ class State(StrEnum):
     COMPLETE = "complete"  # ended by its schedule or patience, or early where `cut_short` is set
     PRUNED = "pruned"  # by the scheduler at a rung
     OUT_OF_TIME = "out_of_time"  # its stage's time was up
-    INTERRUPTED = "interrupted"  # by the user
+    INTERRUPTED = "interrupted"  # by the user, or by what ended the run
     FAILED = "failed"  # see `cause`
 
 
 class Cause(StrEnum):
-    """Why a trial failed. Only a MACHINE failure is worth a retry."""
+    """Why a trial failed. The sampler avoids the first two, `--resume` runs MACHINE again."""
 
     OUT_OF_MEMORY = "out_of_memory"
     DIVERGED = "diverged"  # non-finite loss
-    MACHINE = "machine"  # its worker died, hung or was lost
-    ERROR = "error"  # any other exception
+    MACHINE = "machine"  # its worker died or hung, its disk was full, a download failed
+    ERROR = "error"  # any other exception: it says nothing of the configuration
 
 
 FOLD, FOLDS, FOLD_IN = "fold", "folds", "fold-in"  # stages: one fold, all folds, all labelled images
@@ -82,6 +82,30 @@ class TrialRecord:
     def resumable(self) -> bool:
         """Whether `--resume` runs it again, because it was interrupted or lost its machine."""
         return self.state in NOT_ENDED or self.cause is Cause.MACHINE
+
+    @property
+    def best_epoch(self) -> EpochMetrics | None:
+        """The epoch that `value` is of; None if the record has no curve or no value.
+
+        If several epochs have the value, the one with the lowest log loss, which `fit` keeps.
+        """
+        if not self.curve or self.value is None:
+            return None
+        if self.state is not State.COMPLETE or self.origin.keeps_last_epoch:
+            return self.curve[-1]
+        value = self.value
+        return min(self.curve, key=lambda epoch: (abs(epoch.value - value), epoch.val_loss))
+
+    @property
+    def microbatches(self) -> int:
+        """Into how many parts a batch was split, as memory did not hold it; BatchNorm saw one at a time."""
+        return max((epoch.microbatches for epoch in self.curve), default=1)
+
+    @property
+    def log_loss(self) -> float:
+        """The log loss on val that goes with `value`, which breaks ties; infinite if unknown."""
+        best = self.best_epoch
+        return best.val_loss if best and math.isfinite(best.val_loss) else math.inf
 
     def to_json(self) -> str:
         """One line, without the newline."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from carmodels.catalog import UNFREEZE
+from carmodels.catalog import SIZES, UNFREEZE
+from carmodels.models.facts import facts_of
 from carmodels.training.config import FIELDS, TrialConfig, parse_value
 
 Condition = tuple[str, tuple[Any, ...]]  # (another dimension, the values of it for which this one is drawn)
@@ -38,7 +39,7 @@ HEAD_DEPTHS = (1, 2, 3)  # those with a block, to which `head` and `dropout` app
 _CONDITIONS: dict[str, Condition] = {  # of dimensions that an override adds to a space
     "head": ("head_depth", HEAD_DEPTHS),
     "dropout": ("head_depth", HEAD_DEPTHS),
-    "layer_decay": ("unfreeze", FINE_TUNING),
+    "lr_ratio": ("unfreeze", FINE_TUNING),
     "start_image_size": ("unfreeze", FINE_TUNING),
 }
 _SIZES = ("image_size", "start_image_size", "eval_image_size")  # whose values depend on one another
@@ -75,7 +76,14 @@ class Space:
     @property
     def largest_size(self) -> int:
         """The largest side that a trial can train or evaluate on, pixels."""
-        return max(max(self._values(name)) for name in ("image_size", "eval_image_size") if self._has(name))
+        names = [name for name in ("image_size", "eval_image_size") if self._has(name)]
+        sizes = {size for name in names for size in self._values(name)}
+        return max(_fit(backbone, size) for backbone in self.backbones for size in sizes)
+
+    @property
+    def largest_batch_size(self) -> int:
+        """The largest batch that a trial can train on, images."""
+        return max(self._values("batch_size")) if self._has("batch_size") else TrialConfig.batch_size
 
     def _has(self, name: str) -> bool:
         return name in self.dimensions or name in self.fixed
@@ -84,6 +92,29 @@ class Space:
         """A Choice's options, or a fixed value. Raises KeyError for a field that the space leaves out."""
         dimension = self.dimensions.get(name)
         return dimension.options if isinstance(dimension, Choice) else (self.fixed[name],)
+
+    def sizes_of(self, backbone: str) -> tuple[int, ...]:
+        """What the values of `image_size` are for a backbone: the nearest sizes that it takes, ascending."""
+        return tuple(sorted({_fit(backbone, size) for size in self.image_sizes}))
+
+    def fitted(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of a configuration, with image sizes that its backbone takes."""
+        return {n: _fit(values["backbone"], v) if n in _SIZES else v for n, v in values.items()}
+
+    def config(self, values: Mapping[str, Any]) -> TrialConfig:
+        """The configuration with these values, with image sizes that its backbone takes."""
+        return TrialConfig.from_dict(self.fitted(values))
+
+    def params(self, config: TrialConfig) -> dict[str, Any]:
+        """The dimensions' values in a configuration: of image sizes the options that `fitted` changed."""
+        values = vars(config)
+        params = {name: values[name] for name in self.active_dimensions(values)}
+        for name in params.keys() & set(_SIZES):
+            dimension, value = self.dimensions[name], params[name]
+            if isinstance(dimension, Choice) and value not in dimension.options:
+                fitting = [o for o in dimension.options if _fit(config.backbone, o) == value]
+                params[name] = min(fitting, key=lambda option: abs(option - value), default=value)
+        return params
 
     def active_dimensions(self, values: Mapping[str, Any]) -> dict[str, Dimension]:
         """The dimensions whose condition holds for a configuration with these values."""
@@ -175,10 +206,15 @@ def _dimension(values: Mapping[str, Any]) -> Dimension:
     return Range(values["low"], values["high"], values["log"], when)
 
 
+def _fit(backbone: str, size: int) -> int:
+    """The nearest size that the backbone takes; sizes that no backbone takes stay as they are."""
+    return facts_of(backbone).fit(size) if SIZES[0] <= size <= SIZES[1] else size
+
+
 def _check_value(space: Space, name: str, value: Any, source: str) -> None:
     start = {"backbone": space.backbones[0], "image_size": max(space.image_sizes), "epochs": 1}
     try:
-        TrialConfig.from_dict({**start, **space.fixed, name: value})
+        space.config({**start, **space.fixed, name: value})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
@@ -186,8 +222,9 @@ def _check_value(space: Space, name: str, value: Any, source: str) -> None:
 def unfrozen_configs(space: Space) -> dict[str, list[TrialConfig]]:
     """For each backbone, a fully unfrozen configuration per image size, largest first."""
     shared = {**space.fixed, "unfreeze": "full"}
-    sizes = sorted(space.image_sizes, reverse=True)
     return {
-        b: [TrialConfig.from_dict({**shared, "backbone": b, "image_size": s}) for s in sizes]
+        b: [
+            TrialConfig.from_dict({**shared, "backbone": b, "image_size": s}) for s in space.sizes_of(b)[::-1]
+        ]
         for b in space.backbones
     }

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from carmodels.catalog import BACKBONES
 from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.predictions import Predictions
 from carmodels.files import append_line, csv_text, read_json, write_atomic, write_json
+from carmodels.models.facts import facts_of, remember
 from carmodels.records import FOLD, NOT_ENDED, State, TrialRecord
 from carmodels.space import Space
 
-VERSION = "0.2"  # of a study's files; raise it when an older study could be misread
+SplitRow = tuple[str, str, int, int | str]  # split, id, class index or -1, group or ""
+VERSION = "0.3"  # of a study's files; raise it when an older study could be misread
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Study:
     def results_file(self, name: str) -> Path:
         """Members and scores of the ensemble, or of its student: ensemble.json or student.json."""
         return self.folder / f"{name}.json"
+
+    @property
+    def holdout_file(self) -> Path:
+        return self.folder / "holdout.jsonl"
 
     @property
     def submission_file(self) -> Path:
@@ -115,7 +120,7 @@ class Study:
     def begin(
         self,
         metadata: Mapping[str, Any],
-        splits: Iterable[tuple[str, str, int]],
+        splits: Iterable[SplitRow],
         earlier: Sequence[Study] = (),
     ) -> None:
         """Write the files of a new study: splits.csv, the earlier studies' trials and, last, study.json."""
@@ -134,9 +139,22 @@ class Study:
         """Write study.json and the version of its format."""
         write_json(self._metadata_file, {"version": VERSION, **metadata})
 
-    def write_splits(self, splits: Iterable[tuple[str, str, int]]) -> None:
-        """Write splits.csv from rows of (split, id, class index or -1)."""
-        _write_csv(self._splits_file, ("split", "id", "label"), splits)
+    def add_backbones(self, backbones: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write facts about backbones to study.json. What it holds already stays."""
+        metadata = self.metadata
+        self.write_metadata({**metadata, "backbones": {**backbones, **metadata.get("backbones", {})}})
+
+    def remember_backbones(self) -> None:
+        """Know what study.json says of backbones that have no row in the catalog.
+
+        Their hub or folder may be out of reach.
+        """
+        if self.exists:
+            remember(read_json(self._metadata_file).get("backbones", {}))
+
+    def write_splits(self, splits: Iterable[SplitRow]) -> None:
+        """Write splits.csv."""
+        _write_csv(self._splits_file, ("split", "id", "label", "group"), splits)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -161,6 +179,7 @@ class Study:
     def space(self) -> Space | None:
         """The search space; None if another version of the project wrote one that this version lacks."""
         metadata = self.metadata
+        self.remember_backbones()
         try:
             return Space.from_dict(metadata["space"])
         except ValueError:
@@ -177,6 +196,16 @@ class Study:
     def labels(self, split: str) -> dict[str, int]:
         """Class index by id, for a labelled split."""
         return {row["id"]: int(row["label"]) for row in self._split_rows() if row["split"] == split}
+
+    def groups(self, ids: Iterable[str]) -> np.ndarray:
+        """(N,) groups of labelled images, for `carmodels.evaluation.intervals`: near-duplicates share one.
+
+        In a study of a version that did not write them down, each image is its own group.
+        """
+        rows = (row for row in self._split_rows() if row["label"] != "-1" and row.get("group"))
+        group_of = {row["id"]: int(row["group"]) for row in rows}
+        unused = 1 + max(group_of.values(), default=-1)
+        return np.array([group_of.get(name, unused + n) for n, name in enumerate(ids)], dtype=np.int64)
 
     def _split_rows(self) -> list[dict[str, str]]:
         """Raises ValueError if splits.csv ends within a line or lacks images that study.json counts."""
@@ -206,7 +235,7 @@ class Study:
                 for name in ("data", "weights")
                 if metadata[name] not in ("hub", "none")
             }
-            rows = [(row["split"], row["id"], int(row["label"])) for row in self._split_rows()]
+            rows = [(r["split"], r["id"], int(r["label"]), r.get("group") or "") for r in self._split_rows()]
             inner.begin({**metadata, **paths}, rows)
         return inner
 
@@ -219,6 +248,7 @@ class Study:
         """The earlier studies' trials that this study was warm-started with, by folder."""
         if not self.earlier_file.is_file():
             return {}
+        self.remember_backbones()
         by_folder = read_json(self.earlier_file)
         return {
             folder: [TrialRecord.from_json(line) for line in lines] for folder, lines in by_folder.items()
@@ -239,6 +269,7 @@ class Study:
     def _read_trials(self) -> tuple[dict[str, TrialRecord], list[int]]:
         if not self.trials_file.is_file():
             return {}, []
+        self.remember_backbones()
         status = self.trials_file.stat()
         return _parse_trials(self.trials_file, status.st_size, status.st_mtime_ns)
 
@@ -259,10 +290,7 @@ class Study:
 
     def leaderboard(self) -> list[TrialRecord]:
         """Complete trials, best value on val first. Single folds are left out: they are not scored on val."""
-        sign = -1 if METRICS[self.metric].mode == "max" else 1
-        complete = (r for r in self.records() if r.state is State.COMPLETE and r.stage != FOLD)
-        ranked = [(sign * r.value, r) for r in complete if r.value is not None]
-        return [record for _, record in sorted(ranked, key=lambda pair: pair[0])]
+        return best_first(self.records(), self.metric)
 
     def table(self) -> list[dict[str, Any]]:
         """One row per trial, one column per hyperparameter. The leaderboard first, then the other trials."""
@@ -322,6 +350,14 @@ class Study:
             return []
 
 
+def best_first(records: Iterable[TrialRecord], metric: str) -> list[TrialRecord]:
+    """Complete trials that are scored on val, best value first. Log loss breaks ties."""
+    sign = -1 if METRICS[metric].mode == "max" else 1
+    complete = (r for r in records if r.state is State.COMPLETE and r.stage != FOLD)
+    ranked = [(sign * r.value, r.log_loss, r) for r in complete if r.value is not None]
+    return [record for *_, record in sorted(ranked, key=lambda row: row[:2])]
+
+
 @lru_cache(maxsize=8)  # each trial's end asks several times
 def _parse_trials(path: Path, size: int, modified: int) -> tuple[dict[str, TrialRecord], list[int]]:
     """Records by trial_id, and numbers of damaged lines. `size` and `modified` are for the cache's key."""
@@ -344,10 +380,7 @@ def _parse_line(line: bytes) -> TrialRecord:
 
 
 def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
-    value = record.value
-    best = None
-    if record.curve and value is not None:
-        best = min(record.curve, key=lambda epoch: abs(epoch.value - value))
+    value, best = record.value, record.best_epoch
     origin = asdict(record.origin)
     for name in ("data", "split", "metric"):  # the same for all trials, in study.json
         origin.pop(name)
@@ -363,7 +396,8 @@ def _table_row(rank: int | None, record: TrialRecord) -> dict[str, Any]:
         "best_epoch": best.epoch if best else "",
         "epochs_run": record.epochs_run,
         "seconds": round(record.seconds, 1),
-        "parameters_millions": BACKBONES[record.config.backbone].millions,
+        "microbatches": record.microbatches,
+        "parameters_millions": facts_of(record.config.backbone).millions,
         **asdict(record.config),
         **origin,
         "cut_short": record.cut_short,

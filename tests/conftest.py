@@ -24,6 +24,8 @@ from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from tune.runtime.cluster import start_ray
 
+from skips import pytest_addoption, pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that use `browser` or `own_ray` have the marker; the latter run last, as they share a Ray.

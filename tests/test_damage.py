@@ -152,7 +152,7 @@ def test_damaged_probabilities_are_made_anew_from_the_weights(
     share: float, left: Job, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(views, "as_task", lambda function, workers: SimpleNamespace(remote=function))
-    monkeypatch.setattr(views.ray, "get", lambda made: made)
+    monkeypatch.setattr("ray.get", lambda made: made)
     record = ended(Run(replace(config, epochs=1)))
     path = left.study.predictions_file(record.trial_id, "val")
     before = left.study.predictions(record.trial_id, "val")
@@ -178,7 +178,7 @@ def test_damaged_weights_stay_out_of_the_ensemble_by_name(left: Job, config: Tri
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Soups are made in this process."""
     monkeypatch.setattr(soups, "as_task", lambda function, workers: SimpleNamespace(remote=function))
-    monkeypatch.setattr(soups.ray, "get", lambda made: made)
+    monkeypatch.setattr("ray.get", lambda made: made)
 
 
 def ingredients(left: Job, config: TrialConfig) -> tuple[TrialRecord, TrialRecord, str]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import re
 import sys
+import tomllib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,7 @@ ABOVE = {  # the packages of tune/ that each may import, beside carmodels and it
     "cli": {"optim", "budget", "runtime", "finalize", "monitor"},
     "commands": {"optim", "budget", "runtime", "finalize", "serving", "monitor", "reporting", "cli"},
 }
+PROVIDED_BY = importlib.metadata.packages_distributions()  # names of distributions by module
 NEVER = {
     "space": {"numpy", "torch"},
     "catalog": {"numpy", "torch"},
@@ -97,6 +102,37 @@ def test_imports_go_one_way(package: str) -> None:
             name.split(".")[1] for name in imported(path) if name.count(".") == 1 and name[:5] == "tune."
         }
         assert others - {package} <= ABOVE[package], path
+
+
+def declared(requirements: list[str]) -> set[str]:
+    """The names of distributions in a list of requirements, in lower case with dashes."""
+    found = (re.match(r"[\w.-]+", text) for text in requirements)
+    return {distribution_name(match[0]) for match in found if match}
+
+
+def distribution_name(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def undeclared(nodes: Iterable[ast.AST], names: set[str]) -> set[str]:
+    """The third-party modules that the nodes import and none of the named distributions provides."""
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    modules = {name.split(".")[0] for name in found} - sys.stdlib_module_names - {"carmodels", "tune"}
+    return {m for m in modules if not names & {distribution_name(d) for d in PROVIDED_BY.get(m, ())}}
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *TUNE], ids=name_of)
+def test_what_is_imported_is_declared(path: Path) -> None:
+    """What an extra brings is imported within functions alone, as it may be missing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    always = declared(project["dependencies"])
+    extras = declared(project["optional-dependencies"]["export"])
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    within = {node for function in functions for node in ast.walk(function)}
+    assert not undeclared([node for node in ast.walk(tree) if node not in within], always)
+    assert not undeclared(within, always | extras)
 
 
 def test_packages_form_no_circle() -> None:

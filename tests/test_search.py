@@ -35,18 +35,21 @@ from carmodels.ensembling.network import load_ensemble
 from carmodels.evaluation.calibration import with_temperature
 from carmodels.files import read_json
 from carmodels.formatting import stops_sentence
+from carmodels.holdout import looks, quoted_look
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
-from carmodels.records import State
+from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import VERSION, Study
-from tune import search
+from carmodels.training.config import TrialConfig
+from carmodels.training.run import Run
+from tune import retrain, search
 from tune.budget import clock
 from tune.budget.clock import Clock
 from tune.cli import session, study_folder
 from tune.cli.options import guarded, written
 from tune.cli.resources import share_out, this_machine
-from tune.commands import run_search
-from tune.finalize import blending, confirmation, retraining
+from tune.commands import run_retrain, run_search
+from tune.finalize import blending, confirmation, repeats, retraining
 from tune.finalize.schedules import RETRAIN_EPOCHS_RATIO
 from tune.finalize.stop_check import pruned_in_search
 from tune.monitor.terminal import Screen
@@ -95,14 +98,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "COLUMNS": "150", "NO_ALBUMENTATIONS_UPDATE": "1"}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def place(drawn: Path, tmp_path_factory: pytest.TempPathFactory, weights: Weights) -> Place:
     return Place(tmp_path_factory.mktemp("place"), drawn, weights.source)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(place: Place) -> str:
-    """What a run of the whole job prints."""
+    """What a run of the whole job prints. Tests read its study. Those that write have a copy (`copied`)."""
     result = place.run(place.search("--trials", "6", "--study", "cars", "--confirm", "2", "--thumbnails"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
@@ -194,29 +197,29 @@ def test_the_job_ends_with_a_report_of_every_trial(place: Place, whole: str) -> 
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("whole")
 def test_with_images_the_report_shows_the_worst_mistakes_and_what_spoke_for_them(
-    place: Place, here: Command
+    place: Place, here: Command, copied: Callable[[str], Study]
 ) -> None:
-    found = found_mistakes(place.study)
+    study = copied("shown")
+    found = found_mistakes(study)
     assert found is not None
-    thumbnails = read_json(place.study.thumbnails_file)
+    thumbnails = read_json(study.thumbnails_file)
     assert list(thumbnails) == [mistake.image for mistake in found.worst]
     assert thumbnails
-    page = place.study.report_file.read_text()
+    page = study.report_file.read_text()
     for thumbnail in thumbnails.values():
         assert f'<img src="{thumbnail["image"]}"' in page
         if thumbnail["map"]:  # a busy machine may not get to all of them
             assert f'<img class="map" src="{thumbnail["map"]}"' in page
     out = place.folder / "again.html"
-    place.study.thumbnails_file.unlink()
+    study.thumbnails_file.unlink()
     cache = ("--cache", str(place.folder / "cache"))
     for options, shown in (((), False), ((*cache, "--thumbnails"), True)):
-        command = place.command("report.py", str(place.study.folder), "--out", str(out), *options)
+        command = place.command("report.py", str(study.folder), "--out", str(out), *options)
         done = here(command)
         assert done.returncode == 0, done.stderr
         assert ("<figure>" in out.read_text()) is shown
-    again = read_json(place.study.thumbnails_file)
+    again = read_json(study.thumbnails_file)
     assert {i: t["image"] for i, t in again.items()} == {i: t["image"] for i, t in thumbnails.items()}
 
 
@@ -254,7 +257,6 @@ def patiently(ask: Callable[[], Any], seconds: float = 100) -> Any:
 @pytest.mark.server
 @pytest.mark.usefixtures("whole")
 def test_optuna_dashboard_opens_the_storage_of_a_study(place: Place) -> None:
-    pytest.importorskip("optuna_dashboard", reason="needs optuna-dashboard, as in the extra 'dev'")
     url = f"sqlite:///{place.study.optuna_file}"
     run = "import sys; from optuna_dashboard._cli import main; sys.exit(main())"
     with serving(sys.executable, "-c", run, url) as ask:
@@ -272,7 +274,6 @@ def test_optuna_dashboard_opens_the_storage_of_a_study(place: Place) -> None:
 @pytest.mark.server
 @pytest.mark.usefixtures("whole")
 def test_tensorboard_shows_the_curve_of_every_trial(place: Place) -> None:
-    pytest.importorskip("tensorboard", reason="needs tensorboard, as in the extra 'dev'")
     curves = {f"{r.stage}-{trial_name(r.run)}": r.curve for r in place.study.records() if r.curve}
     run = "import sys; from tensorboard.main import run_main; run_main()"
     with serving(sys.executable, "-c", run, "--logdir", str(place.study.tensorboard_folder)) as ask:
@@ -390,19 +391,26 @@ def test_a_search_that_was_cut_off_among_its_reruns_goes_on_there(
     place: Place, copied: Callable[[str], Study], on_own_ray: Command
 ) -> None:
     study = copied("cut-rerun")
-    before = study.records()
-    reruns = [r for r in before if r.stage == "confirm"]
-    if not reruns:
-        pytest.skip("the best stood out by far")
-    study.append(replace(reruns[-1], state=State.INTERRUPTED, value=None))
-    options = ("--trials", "6", "--study", "cut-rerun", "--resume", "--until", "confirm", "--confirm", "2")
+    before = [r for r in study.records() if r.stage != "confirm"]
+    reruns = {r.trial_id: r for r in study.records() if r.stage == "confirm"}
+    best = next(r for r in study.leaderboard() if r.stage == "search")
+    other_seed = best.run.with_origin(seed=best.origin.seed + 1)
+    cut = reruns.get(other_seed.id) or replace(
+        best, trial_id=other_seed.id, origin=other_seed.origin, stage="confirm", repeats=best.trial_id
+    )
+    study.trials_file.unlink()
+    for record in (*before, replace(cut, state=State.INTERRUPTED, value=None)):
+        study.append(record)
+    study.write_table()
+    options = ("--trials", "6", "--study", "cut-rerun", "--resume", "--until", "confirm", "--confirm", "1")
     result = on_own_ray(place.search(*options))
     assert result.returncode == 0, result.stderr
     after = {r.trial_id: r for r in study.records()}
-    assert set(after) == {r.trial_id for r in before}
-    again = after[reruns[-1].trial_id]
-    assert (again.state, again.stage, again.value) == (State.COMPLETE, "confirm", reruns[-1].value)
-    assert all(after[r.trial_id] == r for r in before if r.trial_id != again.trial_id)
+    again = after.pop(cut.trial_id)
+    assert after == {r.trial_id: r for r in before}
+    assert (again.state, again.stage, again.repeats) == (State.COMPLETE, "confirm", best.trial_id)
+    best_epoch = max(epoch.value for epoch in again.curve)
+    assert again.value == (cut.value if cut.trial_id in reruns else best_epoch)
 
 
 @pytest.mark.usefixtures("whole")
@@ -484,6 +492,7 @@ def test_another_search_is_not_resumed_into_the_same_folder(place: Place, here: 
 def test_retraining_and_ensembling_can_be_run_alone(place: Place, copied: Callable[[str], Study]) -> None:
     study = copied("alone")
     folder = str(study.folder)
+    scored = read_json(study.ensemble_file)["holdout"]
     searched = [r for r in study.leaderboard() if r.stage == "search"]
     kept = [r for r in searched if study.weights_file(r.trial_id).is_file()]
     worst = [r for r in kept if r.config.unfreeze != "frozen"][-1]
@@ -501,12 +510,17 @@ def test_retraining_and_ensembling_can_be_run_alone(place: Place, copied: Callab
     assert new.config.backbone == worst.config.backbone
     reference = next(r for r in searched if r.baseline)
     study.predictions_file(reference.trial_id, "holdout").unlink()
+    (first,) = looks(study)
     out = place.folder / "mine.csv"
     result = place.run(
         place.command("ensemble.py", folder, "--top", "1", "--tta", "1", "--out", str(out), *cache)
     )
     assert result.returncode == 0, result.stderr
-    assert "holdout was looked at 2 times" in result.stdout
+    assert "Holdout was looked at 2 times." in result.stdout
+    assert [look.number for look in looks(study)] == [1, 2]
+    assert quoted_look(study, "ensemble") == first
+    assert first.scores == {k: v for k, v in scored.items() if k != "looks"}
+    assert read_json(study.ensemble_file)["holdout"]["looks"] == 2
     assert study.has_predictions(reference.trial_id, "holdout")
     assert out.read_text() == study.submission_file.read_text()
 
@@ -740,9 +754,11 @@ def test_the_search_goes_on_where_later_stages_leave_time() -> None:
 
 def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
     study, said = Study(tmp_path / "studies" / "cars"), []
-    rows = SimpleNamespace(ids=("a.jpg",), labels=[0], name="val")
-    none = SimpleNamespace(ids=(), labels=[], name="none")
-    splits = SimpleNamespace(train=none, val=rows, holdout=none, test=none)
+    rows = SimpleNamespace(ids=("a.jpg",), labels=[0], rows=[0], name="val")
+    none = SimpleNamespace(ids=(), labels=[], rows=[], name="none")
+    splits = SimpleNamespace(
+        train=none, val=rows, holdout=none, test=none, images=SimpleNamespace(groups=[0])
+    )
     names = ("preset", "space", "seed", "metric", "fingerprint", "split_hash")
     (tmp_path / "weights").mkdir()
     (tmp_path / "others").mkdir()
@@ -752,7 +768,7 @@ def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
         "weights": "../../weights",
         "warm_start": ["../a/b"],
     }
-    study.begin(facts, [("val", "a.jpg", 0)])
+    study.begin(facts, [("val", "a.jpg", 0, 0)])
     screen = SimpleNamespace(say=lambda *words: said.append(words))
     now = {**facts, "data": "../new", "warm_start": ["../../b"]}
     for folder in ("predictions", "weights"):
@@ -775,8 +791,8 @@ def test_what_is_killed_while_it_begins_leaves_no_half_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, other = Study(tmp_path / "cars"), Study(tmp_path / "other")
-    none = SimpleNamespace(ids=(), labels=[], name="none")
-    splits = SimpleNamespace(train=none, val=none, holdout=none, test=none)
+    none = SimpleNamespace(ids=(), labels=[], rows=[], name="none")
+    splits = SimpleNamespace(train=none, val=none, holdout=none, test=none, images=SimpleNamespace(groups=[]))
     for one in (study, other):
         one.begin({"metric": "accuracy"}, [])
 
@@ -833,11 +849,12 @@ def test_what_follows_has_the_clock_of_the_longer_search(
         return False
 
     for place, name, value in (
-        (run_search, "costs_of", lambda job, space: None),
+        (run_search, "costs_of", lambda job, space, say: None),
         (run_search, "with_spare_time", lambda job, options, clock: longer),
         (run_search, "trained_further", trained),
         (search_stage, "search", searched),
         (session, "watched", lambda *given: None),
+        (repeats, "chosen_trial", lambda *given: None),
     ):
         monkeypatch.setattr(place, name, value)
     splits = SimpleNamespace(fingerprint="f", split_hash="s")
@@ -884,3 +901,82 @@ def test_backbones_without_weights_are_left_out_by_name(weights: Weights) -> Non
     assert left_out == ["resnet50"]
     with pytest.raises(ValueError, match="no weights for any of resnet50"):
         run_search.chosen_space("cpu", ["backbone=resnet50"], weights)
+
+
+def failed(study: Study, seed: int, reason: str, stage: str = "search") -> None:
+    """Records a trial that has failed."""
+    run = Run(TrialConfig("test_resnet", image_size=32, epochs=1)).with_origin(seed=seed)
+    cause = Cause.DIVERGED if "loss" in reason else Cause.ERROR
+    record = TrialRecord(
+        run.id, run.config, State.FAILED, 0, None, 1.0, reason, cause=cause, origin=run.origin, stage=stage
+    )
+    study.append(record)
+
+
+@pytest.mark.parametrize(
+    ("reasons", "says"),
+    [
+        ((), "{study} has no finished trial; search.py --resume goes on, with more --hours"),
+        (
+            ("ImportError: no torch", "RuntimeError: later"),
+            "{study}: none of 2 trials has finished, the first failed by: ImportError: no torch; mend that, "
+            "then search.py --resume goes on",
+        ),
+        (
+            ("the loss was not finite",),
+            "{study}: none of 1 trials has finished, the first failed by: the loss was not finite; "
+            "mend that, then search.py --resume goes on",
+        ),
+    ],
+)
+@pytest.mark.parametrize("until", ["search", "report"])
+def test_a_search_without_a_finished_trial_is_an_error(
+    until: str, reasons: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tmp_path / "a")
+    study.begin({"metric": "accuracy"}, [])
+
+    def searched(*given: Any, **more: Any) -> bool:
+        for seed, reason in enumerate(reasons):
+            failed(study, seed, reason)
+        return True
+
+    for place, name, value in (
+        (run_search, "costs_of", lambda *given: None),
+        (search_stage, "search", searched),
+        (session, "watched", lambda *given: None),
+    ):
+        monkeypatch.setattr(place, name, value)
+    splits = SimpleNamespace(fingerprint="f", split_hash="s")
+    job = Job(study, splits, None, Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
+    options = search.parser().parse_args(["--until", until])
+    clock = Clock(time.time() - 36, 36)
+    with pytest.raises(ValueError, match="^" + re.escape(says.format(study=study.folder)) + "$"):
+        run_search.go(job, SPACES["demo"], options, clock, None, Screen())
+
+
+def test_a_retraining_of_which_every_run_diverged_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tmp_path / "a")
+    study.begin({"metric": "accuracy", "weights": "none"}, [])
+
+    @contextmanager
+    def opened(*given: Any) -> Iterator[Job]:
+        yield Job(study, None, Weights.parse("none"), Workers(1, 1, 0.0), tmp_path)  # type: ignore[arg-type]
+
+    def retrained(*given: Any, **more: Any) -> bool:
+        for seed in range(2):
+            failed(study, seed, f"the loss was not finite in epoch {seed}", "retrain")
+        return True
+
+    for place, name, value in (
+        (session, "open_job", opened),
+        (session, "watched", lambda *given: None),
+        (retraining, "retrain_all", retrained),
+    ):
+        monkeypatch.setattr(place, name, value)
+    options = retrain.parser().parse_args([str(study.folder)])
+    says = "none of 2 runs has finished, the first failed by: the loss was not finite in epoch 0"
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        run_retrain.run(options, Screen())

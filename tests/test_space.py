@@ -16,7 +16,7 @@ from carmodels.study import VERSION
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Origin, Run
 from tune.cli.study_folder import describe_space
-from tune.optim.optuna_records import suggest
+from tune.optim.optuna_records import params_of, suggest
 
 CONFIG = TrialConfig(backbone="lcnet_035", image_size=64, epochs=4)
 
@@ -36,7 +36,7 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
         "dropout": 0.1,
         "unfreeze": "frozen",
         "lr": 1e-4,
-        "layer_decay": 0.5,
+        "lr_ratio": 0.05,
         "optimizer": "sgd",
         "weight_decay": 0.0,
         "schedule": "plateau",
@@ -75,7 +75,10 @@ def test_equal_content_has_equal_id_and_any_other_field_another() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backbone": "resnet_5000"}, "backbone='resnet_5000' is not known; choose from"),
+        (
+            {"backbone": "resnet_5000"},
+            "backbone='resnet_5000' is not known to timm; close names are resnet50, ",
+        ),
         (
             {"unfreeze": "sometimes"},
             "unfreeze='sometimes' is not known; choose from frozen, full, head_first, gradual",
@@ -131,7 +134,7 @@ def test_what_is_held_out_does_not_end_training(origin: Origin) -> None:
 def test_ids_change_with_the_version_of_a_study_alone() -> None:
     """A new field, or another default, is another id: a study made before it would not find its trials."""
     run = Run(TrialConfig("lcnet_035", image_size=64, epochs=4))
-    assert (VERSION, run.id) == ("0.2", "e6dab0b083b3")
+    assert (VERSION, run.id) == ("0.3", "70287f0d1e9e")
 
 
 def test_images_grow_in_steps_to_their_whole_size_and_augmentation_with_them() -> None:
@@ -167,7 +170,7 @@ def test_a_dimension_that_is_not_used_is_not_drawn(preset: str) -> None:
     assert {"dropout" in v for v in drawn} == {True, False}
     for values in drawn:
         assert ("dropout" in values) == (values["head_depth"] > 0)
-        assert ("layer_decay" in values) == (values["unfreeze"] != "frozen")
+        assert ("lr_ratio" in values) == (values["unfreeze"] != "frozen")
 
 
 @pytest.mark.parametrize("preset", SPACES)
@@ -183,7 +186,7 @@ def test_the_competitors_baseline_is_in_reach_of_every_preset(preset: str) -> No
     assert reference.epochs == space.fixed["epochs"]
     assert abs(reference.image_size - 224) == min(abs(size - 224) for size in space.image_sizes)
     largest = max(space.backbones, key=lambda b: BACKBONES[b].millions)
-    assert reference.backbone == ("legacy_xception" if preset == "gpu" else largest)
+    assert reference.backbone == ("xception41" if preset == "gpu" else largest)
 
 
 def test_a_dimension_that_is_there_again_comes_before_those_that_hang_on_it() -> None:
@@ -215,7 +218,7 @@ def test_an_override_replaces_a_range_a_choice_or_a_fixed_value() -> None:
     space = SPACES["cpu"]
     assert space.with_override("image_size=64,128").image_sizes == (64, 128)
     assert space.with_override("lr=1e-5:1e-3").dimensions["lr"] == Range(1e-5, 1e-3, log=True)
-    assert space.with_override("layer_decay=0.7:0.9").dimensions["layer_decay"].when is not None
+    assert space.with_override("lr_ratio=0.1:0.9").dimensions["lr_ratio"].when is not None
     fixed = space.with_override("unfreeze=full")
     assert "unfreeze" not in fixed.dimensions
     assert fixed.fixed["unfreeze"] == "full"
@@ -238,7 +241,7 @@ def test_an_override_replaces_a_range_a_choice_or_a_fixed_value() -> None:
         ("epochs=4,8", "--set epochs=4,8: epochs must be one number"),
         ("head_depth=1.5", "--set head_depth: '1.5' is no int"),
         ("image_size=8,64", "--set image_size=8,64: image_size=8 must be a whole number from 16"),
-        ("backbone=lcnet_035,vgg", "--set backbone=lcnet_035,vgg: backbone='vgg' is not known"),
+        ("backbone=lcnet_035,vgg", "--set backbone=lcnet_035,vgg: backbone='vgg' is not known to timm"),
         ("lr=1e-2:1e-3", "--set lr=1e-2:1e-3: LOW:HIGH is for a real number, with LOW below HIGH"),
         ("head_depth=1:2", "--set head_depth=1:2: LOW:HIGH is for a real number"),
         ("class_weights=maybe", "--set class_weights: 'maybe' is no bool"),
@@ -281,9 +284,24 @@ def test_what_is_no_space_is_refused(change: dict[str, Any], message: str) -> No
         Space.from_dict({**describe_space(SPACES["demo"]), **change})
 
 
-def test_a_size_that_some_backbone_cannot_take_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="multiple of 32 for swin"):
-        SPACES["gpu"].with_override("image_size=224,420")
+def test_each_backbone_has_the_sizes_nearest_to_those_of_the_space() -> None:
+    space = SPACES["gpu"].with_override("backbone=resnet50,test_vit,mixer_b16_224")
+    space = space.with_override("image_size=100,224,420")
+    assert space.sizes_of("resnet50") == (100, 224, 420)
+    assert space.sizes_of("test_vit") == (96, 224, 416)  # multiples of its patches of 16 pixels
+    assert space.sizes_of("mixer_b16_224") == (224,)  # its weights are for one size
+    assert space.largest_size == 420
+    sizes = {(v["backbone"], v["image_size"]) for v in draw(space, 60)}
+    assert sizes == {(b, size) for b in space.backbones for size in space.sizes_of(b)}
+
+
+def test_what_a_backbone_made_of_a_size_is_drawn_again_as_the_size_of_the_space() -> None:
+    space = SPACES["gpu"].with_override("backbone=resnet50,test_vit").with_override("image_size=100,224,420")
+    drawn = {"backbone": "test_vit", "image_size": 420, "unfreeze": "full", "lr": 1e-3, "head_depth": 0}
+    config = space.config({**space.fixed, **drawn})
+    assert config.image_size == 416
+    assert space.params(config)["image_size"] == 420
+    assert params_of(replace(config, image_size=320), space) is None  # no size of the space
 
 
 def test_what_is_tested_larger_is_held_as_large() -> None:

@@ -63,6 +63,21 @@ def test_a_record_comes_back_as_it_was(study: Study) -> None:
     assert study.records()[1:] == [failed, soup]
 
 
+def test_groups_of_near_duplicates_are_kept_with_the_split(study: Study) -> None:
+    rows = [("val", "a", 1, 4), ("val", "b", 0, 4), ("train", "c", 0, 7), ("test", "a", -1, 9)]
+    study.write_splits(rows)
+    assert study.groups(["c", "b", "a"]).tolist() == [7, 4, 4]
+    assert study.groups(study.labels("val")).tolist() == [4, 4]
+    write_json(study.folder / "study.json", {**study.metadata, "data": "d", "weights": "none"})
+    assert study.begin_stop_check().groups(["a", "b", "c"]).tolist() == [4, 4, 7]
+
+
+def test_where_an_older_study_names_no_groups_each_image_is_its_own(study: Study) -> None:
+    file = study.folder / "splits.csv"
+    file.write_text("split,id,label\nval,a,1\nval,b,0\n")
+    assert len(set(study.groups(["a", "b"]).tolist())) == 2
+
+
 def test_the_last_line_of_a_trial_wins(study: Study) -> None:
     study.append(record(1, 0.4, State.INTERRUPTED))
     study.append(record(2, 0.6))
@@ -96,6 +111,21 @@ def test_the_leaderboard_holds_complete_trials_best_first(tmp_path: Path, metric
     board = study.leaderboard()
     assert board[0].origin.seed == best
     assert len(board) == 2
+
+
+def test_log_loss_breaks_ties_of_the_leaderboard_and_of_the_best_epoch(study: Study) -> None:
+    def tied(seed: int, *losses: float) -> TrialRecord:
+        curve = tuple(EpochMetrics(n, 1.0, loss, 0.5, 0.5, 2.0) for n, loss in enumerate(losses, start=1))
+        return replace(record(seed, 0.5), curve=curve)
+
+    soup = replace(record(4, 0.5), stage="soup", curve=())
+    pruned = replace(tied(5, 0.1, 0.3), state=State.PRUNED)
+    for r in (tied(1, 0.9, 0.9), soup, tied(2, 0.9, 0.6, 0.7), tied(3, 0.8, 0.8), pruned):
+        study.append(r)
+    assert [r.origin.seed for r in study.leaderboard()] == [2, 3, 1, 4]
+    best, *_, last = study.table()
+    assert (best["best_epoch"], best["val_loss"]) == (2, 0.6)
+    assert last["best_epoch"] == 2  # a pruned trial has the value of its last epoch
 
 
 def test_the_table_has_a_row_a_trial_and_a_column_a_hyperparameter(study: Study) -> None:

@@ -7,13 +7,19 @@ tune/predict.py --student answers with it.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while imports last ends it without a traceback
+
 import argparse
 import sys
 from pathlib import Path
 
 from carmodels.training.config import BOUNDS
 from tune.budget.stages import STUDENT_EPOCHS
-from tune.cli.options import Parser, add_cache_options, check_cache_limit, guarded
+from tune.cli.entry import start
+from tune.cli.options import Parser, add_cache_options, check_address_space, check_cache_limit
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +49,8 @@ def check(options: argparse.Namespace) -> None:
     if options.epochs is not None and not 1 <= options.epochs <= most:
         raise ValueError(f"--epochs {options.epochs} must be from 1 to {most}")
     check_cache_limit(options)
+    check_address_space()
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(run, parser().parse_args()))
+    sys.exit(start(parser, run))

@@ -5,19 +5,25 @@ Choose an ensemble of a study's complete trials on val, score it once on holdout
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while imports last ends it without a traceback
+
 import argparse
 import sys
 from pathlib import Path
 
 from carmodels.catalog import VIEWS
 from tune.budget.stages import MOST_VIEWS, WEIGHTS_KEPT
+from tune.cli.entry import start
 from tune.cli.options import (
     Parser,
     add_cost_option,
     add_machine_options,
     check_machine_options,
+    check_start,
     cost_limit,
-    guarded,
     out_file,
 )
 
@@ -63,7 +69,8 @@ def check(options: argparse.Namespace) -> None:
     cost_limit(options)
     out_file(options)
     check_machine_options(options)
+    check_start(options)
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(run, parser().parse_args()))
+    sys.exit(start(parser, run))

@@ -8,11 +8,17 @@ the answer.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while imports last ends it without a traceback
+
 import argparse
 import sys
 from pathlib import Path
 
-from tune.cli.options import Parser, guarded, out_file
+from tune.cli.entry import start
+from tune.cli.options import Parser, check_address_space, out_file
 
 ACCURACY = 0.95  # default share of right answers
 PORT = 8771
@@ -56,9 +62,10 @@ def check(options: argparse.Namespace) -> None:
     if options.out and not options.images:
         raise ValueError(f"--out {options.out} is for answers; give images or folders, too")
     out_file(options)
+    check_address_space()
     if options.port is not None and not options.serve:
         raise ValueError(f"--port {options.port} is for --serve; add that or leave it out")
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(run, parser().parse_args()))
+    sys.exit(start(parser, run))

@@ -7,11 +7,17 @@ address instead, and follows searches that go on.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while imports last ends it without a traceback
+
 import argparse
 import sys
 from pathlib import Path
 
-from tune.cli.options import CACHE_LIMIT, Parser, add_cache_options, check_cache_limit, guarded, out_file
+from tune.cli.entry import start
+from tune.cli.options import CACHE_LIMIT, Parser, add_cache_options, check_cache_limit, out_file
 
 PORT = 8770
 
@@ -60,4 +66,4 @@ def check(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(run, parser().parse_args()))
+    sys.exit(start(parser, run))

@@ -6,18 +6,24 @@ fold of train and val; with --fold-in a last time on everything that has a label
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while imports last ends it without a traceback
+
 import argparse
 import sys
 from pathlib import Path
 
 from carmodels.training.config import parse_assignment
+from tune.cli.entry import start
 from tune.cli.options import (
     Parser,
     add_fold_options,
     add_machine_options,
     check_folds,
     check_machine_options,
-    guarded,
+    check_start,
 )
 
 MOST_SEEDS = 1000
@@ -80,7 +86,8 @@ def check(options: argparse.Namespace) -> None:
         if name in changes:
             raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")
     check_machine_options(options)
+    check_start(options)
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(run, parser().parse_args()))
+    sys.exit(start(parser, run))

@@ -7,6 +7,11 @@ arguments it draws a small data set of its own and shows the whole job.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while imports last ends it without a traceback
+
 import argparse
 import re
 import sys
@@ -16,6 +21,7 @@ from carmodels.presets import SPACES
 from carmodels.space import read_override
 from carmodels.training.config import METRIC_NAMES
 from tune.budget.stages import CPU_HOURS, GPU_HOURS, RERUNS, STAGES
+from tune.cli.entry import start
 from tune.cli.options import (
     LONGEST_NAME,
     Parser,
@@ -24,6 +30,7 @@ from tune.cli.options import (
     add_machine_options,
     check_folds,
     check_machine_options,
+    check_start,
     cost_limit,
     guarded,
     written,
@@ -151,6 +158,7 @@ def check(options: argparse.Namespace) -> None:
         read_override(text)
     if options.weights is not None:
         Weights.parse(options.weights)
+    check_start(options)
 
 
 def check_until(options: argparse.Namespace) -> None:
@@ -165,4 +173,4 @@ def check_until(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(parser, run))

@@ -38,7 +38,8 @@ class ImageCache:
     `rows` (P,) is the row of each source path, -1 for a broken image. `broken` is the reason by position in
     those paths. `hashes` (N,) and `groups` (N,) are as in `near_duplicate_groups`.
 
-    Raises DamagedCache. Checksums are verified only if the pixel file changed since it was built.
+    Raises DamagedCache. Checksums are verified only if the pixel file changed since it was built or last
+    verified, as in a copy with another modification time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,8 +51,11 @@ class ImageCache:
         self._shapes: list[tuple[int, int]] = [(height, width) for height, width in index["shapes"]]
         self._ends = np.cumsum([0] + [height * width * 3 for height, width in self._shapes]).tolist()
         self._pixels = _map_pixels(path / "pixels.bin", self._ends[-1])
-        if (path / "pixels.bin").stat().st_mtime_ns != index["written"]:
+        written = (path / "pixels.bin").stat().st_mtime_ns
+        if written != index["written"]:
             self._verify(index["checksums"])
+            with contextlib.suppress(OSError):  # as below
+                write_checksummed(path / "index.json", {**index, "written": written})
         with contextlib.suppress(OSError):  # in a folder that is not ours to write to
             os.utime(path / "index.json")  # `_evict_unused` reads it
         intact = np.array(

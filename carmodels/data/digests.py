@@ -44,8 +44,9 @@ def file_digests(paths: Sequence[Path], manifest: Path) -> list[str]:
     with ThreadPoolExecutor() as pool:
         entries = dict(zip(map(str, paths), pool.map(entry, paths), strict=True))
     if entries != known:
-        manifest.parent.mkdir(parents=True, exist_ok=True)
-        write_checksummed(manifest, entries)
+        with contextlib.suppress(OSError):  # in a folder that is not ours to write to, they are not kept
+            manifest.parent.mkdir(parents=True, exist_ok=True)
+            write_checksummed(manifest, entries)
     return [entries[str(path)][2] for path in paths]
 
 

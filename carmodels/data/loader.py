@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from carmodels.catalog import Augment, View
 from carmodels.data.cache import ImageCache
@@ -22,9 +24,15 @@ from carmodels.data.transforms import (
     resize_fast,
 )
 
-LOADER_TIMEOUT = 900.0  # seconds for one batch; torch then raises RuntimeError: the process hangs
+LOADER_TIMEOUT = 900.0  # seconds for one batch; then the loader counts as hung
+PREFETCHED = 2  # batches that each loader process has ready
+_CHECK_SECONDS = 2.0  # between two looks at whether the processes live
 
 ImageSource = ImageCache | Sequence[np.ndarray]  # (H, W, 3) uint8 each, by row
+
+
+class LoaderLostError(RuntimeError):
+    """A loader process died or hangs. Says nothing about the configuration: the machine is at fault."""
 
 
 class Batch(NamedTuple):
@@ -52,6 +60,7 @@ class Loader:
     seed, epoch and its position in the split alone, the order with `shuffle` on seed and epoch.
 
     processes=0 loads in the calling process. More start with the first epoch and live as long as the loader.
+    Waiting for a batch raises LoaderLostError seconds after one of them died, or after LOADER_TIMEOUT.
     """
 
     def __init__(
@@ -155,17 +164,44 @@ class _Batches(Dataset[Batch]):
 
 
 def _start_workers(batches: _Batches, specs: list[_BatchSpec], processes: int) -> DataLoader[Batch]:
-    return DataLoader(
+    return _Workers(
         batches,
         batch_size=None,  # each item is a whole batch already
         sampler=specs,
         num_workers=processes,
+        prefetch_factor=PREFETCHED,
         timeout=LOADER_TIMEOUT,
         collate_fn=_identity,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=True,
         generator=torch.Generator(),  # otherwise an epoch draws from the global one
     )
+
+
+class _Workers(DataLoader[Batch]):
+    """A DataLoader with a time-out that notices dead processes at once."""
+
+    def _get_iterator(self) -> _CheckedIterator:
+        return _CheckedIterator(self)
+
+
+class _CheckedIterator(_MultiProcessingDataLoaderIter):
+    """Waits for a batch in short steps: after each, torch looks whether the processes live.
+
+    With a time-out torch looks only when that is over. Its signal handler works in the main thread alone, and
+    Ray trains in another.
+    """
+
+    def _try_get_data(self, timeout: float = LOADER_TIMEOUT) -> tuple[bool, Any]:
+        end = time.monotonic() + timeout
+        while (left := end - time.monotonic()) > 0:
+            try:
+                arrived, batch = super()._try_get_data(min(_CHECK_SECONDS, left))
+            except (RuntimeError, OSError, EOFError) as error:  # what a dead process leaves of its batch
+                raise LoaderLostError(f"a loader process was lost: {error!r}") from error
+            if arrived:
+                return True, batch
+        raise LoaderLostError(f"DataLoader timed out after {timeout:g} seconds: a loader process hangs")
 
 
 def _identity(batch: Any) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,29 +31,55 @@ def check_packages() -> None:
         raise ValueError(f"ONNX needs {' and '.join(missing)}: pip install -e '.[export]'")
 
 
-def export(ensemble: Ensemble, folder: Path) -> float:
-    """Write spec, weights and ONNX. Returns the largest difference of a probability from torch's.
+@dataclass(frozen=True)
+class Onnx:
+    """What became of the ONNX file."""
 
-    The ensemble must be on the CPU. Raises ValueError, and adds nothing to the folder, if the difference is
-    above TOLERANCE.
+    difference: float  # largest one of a probability from torch's; infinite without a file
+    refusal: str = ""  # why there is no file
+
+
+def export(ensemble: Ensemble, folder: Path) -> Onnx:
+    """Write spec and weights, and ONNX where torch's exporter can and onnxruntime agrees with torch.
+
+    The ensemble must be on the CPU. An earlier ONNX file is deleted.
     """
     check_packages()
     folder.mkdir(parents=True, exist_ok=True)
     spec_file, weights_file, onnx_file = (folder / name for name in EXPORTED[:3])
+    for earlier in folder.glob(f"{onnx_file.name}*"):  # the graph, and parameters that it does not embed
+        earlier.unlink()
     with tempfile.TemporaryDirectory(dir=folder) as unchecked:
-        _write_onnx(ensemble, Path(unchecked) / onnx_file.name)
-        difference = _max_difference(ensemble, Path(unchecked) / onnx_file.name)
-        if not difference <= TOLERANCE:
-            raise ValueError(
-                f"onnxruntime is {difference:.1e} away from torch, more than {TOLERANCE:.0e}: "
-                f"the study itself answers with torch, python tune/predict.py"
-            )
-        for file in Path(unchecked).iterdir():  # the graph, and parameters that it does not embed
+        onnx = _checked_onnx(ensemble, Path(unchecked) / onnx_file.name)
+        for file in () if onnx.refusal else Path(unchecked).iterdir():
             file.replace(folder / file.name)
     state = {name: value.detach().contiguous() for name, value in ensemble.state_dict().items()}
     write_atomic(weights_file, save(state, metadata={"format": "pt"}))
     write_atomic(spec_file, json.dumps(ensemble.spec.to_dict(), indent=2, ensure_ascii=False) + "\n")
-    return difference
+    return onnx
+
+
+def _checked_onnx(ensemble: Ensemble, path: Path) -> Onnx:
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NotImplemented
+
+    try:
+        _write_onnx(ensemble, path)
+        difference = _max_difference(ensemble, path)
+    except torch.onnx.OnnxExporterError as error:
+        return Onnx(math.inf, f"torch cannot export it ({_reason(error)})")
+    except (Fail, InvalidGraph, NotImplemented) as error:
+        return Onnx(math.inf, f"onnxruntime cannot run it ({_reason(error)})")
+    if not difference <= TOLERANCE:
+        far = f"onnxruntime is {difference:.1e} away from torch, more than {TOLERANCE:.0e}"
+        return Onnx(difference, far)
+    return Onnx(difference)
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause of an error, in one line: the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _write_onnx(ensemble: Ensemble, path: Path) -> None:

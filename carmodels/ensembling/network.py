@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +22,12 @@ from carmodels.data.splits import Split
 from carmodels.evaluation.metrics import FLOOR
 from carmodels.files import read_json
 from carmodels.models.classifier import Classifier, create_classifier, load_weights
+from carmodels.models.facts import facts_of, remember
 from carmodels.models.weights import Weights
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
-from carmodels.training.forward import autocast, forward_in_halves, view_size
+from carmodels.training.forward import autocast, shown_view, view_size
+from carmodels.training.memory import PartwiseForward
 
 EXPORTED = ("model.json", "ensemble.safetensors", "ensemble.onnx", "README.md")
 
@@ -63,7 +66,9 @@ class EnsembleSpec:
     max_size: int  # pixels; the shorter side of an image is first reduced to twice this
 
     def inputs_of(self, member: Member) -> tuple[InputSpec, ...]:
-        return tuple(InputSpec(view, view_size(member.config, view)) for view in self.views)
+        """The member's input for each view; equal ones where it is shown two views alike."""
+        config = member.config
+        return tuple(InputSpec(shown_view(config, view), view_size(config, view)) for view in self.views)
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -73,12 +78,16 @@ class EnsembleSpec:
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types."""
         inputs = [{"name": i.name, **asdict(i), "shown": asdict(VIEWS[i.view])} for i in self.inputs]
-        values: dict[str, Any] = json.loads(json.dumps({**asdict(self), "inputs": inputs}))
+        names = sorted({member.config.backbone for member in self.members})
+        backbones = {name: asdict(facts_of(name)) for name in names}
+        content = {**asdict(self), "inputs": inputs, "backbones": backbones}
+        values: dict[str, Any] = json.loads(json.dumps(content))
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EnsembleSpec:
         """The inverse of `to_dict`."""
+        remember(values.get("backbones", {}))
         members = tuple(
             Member(m["trial_id"], m["weight"], TrialConfig.from_dict(m["config"]), m.get("temperature", 1.0))
             for m in values["members"]
@@ -100,6 +109,7 @@ class Ensemble(nn.Module):
         self.spec = spec
         self.models = nn.ModuleList(models)
         self.requires_grad_(False).eval()
+        self._forward = PartwiseForward(self._probabilities)
 
     def forward(self, *images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) uint8 for each of `spec.inputs` -> (B, C) probabilities."""
@@ -108,24 +118,24 @@ class Ensemble(nn.Module):
         total = sum(member.weight for member, _ in members) * len(self.spec.views)
         means = [
             _tempered(model(by_input[spec]).float().softmax(dim=1), member.temperature)
-            * (member.weight / total)
+            * (count * member.weight / total)
             for member, model in members
-            for spec in self.spec.inputs_of(member)
+            for spec, count in Counter(self.spec.inputs_of(member)).items()
         ]
         return _tempered(torch.stack(means).sum(dim=0), self.spec.temperature)
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Images (H, W, 3) uint8 -> (N, C) float32. Halves the batch on out-of-memory."""
-        device = next(self.parameters()).device
         inputs = [preprocess(images, spec) for spec in self.spec.inputs]
+        with autocast(next(self.parameters()).device)():
+            return self._forward(*inputs).numpy()
 
-        def forward(*batches: torch.Tensor) -> torch.Tensor:
-            probs: torch.Tensor = self(*(batch.to(device) for batch in batches))
-            return probs.cpu()
-
-        with autocast(device)():
-            return forward_in_halves(forward, *inputs).numpy()
+    def _probabilities(self, *images: torch.Tensor) -> torch.Tensor:
+        """`forward` of images on any device. Returns to the CPU."""
+        device = next(self.parameters()).device
+        probs: torch.Tensor = self(*(batch.to(device) for batch in images))
+        return probs.cpu()
 
 
 def _tempered(probs: torch.Tensor, temperature: float) -> torch.Tensor:

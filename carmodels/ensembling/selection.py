@@ -19,7 +19,7 @@ class Selection:
 
     weights: dict[str, float]  # of the members, largest first: all > 0, sum 1
     score: float
-    single: str  # the best single member
+    single: str  # the best candidate alone, a member or not
     single_score: float
     gains: dict[str, float]  # by member in order of weight; > 0: better; the sum is score over single_score
 
@@ -40,8 +40,8 @@ def select_ensemble(
 
     Each bag draws half of the members, but at least `max_members` (with one bag: all). It starts from their
     best prefix in order of score, adds one member per round, and keeps the best ensemble on this path. The
-    weights are the mean over the bags, cut to the `max_members` largest. If the best single member scores
-    as well, it is the ensemble. Log loss breaks ties. The members cost at most `max_cost` together.
+    weights are the mean over the bags, cut to the `max_members` largest. If the best candidate scores as
+    well alone, it is the ensemble. Log loss breaks ties. The members cost at most `max_cost` together.
 
     `labels` follow the ids of the first member. Raises ValueError as `blend` does, and if every member costs
     more than `max_cost`.

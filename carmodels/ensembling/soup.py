@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,9 @@ from carmodels.evaluation.metrics import METRICS, log_loss
 from carmodels.evaluation.predictions import Predictions
 from carmodels.models.classifier import Classifier, create_classifier
 from carmodels.models.weights import Weights
+from carmodels.steady_clock import steady_time
 from carmodels.training.forward import autocast, predict
+from carmodels.training.memory import named_out_of_memory
 from carmodels.training.run import Run
 from carmodels.training.trainer import make_train_loader
 
@@ -68,7 +69,7 @@ def greedy_soup(
 
     Tries one candidate after the other and keeps those with which val does not get worse by the metric or, at
     the same score, by log loss. None if only the first is kept. Tries no further candidate after `until`, in
-    time.time()'s seconds.
+    steady_time()'s seconds.
     """
     assert splits.val.labels is not None
     labels = splits.val.labels
@@ -81,7 +82,7 @@ def greedy_soup(
     kept, soup, tried = [candidates[0]], None, 1
     best = score(candidates[0].val)
     for candidate in candidates[1:]:
-        if time.time() > until:
+        if steady_time() > until:
             break
         larger = _average([*kept, candidate], splits, device, processes)
         if score(larger.val) >= best:
@@ -119,6 +120,6 @@ def update_batch_norm(
     The mean of the ingredients' statistics would belong to other weights (Izmailov et al., 2018).
     """
     loader, target = make_train_loader(run, splits, processes=processes), torch.device(device)
-    with autocast(target)():
+    with autocast(target)(), named_out_of_memory():
         update_bn((batch.images for batch in loader.epoch(0)), model, target)
     model.eval()

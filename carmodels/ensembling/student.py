@@ -16,6 +16,7 @@ from carmodels.ensembling.network import Ensemble
 from carmodels.evaluation.calibration import apply_temperature
 from carmodels.models.classifier import Classifier
 from carmodels.training.forward import autocast
+from carmodels.training.memory import PartwiseForward
 from carmodels.training.run import Run
 
 TEACHER_WEIGHT = 0.7  # of the teacher's probabilities in a target; the rest is the label's
@@ -54,10 +55,13 @@ def predict_train(
         for spec in plain.spec.inputs
     ]
     with autocast(torch.device(device))():
-        return np.stack([_predict_epoch(plain, loaders, epoch, device) for epoch in range(views)])
+        forward = PartwiseForward(plain)
+        return np.stack([_predict_epoch(forward, loaders, epoch, device) for epoch in range(views)])
 
 
-def _predict_epoch(teacher: Ensemble, loaders: Sequence[Loader], epoch: int, device: str) -> np.ndarray:
+def _predict_epoch(
+    teacher: PartwiseForward, loaders: Sequence[Loader], epoch: int, device: str
+) -> np.ndarray:
     """(N, C) in the order of train."""
     probs = [
         teacher(*(batch.images.to(device) for batch in batches)).float().cpu()

@@ -71,8 +71,13 @@ def confidence_threshold(probs: np.ndarray, labels: np.ndarray, accuracy: float)
     return 0.0 if enough[-1] else float(confidence[enough][-1])
 
 
-def selective_accuracy(probs: np.ndarray, labels: np.ndarray, confidence: float) -> Interval | None:
-    """Accuracy and its 95 % interval over answers of at least this confidence. None if there are none."""
+def selective_accuracy(
+    probs: np.ndarray, labels: np.ndarray, confidence: float, *, groups: np.ndarray
+) -> Interval | None:
+    """Accuracy and its 95 % interval over answers of at least this confidence. None if there are none.
+
+    `groups` (N,) are as in `intervals`.
+    """
     check_labels(probs, labels)
-    answered = probs.max(axis=1) >= confidence
-    return accuracy_interval(probs[answered], labels[answered]) if answered.any() else None
+    given = probs.max(axis=1) >= confidence
+    return accuracy_interval(probs[given], labels[given], groups=groups[given]) if given.any() else None

@@ -1,15 +1,15 @@
-"""NestedCheck check: the score of a choice on images that it was not made on."""
+"""Nested check: the score of a choice on images that it was not made on."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from carmodels.evaluation.metrics import get_metric, log_loss
+from carmodels.steady_clock import steady_time
 
 _TIE = 1e-9  # smaller differences of mean scores are rounding errors
 
@@ -33,6 +33,7 @@ def nested_check(
     labels: np.ndarray,
     *,
     metric: str,
+    groups: np.ndarray | None = None,
     repeats: int = 5,
     seed: int = 0,
     until: float = math.inf,
@@ -40,14 +41,15 @@ def nested_check(
     """Two-fold check: chooses on each half of the images and scores on the other half.
 
     `choose(rows)` may look at the rows (N / 2,) only. It returns probabilities (N, C) of its choice and of
-    what the choice replaces. Every repeat draws new stratified halves. No repeat but the first starts after
-    `until`, in seconds of time.time().
+    what the choice replaces. Every repeat draws new stratified halves. `groups` (N,), of near-duplicates,
+    stay in one half. No repeat but the first starts after `until`, in seconds of steady_time().
     """
+    groups = np.arange(len(labels)) if groups is None else groups
     scorer, rng = get_metric(metric), np.random.default_rng(seed)
     scores: list[list[float]] = []
     losses: list[list[float]] = []
-    while not scores or (len(scores) < repeats and time.time() < until):
-        both_probs = _out_of_half(choose, _halves(labels, rng))
+    while not scores or (len(scores) < repeats and steady_time() < until):
+        both_probs = _out_of_half(choose, _halves(labels, groups, rng))
         scores.append([scorer.score(probs, labels) for probs in both_probs])
         losses.append([log_loss(probs, labels) for probs in both_probs])
     chosen, before = np.mean(scores, axis=0).tolist()
@@ -57,20 +59,25 @@ def nested_check(
     return NestedCheck(chosen, before, tuple(scorer.gain(new, old) for new, old in scores), helps)
 
 
-def _halves(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """labels (N,) -> (N,) bool, whether an image is in the first half. Stratified by class."""
-    order = rng.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    first = np.zeros(len(labels), bool)
+def _halves(labels: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """labels (N,), groups (N,) -> (N,) bool, whether an image is in the first half.
+
+    Stratified by class; a group counts for the class of its first image.
+    """
+    _, first_image, member = np.unique(groups, return_index=True, return_inverse=True)
+    order = rng.permutation(len(first_image))
+    order = order[np.lexsort((np.bincount(member)[order], labels[first_image][order]))]
+    first = np.zeros(len(order), bool)
     first[order[::2]] = True
-    return first
+    half: np.ndarray = first[member]
+    return half
 
 
 def _out_of_half(
     choose: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], first: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities (N, C) of the choice and of what it replaces, each half from a choice on the other."""
-    if first.all():  # one image has no halves
+    if first.all():  # one image, or one group, has no halves
         _, before = choose(np.flatnonzero(first))
         return before, before
     on_first, on_second = (choose(np.flatnonzero(half)) for half in (first, ~first))

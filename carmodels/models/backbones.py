@@ -4,49 +4,105 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import timm
 import torch
-from huggingface_hub.errors import HTTPError  # timeouts included
 from safetensors import SafetensorError
+from timm.models import group_parameters
+from timm.optim import auto_group_layers
 from torch import nn
 
-from carmodels.catalog import BACKBONES
-from carmodels.models.weights import Weights
+from carmodels.models.facts import facts_of
+from carmodels.models.weights import Provenance, Weights
 
 TimmNetwork = Any  # an nn.Module with attributes that torch's annotations do not know
 
 
 def create_backbone(name: str, *, image_size: int, weights: Weights) -> TimmNetwork:
-    """A timm network that maps (B, 3, S, S) floats to (B, F) pooled features."""
-    arguments: dict[str, Any] = {"img_size": image_size} if BACKBONES[name].fixed_size else {}
-    if path := weights.file(name):
-        arguments["pretrained_cfg_overlay"] = {"file": str(path)}
-    return timm.create_model(name, pretrained=weights.source != "none", num_classes=0, **arguments)
+    """A timm network that maps (B, 3, S, S) floats to (B, F) pooled features.
+
+    Raises OSError if a download fails.
+    """
+    row = facts_of(name)
+    arguments: dict[str, Any] = {"img_size": image_size} if row.fixed_size or row.dynamic else {}
+    if row.dynamic:
+        arguments["dynamic_img_size"] = True
+    return build(name, row.saved, file=weights.file(name), **arguments)
 
 
-def fetch_weights(weights: Weights, backbones: Iterable[str]) -> None:
+def build(
+    name: str,
+    saved: Mapping[str, Any] | None,
+    *,
+    file: Path | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
+    **arguments: Any,
+) -> TimmNetwork:
+    """A timm network without a classifier; weights from `file` or `state`, by default random.
+
+    `saved` is the architecture and arguments of a network that is not called by a name of timm's.
+    """
+    given = {"file": str(file)} if file else {"state_dict": state} if state else {}
+    if saved is None:
+        return timm.create_model(
+            name, pretrained=bool(given), pretrained_cfg_overlay=given, num_classes=0, **arguments
+        )
+    return timm.create_model(
+        saved["architecture"],
+        pretrained=bool(given),
+        pretrained_cfg={**saved["pretrained_cfg"], **given},
+        pretrained_model_args=saved["model_args"] or None,
+        **{**saved["model_args"], "num_classes": 0, **arguments},
+    )
+
+
+def layer_groups(backbone: TimmNetwork) -> tuple[tuple[str, ...], ...]:
+    """Names of all parameters in groups of layers, from the stem up: timm's, or automatic ones."""
+    try:
+        groups = group_parameters(backbone, backbone.group_matcher(coarse=True))
+    except (AttributeError, AssertionError, NotImplementedError):  # it has none, or no coarse ones
+        groups = {}
+        for name, number in auto_group_layers(backbone).items():
+            groups.setdefault(number, []).append(name)
+    return tuple(tuple(groups[k]) for k in sorted(groups) if groups[k])
+
+
+def fetch_weights(weights: Weights, backbones: Iterable[str]) -> dict[str, Provenance]:
     """Download or check the weights of all backbones, before the first trial needs them.
 
-    Raises ValueError naming the backbone if the hub is unreachable or a file is damaged.
+    Returns where they come from. Raises ValueError naming the backbone if the hub is unreachable or a file is
+    damaged.
     """
     if weights.source == "hub" and not _hub_is_reachable():
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # use cached files and do not retry
+    found = {}
     for name in backbones:
         try:
             network = _seeded_backbone(name, weights)
-            if weights.is_folder:
+            if weights.is_folder or facts_of(name).saved:
                 _check_loaded(network, _seeded_backbone(name, Weights("none")))
-        except (OSError, RuntimeError, ValueError, SafetensorError, HTTPError) as error:
-            where = "from the hub" if weights.source == "hub" else f"from {weights.file(name)}"
+            found[name] = weights.provenance(name)
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            where = f"from {weights.place(name)}"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise ValueError(
                 f"the weights of {name} could not be loaded {where} ({reason}); "
                 "give --weights DIR with <timm name>.safetensors files, or --weights none"
             ) from error
+    return found
+
+
+def known_backbones(weights: Weights, backbones: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Facts about each backbone and its weights, which are fetched, in JSON's types. Raises ValueError."""
+    return {
+        name: {**asdict(facts_of(name)), **asdict(found), "non_commercial": found.non_commercial}
+        for name, found in fetch_weights(weights, backbones).items()
+    }
 
 
 def _hub_is_reachable() -> bool:
@@ -66,7 +122,7 @@ def _seeded_backbone(name: str, weights: Weights) -> TimmNetwork:
     """Like `create_backbone`, with the same initial weights at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return create_backbone(name, image_size=224, weights=weights)
+        return create_backbone(name, image_size=facts_of(name).fit(224), weights=weights)
 
 
 def _check_loaded(loaded: nn.Module, initial: nn.Module) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from timm.models import group_parameters
 from torch import nn
 
 from carmodels.catalog import HEADS, Head
 from carmodels.files import write_atomic
-from carmodels.models.backbones import TimmNetwork, create_backbone
+from carmodels.models.backbones import TimmNetwork, create_backbone, layer_groups
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 
@@ -43,8 +42,7 @@ class Classifier(nn.Module):
         mean, std = (255 * torch.tensor(backbone.pretrained_cfg[name]) for name in ("mean", "std"))
         self.register_buffer("scale", 1 / std, persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
-        groups = group_parameters(backbone, backbone.group_matcher(coarse=True))
-        self.groups: tuple[tuple[str, ...], ...] = tuple(tuple(groups[k]) for k in sorted(groups))
+        self.groups = layer_groups(backbone)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) uint8 -> float32, channels last, with the backbone's mean and std.

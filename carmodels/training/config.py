@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from carmodels.catalog import AUGMENTS, BACKBONES, HEADS, SCHEDULES, UNFREEZE
+from carmodels.catalog import AUGMENTS, HEADS, SCHEDULES, SIZES, UNFREEZE
+from carmodels.models.facts import absolute_name, facts_of, short_name
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 METRIC_NAMES = ("accuracy", "log_loss", "macro_f1")
@@ -28,7 +29,7 @@ class TrialConfig:
     dropout: float = 0.25  # in each head block
     unfreeze: str = "full"
     lr: float = 1e-3  # peak learning rate of the head
-    layer_decay: float = 1.0  # factor for the learning rate from one layer group to the next one down
+    lr_ratio: float = 1.0  # learning rate of the backbone's bottom layer group over the head's
     optimizer: str = "adamw"
     weight_decay: float = 0.02
     schedule: str = "cosine"
@@ -53,22 +54,21 @@ class TrialConfig:
             if not isinstance(value, int if whole else int | float) or not low <= value <= high:
                 number = "whole number" if whole else "number"
                 raise ValueError(f"{name}={value!r} must be a {number} from {low:g} to {high:g}")
-        multiple = BACKBONES[self.backbone].multiple
-        if self.image_size % multiple:
-            raise ValueError(
-                f"image_size={self.image_size} must be a multiple of {multiple} for {self.backbone}"
-            )
-        self._check_other_sizes()
+        self._check_sizes()
 
-    def _check_other_sizes(self) -> None:
-        row, smallest = BACKBONES[self.backbone], BOUNDS["image_size"][0]
+    def _check_sizes(self) -> None:
+        row = facts_of(self.backbone)
+        if row.fit(self.image_size) != self.image_size:
+            allowed = f"{row.only_size}" if row.only_size else f"a multiple of {row.multiple}"
+            least = f", {row.smallest} or more," if self.image_size < row.smallest else ""
+            raise ValueError(f"image_size={self.image_size} must be {allowed}{least} for {self.backbone}")
         for name in ("start_image_size", "eval_image_size"):
             size = getattr(self, name)
-            if size and row.fixed_size:
+            if size and (row.fixed_size or row.only_size):
                 raise ValueError(f"{name}={size}: {self.backbone} is built for one size; leave it out")
-            if size and (size < smallest or size % row.multiple):
+            if size and row.fit(size) != size:
                 raise ValueError(
-                    f"{name}={size} must be 0 or a size for {self.backbone}, {smallest:g} or more"
+                    f"{name}={size} must be 0 or a size for {self.backbone}, {row.smallest} or more"
                 )
         if self.start_image_size > self.image_size:
             raise ValueError(
@@ -84,12 +84,13 @@ class TrialConfig:
         """Side of the training images in an epoch, pixels; the first epoch is 1.
 
         Progressive resizing (Howard, 2018; Tan and Le, 2021, EfficientNetV2, section 4) in steps of 16 pixels
-        or the backbone's multiple, if that is larger.
+        or more, multiples of the backbone's.
         """
         progress = self._resize_progress(epoch)
         if progress == 1:
             return self.image_size
-        step = max(_SIZE_STEP, BACKBONES[self.backbone].multiple)
+        multiple = facts_of(self.backbone).multiple
+        step = multiple * math.ceil(_SIZE_STEP / multiple)
         size = self.start_image_size + progress * (self.image_size - self.start_image_size)
         return min(self.image_size, round(size / step) * step)
 
@@ -106,7 +107,7 @@ class TrialConfig:
     @property
     def title(self) -> str:
         """Backbone, image size, head and unfreeze strategy, for display."""
-        return f"{self.backbone} {self.image_size}px head{self.head_depth} {self.unfreeze}"
+        return f"{short_name(self.backbone)} {self.image_size}px head{self.head_depth} {self.unfreeze}"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrialConfig:
@@ -127,12 +128,12 @@ class EpochMetrics:
     value: float  # the run's metric on val
     seconds: float  # training and validation
     ending: str = ""  # why this is the last epoch: schedule, patience, time or diverged
+    microbatches: int = 1  # into which a batch was split, as memory did not hold it
 
 
 FIELDS = tuple(f.name for f in fields(TrialConfig))
 
 _OPTIONS: dict[str, tuple[str, ...]] = {
-    "backbone": tuple(BACKBONES),
     "head": tuple(HEADS),
     "unfreeze": tuple(UNFREEZE),
     "schedule": tuple(SCHEDULES),
@@ -141,12 +142,12 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
 }
 
 BOUNDS: dict[str, tuple[float, float]] = {
-    "image_size": (16, 2048),
+    "image_size": SIZES,
     "epochs": (1, 10_000),
     "head_depth": (0, 3),
     "dropout": (0.0, 0.95),
     "lr": (1e-8, 10.0),
-    "layer_decay": (0.01, 1.0),
+    "lr_ratio": (1e-6, 1.0),
     "weight_decay": (0.0, 10.0),
     "batch_size": (2, 65_536),
     "label_smoothing": (0.0, 0.9),
@@ -155,8 +156,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "ema": (0.0, 0.99999),
     "clip_norm": (0.0, 1e6),
     "patience": (0, 10_000),
-    "start_image_size": (0, 2048),
-    "eval_image_size": (0, 2048),
+    "start_image_size": (0, SIZES[1]),
+    "eval_image_size": (0, SIZES[1]),
 }
 
 
@@ -170,6 +171,8 @@ def check_option(name: str, value: object, options: tuple[str, ...]) -> None:
 
 def parse_value(name: str, text: str) -> Any:
     """A field's value, of the field's type. Raises ValueError naming the field."""
+    if name == "backbone":
+        return absolute_name(text)
     type_name = _TYPES[name]
     try:
         if type_name == "bool":

@@ -1,42 +1,37 @@
-"""Inference: mixed precision, halving on out-of-memory, probabilities of a split."""
+"""Inference: mixed precision, sizes of views, probabilities of a split."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from carmodels.catalog import BACKBONES, VIEWS
+from carmodels.catalog import VIEWS
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
 from carmodels.data.splits import Split
 from carmodels.evaluation.predictions import Predictions
 from carmodels.models.classifier import Classifier
-from carmodels.training.config import BOUNDS, TrialConfig
-
-
-def forward_in_halves(network: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """network(*inputs), without gradients. On out-of-memory, halves the batch until it fits."""
-    try:
-        return network(*inputs)
-    except torch.OutOfMemoryError:
-        if len(inputs[0]) == 1:
-            raise
-    torch.cuda.empty_cache()
-    halves = zip(*(batch.tensor_split(2) for batch in inputs), strict=True)
-    return torch.cat([forward_in_halves(network, *half) for half in halves])
+from carmodels.models.facts import facts_of
+from carmodels.training.config import TrialConfig
+from carmodels.training.memory import PartwiseForward, try_twice
 
 
 def autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context for the forward pass: bf16 on GPUs that support it, fp16 on others, float32 on CPUs."""
+    """A context for the forward pass in `precision`."""
+    dtype = precision(device)
+    return nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """bf16 on GPUs that support it, fp16 on others, float32 on CPUs."""
     if device.type != "cuda":
-        return nullcontext
-    dtype = torch.bfloat16 if has_bf16() else torch.float16
-    return lambda: torch.autocast(device.type, dtype)
+        return torch.float32
+    return torch.bfloat16 if has_bf16() else torch.float16
 
 
 def has_bf16() -> bool:
@@ -44,15 +39,20 @@ def has_bf16() -> bool:
 
 
 @torch.inference_mode()
-def predict_probs(model: Classifier, loader: Loader, device: torch.device) -> np.ndarray:
-    """(N, C) float32, in the order of the loader's split."""
+def predict_probs(
+    model: Classifier, loader: Loader, device: torch.device, forward: PartwiseForward | None = None
+) -> np.ndarray:
+    """(N, C) float32, in the order of the loader's split.
+
+    `forward` is the model's, kept from one call to the next: it knows how many images memory holds.
+    """
     model.eval()
-    precision = autocast(device)
+    mixed, forward = autocast(device), forward or PartwiseForward(model)
     probs: list[torch.Tensor] = []
     for batch in loader.epoch(0):
-        with precision():
+        with mixed():
             images = batch.images.to(device, non_blocking=True)
-            logits = forward_in_halves(model, images.contiguous(memory_format=torch.channels_last))
+            logits = forward(images.contiguous(memory_format=torch.channels_last))
         probs.append(logits.float().softmax(dim=1))
     return torch.cat(probs).cpu().numpy()
 
@@ -76,7 +76,8 @@ def predict(
         view=VIEWS[view],
         processes=processes,
     )
-    probs = predict_probs(model.to(device), loader, torch.device(device))
+    model = try_twice(lambda: model.to(device))
+    probs = predict_probs(model, loader, torch.device(device))
     return Predictions(split.ids, splits.classes, probs)
 
 
@@ -85,9 +86,15 @@ def view_size(config: TrialConfig, view: str) -> int:
 
     A backbone with a fixed size keeps that.
     """
-    row, (low, high) = BACKBONES[config.backbone], BOUNDS["image_size"]
-    if row.fixed_size:
-        return config.image_size
-    smallest, largest = math.ceil(low / row.multiple), int(high // row.multiple)
-    steps = round(config.eval_size * VIEWS[view].scale / row.multiple)
-    return row.multiple * min(max(steps, smallest), largest)
+    row = facts_of(config.backbone)
+    return config.image_size if row.fixed_size else row.fit(config.eval_size * VIEWS[view].scale)
+
+
+def shown_view(config: TrialConfig, view: str) -> str:
+    """The first row of VIEWS that shows the configuration's backbone the same images.
+
+    A view of another scale is another view only if its size differs.
+    """
+    size, unscaled = view_size(config, view), replace(VIEWS[view], scale=1.0)
+    same = (name for name, row in VIEWS.items() if replace(row, scale=1.0) == unscaled)
+    return next(name for name in same if view_size(config, name) == size)

@@ -8,16 +8,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 
 from carmodels.catalog import AUGMENTS
+from carmodels.data.cache import CACHE_VERSION
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Loader
 from carmodels.models.classifier import Classifier
 from carmodels.models.weights import Weights
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import VIEWS_KEPT, FeatureStore
-from carmodels.training.forward import autocast, forward_in_halves
+from carmodels.training.forward import autocast, precision
+from carmodels.training.memory import PartwiseForward, try_twice
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +58,8 @@ class FrozenFeatures:
             "view": view,
         }
         stored = self.store.get(content, len(train), lambda: self._compute(loader, view))
-        features = torch.from_numpy(np.array(stored)).to(self._device)  # in one transfer
+        images = torch.from_numpy(np.array(stored))
+        features = try_twice(lambda: images.to(self._device))  # in one transfer
         assert train.labels is not None
         labels = torch.from_numpy(train.labels).to(self._device)
         for order in orders:
@@ -81,16 +85,22 @@ class FrozenFeatures:
             "data": self.splits.fingerprint,
             "split": self.splits.split_hash,
             "decoded": self.splits.open_arguments.max_size,
+            "cache": CACHE_VERSION,
+            "timm": timm.__version__,
             "device": self._device.type,
+            "precision": str(precision(self._device)),
         }
+
+    @cached_property
+    def _forward(self) -> PartwiseForward:
+        return PartwiseForward(lambda images: self.model.backbone(self.model.normalise(images)))
 
     @torch.inference_mode()
     def _compute(self, loader: Loader, epoch: int) -> np.ndarray:
         """(N, F) features of all images of an unshuffled loader."""
-        precision = autocast(self._device)
+        mixed = autocast(self._device)
         features: list[torch.Tensor] = []
         for batch in loader.epoch(epoch):
-            with precision():
-                images = self.model.normalise(batch.images.to(self._device, non_blocking=True))
-                features.append(forward_in_halves(self.model.backbone, images).float())
+            with mixed():
+                features.append(self._forward(batch.images.to(self._device, non_blocking=True)).float())
         return torch.cat(features).cpu().numpy()

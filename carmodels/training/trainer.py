@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -24,11 +23,19 @@ from carmodels.evaluation.metrics import METRICS, accuracy, log_loss
 from carmodels.models.classifier import Classifier, create_classifier, load_weights
 from carmodels.models.parameter_groups import optimizer_groups, trainable_groups
 from carmodels.models.weights import Weights
+from carmodels.steady_clock import steady_time
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.features import FeatureStore
 from carmodels.training.forward import autocast, has_bf16, predict_probs
 from carmodels.training.frozen_features import FrozenFeatures
 from carmodels.training.held_out import splits_for
+from carmodels.training.memory import (
+    PartwiseForward,
+    allocate_state,
+    free_memory,
+    named_out_of_memory,
+    try_twice,
+)
 from carmodels.training.run import Run
 from carmodels.training.schedule import LearningRate
 
@@ -59,24 +66,28 @@ def fit(
     features: FeatureStore | None = None,
     compiled: bool = False,
     until: float = math.inf,
+    epoch_seconds: Callable[[int], float] | None = None,
     targets: np.ndarray | None = None,
     start: Path | None = None,
 ) -> TrainResult:
-    """Train a run and keep the epoch with the best value of the run's metric on val.
+    """Train a run and keep the epoch with the best value of the run's metric on val. Log loss breaks ties.
 
     With folds, trains on the other K-1 folds and keeps the last epoch, so that the held-out fold never
     influences selection. With `fold_in`, trains on all labelled images and keeps the last epoch; its metrics
     on val are NaN. A run that `continues` another loads the weights file `start` and restarts the schedule
     (warm restart, Loshchilov and Hutter, 2017).
 
-    `on_epoch` is called after every epoch. A non-finite loss ends training as "diverged". Training ends early
-    if another epoch would not end by `until`, in time.time()'s seconds. With `features`, epochs with a frozen
-    backbone train the head on its stored outputs. With `targets`, (V, N, C) probabilities take the place of
-    the labels (distillation, Hinton et al., 2015): epoch e augments the N train images as a loader does in
-    its epoch v = (e - 1) mod V, and trains on `targets[v]`.
+    `on_epoch` is called after every epoch. A non-finite loss ends training as "diverged". With `features`,
+    epochs with a frozen backbone train the head on its stored outputs. With `targets`, (V, N, C)
+    probabilities take the place of the labels (distillation, Hinton et al., 2015): epoch e augments the N
+    train images as a loader does in its epoch v = (e - 1) mod V, and trains on `targets[v]`.
 
-    On out-of-memory, falls back to gradient accumulation. On a CPU, the same run with the same number of
-    threads gives the same numbers, bit by bit.
+    Training ends early if another epoch would not end by `until` (steady_time()). `epoch_seconds`
+    returns what an epoch should take. Without it, the next one should take what the last one took.
+
+    On out-of-memory, falls back to gradient accumulation, which `EpochMetrics.microbatches` tells. Raises
+    torch.OutOfMemoryError if that does not help. On a CPU, the same run with the same number of threads gives
+    the same numbers, bit by bit.
     """
     if bool(run.origin.continues) != (start is not None):
         raise ValueError(f"continues={run.origin.continues!r}, start={start}: give both or neither")
@@ -101,10 +112,11 @@ def fit(
         if not metrics.ending and _should_keep(run, metrics, best):
             best = metrics
             best_state = {k: v.detach().cpu().clone() for k, v in trainer.eval_model.state_dict().items()}
-        ending = _ending(run, metrics, best)
-        if not ending and time.time() + metrics.seconds > until:
+        ending = _ending(run, [*history, metrics])
+        next_seconds = _next_seconds(metrics, trainer.uses_features(epoch), epoch_seconds)
+        if not ending and steady_time() + next_seconds > until:
             ending = "time"
-        metrics = replace(metrics, ending=ending)
+        metrics = replace(metrics, ending=ending, microbatches=trainer.microbatches)
         history.append(metrics)
         on_epoch(metrics)
         if metrics.ending:
@@ -112,6 +124,19 @@ def fit(
     if best_state:
         trainer.model.load_state_dict(best_state)
     return TrainResult(run, trainer.model, tuple(history), best)
+
+
+def _next_seconds(last: EpochMetrics, on_features: bool, expected: Callable[[int], float] | None) -> float:
+    """Seconds that the next epoch is expected to take, at the pace of the last one.
+
+    An epoch on stored features (`on_features`) says nothing of the pace: it may have found them all.
+    """
+    if expected is None:
+        return last.seconds
+    planned, following = expected(last.epoch), expected(last.epoch + 1)
+    if on_features or not 0 < planned < math.inf:
+        return max(last.seconds, following)
+    return last.seconds * following / planned
 
 
 def _measure(
@@ -130,21 +155,33 @@ def _measure(
 def _should_keep(run: Run, metrics: EpochMetrics, best: EpochMetrics | None) -> bool:
     if run.origin.keeps_last_epoch or best is None:
         return True
-    return METRICS[run.origin.metric].gain(metrics.value, best.value) > 0
+    gain = METRICS[run.origin.metric].gain(metrics.value, best.value)
+    return gain > 0 or (gain == 0 and metrics.val_loss < best.val_loss)
 
 
-def _ending(run: Run, metrics: EpochMetrics, best: EpochMetrics | None) -> str:
-    if metrics.ending:
-        return metrics.ending
-    if metrics.epoch == run.config.epochs:
+def _ending(run: Run, history: Sequence[EpochMetrics]) -> str:
+    """Why the last epoch of the history is the last of all; "" if it is not."""
+    last, patience = history[-1], run.config.patience
+    if last.ending:
+        return last.ending
+    if last.epoch == run.config.epochs:
         return "schedule"
-    stalled = best is not None and metrics.epoch - best.epoch >= run.config.patience
-    return "patience" if run.config.patience and stalled else ""
+    return "patience" if patience and last.epoch - _last_gain(run, history) >= patience else ""
+
+
+def _last_gain(run: Run, history: Sequence[EpochMetrics]) -> int:
+    """The epoch that first had the best value. A tie with a lower log loss is no gain of the metric."""
+    metric = METRICS[run.origin.metric]
+    first = history[0]
+    for metrics in history:
+        first = metrics if metric.gain(metrics.value, first.value) > 0 else first
+    return first.epoch
 
 
 class Trainer:
     """The state of one training run: model, optimizer, schedule, loaders."""
 
+    @named_out_of_memory()
     def __init__(
         self,
         run: Run,
@@ -160,17 +197,26 @@ class Trainer:
     ) -> None:
         config, origin, classes = run.config, run.origin, len(splits.classes)
         self.config, self.origin, self.device, self.classes = config, origin, device, classes
-        torch.manual_seed(origin.init_seed)
-        if start is None:
-            model = create_classifier(config, classes=classes, weights=weights)
-        else:
-            model = load_weights(config, start, classes=classes)
+
+        def initial_model() -> Classifier:
+            torch.manual_seed(origin.init_seed)
+            if start is None:
+                model = create_classifier(config, classes=classes, weights=weights)
+            else:
+                model = load_weights(config, start, classes=classes)
+            return model.to(device).to(memory_format=torch.channels_last)
+
+        self.model = try_twice(initial_model)
         if origin.head_seed is not None:
             torch.manual_seed(origin.seed)
-        self.model = model.to(device).to(memory_format=torch.channels_last)
         self.network: nn.Module = cast(nn.Module, torch.compile(self.model)) if compiled else self.model
         # timm's warm-up of the decay: without it the average of a short schedule holds the initial weights.
-        self.average = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.average = (
+            try_twice(lambda: ModelEmaV3(self.model, decay=config.ema, use_warmup=True))
+            if config.ema
+            else None
+        )
+        self.val_forward = PartwiseForward(self.eval_model)
         self.steps = 0
         self.microbatches = 1  # into which a batch is split; doubled on out-of-memory
         self.train_loader = make_train_loader(run, splits, processes=processes)
@@ -215,11 +261,10 @@ class Trainer:
 
         The first epoch is 1. After a non-finite train loss the probabilities are NaN.
         """
-        row, groups = UNFREEZE[self.config.unfreeze], len(self.model.groups)
-        trainable = trainable_groups(row, epoch=number, epochs=self.config.epochs, groups=groups)
-        self.model.unfreeze_top(trainable)
+        self.model.unfreeze_top(self._trainable(number))
         self.model.train()
-        features = self.features if trainable == 0 else None
+        try_twice(lambda: allocate_state(self.optimizer))
+        features = self.features if self.uses_features(number) else None
         if features is None:
             batches = self.train_batches(number)
         else:
@@ -239,6 +284,15 @@ class Trainer:
             self.schedule.epoch_ended(loss)
         return train_loss, probs
 
+    def _trainable(self, number: int) -> int:
+        """Layer groups of the backbone that train in an epoch."""
+        row, groups = UNFREEZE[self.config.unfreeze], len(self.model.groups)
+        return trainable_groups(row, epoch=number, epochs=self.config.epochs, groups=groups)
+
+    def uses_features(self, number: int) -> bool:
+        """Whether an epoch trains on stored features."""
+        return self.features is not None and self._trainable(number) == 0
+
     def train_batches(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """An epoch's batches of images with their labels (B,) or targets (B, C)."""
         size, strength = self.config.train_image_size(number), self.config.augment_strength(number)
@@ -254,7 +308,7 @@ class Trainer:
     def _val_probs(self, features: FrozenFeatures | None) -> np.ndarray:
         """(N, C) probabilities of val, from stored features if there are any."""
         if features is None:
-            return predict_probs(self.eval_model, self.val_loader, self.device)
+            return predict_probs(self.eval_model, self.val_loader, self.device, self.val_forward)
         self.eval_model.eval()
         val = features.val(self.val_loader)
         with self.precision():
@@ -263,24 +317,29 @@ class Trainer:
 
     def step(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """One optimizer step on images (B, 3, S, S) uint8 or features (B, F). Returns the loss."""
-        inputs = inputs.to(self.device, non_blocking=True)
-        targets = labels.to(self.device, non_blocking=True)
-        network: nn.Module = self.model.head
-        if inputs.ndim == 4:
-            network, inputs = self.network, self.model.normalise(inputs)
-        if self.mix is not None:
-            inputs, targets = self.mix(inputs, targets)
-        loss = self._backward(network, inputs, targets)
+        network: nn.Module = self.network if inputs.ndim == 4 else self.model.head
+        loss = self._backward(network, *try_twice(lambda: self._on_device(inputs, labels)))
         if self.config.clip_norm:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        self.scaler.step(self.optimizer)
+            try_twice(lambda: nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm))
+        with named_out_of_memory():
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step_ended()
-        if self.average is not None:
+        if (average := self.average) is not None:
             self.steps += 1
-            self.average.update(self.model, step=self.steps)
+            try_twice(lambda: average.update(self.model, step=self.steps))
         return loss
+
+    def _on_device(self, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images normalised and mixed, or features, and their targets."""
+        inputs = inputs.to(self.device, non_blocking=True)
+        targets = labels.to(self.device, non_blocking=True)
+        if inputs.ndim == 4:
+            inputs = self.model.normalise(inputs)
+        if self.mix is not None:
+            inputs, targets = self.mix(inputs, targets)
+        return inputs, targets
 
     def _backward(self, network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Compute a batch's gradients. Returns the loss.
@@ -291,13 +350,13 @@ class Trainer:
         """
         while True:
             try:
-                return self._accumulate(network, inputs, targets)
+                with named_out_of_memory():
+                    return self._accumulate(network, inputs, targets)
             except torch.OutOfMemoryError:
                 if len(inputs) < 4 * self.microbatches:
                     raise
-            self.microbatches *= 2  # outside the handler, where the exception still holds activations
-            gc.collect()
-            torch.cuda.empty_cache()
+            self.microbatches *= 2
+            free_memory()
 
     def _accumulate(self, network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Accumulate a batch's gradients over micro-batches. Returns the loss."""

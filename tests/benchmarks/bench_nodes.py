@@ -30,6 +30,7 @@ from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 from tune.budget.stages import WEIGHTS_KEPT
+from tune.optim.optuna_file import OptunaFile
 from tune.optim.optuna_records import suggest
 from tune.optim.scheduler import AshaScheduler, TimeLimit
 from tune.optim.searcher import OptunaSearcher
@@ -201,7 +202,6 @@ def begin(folder: Path) -> Study:
 
 
 def drawing(study: Study, **more: Any) -> OptunaSearcher:
-    storage = optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}")
     return OptunaSearcher(
         SPACE,
         origin=ORIGIN,
@@ -209,7 +209,7 @@ def drawing(study: Study, **more: Any) -> OptunaSearcher:
         mode="max",
         seed=0,
         fits=lambda config: True,
-        storage=storage,
+        copy=OptunaFile(study.optuna_file, print),
         **more,
     )
 

@@ -75,7 +75,7 @@ def measure(
         job = Job(study, splits, weights, Workers(WORKERS, 1, 0.0), Path(folder) / "cache")
         started = time.time()
         search_stage.search(
-            replace(job, costs=costs_of(job, space)),
+            replace(job, costs=costs_of(job, space, print)),
             space,
             origin=Origin(data=splits.fingerprint, split=splits.split_hash),
             trials=trials,

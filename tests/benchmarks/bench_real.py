@@ -50,7 +50,7 @@ SPACE = (  # the tutorial's; it has three backbones, those of `--weights`
     "head_depth=0,1,2",
     "unfreeze=frozen,full,head_first,gradual",
     "dropout=0.25",
-    "layer_decay=1.0",
+    "lr_ratio=1.0",
     "augment=color",
     "label_smoothing=0.0",
 )

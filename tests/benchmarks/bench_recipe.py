@@ -59,7 +59,7 @@ BASE = Run(
         image_size=80,
         epochs=8,
         lr=7.3e-3,
-        layer_decay=0.51,
+        lr_ratio=0.0046,
         label_smoothing=0.1,
         ema=0.998,
     ),
@@ -136,7 +136,7 @@ VARIANTS = {
         {**OPENED, "lr": 1e-3}, "opened, from its weights", onward="frozen, 128 px"
     ),
     "opened, from its weights, all groups at one rate": Variant(
-        {**OPENED, "layer_decay": 1.0}, "opened, from its weights", onward="frozen, 128 px"
+        {**OPENED, "lr_ratio": 1.0}, "opened, from its weights", onward="frozen, 128 px"
     ),
     "opened, a new model at a third of the rate": Variant({**OPENED, "lr": 5e-3}, "opened, a new model"),
     "opened, a new model, two epochs of the head first": Variant(

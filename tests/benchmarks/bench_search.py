@@ -26,7 +26,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import numpy as np
 import optuna
 import scipy.stats
-from bohb import INSTALLED, bohb
+from bohb import INSTALLED, bohb, check_draws
 from collect_curves import SIZES
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
@@ -83,6 +83,8 @@ def main() -> None:
     if not INSTALLED and "HyperBand + BOHB" in options.methods:
         options.methods = [name for name in options.methods if name != "HyperBand + BOHB"]
         print("HyperBand + BOHB is skipped; it needs: pip install hpbandster ConfigSpace")
+    elif "HyperBand + BOHB" in options.methods:
+        check_draws(SPACES["cpu"])
     curves = Curves.read(options.curves)
     design, final = curves.halves()
     known, unseen = (final, design) if options.half == "final" else (design, final)

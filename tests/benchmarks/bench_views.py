@@ -44,7 +44,7 @@ from carmodels.training.trainer import fit
 from table import FOLDER, as_in_a_worker, asked, processor
 
 PLACE = FOLDER.parent / "final"
-CONFIG = TrialConfig("mobilenetv2_035", image_size=96, epochs=8, lr=5e-3, layer_decay=0.6)
+CONFIG = TrialConfig("mobilenetv2_035", image_size=96, epochs=8, lr=5e-3, lr_ratio=0.0168)
 DEMO_CONFIG = replace(CONFIG, backbone="test_resnet", image_size=48)
 RANDOM = tuple(f"random_{n}" for n in range(10))  # views of the baseline
 MOST = 4  # views that a choice may keep, the plain one included

@@ -10,6 +10,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.bohb import TuneBOHB, bohb_search
 
 from carmodels.space import Choice, Space
+from carmodels.training.config import TrialConfig
 
 logging.getLogger("hpbandster").setLevel(logging.ERROR)  # it warns of every draw its densities are nan at
 INSTALLED = bohb_search.BOHB is not None  # Ray imports both packages, or neither
@@ -54,6 +55,22 @@ def config_space(space: Space) -> Any:
             places = [place for place, value in enumerate(chosen.options) if value in wanted]
             found.add(ConfigSpace.InCondition(found[name], found[parent], places))
     return found
+
+
+def check_draws(space: Space) -> None:
+    """Draw 50 configurations and report values. AssertionError if one is not of the space.
+
+    The benchmark runs this first: the tests cannot, as hpbandster's last release is of 2018.
+    """
+    searcher = SpaceBOHB(space, metric="accuracy", mode="max", seed=0)
+    for number in range(50):
+        values = searcher.suggest(str(number))
+        assert values is not None, number
+        config = TrialConfig.from_dict(values)
+        assert set(values) == {*space.fixed, *space.active_dimensions(values)}, values
+        result = {"accuracy": config.lr, "hyperband_info": {"budget": 2}}
+        searcher.on_trial_result(str(number), result)
+    assert searcher.bohber.kde_models
 
 
 def bohb(

@@ -2,8 +2,8 @@
 
 Whole learning curves of a quasi-random design over the `cpu` preset (64 to 128 px), nothing stopped early,
 for comparing searchers and schedulers on. Appends to results/curves/<data>-cpu.csv; run again, it goes on
-where it was. Seconds are CPU time of one core, less what filling the store of frozen outputs took, which is
-in a file of its own, a line for each view of train.
+where it was, unless the preset has changed. Seconds are CPU time of one core, less what filling the store of
+frozen outputs took, which is in a file of its own, a line for each view of train.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -118,8 +119,16 @@ def planned(configs: Sequence[TrialConfig]) -> Iterator[tuple[int, int]]:
 
 
 def write_configs(path: Path, configs: Sequence[TrialConfig]) -> None:
-    """One row a configuration: its number in the design, and every field."""
+    """One row a configuration: its number in the design, and every field.
+
+    Exits if the file holds another design: its curves would be taken for those of this one.
+    """
     rows = [{"config_id": number, **asdict(config)} for number, config in enumerate(configs)]
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            before = [row["backbone"] + row["lr"] for row in csv.DictReader(file)]
+        if any(f"{row['backbone']}{row['lr']}" != old for row, old in zip(rows, before, strict=False)):
+            sys.exit(f"{path} holds the design of another space; move the three files away to begin anew")
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -115,12 +115,12 @@ class Clock:
 @contextmanager
 def simulated(clock: Clock) -> Iterator[None]:
     """`tune`'s scheduler and plan look at this clock."""
-    own = scheduler.time, plan.time
-    scheduler.time = plan.time = clock  # type: ignore[assignment]
+    own = scheduler.steady_time, plan.steady_time
+    scheduler.steady_time = plan.steady_time = clock.time
     try:
         yield
     finally:
-        scheduler.time, plan.time = own
+        scheduler.steady_time, plan.steady_time = own
 
 
 def simulate(

@@ -178,7 +178,7 @@ def encoded(config: TrialConfig) -> list[float]:
         *(float(config.unfreeze == name) for name in UNFREEZE),
         math.log2(config.image_size / 96),
         math.log10(config.lr / 2.5e-3),
-        0.0 if learns else math.log2(config.layer_decay / 0.6),
+        0.0 if learns else math.log10(config.lr_ratio / 0.03) / 2,
         float(config.head_depth) / 2,
         2 * config.dropout - 0.5 if config.head_depth else 0.0,
         10 * config.label_smoothing,

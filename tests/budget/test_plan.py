@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
+import torch
+from ray.exceptions import WorkerCrashedError
 
 from carmodels.files import write_json
 from carmodels.models.weights import Weights
@@ -152,31 +157,167 @@ def test_a_space_of_one_size_needs_one_measurement() -> None:
     assert single.schedule(config) == pytest.approx(0.002 * (10 + FORWARD_COST * (10 + 10)))
 
 
+Measuring = Callable[[Job, list[TrialConfig]], dict[str, Any]]
+
+
+def evenly(seconds: float) -> Measuring:
+    """Measures the same for every size."""
+    return lambda job, configs: {
+        "seconds": {str(c.image_size): seconds for c in configs},
+        "bytes": {},
+        "compiled": {},
+    }
+
+
+@pytest.fixture
+def measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Costs, list[str], list[str]]]:
+    """Measures with functions in place of Ray's tasks; the costs, what was measured and what was said."""
+
+    def result(task: Callable[[], Any]) -> Any:
+        return task()
+
+    monkeypatch.setattr(
+        profiling, "as_task", lambda f, workers: SimpleNamespace(remote=lambda *given: partial(f, *given))
+    )
+    monkeypatch.setattr("ray.get", result)
+    splits = SimpleNamespace(train=range(700), val=range(150), holdout=range(150), test=range(300))
+
+    def measure(
+        how: Measuring, pace: float, workers: int = 2, looked: Callable[..., tuple[str, float]] | None = None
+    ) -> tuple[Costs, list[str], list[str]]:
+        names: list[str] = []
+        said: list[str] = []
+
+        def counted(job: Job, configs: list[TrialConfig]) -> dict[str, Any]:
+            names.append(configs[0].backbone)
+            return how(job, configs)
+
+        monkeypatch.setattr(profiling, "_measure", counted)
+        monkeypatch.setattr(profiling, "_looked_at", looked or (lambda job, config: ("a processor", pace)))
+        own = Workers(workers, 1, 0.0)
+        job = Job(Study(tmp_path), splits, Weights("none"), own, tmp_path)  # type: ignore[arg-type]
+        return costs_of(job, SPACE, said.append), names, said
+
+    return measure
+
+
 @pytest.mark.parametrize(("now", "anew"), [(0.012, False), (0.0155, False), (0.017, True), (0.006, True)])
 def test_costs_that_were_kept_hold_as_long_as_the_machine_is_as_fast(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: float, anew: bool
+    measured: Callable[..., Any], now: float, anew: bool
 ) -> None:
-    pace, measured = [0.010], []
-
-    def measure(job: Job, configs: list[TrialConfig]) -> dict[str, Any]:
-        measured.append(configs[0].backbone)
-        return {"seconds": {str(c.image_size): pace[0] for c in configs}, "bytes": {}, "compiled": {}}
-
-    monkeypatch.setattr(profiling, "_looked_at", lambda job, config: ("a processor", pace[0]))
-    monkeypatch.setattr(profiling, "_measure", measure)
-    monkeypatch.setattr(profiling, "as_task", lambda function, workers: SimpleNamespace(remote=function))
-    monkeypatch.setattr(profiling.ray, "get", lambda found: found)
-    splits = SimpleNamespace(train=range(700), val=range(150), holdout=range(150), test=range(300))
-    job = Job(Study(tmp_path), splits, Weights("none"), Workers(2, 1, 0.0), tmp_path)  # type: ignore[arg-type]
-    first = costs_of(job, SPACE)
-    assert measured == list(SPACE.backbones)
+    first, names, _ = measured(evenly(0.010), 0.010)
+    assert names == list(SPACE.backbones)
     assert first.seconds["test_resnet"][96] == 0.010
     assert (first.train, first.val, first.holdout_and_test) == (700, 150, 450)
     assert not first.caches_features
-    pace[0] = now
-    again = costs_of(job, SPACE)
-    assert measured == (2 if anew else 1) * list(SPACE.backbones)
+    again, names, _ = measured(evenly(now), now)
+    assert names == (list(SPACE.backbones) if anew else [])
     assert again.seconds["test_resnet"][96] == (now if anew else 0.010)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5, 8])
+def test_as_many_measure_side_by_side_as_trials_will_train(
+    measured: Callable[..., Any], workers: int
+) -> None:
+    looks: list[str] = []
+
+    def looked(job: Job, config: TrialConfig) -> tuple[str, float]:
+        looks.append(config.backbone)
+        return "a processor", 0.01
+
+    turn = iter(range(100))
+
+    def in_turn(job: Job, configs: list[TrialConfig]) -> dict[str, Any]:
+        return evenly(next(turn))(job, configs)
+
+    found, names, _ = measured(in_turn, 0.01, workers, looked)
+    assert len(looks) == workers
+    assert len(names) % workers == 0
+    assert len(names) - workers < len(SPACE.backbones)
+    for backbone in SPACE.backbones:
+        turns = [
+            turn for turn, name in enumerate(sorted(names, key=SPACE.backbones.index)) if name == backbone
+        ]
+        assert found.seconds[backbone][96] == np.median(turns)
+
+
+def test_a_size_that_did_not_fit_beside_the_others_costs_infinitely_much(
+    measured: Callable[..., Any],
+) -> None:
+    turn = iter(range(100))
+
+    def tight(job: Job, configs: list[TrialConfig]) -> dict[str, Any]:
+        found = evenly(0.01)(job, configs)
+        if next(turn) % 2:
+            del found["seconds"]["96"]
+        return found
+
+    costs, _, _ = measured(tight, 0.01, workers=8)
+    assert all(math.isinf(costs.image(backbone, 96)) for backbone in SPACE.backbones)
+    assert all(costs.image(backbone, 32) == 0.01 for backbone in SPACE.backbones)
+
+
+def test_a_backbone_whose_measuring_dies_is_named_and_the_search_goes_on_without(
+    measured: Callable[..., Any],
+) -> None:
+    """It is measured again by the next search, as the worker may have been killed for another reason."""
+    first, *others = SPACE.backbones
+    died = {first}
+
+    def dying(job: Job, configs: list[TrialConfig]) -> dict[str, Any]:
+        if configs[0].backbone in died:
+            raise WorkerCrashedError
+        return evenly(0.01)(job, configs)
+
+    costs, _, said = measured(dying, 0.01)
+    [line] = said
+    assert line.startswith(f"No trial will have {first}: measuring its training failed (The worker died")
+    assert "\n" not in line
+    assert not Plan(costs, math.inf, 1).fits(replace(BASELINE, backbone=first))
+    assert all(Plan(costs, math.inf, 1).fits(replace(BASELINE, backbone=other)) for other in others)
+    died.clear()
+    costs, names, said = measured(dying, 0.01)
+    assert (set(names), said) == ({first}, [])
+    assert Plan(costs, math.inf, 1).fits(replace(BASELINE, backbone=first))
+
+
+def test_where_the_first_look_dies_another_backbone_is_looked_at(measured: Callable[..., Any]) -> None:
+    def looked(job: Job, config: TrialConfig) -> tuple[str, float]:
+        if config.backbone == SPACE.backbones[0]:
+            raise WorkerCrashedError
+        return "a processor", 0.01
+
+    _, names, said = measured(evenly(0.01), 0.01, 2, looked)
+    assert set(names) == set(SPACE.backbones[1:])
+    assert [line.split(":")[0] for line in said] == [f"No trial will have {SPACE.backbones[0]}"]
+
+
+@pytest.mark.parametrize("where", ["the look", "the measuring"])
+def test_where_nothing_can_be_measured_the_search_ends_in_one_line(
+    measured: Callable[..., Any], where: str
+) -> None:
+    def dying(*given: object) -> Any:
+        raise WorkerCrashedError
+
+    with pytest.raises(ValueError, match=r"^no backbone can be trained here.*The worker died.*--workers"):
+        measured(dying, 0.01, looked=dying if where == "the look" else None)
+
+
+def test_out_of_memory_in_compiling_leaves_the_measurement_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(job: Job, config: TrialConfig, compiled: bool = False) -> float:
+        if compiled:
+            raise torch.OutOfMemoryError
+        return 0.5
+
+    monkeypatch.setattr(profiling, "_seconds", seconds)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
+    workers = SimpleNamespace(take=lambda: None, device="cuda")
+    job = cast(Job, SimpleNamespace(workers=workers, splits=SimpleNamespace(train=range(700))))
+    found = profiling._measure(job, [BASELINE, replace(BASELINE, image_size=32)])
+    assert found == {"seconds": {"96": 0.5, "32": 0.5}, "bytes": {"96": 7, "32": 7}, "compiled": {}}
 
 
 GB = 10**9

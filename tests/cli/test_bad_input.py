@@ -43,7 +43,7 @@ from tune.runtime.job import Workers
 
 CLASSES, EACH, TESTS = ("2", "10", "1"), 8, 5
 SETTABLE = (
-    "backbone, image_size, epochs, head_depth, head, dropout, unfreeze, lr, layer_decay, optimizer, "
+    "backbone, image_size, epochs, head_depth, head, dropout, unfreeze, lr, lr_ratio, optimizer, "
     "weight_decay, schedule, batch_size, augment, label_smoothing, mixup, cutmix, ema, clip_norm, "
     "class_weights, patience, start_image_size, eval_image_size"
 )
@@ -780,7 +780,7 @@ OPTIONS = {
         wrong("--set class_weights=maybe", "--set class_weights: 'maybe' is no bool"),
         wrong(
             "--set backbone=resnet5",
-            "--set backbone=resnet5: backbone='resnet5' is not known; choose from …, resnet50, …",
+            "--set backbone=resnet5: backbone='resnet5' is not known to timm; close names are resnet50, …",
         ),
         wrong(
             "--set backbone=resnet50",
@@ -795,7 +795,7 @@ OLD = (
     "use the version it was made with, or begin another study"
 )
 VERSION_1 = (
-    "{study} was made by version 0.1 of this project, this is 0.2: use that version, or begin another study"
+    "{study} was made by version 0.1 of this project, this is 0.3: use that version, or begin another study"
 )
 CHANGED = "in {study} and is … now; give the options of the first run, or another --study NAME"
 NO_STUDY = (

@@ -9,7 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
+from timm.models import save_for_hf
 
+from carmodels.demo.folder import DEMO_WEIGHTS
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.study import Study
@@ -64,12 +67,15 @@ def test_loader_processes_of_a_gpu_need_room_in_shared_memory(
     plenty(monkeypatch, shared=64e6)
     workers = Workers(1, 16, 1.0)
     [said] = findings(Study(tmp_path / "results" / "a"), SPACE, workers, tmp_path / "cache", later=5)
-    each = 2 * 32 * 3 * SPACE.largest_size**2
+    each = 2 * 2 * 32 * 3 * SPACE.largest_size**2  # two batches ready, val's are twice as large
     assert said == Finding(
         "/dev/shm has 0.06 GB free, loader processes hand over images there and need "
-        f"{15 * each / 1e9:.2f} GB; in a container: --shm-size=2g",
+        f"{15 * each / 1e9:.2f} GB; in a container: --shm-size=3g",
         fatal=True,
     )
+    drawn = SPACE.with_override("batch_size=16,64")
+    [more] = findings(Study(tmp_path / "results" / "a"), drawn, workers, tmp_path / "cache", later=5)
+    assert f"need {30 * each / 1e9:.2f} GB" in more.words  # of the largest batch that is drawn
     sharing = Workers(1, 16, 1.0, packed=4)  # trials share the cores, too
     assert findings(Study(tmp_path / "results" / "a"), SPACE, sharing, tmp_path / "cache", later=5) == [said]
     plenty(monkeypatch, shared=3e9)
@@ -244,3 +250,21 @@ def test_check_looks_at_everything_and_starts_nothing(
     output = capsys.readouterr().out
     assert "Checked: data, weights, space, folders, disk, memory. Nothing stands in the way." in output
     assert not list(tmp_path.glob("results/*"))
+
+
+def test_a_backbone_without_a_row_is_checked_with_its_sizes_and_its_licence(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the machine as it is
+    monkeypatch.setenv("COLUMNS", "150")
+    network = timm.create_model("test_vit", num_classes=7)
+    licence = {"pretrained_cfg": {"license": "cc-by-nc-4.0"}}
+    save_for_hf(network, tmp_path / "own", model_config=licence, safe_serialization=True)
+    places = ("--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"))
+    given = ("--data", str(drawn), "--weights", str(DEMO_WEIGHTS), "--preset", "demo", *places, "--check")
+    backbones = f"backbone=test_resnet,{tmp_path / 'own'}"
+    assert search.main([*given, "--set", backbones, "--set", "image_size=40,64"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "own takes images of 32, 64 px." in output
+    assert "own: the licence of its weights, cc-by-nc-4.0, forbids commercial use." in output
+    assert "test_resnet takes" not in output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -244,6 +245,48 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, name: str, damage: str) ->
     if damage != "removed":
         file.write_bytes(content[:-1] if damage == "cut" else content)
     np.testing.assert_array_equal(open_images(paths, tmp_path / "cache", 32, None)[1], before)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Collects the folder of each cache whose checksums are verified."""
+    verified: list[Path] = []
+    verify = ImageCache._verify
+
+    def counted(cache: ImageCache, checksums: list[int]) -> None:
+        verified.append(cache.path)
+        verify(cache, checksums)
+
+    monkeypatch.setattr(ImageCache, "_verify", counted)
+    return verified
+
+
+def test_a_copy_with_another_modification_time_is_verified_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, verified = save_many(tmp_path / "images", 3), counting(monkeypatch)
+    before = open_images(paths, tmp_path / "cache", 32, None)
+    shutil.copytree(tmp_path / "cache", tmp_path / "copy")
+    os.utime(tmp_path / "copy" / "pixels.bin", (1, 1))
+    for _ in range(3):
+        opened = ImageCache(tmp_path / "copy")
+        np.testing.assert_array_equal(opened.groups, before.groups)
+    assert verified == [tmp_path / "copy"]
+
+
+def test_a_cache_in_a_folder_that_cannot_be_written_to_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = save_many(tmp_path / "images", 3)
+    first = open_images(paths, tmp_path / "cache", 32, None)[0].copy()
+    os.utime(tmp_path / "cache" / "pixels.bin", (1, 1))
+
+    def refused(path: Path, value: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("carmodels.data.cache.write_checksummed", refused)
+    monkeypatch.setattr("carmodels.data.digests.write_checksummed", refused)
+    np.testing.assert_array_equal(ImageCache(tmp_path / "cache")[0], first)
+    assert len(set(file_digests(paths, tmp_path / "digests" / "a.json"))) == 3
 
 
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:

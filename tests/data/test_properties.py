@@ -29,6 +29,7 @@ from carmodels.evaluation.predictions import Predictions
 from carmodels.files import read_json
 from carmodels.presets import SPACES
 from carmodels.records import TrialRecord
+from carmodels.space import Space
 from carmodels.study import Study
 from carmodels.submission import read_sample, write_submission
 
@@ -197,12 +198,21 @@ def test_any_bytes_are_an_object_or_refused_by_name(tmp_path: Path, content: byt
     written=st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=8)
     | st.text("0123456789.e-+:,naif_", max_size=10),
 )
+@example(name="lr", written="1e-3:1e-2")
+@example(name="epochs", written="3")
+@example(name="seed", written="3")
 def test_any_override_makes_a_space_or_is_refused_by_name(name: str, written: str) -> None:
     space = SPACES["demo"]
     text = f"{name}={written}"
-    made: list[object] = []
-    if not refused(lambda: made.append(space.with_override(text)), "--set"):
-        assert made
+    made: list[Space] = []
+    if refused(lambda: made.append(space.with_override(text)), "--set"):
+        assert (name, written) not in [("lr", "1e-3:1e-2"), ("epochs", "3")]
+    else:
+        others = {n: d for n, d in {**space.dimensions, **space.fixed}.items() if n != name}
+        [found] = made
+        values = {**found.dimensions, **found.fixed}
+        assert values.pop(name) is not None
+        assert values == others
 
 
 # ---- images and zips

@@ -64,7 +64,9 @@ def test_test_labels_name_the_images_of_the_sample_file_in_its_order(drawn: Path
 
 
 def test_images_are_small_jpegs_that_opencv_reads(drawn: Path) -> None:
-    for path in drawn.rglob("*.jpg"):
+    paths = list(drawn.rglob("*.jpg"))
+    assert len(paths) == 60
+    for path in paths:
         assert cv2.imread(str(path)).shape == (120, 160, 3)
 
 

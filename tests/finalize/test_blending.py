@@ -22,7 +22,7 @@ from carmodels.training.config import TrialConfig
 from carmodels.training.run import Run
 from tune.budget.costs import Costs
 from tune.budget.stages import MOST_VIEWS
-from tune.finalize.blending import ModelLibrary, _sentence, ensemble_seconds
+from tune.finalize.blending import ModelLibrary, _holdout_results, _sentence, ensemble_seconds
 from tune.runtime.job import Job, Workers
 
 ROWS = 160
@@ -42,7 +42,7 @@ def answers(skill: float, seed: int, sharpness: float = 1.0) -> Predictions:
 def library(
     probs: dict[str, Predictions], metric: str = "accuracy", most: float = math.inf, **costs: float
 ) -> ModelLibrary:
-    return ModelLibrary(metric, probs, TRUTH, {name: costs.get(name, 1.0) for name in probs}, most)
+    return ModelLibrary(metric, probs, TRUTH, EVERY, {name: costs.get(name, 1.0) for name in probs}, most)
 
 
 def test_an_ensemble_takes_at_most_what_all_members_take_to_be_shown_everything(tmp_path: Path) -> None:
@@ -77,16 +77,23 @@ def test_models_that_err_apart_are_kept_and_copies_of_one_are_not() -> None:
 
 
 def test_an_ensemble_that_is_lucky_on_val_is_not_kept() -> None:
-    """One good model and many that guess: what they add on val they do not add elsewhere, on average."""
-    gains, lucky = [], []
-    for seed in range(4):
+    """One good model and many that guess: what they add on val they do not add elsewhere, on average.
+
+    Where the check sees that, the good one stands alone.
+    """
+    gains, lucky, left_out = [], [], 0
+    for seed in range(6, 10):
         probs = {"good": answers(2.0, 1000 + seed)}
         probs |= {f"guess{n}": answers(0.0, 100 * seed + n, sharpness=3.0) for n in range(12)}
         some = library(probs)
-        selection = some.select(EVERY)
+        selection, chosen = some.select(EVERY), some.choose(until=math.inf)
         lucky.append(selection.score - selection.single_score)
-        gains.append(some.check(until=0).gain)
-    assert np.mean(lucky) > 0
+        gains.append(chosen.check.gain)
+        if lucky[-1] > 0.01 and chosen.check.gain < -0.001:
+            assert chosen.weights == {"good": 1.0}
+            left_out += 1
+    assert left_out > 0
+    assert np.mean(lucky) > 0.01
     assert np.mean(gains) < np.mean(lucky) / 2
 
 
@@ -143,8 +150,36 @@ def test_what_is_chosen_on_one_half_does_not_know_the_labels_of_the_other(
     monkeypatch.setattr("tune.finalize.blending.nested_check", caught)
     for truth in (TRUTH, spoilt):
         replace(library(probs), truth=truth).check(until=0)
+    assert len(said) == 4
     for one, other in zip(said[:2], said[2:], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_under_log_loss_one_model_is_as_good_as_itself_as_an_ensemble(tmp_path: Path) -> None:
+    """Whoever has a temperature is compared with others that have theirs: else it wins by that alone."""
+    study = Study(tmp_path / "study")
+    rows = [(split, f"{n}.jpg", int(k)) for split in ("val", "holdout") for n, k in enumerate(TRUTH)]
+    study.begin({"metric": "log_loss"}, rows)
+    config = TrialConfig("test_resnet", image_size=32, epochs=2)
+    record = TrialRecord(Run(config).id, config, State.COMPLETE, 2, 2.0, 1.0, "ran", baseline=True)
+    study.append(record)
+    sure = answers(1.0, 1, sharpness=5.0)
+    for split in ("val", "holdout"):
+        sure.save(study.predictions_file(record.trial_id, split))
+    tempered = library({"sure": sure}, "log_loss").tempered(EVERY)["sure"]
+    found = _holdout_results(study, tempered, record.trial_id)
+    for name in ("single", "baseline"):
+        assert found[name]["value"] == pytest.approx(found["ensemble"]["value"], rel=1e-3)
+        assert found[f"gain_over_{name}"]["value"] == pytest.approx(0, abs=1e-3)
+    assert log_loss(sure.probs, TRUTH) > found["single"]["value"] + 0.5
+
+
+def test_the_best_candidate_is_that_of_calibrated_probabilities_as_in_the_selection() -> None:
+    some = library({"sure": answers(2.0, 1, sharpness=9.0), "modest": answers(1.0, 2)}, "log_loss")
+    plain = {name: log_loss(p.probs, TRUTH) for name, p in some.probs.items()}
+    assert plain["modest"] < plain["sure"]
+    assert some.best_single(["sure", "modest"]) == some.select(EVERY).single == "sure"
+    assert some.score("sure") < some.score("modest") < plain["sure"]
 
 
 @pytest.mark.parametrize("helps", [True, False])

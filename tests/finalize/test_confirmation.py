@@ -30,6 +30,7 @@ from tune.optim.standings import (
     runs_by_config,
     standings,
     standings_json,
+    standings_of,
     standings_sentence,
     top_standings,
 )
@@ -202,6 +203,17 @@ def test_the_best_is_first_whichever_way_the_metric_points(metric: str) -> None:
     assert found[-1].clearly_worse
 
 
+def test_of_configurations_with_one_value_that_with_the_lowest_log_loss_is_first() -> None:
+    def scored(record: TrialRecord, loss: float) -> TrialRecord:
+        return replace(record, curve=(EpochMetrics(4, 1.0, loss, record.value, record.value, 8.0),))
+
+    losses = [0.7, 0.5, 0.3, 0.9, 0.4, 0.6, 0.1]
+    tied = [scored(r, loss) for r, loss in zip(field(*[0.9] * 6, 0.8), losses, strict=True)]
+    found = standings(tied, metric="accuracy", images=IMAGES)
+    assert [s.record.log_loss for s in found] == [0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 0.1]
+    assert next_rerun(tied, metric="accuracy", images=IMAGES).config == tied[2].config
+
+
 def test_repeats_that_disappoint_cost_the_first_place() -> None:
     records = field(0.95, 0.93, 0.90, 0.91, 0.89)
     assert standings(records, metric="accuracy", images=IMAGES)[0].record == records[0]
@@ -262,6 +274,32 @@ def test_an_interval_ends_where_the_metric_does() -> None:
     sure = standings(field(1.0, 0.995, 0.99), metric="accuracy", images=IMAGES)
     assert sure[0].estimate.high == 1.0
     assert standings(field(0.004, 0.006), metric="log_loss", images=5)[0].estimate.low == 0.0
+
+
+def test_near_duplicates_in_val_make_no_configuration_more_certain(tmp_path: Path) -> None:
+    """Ten copies of each image say no more than one."""
+    studies = []
+    for name, copies in (("one", 1), ("ten", 10)):
+        study = Study(tmp_path / name)
+        rows = [("val", f"{n}-{k}.jpg", n % 3, n) for n in range(60) for k in range(copies)]
+        study.begin({"metric": "accuracy"}, rows)
+        for record in field(0.9, 0.89, 0.7):
+            study.append(record)
+        studies.append(standings_of(study))
+    alone, copied = studies
+    assert [s.estimate for s in copied] == [pytest.approx(s.estimate) for s in alone]
+
+
+def test_rare_classes_make_macro_f1_less_certain_than_accuracy(tmp_path: Path) -> None:
+    widths = {}
+    for metric in ("accuracy", "macro_f1"):
+        study = Study(tmp_path / metric)
+        study.begin({"metric": metric}, [("val", f"{n}.jpg", int(n >= 390), n) for n in range(400)])
+        for record in field(0.9, 0.89, 0.7):
+            study.append(record)
+        best = standings_of(study)[0].estimate
+        widths[metric] = best.high - best.low
+    assert widths["macro_f1"] > 1.5 * widths["accuracy"]
 
 
 def test_without_a_complete_trial_or_images_there_is_no_standing() -> None:

@@ -18,6 +18,7 @@ from carmodels.ensembling.student import predict_train, soft_targets
 from carmodels.evaluation.calibration import fit_temperature, with_temperature
 from carmodels.evaluation.predictions import blend
 from carmodels.files import read_json, write_json
+from carmodels.holdout import looks, quoted_look
 from carmodels.models.classifier import save_weights
 from carmodels.models.weights import Weights
 from carmodels.records import State, TrialRecord
@@ -65,7 +66,9 @@ def study(drawn: Path, splits: Splits, weights: Weights, tmp_path_factory: pytes
         shown = [predict(m, splits, split, config=c) for c, m in zip(CONFIGS, models, strict=True)]
         blend(shown).save(study.predictions_file("ensemble", split.name))
     members = [{"trial_id": Run(c).id, "weight": 0.5, "temperature": 1.0} for c in CONFIGS]
-    write_json(study.ensemble_file, {"members": members, "temperature": 1.0, "tta": {"views": ["plain"]}})
+    answer = {"members": members, "temperature": 1.0, "tta": {"views": ["plain"]}}
+    score = {"value": 0.5, "low": 0.4, "high": 0.6}
+    write_json(study.ensemble_file, {**answer, "holdout": {"ensemble": score, "images": 30, "looks": 1}})
     return study
 
 
@@ -133,7 +136,7 @@ def test_the_student_is_the_fastest_backbone_unless_another_is_named(
     student = distillation._student_config(study, "test_efficientnet", 3)
     config = student.config
     assert (config.unfreeze, config.augment, config.mixup, config.image_size) == ("full", "crop", 0.0, 48)
-    assert (student.origin.continues, config.layer_decay) == ("", 0.5)
+    assert (student.origin.continues, config.lr_ratio) == ("", 0.004)
 
 
 def test_a_student_is_trained_longer_than_the_space_says_and_not_than_a_shortened_baseline(
@@ -164,7 +167,7 @@ def test_a_study_is_distilled_and_the_student_answers(
     assert guarded(run, parser().parse_args([str(study.folder), *options])) == 0
     printed = capsys.readouterr().out
     assert "  epoch 8: accuracy on val " in printed
-    assert "student less ensemble" in printed
+    assert " points (" in printed
     assert "times as fast." in printed
     results = read_json(study.results_file("student"))
     (member,) = results["members"]
@@ -172,7 +175,9 @@ def test_a_study_is_distilled_and_the_student_answers(
     assert (record.stage, record.epochs_run, record.trial_id == record.run.id) == ("student", 8, False)
     assert results["holdout"]["student"]["value"] > 0.25  # ten classes
     assert results["speed"]["ratio"] == results["speed"]["student"] / results["speed"]["ensemble"]
-    assert results["holdout"]["looks"] == 1
+    assert [(look.number, look.answer) for look in looks(study)] == [(1, "ensemble"), (2, "student")]
+    assert "images kept aside, 95 % intervals), look 2 (" in printed
+    assert quoted_look(study, "student").scores["student"] == results["holdout"]["student"]
     shown = study.predictions(record.trial_id, "val")
     labels = np.array([dict(zip(splits.val.ids, splits.val.labels, strict=True))[i] for i in shown.ids])
     assert results["temperature"] == pytest.approx(fit_temperature(shown.probs, labels))

@@ -303,7 +303,7 @@ def test_what_folds_have_said_and_lost_is_made_anew_from_their_weights(
         file.unlink()
     assert folds.record_complete_folds(study) == []  # left out, and not the end of all
     monkeypatch.setattr(folds, "as_task", lambda function, workers: SimpleNamespace(remote=function))
-    monkeypatch.setattr(folds.ray, "get", list)
+    monkeypatch.setattr("ray.get", list)
     folds.recompute_fold_predictions(job)
     assert folds.record_complete_folds(study) == folds.usable_fold_sets(study) == [record]
     for file, probs in zip(files, before, strict=True):

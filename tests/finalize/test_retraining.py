@@ -279,14 +279,14 @@ def test_a_frozen_backbone_is_opened_at_what_that_costs_here(study: Study) -> No
     frozen = LUCKY.run.with_config(unfreeze="frozen")
     record = of(frozen, LUCKY, seconds=2.0)  # its outputs were stored
     study.append(record)
-    opened = frozen.with_config(unfreeze="full", layer_decay=0.5)
+    opened = frozen.with_config(unfreeze="full", lr_ratio=0.004)
     assert RetrainOptions().new_model_runs(frozen) == [opened.with_config(epochs=16), opened]
     assert RetrainOptions(changes={"unfreeze": "frozen"}).new_model_runs(frozen)[1] == frozen
     costs = Costs({"test_resnet": {32: 0.01}}, train=1000, val=0)  # 10 s an epoch
 
     def trained(seconds: float) -> tuple[list[str], int]:
         runs, like = _plan_repeats(study, record, 3, RetrainOptions(), TimeBudget(seconds, 2, costs))
-        assert {(r.config.unfreeze, r.config.layer_decay) for r in runs} <= {("full", 0.5)}
+        assert {(r.config.unfreeze, r.config.lr_ratio) for r in runs} <= {("full", 0.004)}
         return [r.origin.continues for r in runs], like.config.epochs
 
     assert trained(190) == ([""] * 2, 16)

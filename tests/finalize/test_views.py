@@ -19,14 +19,17 @@ from carmodels.data.loader import Loader
 from carmodels.data.splits import Split
 from carmodels.evaluation.metrics import accuracy
 from carmodels.evaluation.predictions import Predictions, blend
+from carmodels.models.classifier import save_weights
 from carmodels.models.weights import Weights
 from carmodels.records import State, TrialRecord
+from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.forward import predict, view_size
 from carmodels.training.run import Origin, Run
 from carmodels.training.trainer import TrainResult, fit
+from tune.finalize import views
 from tune.finalize.views import EnsembleMembers, PredictionTimes, ViewsVerdict, select_tta_views
-from tune.runtime.job import Job
+from tune.runtime.job import Job, Workers
 
 RANDOM_VIEWS = 10
 
@@ -119,7 +122,8 @@ class MadeUp:
     def job(self) -> Any:
         splits = SimpleNamespace(val=range(120), holdout=range(120), test=range(300))
         workers = SimpleNamespace(count=2)
-        return SimpleNamespace(splits=splits, workers=workers, study=SimpleNamespace(metric="accuracy"))
+        study = SimpleNamespace(metric="accuracy", groups=lambda ids: np.arange(len(ids)))
+        return SimpleNamespace(splits=splits, workers=workers, study=study)
 
     def reproduce_predictions(self) -> bool:
         return self.same
@@ -214,7 +218,7 @@ def test_costs_and_the_clock_are_kept_to() -> None:
     verdict = judged(some, seconds=500)
     assert [view for view in some.asked if view != "plain"] == ["flip", "larger", "larger_flip", "smaller"]
     assert len(verdict.views) == 2
-    assert all("left_out" in row for row in verdict.tried[4:])
+    assert ["left_out" in row for row in verdict.tried] == 4 * [False] + (len(VIEWS) - 5) * [True]
     assert replace(verdict, tried=()).lines == []
 
 
@@ -235,6 +239,49 @@ def test_folds_cost_what_all_their_models_do_but_on_val(monkeypatch: pytest.Monk
     times = PredictionTimes(job, {("test_resnet", 32): 0.002})
     assert members.costs(times, ["flip"]) == {"flip": pytest.approx(8.0)}
     assert members.costs(times, ["flip"], on_val=True) == {"flip": pytest.approx(4.0)}
+
+
+def test_a_view_that_is_shown_like_another_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PredictionTimes, "measure", lambda self, runs, views=(): None)
+    monkeypatch.setitem(BACKBONES, "test_resnet", Backbone(0.4, fixed_size=True))
+    sizes = {"test_resnet": 32, "test_efficientnet": 64}
+    runs = {name: Run(TrialConfig(name, image_size=size, epochs=2)) for name, size in sizes.items()}
+    fixed, free = (
+        TrialRecord(r.id, r.config, State.COMPLETE, 2, 0.5, 1.0, "", origin=r.origin) for r in runs.values()
+    )
+    times = PredictionTimes(cast(Job, None), {("test_resnet", 32): 0.001, ("test_efficientnet", 80): 0.002})
+    both = EnsembleMembers(cast(Job, None), {fixed: 0.5, free: 0.5}, {})
+    assert both.costs(times, ["larger", "larger_flip"]) == {"larger": 2.0, "larger_flip": 3.0}
+    assert both.costs(times, ["larger", "larger_flip"], on_val=True) == {"larger": 2.0, "larger_flip": 2.0}
+    alone = EnsembleMembers(cast(Job, None), {fixed: 1.0}, {})
+    assert alone.costs(times, ["flip", "larger"], on_val=True) == {"flip": 1.0, "larger": 0.0}
+
+
+def test_a_view_that_all_models_are_shown_like_another_is_no_candidate() -> None:
+    members = MadeUp(views_of({}), cost={**dict.fromkeys(VIEWS, 1.0), "larger": 0.0})
+    verdict = judged(members)
+    assert "larger" not in members.asked
+    assert "plain, larger: left out, every model is shown another view alike" in verdict.lines
+
+
+def test_what_is_shown_alike_is_predicted_once(
+    fitted: TrainResult, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKBONES, "test_resnet", Backbone(0.4, multiple=16, fixed_size=False))
+    monkeypatch.setattr(views, "as_task", lambda function, workers: SimpleNamespace(remote=function))
+    monkeypatch.setattr(views.ray, "get", list)
+    study = Study(tmp_path / "study")
+    study.begin({"metric": "accuracy"}, [])
+    run = Run(replace(fitted.run.config, image_size=16))
+    record = TrialRecord(run.id, run.config, State.COMPLETE, 2, 0.5, 1.0, "")
+    save_weights(fitted.model, study.weights_file(run.id))
+    job = Job(study, splits, Weights("none"), Workers(1, 1, 0.0), tmp_path)
+    members = EnsembleMembers(job, {record: 1.0}, {run.id: 1.0})
+    averaged = members.blended("val", ("plain", "larger", "larger_flip"))
+    folder = study.predictions_file(run.id, "val").parent
+    assert {file.name for file in folder.iterdir()} == {f"{run.id}.val.npz", f"{run.id}.val.flip.npz"}
+    once = [study.predictions(run.id, "val", view) for view in ("plain", "plain", "flip")]
+    np.testing.assert_allclose(averaged.probs, blend(once).probs, atol=1e-6)
 
 
 @pytest.mark.parametrize("view", VIEWS)

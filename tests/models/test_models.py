@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import http.server
-import threading
+import pickle
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from carmodels.catalog import BACKBONES, HEADS, UNFREEZE, VIEWS
 from carmodels.data.dataset import Splits
-from carmodels.models.backbones import fetch_weights
+from carmodels.models.backbones import create_backbone, fetch_weights
 from carmodels.models.classifier import Classifier, create_classifier, create_head, load_weights, save_weights
 from carmodels.models.parameter_groups import optimizer_groups, trainable_groups
 from carmodels.models.weights import Weights
@@ -24,7 +25,7 @@ from carmodels.training.forward import predict, view_size
 from carmodels.training.run import Run
 from carmodels.training.trainer import fit
 
-from hub import Hub, fetch_from
+from hub import fetch_from, serving
 
 NONE = Weights("none")
 
@@ -115,10 +116,10 @@ def test_only_open_groups_and_the_head_move_and_frozen_batchnorm_stays(
     assert bool(statistics) == (count > 0)
 
 
-def test_rates_fall_by_layer_decay_from_the_head_down_and_vectors_are_not_decayed(
+def test_rates_fall_to_lr_ratio_at_the_bottom_and_vectors_are_not_decayed(
     config: TrialConfig,
 ) -> None:
-    config = replace(config, lr=1e-2, layer_decay=0.5, weight_decay=0.1, unfreeze="full")
+    config = replace(config, lr=1e-2, lr_ratio=0.1, weight_decay=0.1, unfreeze="full")
     model = create_classifier(config, classes=3, weights=NONE)
     by_parameter = {id(p): g for g in optimizer_groups(model, config) for p in g["params"]}
     named = dict(model.backbone.named_parameters())
@@ -126,9 +127,53 @@ def test_rates_fall_by_layer_decay_from_the_head_down_and_vectors_are_not_decaye
     for below, names in enumerate(reversed(model.groups), start=1):
         for name in names:
             group = by_parameter[id(named[name])]
-            assert group["lr"] == pytest.approx(1e-2 * 0.5**below)
+            assert group["lr"] == pytest.approx(1e-2 * 0.1 ** (below / len(model.groups)))
             assert group["weight_decay"] == (0.1 if named[name].ndim > 1 else 0.0)
     assert {by_parameter[id(p)]["lr"] for p in model.head.parameters()} == {1e-2}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_what_a_backbone_exempts_from_weight_decay_is_exempt(backbone: str) -> None:
+    """As timm itself sorts the parameters."""
+    size = 224 if BACKBONES[backbone].fixed_size else 64
+    config = TrialConfig(backbone, image_size=size, epochs=1, weight_decay=0.1)
+    with torch.device("meta"):
+        model = create_classifier(config, classes=7, weights=NONE)
+    names = {id(p): name for name, p in model.backbone.named_parameters()}
+    decayed = {
+        names[id(p)]: group["weight_decay"] > 0
+        for group in optimizer_groups(model, config)
+        for p in group["params"]
+        if id(p) in names
+    }
+    exempt = getattr(model.backbone, "no_weight_decay", set)()
+    kept, decaying = param_groups_weight_decay(model.backbone, 0.1, no_weight_decay_list=exempt)
+    assert decayed == {
+        **{names[id(p)]: False for p in kept["params"]},
+        **{names[id(p)]: True for p in decaying["params"]},
+    }
+
+
+def test_a_pattern_of_exempt_parameters_reaches_all_that_it_names(config: TrialConfig) -> None:
+    model = create_classifier(config, classes=3, weights=NONE)
+    model.backbone.no_weight_decay = lambda: {"conv1.*"}
+    decay = {id(p): g["weight_decay"] for g in optimizer_groups(model, config) for p in g["params"]}
+    found = {name: decay[id(p)] for name, p in model.backbone.named_parameters() if p.ndim > 1}
+    assert {n for n, value in found.items() if not value} == {n for n in found if n.startswith("conv1.")}
+    assert set(found.values()) == {0.0, config.weight_decay}
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "xception41"])  # of 5 and 14 groups
+def test_the_stem_has_the_same_rate_whatever_the_number_of_groups(backbone: str) -> None:
+    config = TrialConfig(backbone, image_size=64, epochs=1, lr=1e-2, lr_ratio=0.03)
+    with torch.device("meta"):
+        model = create_classifier(config, classes=3, weights=NONE)
+    rates = {id(p): g["lr"] for g in optimizer_groups(model, config) for p in g["params"]}
+    named = dict(model.backbone.named_parameters())
+    assert [rates[id(named[name])] for name in model.groups[0]] == pytest.approx(
+        [3e-4] * len(model.groups[0])
+    )
+    assert max(rates.values()) == 1e-2
 
 
 def test_a_frozen_backbone_is_not_given_to_the_optimizer(config: TrialConfig) -> None:
@@ -189,20 +234,29 @@ def test_an_unreachable_hub_is_one_clear_error_that_names_the_option(tmp_path: P
     assert "--weights DIR" in last
 
 
+def test_a_download_that_fails_in_a_worker_is_an_error_that_reaches_the_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray pickles it. What the hub's client raises cannot be read again, or is no OSError."""
+
+    def refuse(*arguments: object, **named: object) -> None:
+        raise HTTPError("the hub does not answer")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(OSError, match="the hub does not answer") as caught:
+        create_backbone("lcnet_050", image_size=32, weights=Weights("hub"))
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), OSError)
+
+
 @pytest.mark.server
-def test_hub_weights_are_fetched_once_through_timms_own_download(tmp_path: Path) -> None:
+def test_hub_weights_are_fetched_once(tmp_path: Path) -> None:
     repository = tmp_path / "www" / "timm" / "lcnet_050.ra2_in1k" / "resolve" / "main"
     repository.mkdir(parents=True)
     import timm
 
     save_file(timm.create_model("lcnet_050").state_dict(), repository / "model.safetensors")
-    handler = partial(Hub, directory=str(tmp_path / "www"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.seen = []  # type: ignore[attr-defined]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        first = fetch_from(endpoint, tmp_path / "home")
-        server.shutdown()
+    with serving(tmp_path / "www") as server:
+        first = fetch_from(f"http://127.0.0.1:{server.server_port}", tmp_path / "home")
     assert first.returncode == 0, first.stderr
     assert any("model.safetensors" in path for path in server.seen)  # type: ignore[attr-defined]
     env_offline = fetch_from("http://127.0.0.1:9", tmp_path / "home")

@@ -15,7 +15,7 @@ from tune.optim.coordinates import Coordinates, from_unit, to_unit
 from tune.optim.optuna_records import suggest
 
 CPU = SPACES["cpu"]
-GOOD = TrialConfig("efficientnet_b0", image_size=192, epochs=8, unfreeze="full", lr=6e-3, layer_decay=0.8)
+GOOD = TrialConfig("efficientnet_b0", image_size=192, epochs=8, unfreeze="full", lr=6e-3, lr_ratio=0.05)
 
 
 def expected(config: TrialConfig, space: Space = CPU) -> float:
@@ -43,9 +43,9 @@ def test_every_draw_has_a_place(preset: str) -> None:
         {"image_size": 64},
         {"unfreeze": "frozen"},
         {"unfreeze": "gradual"},
-        {"lr": 2e-2, "layer_decay": 1.0},
-        {"lr": 3e-4, "layer_decay": 0.35},
-        {"lr": 2e-2, "layer_decay": 0.35},  # the rate of the backbone would be in the middle
+        {"lr": 2e-2, "lr_ratio": 1.0},
+        {"lr": 3e-4, "lr_ratio": 1e-3},
+        {"lr": 2e-2, "lr_ratio": 1e-3},  # the rate of the backbone would be in the middle
     ],
 )
 def test_what_is_expected_to_be_worse(worse: dict[str, object]) -> None:
@@ -62,21 +62,21 @@ def test_trends_have_no_level_and_leave_open_on_which_side_of_the_middle_rates_a
     assert abs(np.corrcoef(tilts.T, off)[-1, :-1]).max() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("decay", ["layer_decay=1.0", "layer_decay=0.35:1.0"])
+@pytest.mark.parametrize("decay", ["lr_ratio=1.0", "lr_ratio=0.001:1.0"])
 def test_of_a_wider_range_the_best_rate_is_expected_where_presets_have_theirs(decay: str) -> None:
     wide = CPU.with_override("lr=1e-6:2e-2").with_override(decay)
     rates = (1.4e-4, 2.4e-3)  # in the middle of it, and of the preset's
-    middle, usual = (expected(replace(GOOD, lr=lr, layer_decay=1.0), wide) for lr in rates)
+    middle, usual = (expected(replace(GOOD, lr=lr, lr_ratio=1.0), wide) for lr in rates)
     assert usual > middle + 0.1
     coordinates = Coordinates(wide)
     x = np.random.default_rng(0).random((20_000, len(coordinates.categorical)))
     assert abs(coordinates.trends(x).mean(0)).max() < 0.02
-    large = SPACES["gpu"].with_override("lr=1e-6:2e-2").with_override("layer_decay=1.0")
+    large = SPACES["gpu"].with_override("lr=1e-6:2e-2").with_override("lr_ratio=1.0")
     config = replace(GOOD, image_size=224)
-    at = [expected(replace(config, lr=lr, layer_decay=1.0), large) for lr in (3e-5, 3e-4, 3e-3)]
+    at = [expected(replace(config, lr=lr, lr_ratio=1.0), large) for lr in (3e-5, 3e-4, 3e-3)]
     assert at[1] == max(at)
-    apart = CPU.with_override("lr=1e-6:1e-4").with_override("layer_decay=1.0")  # none of the preset's
-    at = [expected(replace(GOOD, lr=lr, layer_decay=1.0), apart) for lr in (1e-6, 1e-5, 1e-4)]
+    apart = CPU.with_override("lr=1e-6:1e-4").with_override("lr_ratio=1.0")  # none of the preset's
+    at = [expected(replace(GOOD, lr=lr, lr_ratio=1.0), apart) for lr in (1e-6, 1e-5, 1e-4)]
     assert at[1] == max(at)
 
 
@@ -85,14 +85,14 @@ def test_of_a_preset_the_best_rate_is_expected_in_its_middle(preset: str) -> Non
     assert pytest.approx(0.5) == Coordinates(SPACES[preset])._centres
 
 
-@pytest.mark.parametrize("override", ["layer_decay=1.0", "layer_decay=0.6,0.8", "lr=1e-3", "lr=1e-3,1e-2"])
+@pytest.mark.parametrize("override", ["lr_ratio=1.0", "lr_ratio=0.05,0.2", "lr=1e-3", "lr=1e-3,1e-2"])
 def test_of_a_single_range_of_rates_the_effect_is_expected_once(override: str) -> None:
     space = CPU.with_override(override)
     coordinates = Coordinates(space)
     assert (coordinates.coefficients == 0).sum() == 1
     assert coordinates.trends(np.full((1, len(coordinates.categorical)), 0.5)).shape == (1, 5)
-    two = [replace(GOOD, layer_decay=decay, lr=1e-3) for decay in (0.6, 0.8)]
-    if override == "layer_decay=0.6,0.8":
+    two = [replace(GOOD, lr_ratio=ratio, lr=1e-3) for ratio in (0.05, 0.2)]
+    if override == "lr_ratio=0.05,0.2":
         assert abs(expected(two[0], space) - expected(two[1], space)) < 0.5
 
 

@@ -15,11 +15,12 @@ import scipy.stats
 from optuna.trial import TrialState
 
 from carmodels.presets import SPACES
+from carmodels.records import Cause
 from carmodels.space import Choice, Range, Space
 from carmodels.training.config import TrialConfig
 from tune.optim.coordinates import Coordinates
 from tune.optim.gaussian_process import CurvePoints
-from tune.optim.optuna_records import suggest
+from tune.optim.optuna_records import CAUSE, suggest
 from tune.optim.sampler import CurveSampler, _Run, log_expected_improvement
 
 SPACE = SPACES["demo"]
@@ -110,7 +111,8 @@ def test_trials_of_this_study_take_part_in_a_fit_beside_many_of_others(
     assert all(100 <= other <= 150 for other, _ in fitted)
 
 
-def test_a_region_where_trials_fail_is_left() -> None:
+def sizes_where_large_ones_fail(cause: Cause) -> list[int]:
+    """The sizes of the second ten draws."""
     study = optuna.create_study(direction="maximize", sampler=CurveSampler(SPACE, seed=0))
     sizes = []
     for _ in range(20):
@@ -118,11 +120,21 @@ def test_a_region_where_trials_fail_is_left() -> None:
         config = TrialConfig(**suggest(trial, SPACE))
         sizes.append(config.image_size)
         if config.image_size > 48:
+            trial.set_user_attr(CAUSE, str(cause))
             study.tell(trial, state=TrialState.FAIL)
         else:
             trial.report(0.5 + config.lr, 8)
             study.tell(trial, 0.5 + config.lr)
-    assert sum(size > 48 for size in sizes[10:]) <= 1
+    return sizes[10:]
+
+
+def test_a_region_where_memory_runs_out_is_left() -> None:
+    assert sum(size > 48 for size in sizes_where_large_ones_fail(Cause.OUT_OF_MEMORY)) <= 1
+
+
+@pytest.mark.parametrize("cause", [Cause.MACHINE, Cause.ERROR])
+def test_a_region_is_not_left_for_what_is_not_its_fault(cause: Cause) -> None:
+    assert sum(size > 48 for size in sizes_where_large_ones_fail(cause)) >= 5
 
 
 def test_how_failures_spread_is_not_learnt_anew_at_each_draw(monkeypatch: pytest.MonkeyPatch) -> None:

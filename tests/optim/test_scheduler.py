@@ -10,10 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from carmodels.catalog import UNFREEZE
-from carmodels.records import State, TrialRecord
+from carmodels.records import Cause, State, TrialRecord
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 from tune.optim.scheduler import AshaScheduler, StopDecision, TimeLimit, grace_period
@@ -108,6 +109,13 @@ def test_a_last_result_is_never_stopped() -> None:
     assert tell(scheduler, "d", 2, 0.1, state="complete") == TrialScheduler.CONTINUE
     assert tell(scheduler, "e", EPOCHS, 0.1) == TrialScheduler.CONTINUE
     assert not scheduler.stops
+
+
+def test_the_cause_of_a_failure_is_kept_for_the_searcher() -> None:
+    scheduler = made()
+    for name, error in (("lost", None), ("full", RayTaskError("train", "", MemoryError()))):
+        scheduler.on_trial_error(None, SimpleNamespace(trial_id=name, get_pickled_error=lambda e=error: e))
+    assert scheduler.causes == {"lost": Cause.MACHINE, "full": Cause.OUT_OF_MEMORY}
 
 
 def test_the_clock_stops_what_cannot_end_in_time_and_lets_end_what_can() -> None:

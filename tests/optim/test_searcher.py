@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from carmodels.presets import SPACES, baseline
@@ -16,7 +18,8 @@ from carmodels.records import Cause, State, TrialRecord
 from carmodels.space import Choice, Space
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
-from tune.optim.optuna_records import transferable_trials
+from tune.optim.optuna_file import OptunaFile
+from tune.optim.optuna_records import CAUSE, transferable_trials
 from tune.optim.searcher import OptunaSearcher, QueueSearcher
 
 ORIGIN = Origin(seed=3, metric="accuracy", data="d", split="s")
@@ -129,8 +132,8 @@ def test_a_restart_leaves_optuna_with_the_recorded_trials_and_none_running(tmp_p
         record(runs[2], State.FAILED, None, cause=Cause.ERROR),
         record(runs[3], State.FAILED, None, cause=Cause.DIVERGED),
     ]
-    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/optuna.db")
-    draws = made(known=known, limit=7, storage=storage)
+    file = tmp_path / "optuna.db"
+    draws = made(known=known, limit=7, copy=OptunaFile(file, pytest.fail))
     assert states(draws) == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE]
     assert [t.params["lr"] for t in draws._ot_study.trials] == [run.config.lr for run in runs[:4]]
     new: list[Run] = []
@@ -140,10 +143,61 @@ def test_a_restart_leaves_optuna_with_the_recorded_trials_and_none_running(tmp_p
     assert len(new) == 3
     assert not {run.id for run in new} & {run.id for run in runs[:4]}
     draws.on_trial_complete("1", result(0.5, 1))
-    kept = optuna.load_study(study_name=None, storage=storage).trials
+    kept = stored(file)
     assert [t.state for t in kept] == [*states(draws)[:4], TrialState.PRUNED]
     assert kept[4].intermediate_values == {1: 0.5}
     assert kept[4].params["lr"] == new[1].config.lr
+
+
+def stored(file: Path) -> list[FrozenTrial]:
+    """The trials of the file's one study."""
+    return optuna.load_study(study_name=None, storage=f"sqlite:///{file}").trials
+
+
+def test_a_locked_copy_is_told_of_once_and_loses_neither_trial_nor_draw(tmp_path: Path) -> None:
+    file, said = tmp_path / "optuna.db", list[str]()
+    draws, plain = made(copy=(copy := OptunaFile(file, said.append))), made()
+    for number in range(3):
+        assert handed(draws, str(number)) == handed(plain, str(number))
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for number in range(3):
+            for each in (draws, plain):
+                each.on_trial_complete(str(number), result(0.5, 1))
+        other.execute("ROLLBACK")
+    assert said == [f"{file}: database is locked. It is a copy: the search goes on without it."]
+    assert handed(draws, "3") == handed(plain, "3")
+    copy.end()
+    assert [t.state for t in stored(file)] == [TrialState.PRUNED] * 3
+
+
+def test_a_copy_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    draws = made(copy=OptunaFile(tmp_path / "nowhere" / "optuna.db", said.append))
+    handed(draws, "0")
+    draws.on_trial_complete("0", result(0.5, 1))
+    assert len(said) == 1
+
+
+def test_a_copy_lies_where_the_study_does_whatever_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a%20b?c#d"
+    folder.mkdir()
+    made(copy=OptunaFile(folder / "optuna.db", pytest.fail))
+    assert [file.name for file in folder.iterdir()] == ["optuna.db"]
+
+
+def test_the_cause_of_a_failure_is_known_to_optuna_in_the_run_and_after_it() -> None:
+    causes = {"0": Cause.OUT_OF_MEMORY, "1": Cause.MACHINE, "2": Cause.ERROR}
+    draws = made(causes=causes)
+    runs = [handed(draws, name) for name in causes]
+    for name in causes:
+        draws.on_trial_complete(name, None, error=True)
+    assert [t.user_attrs for t in draws._ot_study.trials] == [{CAUSE: str(c)} for c in causes.values()]
+    known = [
+        record(run, State.FAILED, None, cause=cause) for run, cause in zip(runs, causes.values(), strict=True)
+    ]
+    resumed = made(known=known)._ot_study.trials  # a machine's failure runs again
+    assert [t.user_attrs for t in resumed] == [{CAUSE: "out_of_memory"}, {CAUSE: "error"}]
 
 
 def test_a_queued_run_of_the_space_is_a_trial_of_optunas() -> None:
@@ -158,7 +212,7 @@ def test_a_queued_run_of_the_space_is_a_trial_of_optunas() -> None:
 
 def ended(number: int, run: Run) -> TrialRecord:
     """How trial `number` ends: some are pruned, diverge or fail, the others complete; by rate and size."""
-    cause = {5: Cause.DIVERGED, 6: Cause.ERROR}.get(number % 8)
+    cause = {5: Cause.DIVERGED, 6: Cause.OUT_OF_MEMORY}.get(number % 8)
     state = State.FAILED if cause else State.PRUNED if number % 8 == 3 else State.COMPLETE
     level = run.config.image_size / 200 + run.config.lr
     values = [level * e / 8 for e in range(1, 4 if state is not State.COMPLETE else 9)]
@@ -178,13 +232,13 @@ def end(draws: OptunaSearcher, trial_id: str, record: TrialRecord) -> None:
     if record.state is State.COMPLETE or record.diverged:
         best = record.value or last.value
         final |= {"state": str(record.state), "cause": record.cause, "best_value": best}
-    failed = record.cause is Cause.ERROR
+    failed = record.cause is Cause.OUT_OF_MEMORY
     draws.on_trial_complete(trial_id, None if failed else final, error=failed)
 
 
 def test_trials_of_another_study_tell_where_to_begin() -> None:
     """There 32 px and a low rate were best, against what is expected, and half the epochs were enough."""
-    other = TrialConfig("test_resnet", image_size=32, epochs=4, unfreeze="full", lr=3e-4, layer_decay=0.8)
+    other = TrialConfig("test_resnet", image_size=32, epochs=4, unfreeze="full", lr=3e-4, lr_ratio=0.3)
     elsewhere = Origin(seed=9, data="other", split="other")
 
     def at(size: int, lr: float) -> TrialRecord:
@@ -206,7 +260,7 @@ def test_trials_of_another_study_tell_where_to_begin() -> None:
 @pytest.mark.parametrize("after", [1, 4, 9])
 def test_an_interrupted_search_draws_what_it_would_have_drawn(after: int) -> None:
     """Two trials run at a time; those that run when it is interrupted are run again from their start."""
-    whole, known = made(), []
+    whole, known = made(causes={"6": Cause.OUT_OF_MEMORY}), []
     running = {i: handed(whole, str(i)) for i in range(2)}
     for number in range(after):
         done = number if number % 2 else max(running)  # they do not end in the order they began in

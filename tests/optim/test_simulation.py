@@ -22,7 +22,6 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import Searcher
 
-from carmodels.presets import SPACES
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Origin, Run
 from tune.optim.searcher import QueueSearcher
@@ -264,23 +263,6 @@ def test_a_searcher_hears_what_it_hears_of_a_real_ray(simulation: Any, tmp_path:
     run(simulation, [], hyperband(), workers=1, searcher=simulated)
     assert {what for what, *_ in simulated.told} == {"drawn", "paused", "unpaused", "result", "complete"}
     assert simulated.told == real.told
-
-
-@pytest.mark.filterwarnings("ignore")  # of hpbandster's last release, 2018
-def test_bohb_draws_what_the_space_could_have_drawn(simulation: Any) -> None:
-    pytest.importorskip("hpbandster")
-    from bohb import SpaceBOHB
-
-    space = SPACES["cpu"]
-    searcher = SpaceBOHB(space, metric="accuracy", mode="max", seed=0)
-    for number in range(50):
-        values = searcher.suggest(str(number))
-        assert values is not None
-        config = TrialConfig.from_dict(values)
-        assert set(values) == {*space.fixed, *space.active_dimensions(values)}
-        result = {"accuracy": config.lr, "hyperband_info": {"budget": 2}}
-        searcher.on_trial_result(str(number), result)
-    assert searcher.bohber.kde_models
 
 
 def test_noise_around_a_surrogate_is_that_of_the_repeated_seeds(simulation: Any) -> None:

@@ -15,17 +15,26 @@ from test_page import cells, drawn, made
 
 from carmodels.evaluation.intervals import paired_gain
 from carmodels.evaluation.predictions import Predictions
-from carmodels.files import write_json
+from carmodels.files import read_json, write_json
+from carmodels.holdout import add_look
 from carmodels.study import Study
 from tune import report
 from tune.cli.options import guarded
 from tune.reporting import charts
-from tune.reporting.comparison import differing, names, opened, render, verdict, write_comparison
+from tune.reporting.comparison import (
+    differing,
+    holdout_warning,
+    names,
+    opened,
+    render,
+    verdict,
+    write_comparison,
+)
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Study, Study]:
-    """Two studies of the same data; the second has half as many trials and a better ensemble."""
+    """Two studies of the same data; the second has half as many trials and a better ensemble on val."""
     first, second = made(tmp_path / "one", 40), made(tmp_path / "two", 20)
     space = first.metadata["space"]
     other = {**space, "fixed": {**space["fixed"], "epochs": 12}}
@@ -35,8 +44,8 @@ def pair(tmp_path: Path) -> tuple[Study, Study]:
     second.append(replace(best, trial_id=run.id, config=run.config, value=0.9999, at=best.at + 6000))
     truth = np.arange(60) % 3
     probs = (0.05 + 0.85 * np.eye(3)[truth]).astype(np.float32)
-    holdout = first.predictions("ensemble", "holdout")
-    Predictions(holdout.ids, holdout.classes, probs).save(second.predictions_file("ensemble", "holdout"))
+    val = first.predictions("ensemble", "val")
+    Predictions(val.ids, val.classes, probs).save(second.predictions_file("ensemble", "val"))
     return first, second
 
 
@@ -71,22 +80,46 @@ def test_curves_and_costs_have_a_colour_a_study(pair: tuple[Study, Study]) -> No
         assert sum(r["minutes"] for r in spent) == pytest.approx(sum(r.seconds for r in study.records()) / 60)
 
 
-def test_ensembles_are_told_apart_by_the_same_images(pair: tuple[Study, Study]) -> None:
+def test_ensembles_are_told_apart_by_the_same_images_of_val(pair: tuple[Study, Study]) -> None:
     first, second = opened(pair)
     labels = np.arange(60) % 3
-    mine, theirs = (s.predictions("ensemble", "holdout").probs for s in pair)
+    mine, theirs = (s.predictions("ensemble", "val").probs for s in pair)
     gain = paired_gain("accuracy", mine, theirs, labels)
     assert gain.high < 0
     assert verdict(first, second, "accuracy") == (
         f"one over two: {100 * gain.value:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f}) "
-        "on the same 60 images; two is better."
+        "on the same 60 images of val; two is better on val."
     )
-    assert verdict(first, first, "accuracy").endswith("neither is clearly better.")
+    assert verdict(first, first, "accuracy").endswith("neither is clearly better on val.")
     elsewhere = replace(second, metadata={**second.metadata, "split_hash": "other"})
     assert "their images or splits differ" in verdict(first, elsewhere, "accuracy")
-    pair[1].predictions_file("ensemble", "holdout").unlink()
-    assert "the probabilities on holdout are not both there" in verdict(first, second, "accuracy")
+    pair[1].predictions_file("ensemble", "val").unlink()
+    assert "the probabilities on val are not both there" in verdict(first, second, "accuracy")
     assert "not both have an ensemble yet" in verdict(first, replace(second, results=None), "accuracy")
+
+
+def test_holdout_names_no_winner_and_choosing_by_it_is_warned_of(pair: tuple[Study, Study]) -> None:
+    results = read_json(pair[1].ensemble_file)
+    first, better = opened(pair)[1].quoted, {"value": 0.99, "low": 0.98, "high": 1.0}
+    add_look(pair[1], "ensemble", {**results, "holdout": {**results["holdout"], "ensemble": better}})
+    sides = opened(pair)
+    words = (
+        "one and two share a holdout, which was looked at 3 times. Choosing among them by it makes it a "
+        "validation set, and the score of the chosen one too good to quote: choose by val."
+    )
+    assert holdout_warning(sides) == words
+    page = " ".join(render(pair).split())
+    assert words in page
+    assert "<b>91.0 %</b>two, ensemble on val" in page
+    assert "99.0 %" not in page.replace("99.0 % of", "")
+    assert sides[1].quoted == first
+    probs = pair[1].predictions("ensemble", "val")
+    worse = replace(probs, probs=probs.probs[:, [1, 2, 0]])
+    worse.save(pair[1].predictions_file("ensemble", "holdout"))
+    assert verdict(*sides, "accuracy").endswith("two is better on val.")
+    elsewhere = replace(sides[1], metadata={**sides[1].metadata, "split_hash": "other"})
+    assert holdout_warning([sides[0], elsewhere]) == ""
+    assert holdout_warning([sides[0], replace(sides[1], results=None)]) == ""
 
 
 def test_a_study_that_has_not_come_far_is_compared_as_far_as_it_went(pair: tuple[Study, Study]) -> None:
@@ -118,7 +151,9 @@ def test_the_page_is_written_beside_the_first_study(
     assert guarded(report.run, options) == 0
     printed = capsys.readouterr()
     path = pair[0].folder.parent / "compare.html"
-    assert (printed.out.replace("\n", ""), printed.err) == (f"Comparison: {path}", "")
+    written, warned = printed.out.splitlines()
+    assert (written, printed.err) == (f"Comparison: {path}", "")
+    assert warned == holdout_warning(opened(pair))
     assert path.read_text().startswith("<!doctype html>")
 
 

@@ -116,8 +116,10 @@ def connect(cluster: Cluster, machines: int) -> None:
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """Three machines; skipped where this user may not make any."""
-    if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("needs root and iproute2, for network namespaces")
+    if os.geteuid():
+        pytest.skip("needs root, for network namespaces")
+    if not shutil.which("ip"):
+        pytest.skip("iproute2 is not installed (Debian: apt-get install iproute2)")
     made = Cluster(f"cm{secrets.token_hex(2)}", Path(tempfile.mkdtemp(prefix="cm-", dir="/tmp")))
     (made.folder / "cache").mkdir()
     try:

@@ -19,9 +19,11 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
+import optuna
 import psutil
 import pytest
 import torch
+from optuna.trial import TrialState
 
 from carmodels.data import cache as image_cache
 from carmodels.data import loader as loaders
@@ -37,44 +39,20 @@ from tune.runtime import findings
 from tune.runtime import watchdog as watchdogs
 from tune.runtime.watchdog import LONGEST_SILENCE, Watchdog
 
+from disk import Disk, mounted
 from hub import Hub, fetch_from
 from soak import PATIENCE, TRIALS, ended, environment, name_of, search_command, trains, wait_for
 
 ROOT = Path(__file__).parents[2]
 
 
-class Disk:
-    """A small file system of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        self.mount("size=2g", "-t", "tmpfs", "tmpfs")
-
-    def mount(self, options: str, *source: str) -> None:
-        done = subprocess.run(
-            ["mount", "-o", options, *source, str(self.folder)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-
-    def fill(self, spare: int = 0) -> None:
-        """Leave room for so many bytes."""
-        found = os.statvfs(self.folder)
-        used = (found.f_blocks - found.f_bfree) * found.f_frsize
-        self.mount(f"remount,size={used + spare}")
-
-    def empty(self) -> None:
-        self.mount("remount,size=2g")
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    if os.geteuid():
-        pytest.skip("needs root, to mount a file system of its own")
-    made = Disk(tmp_path / "disk")
-    yield made
-    subprocess.run(["umount", "--lazy", str(made.folder)], check=True)
+    try:
+        with mounted(tmp_path / "disk") as made:
+            yield made
+    except PermissionError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -237,11 +215,11 @@ def test_a_gpu_too_small_for_some_configurations_is_searched_with_the_others(
     tmp_path: Path, drawn: Path, cache: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(SMALL_GPU)
-    fixed = ("backbone=test_resnet", "unfreeze=full", "head_depth=0", "lr=1e-3", "layer_decay=1")
+    fixed = ("backbone=test_resnet", "unfreeze=full", "head_depth=0", "lr=1e-3", "lr_ratio=1")
     fixed += ("augment=shift",)
     few = [text for value in fixed for text in ("--set", value)]  # one configuration a size, and the baseline
     command = [*search_command(drawn, cache, seed=6), *few, "--trials", "3"]
-    process = started(["env", f"PYTHONPATH={tmp_path}", *command], tmp_path)
+    process = started(["env", f"PYTHONPATH={tmp_path}:{ROOT}", *command], tmp_path)
     output = process.communicate(timeout=2 * PATIENCE)[0]
     assert process.returncode == 0, output
     assert "Traceback" not in output, output
@@ -253,9 +231,13 @@ def test_a_gpu_too_small_for_some_configurations_is_searched_with_the_others(
     assert small
     failed = [r for r in records if r.state is State.FAILED]
     assert failed
-    assert all("CUDA out of memory" in r.reason and r.cause is Cause.OUT_OF_MEMORY for r in failed)
+    causes = [(r.config.image_size, r.cause, r.reason) for r in failed]
+    assert all("CUDA out of memory" in r.reason and r.cause is Cause.OUT_OF_MEMORY for r in failed), causes
     assert not set(failed) & set(small), output
     assert set(large) == set(failed)
+    storage = f"sqlite:///{tmp_path}/results/cars/optuna.db"
+    told = optuna.load_study(study_name=None, storage=storage).trials
+    assert {t.user_attrs.get("cause") for t in told if t.state is TrialState.FAIL} == {"out_of_memory"}
 
 
 # ---- what hangs

@@ -23,6 +23,14 @@ from soak import PATIENCE, TRIALS, ended, environment, name_of, run, search_comm
 pytestmark = pytest.mark.ray
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_notice() -> Iterator[None]:
+    """A command whose Ray was killed notices after seconds. By default Ray seeks its head for a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
+        yield
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Decoded images that the rounds share."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
+from http.client import HTTPException
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -40,6 +44,21 @@ def test_the_dashboard_listens_on_loopback_alone(own_ray: str) -> None:
 def test_what_listens_elsewhere_is_rays_own() -> None:
     elsewhere = [name for ip, _, name in listening() if ip != "127.0.0.1"]
     assert not [name for name in elsewhere if not any(part in name for part in RAYS_OWN)]
+
+
+@pytest.mark.usefixtures("own_ray")
+def test_without_the_token_others_can_read_metrics_and_no_other_page() -> None:
+    """Ray's metrics, for Prometheus, are open to all. What docs/security.md says of them is this."""
+    pages = []
+    for ip, port, _ in listening():
+        host = "127.0.0.1" if ip in ("0.0.0.0", "::") else ip
+        with suppress(OSError, HTTPException), urlopen(f"http://{host}:{port}/metrics", timeout=5) as page:
+            pages.append((ip, page.read().decode()))
+    assert {ip for ip, _ in pages} == {"0.0.0.0"}
+    for _, text in pages:
+        values = [line for line in text.splitlines() if not line.startswith("#")]
+        assert values
+        assert not [line for line in values if not re.fullmatch(r"[a-zA-Z_:][\w:]*({.*})? \S+", line)]
 
 
 @pytest.mark.usefixtures("own_ray")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayTaskError
 
 from carmodels.data.dataset import Splits
 from carmodels.models.weights import Weights
@@ -19,11 +22,14 @@ from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Run
+from carmodels.training.trainer import Trainer
+from tune.budget.costs import Costs
 from tune.optim.scheduler import StopDecision
 from tune.runtime import worker
-from tune.runtime.callbacks import ProgressCallback
+from tune.runtime.callbacks import ProgressCallback, RunState
 from tune.runtime.job import Job, Workers
 from tune.runtime.recorder import HOPELESS, Recorder
+from tune.runtime.runner import DeadlineStopper, Interrupts
 
 pytestmark = pytest.mark.usefixtures("light_collections")
 
@@ -56,6 +62,7 @@ def test_a_complete_trial_reports_every_epoch_and_leaves_predictions_and_weights
     assert [r["epoch"] for r in seen] == [1, 2, 3]
     assert [r.get("state") for r in seen] == [None, None, "complete"]
     assert (seen[-1]["cause"], seen[-1]["cut_short"]) == (None, False)
+    assert [r.get("done") for r in seen] == [None, None, True]  # Ray reads the two at once
     assert {r["run_id"] for r in seen} == {run.id}
     assert seen[-1]["best_value"] == max(r["accuracy"] for r in seen)
     epochs = np.cumsum([r["seconds"] for r in seen])  # each its own; `elapsed` is what the clock goes by
@@ -91,6 +98,39 @@ def test_a_trial_ends_of_itself_before_the_time_is_up_and_leaves_its_best_epoch(
     assert (last["state"], last["cause"], last["cut_short"]) == ("complete", None, True)
     assert last["reason"] == "the time was up after epoch 1 of 9"
     assert job.study.weights_file(last["run_id"]).is_file()
+
+
+def test_an_epoch_on_stored_features_does_not_stand_for_one_that_trains_the_backbone(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first epoch takes a second; the next would take much longer than there is time for."""
+    costs = Costs({"test_resnet": {32: 10.0}}, train=len(job.splits.train), val=len(job.splits.val))
+    hurried = replace(job, costs=costs, until=time.time() + 600)
+    run = Run(replace(config, unfreeze="gradual", epochs=4))
+    [last] = reports(run, hurried, monkeypatch)
+    assert last["reason"] == "the time was up after epoch 1 of 4"
+    assert len(reports(run, replace(hurried, until=time.time() + 6000), monkeypatch)) == 4
+
+
+def test_memory_that_holds_a_batch_only_in_parts_is_in_the_report_and_in_the_row(
+    config: TrialConfig, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulated = Trainer._accumulate
+
+    def within(self: Trainer, network: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 8 * self.microbatches:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return accumulated(self, network, inputs, targets)
+
+    monkeypatch.setattr(Trainer, "_accumulate", within)
+    run = Run(replace(config, batch_size=32))
+    recorder = Recorder(job.study, "search", 0.0, {}, ProgressCallback())
+    trial = told(recorder, "a", run, [])
+    for trial.last_result in reports(run, job, monkeypatch):
+        recorder.on_trial_result(0, [], trial, trial.last_result)
+    recorder.on_trial_complete(0, [], trial)
+    [row] = job.study.table()
+    assert (row["state"], row["microbatches"]) == ("complete", 4)
 
 
 def test_a_run_that_falls_short_of_one_before_it_leaves_that_one_s_files(
@@ -213,7 +253,7 @@ def test_every_ending_has_its_row(study: Study, config: TrialConfig, tmp_path: P
         "f": StopDecision(State.OUT_OF_TIME, "the time for searching was up"),
     }
     recorder = Recorder(study, "search", 0.0, stops, ProgressCallback())
-    done, pruned, failed, cut, late, slow, short, wild = (
+    done, pruned, failed, _cut, late, slow, short, wild = (
         told(recorder, name, Run(config).with_origin(seed=number), [0.1, 0.3, 0.2])
         for number, name in enumerate("abcdefgh")
     )
@@ -226,8 +266,10 @@ def test_every_ending_has_its_row(study: Study, config: TrialConfig, tmp_path: P
     failed.error_file = tmp_path / "error.txt"
     failed.error_file.write_text("Failure # 1\nTraceback\n  line\nRuntimeError: no memory\n\n")
     recorder.on_trial_error(0, [], failed)
-    recorder.close([cut], interrupted=True)
-    recorder.close([late], interrupted=False)
+    del recorder.trials["e"]
+    recorder.close(interrupted=True)
+    recorder.trials["e"] = late
+    recorder.close(interrupted=False)
     rows = [(r.state, r.cause, r.value, r.epochs_run, r.reason) for r in study.records()]
     assert rows == [
         (State.COMPLETE, None, 0.3, 3, "ran its 3 epochs"),
@@ -247,7 +289,20 @@ def test_every_ending_has_its_row(study: Study, config: TrialConfig, tmp_path: P
     ("error", "cause"),
     [
         (raised(ValueError("no such image")), Cause.ERROR),
+        (raised(KeyError("head")), Cause.ERROR),
+        (raised(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")), Cause.ERROR),
         (raised(torch.OutOfMemoryError("CUDA out of memory")), Cause.OUT_OF_MEMORY),
+        (raised(MemoryError()), Cause.OUT_OF_MEMORY),
+        (raised(RuntimeError("DefaultCPUAllocator: can't allocate memory")), Cause.OUT_OF_MEMORY),
+        (raised(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")), Cause.OUT_OF_MEMORY),
+        (OutOfMemoryError("the node's memory"), Cause.OUT_OF_MEMORY),
+        (raised(OSError(errno.ENOSPC, "No space left on device")), Cause.MACHINE),
+        (raised(ConnectionError("the hub")), Cause.MACHINE),
+        (raised(ObjectLostError("a", None, "")), Cause.MACHINE),
+        (raised(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")), Cause.MACHINE),
+        (raised(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")), Cause.MACHINE),
+        (raised(RuntimeError("DataLoader timed out after 900 seconds")), Cause.MACHINE),
+        (raised(RuntimeError("a loader process was lost: EOFError()")), Cause.MACHINE),
         (LOST, Cause.MACHINE),
         (None, Cause.MACHINE),
     ],
@@ -260,6 +315,108 @@ def test_a_failure_has_the_cause_that_ray_tells_of(
     [record] = study.records()
     assert (record.state, record.cause) == (State.FAILED, cause)
     assert record.resumable is (cause is Cause.MACHINE)
+
+
+def test_a_trial_that_sent_its_last_report_is_complete_however_the_run_ends(
+    study: Study, config: TrialConfig
+) -> None:
+    stops = {"pruned": StopDecision(State.PRUNED, "rung at epoch 2")}
+    recorder = Recorder(study, "search", 0.0, stops, ProgressCallback())
+    done, lost, _pruned = (
+        told(recorder, name, Run(config).with_origin(seed=seed), [0.1, 0.3])
+        for seed, name in enumerate(("done", "lost", "pruned"))
+    )
+    done.last_result |= complete(0.3, "ran its 2 epochs")
+    lost.last_result |= complete(0.3, "ran its 2 epochs")
+    lost.status = "ERROR"
+    recorder.close(interrupted=True)
+    assert [(r.state, r.value, r.reason) for r in study.records()] == [
+        (State.COMPLETE, 0.3, "ran its 2 epochs"),
+        (State.COMPLETE, 0.3, "ran its 2 epochs"),
+        (State.PRUNED, 0.3, "rung at epoch 2"),
+    ]
+
+
+class Full(Study):
+    """A study whose disk is full for so many writes of records."""
+
+    def append(self, record: TrialRecord) -> None:
+        if refused:
+            raise refused.pop()
+        super().append(record)
+
+
+refused: list[OSError] = []
+
+
+def full(times: int) -> None:
+    refused[:] = [OSError(errno.ENOSPC, "No space left on device") for _ in range(times)]
+
+
+def test_an_end_that_could_not_be_written_ends_the_run_and_is_written_at_its_close(
+    study: Study, config: TrialConfig
+) -> None:
+    recorder = Recorder(Full(study.folder), "search", 0.0, {}, ProgressCallback())
+    done, _running = (
+        told(recorder, name, Run(config).with_origin(seed=seed), [0.1]) for seed, name in enumerate("ab")
+    )
+    done.last_result |= complete(0.1)
+    full(times=1)
+    recorder.on_trial_complete(0, [], done)
+    assert isinstance(recorder.fault, OSError)
+    assert DeadlineStopper(math.inf, Interrupts(), recorder).stop_all()
+    assert [r.state for r in study.records()] == [State.RUNNING] * 2
+    recorder.close(interrupted=False)
+    assert [(r.state, r.reason) for r in study.records()] == [
+        (State.COMPLETE, "ran"),
+        (State.INTERRUPTED, "the run ended before it: No space left on device"),
+    ]
+
+
+@pytest.mark.parametrize("hook", ["on_trial_start", "on_trial_error", "on_step_end"])
+def test_what_a_hook_raises_is_kept_and_ends_the_run(hook: str, study: Study, config: TrialConfig) -> None:
+    def broken(state: RunState) -> None:
+        raise OSError(errno.EPIPE, "Broken pipe")
+
+    recorder = Recorder(Full(study.folder), "search", 0.0, {}, ProgressCallback(on_step=broken))
+    full(times=0 if hook == "on_step_end" else 1)
+    getattr(recorder, hook)(0, [], trial=of_ray("a", Run(config)))
+    assert isinstance(recorder.fault, OSError)
+    assert not refused
+
+
+def test_a_table_that_could_not_be_written_does_not_make_the_trial_end_twice(
+    study: Study, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(study, "search", 0.0, {}, ProgressCallback())
+    done = told(recorder, "a", Run(config), [0.1])
+    done.last_result |= complete(0.1)
+
+    def refuse(study: Study) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Study, "write_table", refuse)
+    recorder.on_trial_complete(0, [], done)
+    assert recorder.fault
+    recorder.close(interrupted=False)
+    lines = study.trials_file.read_text().splitlines()
+    assert [json.loads(line)["state"] for line in lines] == ["running", "complete"]
+
+
+@pytest.mark.parametrize("hook", ["on_trial_recover", "on_trial_error"])
+def test_a_trial_whose_end_the_searcher_could_not_take_is_recorded_and_the_error_kept(
+    hook: str, study: Study, config: TrialConfig, tmp_path: Path
+) -> None:
+    """Ray calls these for a trial that ended, where another's hook raised."""
+    recorder = Recorder(study, "search", 0.0, {}, ProgressCallback())
+    trial = told(recorder, "a", Run(config), [0.1])
+    trial.last_result |= complete(0.1)
+    trial.error_file = tmp_path / "error.txt"
+    trial.error_file.write_text("Failure # 1\nTraceback\nZeroDivisionError: in the searcher\n")
+    getattr(recorder, hook)(0, [], trial)
+    recorder.on_trial_result(0, [], trial, trial.last_result)  # trained again until the run has ended
+    assert [(r.state, r.epochs_run) for r in study.records()] == [(State.COMPLETE, 1)]
+    assert "ZeroDivisionError: in the searcher" in str(recorder.fault)
 
 
 def test_a_worker_that_was_hung_counts_as_lost(study: Study, config: TrialConfig) -> None:
@@ -277,7 +434,7 @@ def test_a_trial_that_ray_gave_up_without_a_word_is_recorded_as_failed(
     recorder = Recorder(study, "search", 0.0, {}, ProgressCallback())
     trial = told(recorder, "a", Run(config), [])
     trial.status = "ERROR"
-    recorder.close([trial], interrupted=False)
+    recorder.close(interrupted=False)
     assert [(r.state, r.cause, r.reason) for r in study.records()] == [
         (State.FAILED, Cause.MACHINE, "the worker died")
     ]
@@ -299,7 +456,7 @@ def test_failures_in_a_row_end_the_run_and_a_success_starts_the_count_anew(
     recorder.on_trial_error(0, [], told(recorder, "x", run.with_origin(seed=99), []))
     assert recorder.hopeless
     running.status = "RUNNING"
-    recorder.close([running], interrupted=False)
+    recorder.close(interrupted=False)
     assert recorder.hopeless
     last = study.records()[-1]
     assert (last.state, last.reason) == (State.INTERRUPTED, f"{HOPELESS} trials before it failed")

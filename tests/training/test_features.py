@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from carmodels.data.dataset import Splits
 from carmodels.models.weights import Weights
+from carmodels.training import frozen_features
 from carmodels.training.config import TrialConfig
 from carmodels.training.features import VIEWS_KEPT, FeatureStore
 from carmodels.training.run import Origin, Run
@@ -93,6 +95,33 @@ def test_a_frozen_trial_needs_its_views_once_and_a_new_seed_shares_them(
     fit(Run(replace(frozen, augment="shift")), splits, weights=weights, features=store)
     # another size shares nothing, another augmentation the plain view of val
     assert len(files(store)) == len(before) + (VIEWS_KEPT + 1) + VIEWS_KEPT
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "other"),
+    [
+        (frozen_features, "CACHE_VERSION", -1),
+        (timm, "__version__", "0.0"),
+        (frozen_features, "precision", lambda device: torch.bfloat16),
+    ],
+    ids=["the image cache's version", "timm's version", "the precision"],
+)
+def test_what_the_images_or_the_network_depend_on_makes_other_features(
+    place: Any,
+    name: str,
+    other: Any,
+    config: TrialConfig,
+    splits: Splits,
+    weights: Weights,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, run = FeatureStore(tmp_path), Run(replace(config, unfreeze="frozen", epochs=1))
+    fit(run, splits, weights=weights, features=store)
+    before = files(store)
+    monkeypatch.setattr(place, name, other)
+    fit(run, splits, weights=weights, features=store)
+    assert len(files(store)) == 2 * len(before)
 
 
 def test_the_first_view_gives_what_the_frozen_backbone_gives(

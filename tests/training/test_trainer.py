@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 
 from carmodels.catalog import AUGMENTS, SCHEDULES, UNFREEZE, VIEWS, Schedule
 from carmodels.data.dataset import Splits
 from carmodels.data.loader import Batch, Loader
 from carmodels.data.splits import Split
 from carmodels.evaluation.metrics import METRICS, accuracy
-from carmodels.models.classifier import save_weights
+from carmodels.models.classifier import Classifier, save_weights
 from carmodels.models.weights import Weights
+from carmodels.records import State, TrialRecord
 from carmodels.training import trainer as trainer_module
 from carmodels.training.config import METRIC_NAMES, OPTIMIZERS, EpochMetrics, TrialConfig
-from carmodels.training.forward import forward_in_halves, predict, view_size
+from carmodels.training.features import FeatureStore
+from carmodels.training.forward import predict, view_size
 from carmodels.training.held_out import splits_for
 from carmodels.training.run import Origin, Run
 from carmodels.training.timing import training_seconds
@@ -250,7 +254,7 @@ def base_curve(base: Run, splits: Splits, weights: Weights) -> list[tuple[float,
         {"ema": 0.5},
         {"clip_norm": 0.01, "optimizer": "sgd"},
         {"weight_decay": 0.5},
-        {"layer_decay": 0.5},
+        {"lr_ratio": 0.05},
         {"lr": 1e-2},
         {"batch_size": 16},
         {"unfreeze": "frozen"},
@@ -313,7 +317,71 @@ def test_patience_ends_training_when_nothing_gets_better(
     still = replace(config, lr=1e-8, epochs=6, patience=2, unfreeze="frozen", augment="none")
     trained = fit(Run(still), splits, weights=weights)
     assert trained.ending == "patience"
-    assert len(trained.history) == trained.best.epoch + 2
+    first = next(m.epoch for m in trained.history if m.value == trained.best.value)
+    assert len(trained.history) == first + 2
+
+
+@pytest.mark.parametrize(
+    ("on_features", "expected", "foreseen"),
+    [
+        (False, None, 4.0),  # what the last one took
+        (False, {1: 2.0, 2: 2.0}, 4.0),  # the machine is half as fast as it was measured
+        (False, {1: 2.0, 2: 6.0}, 12.0),
+        (False, {1: 0.0, 2: 6.0}, 6.0),
+        (True, {1: 2.0, 2: 60.0}, 60.0),  # nothing was measured of an epoch on images
+        (True, {1: 40.0, 2: 60.0}, 60.0),  # others had stored the features
+        (True, {1: 2.0, 2: 0.0}, 4.0),
+    ],
+)
+def test_the_next_epoch_is_foreseen_by_its_cost_at_the_pace_of_this_run(
+    on_features: bool, expected: dict[int, float] | None, foreseen: float
+) -> None:
+    last = EpochMetrics(1, 1.0, 1.0, 0.5, 0.5, seconds=4.0)
+    cost = None if expected is None else expected.__getitem__
+    assert trainer_module._next_seconds(last, on_features, cost) == foreseen
+
+
+def test_the_first_epoch_with_a_trainable_backbone_is_not_begun_without_the_time_for_it(
+    config: TrialConfig, splits: Splits, weights: Weights, tmp_path: Path
+) -> None:
+    gradual = Run(replace(config, unfreeze="head_first", epochs=4))
+
+    def epochs(cost: Callable[[int], float] | None) -> int:
+        features, until = FeatureStore(tmp_path), time.time() + 100
+        trained = fit(gradual, splits, weights=weights, features=features, until=until, epoch_seconds=cost)
+        return len(trained.history)
+
+    assert epochs(lambda number: 1.0 if number <= 2 else 1000.0) == 2
+    assert epochs(None) == 4
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *epochs: tuple[float, float]) -> None:
+    """Epochs measure these values and log losses, whatever was trained."""
+
+    def measured(run: Run, epoch: int, *found: object) -> EpochMetrics:
+        value, loss = epochs[epoch - 1]
+        return EpochMetrics(epoch, 1.0, loss, value, value, 1.0)
+
+    monkeypatch.setattr(trainer_module, "_measure", measured)
+
+
+def test_of_epochs_with_one_value_that_with_the_lowest_log_loss_is_kept(
+    config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, (0.5, 0.9), (0.6, 0.9), (0.6, 0.7), (0.6, 0.8))
+    trained = fit(Run(replace(config, epochs=4)), splits, weights=weights)
+    assert trained.best == trained.history[2]
+    record = TrialRecord("a", config, State.COMPLETE, 4, 0.6, 1.0, "", curve=trained.history)
+    assert record.best_epoch == trained.best
+
+
+def test_a_lower_log_loss_alone_is_no_better_metric_for_patience(
+    config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, (0.5, 0.9), (0.6, 0.9), (0.6, 0.8), (0.6, 0.7), (0.6, 0.6), (0.6, 0.5))
+    trained = fit(Run(replace(config, epochs=6, patience=2)), splits, weights=weights)
+    assert (trained.ending, len(trained.history)) == ("patience", 4)
+    assert trained.best.epoch == 4
 
 
 def test_training_ends_with_what_it_has_before_the_time_is_up(
@@ -427,11 +495,89 @@ def test_where_memory_runs_out_a_batch_in_parts_has_the_gradients_of_the_whole(
         gradients(trainer, Small(trainer.model, room=1), batch)
 
 
-def test_where_memory_runs_out_images_are_shown_in_halves() -> None:
-    images = torch.arange(12.0).reshape(6, 2)
-    torch.testing.assert_close(forward_in_halves(Small(torch.nn.Identity(), room=2), images), images)
-    with pytest.raises(torch.OutOfMemoryError):
-        forward_in_halves(Small(torch.nn.Identity(), room=0), images)
+def test_a_batch_in_parts_is_noted_from_the_epoch_on_in_which_memory_ran_out(
+    config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulated = Trainer._accumulate
+    steps: list[int] = []
+
+    def within(self: Trainer, network: Any, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        steps.append(self.microbatches)
+        if len(steps) > len(self.train_loader) and self.microbatches == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return accumulated(self, network, inputs, targets)
+
+    monkeypatch.setattr(Trainer, "_accumulate", within)
+    trained = fit(Run(config), splits, weights=weights)
+    assert [m.microbatches for m in trained.history] == [1, 2]
+
+
+def test_val_is_shown_in_parts_that_fit_from_the_second_batch_on(
+    config: TrialConfig, splits: Splits, weights: Weights
+) -> None:
+    trainer = Trainer(Run(replace(config, batch_size=8)), splits, weights=weights, device=torch.device("cpu"))
+    whole = trainer._val_probs(None)
+    sizes: list[int] = []
+
+    def small(module: torch.nn.Module, images: tuple[torch.Tensor]) -> None:
+        sizes.append(len(images[0]))
+        if len(images[0]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.model.register_forward_pre_hook(small)
+    np.testing.assert_allclose(trainer._val_probs(None), whole, atol=1e-5)
+    trainer._val_probs(None)
+    assert sizes[:3] == [16, 8, 4]
+    assert max(sizes[3:]) == 4
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def fails_at_first(
+    monkeypatch: pytest.MonkeyPatch, place: Any, name: str, error: Exception, times: int
+) -> None:
+    """The first calls of a function raise an error."""
+    function, errors = getattr(place, name), [error] * times
+
+    def called(*arguments: Any, **more: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return function(*arguments, **more)
+
+    monkeypatch.setattr(place, name, called)
+
+
+PLACES = {
+    "the model is built": (trainer_module, "create_classifier"),
+    "it is moved": (torch.nn.Module, "to"),
+    "its average is built": (trainer_module, "ModelEmaV3"),
+    "the images are normalised": (Classifier, "normalise"),
+    "gradients are clipped": (torch.nn.utils, "clip_grad_norm_"),
+    "the optimizer steps": (torch.optim.AdamW, "step"),
+    "the average is updated": (ModelEmaV3, "update"),
+}
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_memory_that_is_short_once_is_freed_and_changes_nothing(
+    where: str, config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(replace(config, epochs=1, ema=0.9))
+    expected = fit(run, splits, weights=weights)
+    fails_at_first(monkeypatch, *PLACES[where], OUT_OF_MEMORY, times=1)
+    trained = fit(run, splits, weights=weights)
+    assert curve(trained.history) == curve(expected.history)
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_memory_that_stays_short_ends_in_torchs_own_error_whoever_ran_out_of_it(
+    where: str, config: TrialConfig, splits: Splits, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+    fails_at_first(monkeypatch, *PLACES[where], error, times=1000)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA error: out of memory$"):
+        fit(Run(replace(config, epochs=1, ema=0.9)), splits, weights=weights)
 
 
 def test_compiled_training_gives_the_same_curve(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, replace
+
+from carmodels.steady_clock import steady_time
 
 # Stages end at these shares of the whole time; the ensemble gets the rest.
 SEARCH_SHARE = 0.62
@@ -24,7 +25,7 @@ LATE_RETRAIN_SHARE = 0.3  # of the ensemble's time, for retraining
 class Clock:
     """When a command began, how long it may take, and the share of that time at which each stage ends."""
 
-    begun: float  # time.time()
+    begun: float  # steady_time()
     seconds: float = math.inf
     search: float = SEARCH_SHARE
     confirm: float = CONFIRM_SHARE
@@ -32,7 +33,7 @@ class Clock:
     last: float = 1.0  # the share at which the last requested stage ends, if all stages ran
 
     def at(self, share: float) -> float:
-        """When a stage with this share ends, time.time(); later if the last stages are not requested."""
+        """When a stage with this share ends, steady_time(); later if the last stages are not requested."""
         return self.begun + min(1.0, share / self.last) * self.seconds
 
     def late(self, share: float, until: float, slack: float) -> float:
@@ -43,7 +44,7 @@ class Clock:
     @property
     def left(self) -> float:
         """Seconds left, negative once the time is up."""
-        return self.begun + self.seconds - time.time()
+        return self.begun + self.seconds - steady_time()
 
     def with_spare_time(
         self, *, confirm: float, retrain: float, ensemble: float, stops: float = 0.0

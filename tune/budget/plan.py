@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import optuna
 
+from carmodels.models.facts import facts_of
 from carmodels.space import Space, unfrozen_configs
+from carmodels.steady_clock import steady_time
 from carmodels.training.config import TrialConfig
 from tune.budget.costs import Costs
 from tune.optim.optuna_records import suggest
@@ -26,7 +27,7 @@ class Plan:
     """The time of a search and what fits into it. Without costs (no time limit) everything fits."""
 
     costs: Costs | None
-    end: float  # time.time()
+    end: float  # steady_time()
     workers: int  # cores or whole GPUs, each training one trial at a time
     gpu_bytes: float = 0.0  # memory of a GPU that trials share; 0: trials share none
     max_trial_seconds: float = math.inf
@@ -34,14 +35,14 @@ class Plan:
     @property
     def worker_seconds(self) -> float:
         """Seconds left, summed over workers."""
-        return max(0.0, self.end - time.time()) * self.workers
+        return max(0.0, self.end - steady_time()) * self.workers
 
     def fits(self, config: TrialConfig) -> bool:
         """Whether a trial that starts now ends in time and takes at most `max_trial_seconds`."""
         if self.costs is None:
             return True
         seconds = self.seconds(config)
-        in_time = seconds <= self.max_trial_seconds and time.time() + seconds <= self.end
+        in_time = seconds <= self.max_trial_seconds and steady_time() + seconds <= self.end
         return math.isfinite(seconds) and in_time  # infinite: memory does not hold it
 
     def seconds(self, config: TrialConfig) -> float:
@@ -68,7 +69,8 @@ class Plan:
             return in_time and costs.schedule(config) <= share * available
 
         config = wanted
-        for size in sorted((s for s in sizes if s <= wanted.image_size), reverse=True):
+        fitting = {facts_of(wanted.backbone).fit(size) for size in sizes}
+        for size in sorted((s for s in fitting if s <= wanted.image_size), reverse=True):
             config = replace(wanted, image_size=size)
             if affordable(config):
                 break
@@ -104,7 +106,7 @@ def _surviving_share(epoch: int, grace_period: int) -> float:
 def make_plan(
     costs: Costs | None, workers: int, space: Space, begun: float, end: float, gpu_bytes: float = 0.0
 ) -> Plan:
-    """The plan for searching a space from `begun` to `end`, both in seconds of time.time().
+    """The plan for searching a space from `begun` to `end`, both in seconds of steady_time().
 
     A trial may take `TRIAL_SHARE` of that time, or what the space's cheapest unfrozen one takes if more.
     """

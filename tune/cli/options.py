@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from platformdirs import user_cache_path
 
 from carmodels.files import user_path
+from tune.runtime.findings import Finding, address_space_findings, head_findings, start_findings
 
 CACHE_LIMIT, MOST_CACHE = 100.0, 1e6  # GB
 MOST_FOLDS = 20
@@ -50,14 +52,30 @@ class Group(Protocol):
 def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Run a script. Prints one line on standard error for a user's mistake. Returns the exit code."""
     try:
+        _refuse_lost_folder()
+        _refuse_other_encoding()
         _refuse_empty(options)
         return run(options)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped at once; search.py --resume goes on with what was recorded", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"stopped at once{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return 130
+
+
+def _refuse_lost_folder() -> None:
+    """Raises ValueError if the current folder was deleted: paths that users give start there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the current folder was deleted: cd to one that exists") from None
+
+
+def _refuse_other_encoding() -> None:
+    """Raises ValueError if file names are not read as UTF-8, as other programs here read them."""
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        raise ValueError(f"file names are read as {encoding} here, must be as utf-8: export PYTHONUTF8=1")
 
 
 def _refuse_empty(options: argparse.Namespace) -> None:
@@ -77,7 +95,11 @@ def add_machine_options(group: Group) -> None:
         metavar="F|auto",
         help="share of a GPU for each trial (1); auto: the smallest share whose memory holds the trial",
     )
-    add("--address", metavar="ADDR", help="join this Ray cluster instead of starting Ray here")
+    add(
+        "--address",
+        metavar="HOST:PORT",
+        help="join the Ray cluster with this head instead of starting Ray here",
+    )
     add_cache_options(group)
     add("--plain", action="store_true", help="print plain lines on a terminal, too, not the live view")
 
@@ -89,6 +111,22 @@ def check_machine_options(options: argparse.Namespace) -> None:
     if options.gpus_per_trial != "auto":
         gpu_share(options)
     check_cache_limit(options)
+
+
+def check_start(options: argparse.Namespace) -> None:
+    """Raises ValueError for what keeps Ray from starting here, or from joining --address."""
+    found = head_findings(options.address) if options.address else start_findings()
+    _refuse([*address_space_findings(), *found])
+
+
+def check_address_space() -> None:
+    """Raises ValueError if this process may not have enough addresses to import torch."""
+    _refuse(address_space_findings())
+
+
+def _refuse(found: Sequence[Finding]) -> None:
+    for finding in found:
+        raise ValueError(finding.words)
 
 
 def gpu_share(options: argparse.Namespace) -> float:

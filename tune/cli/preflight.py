@@ -8,10 +8,10 @@ from pathlib import Path
 
 import psutil
 
-from carmodels.catalog import BACKBONES
+from carmodels.data.loader import PREFETCHED
+from carmodels.models.facts import facts_of
 from carmodels.space import Space
 from carmodels.study import Study
-from carmodels.training.config import TrialConfig
 from tune.budget.stages import WEIGHTS_KEPT
 from tune.runtime.findings import (
     GB,
@@ -47,7 +47,7 @@ def findings(
 
 def _disk(study: Study, space: Space, later: int) -> list[Finding]:
     """Disk space for Ray's files and for weights: best trials, reruns, retrained models, soups."""
-    largest = max(BACKBONES[name].millions for name in space.backbones) * 1e6 * BYTES_PER_PARAMETER
+    largest = max(facts_of(name).millions for name in space.backbones) * 1e6 * BYTES_PER_PARAMETER
     there = sum(file.stat().st_size for file in study.weights_file("x").parent.glob("*"))
     needed = RAY_DISK + max(0.0, (WEIGHTS_KEPT + later) * largest - there)
     free = shutil.disk_usage(nearest_existing(study.folder)).free
@@ -88,9 +88,10 @@ def _container_memory() -> float:
 
 
 def _loaded(space: Space, workers: Workers) -> float:
-    """Bytes in shared memory: one val batch for each loader process. Val batches are the largest."""
-    images = 2 * space.fixed.get("batch_size", TrialConfig.batch_size)
-    return float(workers.count * workers.processes * images * 3 * space.largest_size**2)
+    """Bytes in shared memory: the batches that loader processes have ready. Those of val are the largest."""
+    images = 2 * space.largest_batch_size
+    batches = workers.count * workers.processes * PREFETCHED
+    return float(batches * images * 3 * space.largest_size**2)
 
 
 def _other_rays() -> list[Finding]:

@@ -12,6 +12,7 @@ import torch
 
 from tune.budget.costs import GPU_SHARES
 from tune.cli.options import gpu_share
+from tune.runtime.findings import Finding
 from tune.runtime.job import Workers
 
 
@@ -28,6 +29,26 @@ def check_machine(options: argparse.Namespace) -> Workers | None:
     Raises ValueError for more than the machine has.
     """
     return None if options.address else share_out(options, [this_machine()])
+
+
+def device_findings(preset: str, address: str | None) -> list[Finding]:
+    """GPUs here that are not used, or not as well tested, and a preset that wants some."""
+    if torch.cuda.is_available():
+        rocm = "torch is built for ROCm: AMD's GPUs are used as CUDA's are, which is not tested here"
+        return [Finding(rocm)] if torch.version.hip else []
+    if torch.backends.mps.is_available():
+        return [
+            Finding("Apple's GPU (MPS) is not used, only NVIDIA's through CUDA: trials train on the cores")
+        ]
+    if preset != "gpu" or address:
+        return []
+    built = "sees no GPU" if torch.version.cuda else "is built without CUDA"
+    return [
+        Finding(
+            f"--preset gpu: torch {torch.__version__} {built}, large networks will train on the cores; "
+            "--preset cpu has smaller ones"
+        )
+    ]
 
 
 def this_machine() -> Machine:

@@ -12,7 +12,7 @@ from typing import Any
 from carmodels.data.dataset import Splits
 from carmodels.files import user_path
 from carmodels.space import Space
-from carmodels.study import Study
+from carmodels.study import SplitRow, Study
 from tune.monitor.terminal import Screen
 
 
@@ -102,10 +102,11 @@ def begin(study: Study, facts: dict[str, Any], splits: Splits, earlier: Sequence
     study.begin(facts, split_rows(splits), earlier)
 
 
-def split_rows(splits: Splits) -> list[tuple[str, str, int]]:
-    """(split, id, class index or -1) for every image."""
+def split_rows(splits: Splits) -> list[SplitRow]:
+    """The rows of splits.csv, one for every image."""
+    groups = splits.images.groups
     return [
-        (split.name, image, -1 if split.labels is None else int(split.labels[i]))
+        (split.name, image, -1 if split.labels is None else int(split.labels[i]), int(groups[split.rows[i]]))
         for split in (splits.train, splits.val, splits.holdout, splits.test)
         for i, image in enumerate(split.ids)
     ]

@@ -9,7 +9,8 @@ import joblib
 import torch
 
 from carmodels.files import user_path
-from carmodels.formatting import interval_text, score_text
+from carmodels.formatting import gain_text, gain_unit, interval_text, score_text
+from carmodels.holdout import later_sentence, quoted_look, quoted_suffix
 from carmodels.models.weights import Weights
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics
@@ -37,22 +38,18 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
 
 def _tell(results: dict[str, Any], study: Study, screen: Screen) -> None:
     """Print the student's scores and its speed."""
-    metric, holdout, speed = results["metric"], results["holdout"], results["speed"]
+    first = quoted_look(study, "student")
+    metric, holdout, speed = results["metric"], first.scores, results["speed"]
     val = ", ".join(f"{name} {score_text(metric, score)}" for name, score in results["val"].items())
     screen.say(f"{metric} on val: {val}.")
-    screen.say(f"{metric} on holdout ({holdout['images']} images kept aside, 95 % intervals):")
-    for name, words in (
-        ("student", "student"),
-        ("ensemble", "ensemble"),
-        ("gain_over_ensemble", "student less ensemble"),
-    ):
-        screen.say(
-            f"  {words:<24}{interval_text(metric, holdout[name])}", "bold" if name == "student" else ""
-        )
-    if holdout["looks"] > 1:
-        screen.say(
-            f"  (holdout was looked at {holdout['looks']} times for students: quote the first)", "yellow"
-        )
+    images = f"{holdout['images']} images kept aside, 95 % intervals"
+    screen.say(f"{metric} on holdout ({images}){quoted_suffix(study, 'student')}:")
+    for name in ("student", "ensemble"):
+        screen.say(f"  {name:<24}{interval_text(metric, holdout[name])}", "bold" if name == "student" else "")
+    value, ends = gain_text(metric, holdout["gain_over_ensemble"])
+    screen.say(f"  {'gain over the ensemble':<24}{value} {gain_unit(metric)} ({ends})")
+    if later := later_sentence(study, "student"):
+        screen.say(f"  {later}", "yellow")
     screen.say(
         f"Images a second: {speed['student']:.0f}, the ensemble {speed['ensemble']:.0f}; "
         f"{speed['ratio']:.1f} times as fast."

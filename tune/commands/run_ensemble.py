@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 from carmodels.files import user_path, write_atomic
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from tune.budget.clock import Clock
 from tune.cli import session
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
             raise ValueError(f"--out {options.out}: there are no test images to answer; leave it out")
         results = ensemble(
             job,
-            clock=Clock(time.time()),
+            clock=Clock(steady_time()),
             say=screen.say,
             top=options.top,
             views=options.tta,

@@ -61,11 +61,12 @@ def _check_export(options: argparse.Namespace) -> None:
 def _export(
     study: Study, answer: str, ensemble: Ensemble, limit: Threshold, folder: Path, screen: Screen
 ) -> None:
-    difference = export(ensemble, folder)
-    write_card(study, answer, ensemble.spec, limit, difference, folder)
-    screen.say(
-        f"Exported to {folder}: onnxruntime is within {difference:.1e} of torch (at most {TOLERANCE:.0e})."
-    )
+    onnx = export(ensemble, folder)
+    write_card(study, answer, ensemble.spec, limit, onnx, folder)
+    agrees = f"onnxruntime is within {onnx.difference:.1e} of torch (at most {TOLERANCE:.0e})"
+    screen.say(f"Exported to {folder}: {agrees if not onnx.refusal else 'safetensors alone'}.")
+    if onnx.refusal:
+        screen.say(f"No ONNX file: {onnx.refusal}.", "yellow")
 
 
 def _answer(
@@ -83,6 +84,8 @@ def _answer(
     )
     found: list[Answer] = []
     for answer in progress:
+        if console.quiet and out is None:  # nobody reads the answers any more
+            break
         if isinstance(answer, Unreadable):
             screen.say(f"Left out: {answer.image} ({answer.reason}).", "yellow")
             continue

@@ -30,6 +30,8 @@ def run(options: argparse.Namespace, screen: Screen, port: int) -> int:
         return serve(studies, make, port, screen)
     path = comparison.write_comparison(studies, out) if several else page.write_report(studies[0], out)
     screen.say(f"{'Comparison' if several else 'Report'}: {path}")
+    if warning := comparison.holdout_warning(comparison.opened(studies)) if several else "":
+        screen.say(warning, "yellow")
     return 0
 
 
@@ -51,13 +53,11 @@ def serve(studies: list[Study], make: Callable[[int], str], port: int, screen: S
 
     class Page(local_page.LocalPage):
         def do_GET(self) -> None:
-            if not self.from_here:
-                return self.refuse_others()
             try:
                 status, text = HTTPStatus.OK, make(REFRESH_SECONDS)
             except ValueError as error:
                 status, text = HTTPStatus.SERVICE_UNAVAILABLE, waiting(str(error))
-            return self.send(status, "text/html", text)
+            self.send(status, "text/html", text)
 
     return local_page.serve(Page, port, f"Report of the search of {begun}:", screen.say)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 from carmodels.files import user_path
 from carmodels.models.backbones import fetch_weights
 from carmodels.models.weights import Weights
 from carmodels.records import State
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.config import parse_assignment
 from tune.budget.clock import Clock
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     if new_head and options.onward:
         raise ValueError(f"--set {new_head[0]}: the weights of the trial have another; leave out --onward")
     study = Study(user_path(options.study))
-    clock = Clock(time.time())
+    clock = Clock(steady_time())
     with session.open_job(study, options, screen) as job:
         Weights.parse(job.weights.source)  # its folder may be gone
         if options.folds:
@@ -47,8 +47,8 @@ def run(options: argparse.Namespace, screen: Screen) -> int:
     screen.rest()
     screen.table(study)
     new_records = [r for r in study.records() if r not in before]
-    if new_records and all(r.state is State.FAILED and not r.diverged for r in new_records):
+    if new_records and all(r.state is State.FAILED for r in new_records):
         raise ValueError(
-            f"none of {len(new_records)} runs has finished, the last one failed by: {new_records[-1].reason}"
+            f"none of {len(new_records)} runs has finished, the first failed by: {new_records[0].reason}"
         )
     return 0 if completed else 130

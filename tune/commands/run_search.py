@@ -23,10 +23,12 @@ from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
 from carmodels.ensembling.network import load_ensemble
 from carmodels.files import user_path
 from carmodels.formatting import duration
-from carmodels.models.backbones import fetch_weights
+from carmodels.models.backbones import known_backbones
+from carmodels.models.facts import short_name
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.space import Space
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.run import Origin
 from tune.budget.clock import STOPS_SHARE, Clock, last_share, search_share
@@ -57,7 +59,7 @@ DEMO_HOURS = 0.15  # a limit for slow machines; the demo usually ends by its num
 
 def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> int:
     """Run the whole command. `typed`: the options that differ from their defaults, as shell text."""
-    begun = time.time()
+    begun = steady_time()
     bare = options.data is None
     granted = resources.check_machine(options)
     preset = options.preset or ("demo" if bare else "gpu" if torch.cuda.is_available() else "cpu")
@@ -70,10 +72,11 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
     overwrite = options.overwrite or repeats_the_demo(study, typed)
     check_folder(study, resume=options.resume, overwrite=overwrite)
     later = models_later(options)
-    session.report(findings(study, space, granted, cache_folder(options), later=later), screen)
+    found = findings(study, space, granted, cache_folder(options), later=later)
+    session.report([*found, *resources.device_findings(preset, options.address)], screen)
     earlier = [] if options.resume else earlier_studies(options.warm_start, study, options.metric)
     data = user_path(options.data) if options.data else demo_data(options, screen)
-    fetch_weights(weights, space.backbones)
+    backbones = described_backbones(weights, space, screen)
     if weights.source == "hub" and not options.address:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: the weights are on this disk now
     splits = session.open_data(data, options, space.largest_size, options.seed, screen)
@@ -86,6 +89,7 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
         "data": study.relative(data),
         "weights": study.relative(Path(weights.source)) if weights.is_folder else weights.source,
         "warm_start": [study.relative(user_path(f)) for f in options.warm_start],
+        "backbones": backbones,
         **describe(options, typed, preset, space, splits),
     }
     describe_data(splits, screen)
@@ -108,7 +112,10 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
                 f"on {facts['hardware']['device']}, {described_budget(clock, trials)}."
             )
             job = Job(study, splits, weights, workers, cache_folder(options), spent=study.seconds_by_stage())
-            return go(job, space, options, clock, trials, screen)
+            try:
+                return go(job, space, options, clock, trials, screen)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("search.py --resume goes on with what was recorded") from None
 
 
 def repeats_the_demo(study: Study, typed: Sequence[str]) -> bool:
@@ -142,7 +149,7 @@ def go(
         split=job.splits.split_hash,
     )
     if math.isfinite(clock.seconds) or job.workers.packed:
-        job = replace(job, costs=costs_of(job, space))
+        job = replace(job, costs=costs_of(job, space, screen.say))
     watch = session.watched(job, clock, trials, screen)
     search = partial(
         search_stage.search,
@@ -155,9 +162,11 @@ def go(
         say=screen.say,
     )
     completed = search(clock=clock)
+    if completed:
+        repeats.chosen_trial(job.study, None)  # ValueError if none has finished
     longer = with_spare_time(job, options, clock) if completed and trials is None else clock
     if longer != clock:
-        more = duration(longer.at(longer.search) - time.time())
+        more = duration(longer.at(longer.search) - steady_time())
         screen.say(f"What follows does not need all the time that is left: the search goes on for {more}.")
         completed, clock = search(clock=longer, resumed=False), longer
     completed = completed and trained_further(job, options, clock, watch, screen)
@@ -173,12 +182,13 @@ def go(
     if last >= STAGES.index("ensemble"):
         results = blending.ensemble(job, clock=clock, say=screen.say, max_seconds=cost_limit(options))
     screen.table(job.study)
-    screen.dimensions(job.study)
     if results:
         screen.answer(results, job.study)
     if options.until == "report":
         report(job, clock, screen, with_thumbnails=options.thumbnails or options.data is None)
-    screen.say(f"Every trial: {job.study.table_file}. All of it took {duration(time.time() - clock.begun)}.")
+    screen.say(
+        f"Every trial: {job.study.table_file}. All of it took {duration(steady_time() - clock.begun)}."
+    )
     return 0
 
 
@@ -199,11 +209,11 @@ def with_spare_time(job: Job, options: argparse.Namespace, clock: Clock) -> Cloc
     Unchanged if the search ended long before its time: the space has nothing more to draw.
     """
     ends = clock.at(clock.search)
-    if time.time() < ends - TRIAL_SHARE * (ends - clock.begun):
+    if steady_time() < ends - TRIAL_SHARE * (ends - clock.begun):
         return clock
     packed = job.costs if job.workers.packed else None
     less = retraining.FOLD_IN_SHARE if options.fold_in else 0.0
-    within = clock.at(clock.retrain - less) - time.time()
+    within = clock.at(clock.retrain - less) - steady_time()
     reruns = confirmation.confirmation_seconds(
         job.study, job.workers.count, max_reruns=options.confirm, costs=packed
     )
@@ -280,6 +290,19 @@ def chosen_space(preset: str, overrides: list[str], weights: Weights) -> tuple[S
             "or --weights none"
         )
     return space.with_backbones(tuple(b for b in space.backbones if b not in left_out)), left_out
+
+
+def described_backbones(weights: Weights, space: Space, screen: Screen) -> dict[str, dict[str, Any]]:
+    """Fetch the weights. Returns facts about each backbone of the space, for study.json."""
+    backbones = known_backbones(weights, space.backbones)
+    for name, facts in backbones.items():
+        sizes = space.sizes_of(name)
+        if set(sizes) != set(space.image_sizes):
+            screen.say(f"{short_name(name)} takes images of {', '.join(map(str, sizes))} px.")
+        if facts["non_commercial"]:
+            licence = f"the licence of its weights, {facts['licence']}, forbids commercial use"
+            screen.say(f"{short_name(name)}: {licence}.", "yellow")
+    return backbones
 
 
 def budget(options: argparse.Namespace, space: Space, bare: bool, begun: float) -> tuple[Clock, int | None]:

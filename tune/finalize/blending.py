@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,14 +11,16 @@ import numpy as np
 
 from carmodels.catalog import VIEWS
 from carmodels.ensembling.selection import Selection, select_ensemble
-from carmodels.evaluation.calibration import fit_temperature, with_temperature
+from carmodels.evaluation.calibration import apply_temperature, fit_temperature, with_temperature
 from carmodels.evaluation.intervals import paired_gain, score_interval, score_prediction_interval
 from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.nested import NestedCheck, nested_check
 from carmodels.evaluation.predictions import Predictions, blend
-from carmodels.files import read_json, write_json
+from carmodels.files import write_json
+from carmodels.holdout import add_look
 from carmodels.models.classifier import weights_damage
 from carmodels.records import FOLDS, TRAIN_SPLIT_STAGES, TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.submission import write_submission
 from tune.budget.clock import Clock
@@ -56,7 +57,7 @@ def ensemble(
     times = PredictionTimes(job)
     fold_sets = _within_cost(_fold_sets(job, say), times, max_seconds)
     _, split, _ = folds.ensemble_candidates(study, trained, fold_sets)
-    until = time.time() + SOUP_SHARE * clock.left
+    until = steady_time() + SOUP_SHARE * clock.left
     new_soups = soups.make_soups(job, trained, until=until) if split == "val" else []  # else only fold sets
     for record in new_soups:
         say(f"Soup {record.trial_id}: {record.reason}, {record.config.title}; val {record.value:.4f}.")
@@ -64,7 +65,7 @@ def ensemble(
     _recompute_predictions(job, candidates, say)
     times.measure(record.run for record in candidates)
     library = ModelLibrary.from_study(study, candidates, split, split_labels, times, max_seconds)
-    chosen = library.choose(until=time.time() + CHECK_SHARE * clock.left)
+    chosen = library.choose(until=steady_time() + CHECK_SHARE * clock.left)
     say(f"{chosen.sentence}.")
     records = {r.trial_id: r for r in [*trained, *candidates]}
     members = EnsembleMembers(
@@ -77,8 +78,7 @@ def ensemble(
         say(f"{line}.")
     blended, temperature = _save_blended(members, verdict.views, labels)
     truth = np.array(list(labels.values()))
-    best = library.best_single([r.trial_id for r in trained]) if split == "val" else trained[0].trial_id
-    single = records[best]
+    single = library.best_single([r.trial_id for r in trained]) if split == "val" else trained[0].trial_id
     results = {
         "metric": study.metric,
         "members": [
@@ -98,12 +98,16 @@ def ensemble(
         },
         "val": {
             "ensemble": METRICS[study.metric].score(blended["val"].aligned(list(labels)).probs, truth),
-            "single": {"trial_id": single.trial_id, "value": single.value},
+            "single": {
+                "trial_id": single,
+                "value": METRICS[study.metric].score(_calibrated(study, single, "val"), truth),
+            },
         },
-        "holdout": _holdout_results(study, blended["holdout"], single.trial_id),
+        "holdout": _holdout_results(study, blended["holdout"], single),
         **_submission_results(job, blended),
     }
     study.thumbnails_file.unlink(missing_ok=True)  # shows the mistakes of the previous ensemble
+    results["holdout"]["looks"] = add_look(study, "ensemble", results).number
     write_json(study.ensemble_file, results)
     study.write_table()
     return results
@@ -231,6 +235,7 @@ class ModelLibrary:
     metric: str
     probs: Mapping[str, Predictions]  # by trial id, rows in the order of truth
     truth: np.ndarray  # (N,)
+    groups: np.ndarray  # (N,) of near-duplicates
     costs: Mapping[str, float]  # seconds for 1,000 images
     max_cost: float
 
@@ -252,7 +257,8 @@ class ModelLibrary:
                 f"{min(costs.values()):.2f} s; allow more"
             )
         probs = {r.trial_id: study.predictions(r.trial_id, split).aligned(list(labels)) for r in candidates}
-        return cls(study.metric, probs, np.array(list(labels.values())), costs, max_cost)
+        truth = np.array(list(labels.values()))
+        return cls(study.metric, probs, truth, study.groups(labels), costs, max_cost)
 
     @property
     def all_rows(self) -> np.ndarray:
@@ -298,11 +304,16 @@ class ModelLibrary:
             blended = blend(members, list(selection.weights.values()))
             return blended.probs, tempered[selection.single].probs
 
-        return nested_check(choose, self.truth, metric=self.metric, until=until)
+        return nested_check(choose, self.truth, metric=self.metric, groups=self.groups, until=until)
+
+    def score(self, name: str) -> float:
+        """A candidate's score alone, calibrated as in the ensemble."""
+        return METRICS[self.metric].score(self.tempered(self.all_rows)[name].probs, self.truth)
 
     def best_single(self, names: Sequence[str]) -> str:
-        """The best of the named candidates that are cheap enough."""
-        affordable = {name: self.probs[name] for name in names if self.costs[name] <= self.max_cost}
+        """The best of the named candidates that are cheap enough, calibrated as in the ensemble."""
+        tempered = self.tempered(self.all_rows)
+        affordable = {name: tempered[name] for name in names if self.costs[name] <= self.max_cost}
         return select_ensemble(affordable, self.truth, metric=self.metric, rounds=0, max_members=1).single
 
 
@@ -332,7 +343,7 @@ def _member_rows(
             "stage": model.stage,
             "weight": weight / len(models),
             "gain": gains[record.trial_id] / len(models),
-            "val": record.value,
+            "val": library.score(record.trial_id),
             "temperature": members.temperatures[record.trial_id],
             "seconds_per_1000": library.costs[record.trial_id] / len(models),
         }
@@ -359,20 +370,30 @@ def _submission_summary(study: Study, names: Sequence[str], test: Predictions) -
 
 
 def _holdout_results(study: Study, ensembled: Predictions, single: str) -> dict[str, Any]:
-    """Holdout scores of ensemble, best single trial and baseline, with 95 % intervals. Counts looks."""
+    """Holdout scores of ensemble, best single trial and baseline, with 95 % intervals."""
     labels = study.labels("holdout")
     truth = np.array(list(labels.values()))
     probs = {"ensemble": ensembled.aligned(list(labels)).probs}
     baselines = (r.trial_id for r in study.leaderboard() if r.baseline)
-    baseline = next((name for name in baselines if study.has_predictions(name, "holdout")), None)
+    scored = (b for b in baselines if all(study.has_predictions(b, split) for split in ("val", "holdout")))
+    baseline = next(scored, None)
     metric, named = study.metric, {"single": single} | ({"baseline": baseline} if baseline else {})
-    for name, trial_id in named.items():
-        probs[name], _ = study.probs_and_labels(trial_id, "holdout")
-    scores: dict[str, Any] = {name: asdict(score_interval(metric, p, truth)) for name, p in probs.items()}
+    probs |= {name: _calibrated(study, trial_id, "holdout") for name, trial_id in named.items()}
+    groups = study.groups(labels)
+    scores: dict[str, Any] = {
+        name: asdict(score_interval(metric, p, truth, groups=groups)) for name, p in probs.items()
+    }
     for name in named:
-        scores[f"gain_over_{name}"] = asdict(paired_gain(metric, probs["ensemble"], probs[name], truth))
-    looks = 1 + (read_json(study.ensemble_file)["holdout"]["looks"] if study.ensemble_file.is_file() else 0)
-    return {**scores, "images": len(truth), "looks": looks}
+        gain = paired_gain(metric, probs["ensemble"], probs[name], truth, groups=groups)
+        scores[f"gain_over_{name}"] = asdict(gain)
+    return {**scores, "images": len(truth)}
+
+
+def _calibrated(study: Study, trial_id: str, split: str) -> np.ndarray:
+    """A trial's probabilities (N, C), with the temperature that fits it on val, as the ensemble has one."""
+    temperature = fit_temperature(*study.probs_and_labels(trial_id, "val"))
+    probs, _ = study.probs_and_labels(trial_id, split)
+    return apply_temperature(probs, temperature)
 
 
 def _expected_test_score(study: Study, holdout: Predictions, images: int) -> dict[str, Any]:
@@ -380,5 +401,5 @@ def _expected_test_score(study: Study, holdout: Predictions, images: int) -> dic
     labels = study.labels("holdout")
     truth = np.array(list(labels.values()))
     probs = holdout.aligned(list(labels)).probs
-    interval = score_prediction_interval(study.metric, probs, truth, images)
+    interval = score_prediction_interval(study.metric, probs, truth, images, groups=study.groups(labels))
     return {**asdict(interval), "images": images}

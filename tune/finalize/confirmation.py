@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
@@ -15,13 +14,22 @@ from ray.tune.search import Searcher
 
 from carmodels.evaluation.metrics import METRICS
 from carmodels.records import Role, State, TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.run import Run
 from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.costs import Costs, rerun_seconds
 from tune.budget.stages import RERUNS
 from tune.finalize.retraining import shortest_retraining_seconds
-from tune.optim.standings import CONTENDERS, TAIL, RunStatistics, runs_by_config, standings_of, without_seed
+from tune.optim.standings import (
+    CONTENDERS,
+    TAIL,
+    RunStatistics,
+    independent_val_images,
+    runs_by_config,
+    standings_of,
+    without_seed,
+)
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job, Say
 from tune.runtime.runner import run_trials
@@ -30,7 +38,7 @@ _ENDED = (State.COMPLETE, State.FAILED)  # the seed is used up
 
 
 def next_rerun(
-    records: Sequence[TrialRecord], *, metric: str, images: int, pending: Sequence[Run] = ()
+    records: Sequence[TrialRecord], *, metric: str, images: float, pending: Sequence[Run] = ()
 ) -> Run | None:
     """The run with the largest expected gain; None once the best is clearly better than every contender.
 
@@ -82,7 +90,7 @@ class RerunSearcher(Searcher):
     """Ray Tune searcher. Suggests one rerun at a time, based on the study's records at that moment.
 
     Finishes when the best configuration is clear, after `max_reruns` reruns in the study, or when the next
-    would not end by `end` (time.time()).
+    would not end by `end` (steady_time()).
     """
 
     def __init__(
@@ -91,7 +99,7 @@ class RerunSearcher(Searcher):
         super().__init__(metric=study.metric, mode=METRICS[study.metric].mode)
         self._costs = costs
         self._study, self._max_reruns, self._end, self._roles = study, max_reruns, end, roles
-        self._images = len(study.labels("val"))
+        self._images = independent_val_images(study)
         self._suggested: list[Run] = []
         records = (r for r in study.records() if r.stage == "confirm")
         self._unfinished = [r.run for r in records if r.resumable]  # of an earlier command
@@ -101,7 +109,7 @@ class RerunSearcher(Searcher):
         if run is None:  # pending runs may still change which is best
             return None if self._pending() else Searcher.FINISHED
         first = self._search_records()[without_seed(run)]
-        if time.time() + rerun_seconds(first, self._costs) > self._end:
+        if steady_time() + rerun_seconds(first, self._costs) > self._end:
             return Searcher.FINISHED
         self._suggested.append(run)
         note = f"seed {run.origin.seed} of {first.trial_id}"
@@ -137,7 +145,7 @@ def confirm(job: Job, *, clock: Clock, watch: ProgressCallback, say: Say, max_re
     roles: dict[str, Role] = {}
     end, late = clock.at(clock.confirm), clock.late(clock.confirm, clock.retrain, LATE_SHARE)
     latest = clock.at(clock.retrain) - shortest_retraining_seconds(job)  # retraining must start by then
-    if latest > time.time():
+    if latest > steady_time():
         end, late = min(end, latest), min(late, latest)
     costs = job.costs if job.workers.packed else None
     reruns = RerunSearcher(job.study, max_reruns=max_reruns, end=end, roles=roles, costs=costs)

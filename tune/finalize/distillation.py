@@ -15,8 +15,12 @@ from carmodels.evaluation.calibration import fit_temperature, with_temperature
 from carmodels.evaluation.intervals import paired_gain, score_interval
 from carmodels.evaluation.metrics import METRICS
 from carmodels.files import read_json, write_json
+from carmodels.holdout import add_look
+from carmodels.models.backbones import known_backbones
 from carmodels.models.classifier import save_weights
+from carmodels.models.facts import facts_of
 from carmodels.records import State, TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.config import EpochMetrics
 from carmodels.training.run import Run
@@ -44,6 +48,7 @@ def distil(
     study, splits, device = job.study, job.splits, job.workers.device
     teacher = load_ensemble(study).to(device)
     run = _student_run(job, backbone, epochs, say)
+    study.add_backbones(known_backbones(job.weights, [run.config.backbone]))
     views = min(TEACHER_EPOCHS, run.config.epochs)
     say(f"The ensemble is shown train, {len(splits.train)} images in {views} crops each.")
     processes = job.workers.processes
@@ -56,7 +61,7 @@ def distil(
         f"It is {answers.max(axis=2).mean():.0%} sure there and {confidence:.0%} on val: "
         f"its answers get a temperature of {softness:.2f}."
     )
-    started = time.time()
+    started = steady_time()
     trained = fit(
         run,
         splits,
@@ -70,14 +75,13 @@ def distil(
         raise ValueError(
             f"the student's loss was not finite in epoch {len(trained.history)}; a lower lr helps"
         )
-    record = _student_record(study, trained, time.time() - started)
+    record = _student_record(study, trained, steady_time() - started)
     save_weights(trained.model, study.weights_file(record.trial_id))
     study.append(record)
     study.write_table()
     temperature = _save_predictions(job, trained, record)
     student_file = study.results_file(STUDENT)
-    looks = 1 + (read_json(student_file)["holdout"]["looks"] if student_file.is_file() else 0)
-    results = {
+    results: dict[str, Any] = {
         "metric": study.metric,
         "members": [
             {
@@ -94,8 +98,9 @@ def distil(
         "tta": {"views": ["plain"], "sentence": "left out, the student is to be fast"},
         "taught": {"views": views, "temperature": softness, "share": TEACHER_WEIGHT},
         "val": _val_scores(study),
-        "holdout": {**_holdout_comparison(study), "looks": looks},
+        "holdout": _holdout_comparison(study),
     }
+    results["holdout"]["looks"] = add_look(study, STUDENT, results).number
     write_json(student_file, results)
     results["speed"] = _speeds(job, teacher, load_ensemble(study, STUDENT).to(device))
     write_json(student_file, results)
@@ -127,7 +132,8 @@ def _student_run(job: Job, backbone: str | None, epochs: int | None, say: Say) -
 def _available_backbones(job: Job) -> list[str]:
     """Backbones with pretrained weights: of the catalog if they are in a folder, else of the space."""
     space = job.study.space
-    known = tuple(BACKBONES) if job.weights.is_folder or space is None else space.backbones
+    own = space.backbones if space else ()
+    known = own if own and not job.weights.is_folder else tuple(dict.fromkeys([*BACKBONES, *own]))
     return [name for name in known if job.weights.has(name)]
 
 
@@ -137,13 +143,12 @@ def _student_config(study: Study, backbone: str, epochs: int | None) -> Run:
     same_backbone = [r for r in board if r.config.backbone == backbone]
     best = (same_backbone or board)[0].run
     template = best.config
-    multiple = BACKBONES[backbone].multiple
     return best.with_config(
         backbone=backbone,
-        image_size=max(multiple, template.image_size // multiple * multiple),
+        image_size=facts_of(backbone).fit(template.image_size),
         epochs=epochs or STUDENT_EPOCHS * (epochs_of_space(study) or template.epochs),
         unfreeze="full",
-        layer_decay=unfrozen(template).layer_decay,
+        lr_ratio=unfrozen(template).lr_ratio,
         start_image_size=0,  # the teacher sees the crops at full size and strength
         eval_image_size=0,
         schedule="cosine",
@@ -201,10 +206,11 @@ def _holdout_comparison(study: Study) -> dict[str, Any]:
     """Scores of student and ensemble on holdout and their difference, with 95 % intervals."""
     student, truth = study.probs_and_labels(STUDENT, "holdout")
     ensemble, _ = study.probs_and_labels("ensemble", "holdout")
+    metric, groups = study.metric, study.groups(study.labels("holdout"))
     return {
-        STUDENT: asdict(score_interval(study.metric, student, truth)),
-        "ensemble": asdict(score_interval(study.metric, ensemble, truth)),
-        "gain_over_ensemble": asdict(paired_gain(study.metric, student, ensemble, truth)),
+        STUDENT: asdict(score_interval(metric, student, truth, groups=groups)),
+        "ensemble": asdict(score_interval(metric, ensemble, truth, groups=groups)),
+        "gain_over_ensemble": asdict(paired_gain(metric, student, ensemble, truth, groups=groups)),
         "images": len(truth),
     }
 

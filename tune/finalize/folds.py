@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-import ray
 
 from carmodels.data.dataset import Splits
 from carmodels.data.resplit import hold_out_fold
@@ -24,7 +23,7 @@ from carmodels.study import Study
 from carmodels.training.held_out import splits_for
 from carmodels.training.run import Run
 from tune.optim.standings import standings_of
-from tune.runtime.job import Job, as_task
+from tune.runtime.job import Job, as_task, results_of
 
 MOST_FOLDED = 3  # configurations
 
@@ -87,7 +86,7 @@ def recompute_fold_predictions(job: Job) -> None:
     if not missing:
         return
     task = as_task(_predict_fold, job.workers)
-    results = ray.get([task.remote(job, run, name) for run, name in missing])
+    results = results_of([task.remote(job, run, name) for run, name in missing], "predicting with folds")
     for (run, name), predictions in zip(missing, results, strict=True):
         predictions.save(study.predictions_file(run.trial_id, name))
 

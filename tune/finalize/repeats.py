@@ -83,11 +83,20 @@ def chosen_trial(study: Study, trial_id: str | None) -> TrialRecord:
             )
         return candidates[0]
     if not candidates:
-        reasons = [r.reason for r in study.records() if r.state is not State.COMPLETE]
-        last = f" (the last one: {reasons[-1]})" if reasons else ""
-        raise ValueError(f"{study.folder} has no finished trial{last}; --resume goes on, with more --hours")
+        raise ValueError(_why_none_finished(study))
     ranked = standings_of(study)
     return ranked[0].record if ranked else candidates[0]
+
+
+def _why_none_finished(study: Study) -> str:
+    ended = [r for r in study.records() if r.stage == "search"]
+    if failed := [r for r in ended if r.state is State.FAILED]:
+        return (
+            f"{study.folder}: none of {len(ended)} trials has finished, the first failed by: "
+            f"{failed[0].reason}; mend that, then search.py --resume goes on"
+        )
+    last = f" (the last one: {ended[-1].reason})" if ended else ""
+    return f"{study.folder} has no finished trial{last}; search.py --resume goes on, with more --hours"
 
 
 def near_best(study: Study) -> list[TrialRecord]:

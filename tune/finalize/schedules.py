@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from carmodels.catalog import UNFREEZE
 from carmodels.records import TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Run
@@ -20,8 +20,9 @@ RETRAIN_EPOCHS_RATIO = 2.0  # of a trial's epochs, if time allows: +5.9 points i
 MIN_EPOCHS_RATIO = 0.5  # of a schedule's epochs: no shorter one is started
 HEAD_FIELDS = {"head", "head_depth"}  # changing these makes a trial's weights unusable
 
-# Unfreezing: the head keeps its learning rate, each layer group below has half the rate of the one above.
-UNFROZEN: Mapping[str, Any] = {"unfreeze": "full", "layer_decay": 0.5}
+# Unfreezing: the head keeps its learning rate. The ratio is half the rate from group to group of MobileNetV2,
+# which has eight groups and was measured (results/final/NOTES.md).
+UNFROZEN: Mapping[str, Any] = {"unfreeze": "full", "lr_ratio": 0.004}
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class TimeBudget:
 
     @classmethod
     def until(cls, end: float, job: Job) -> TimeBudget:
-        """The time from now until `end`, in time.time()."""
-        return cls(max(0.0, end - time.time()), job.workers.count, job.costs, bool(job.workers.packed))
+        """The time from now until `end`, in steady_time()."""
+        return cls(max(0.0, end - steady_time()), job.workers.count, job.costs, bool(job.workers.packed))
 
     def training_seconds(self, record: TrialRecord, config: TrialConfig, image_ratio: float = 1.0) -> float:
         """Estimated seconds of training `config`, on `image_ratio` times as many images as the trial.

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
-import ray
 import torch
 
 from carmodels.ensembling.soup import Ingredient, greedy_soup, soup_key
 from carmodels.evaluation.metrics import METRICS
 from carmodels.models.classifier import save_weights, weights_damage
 from carmodels.records import State, TrialRecord
-from tune.runtime.job import Job, as_task
+from carmodels.steady_clock import steady_time
+from tune.runtime.job import Job, as_task, results_of
 
 SOUP = "soup"
 MAX_INGREDIENTS = 8  # models of one kind to try, best first
@@ -23,16 +22,16 @@ MAX_INGREDIENTS = 8  # models of one kind to try, best first
 def make_soups(job: Job, candidates: Sequence[TrialRecord], *, until: float) -> list[TrialRecord]:
     """Make the missing soups of the candidates, which are sorted best first; records of all their soups.
 
-    Kinds run side by side until `until`, time.time(). A soup that was cut short is tried again if there is
+    Kinds run side by side until `until`, steady_time(). A soup that was cut short is tried again if there is
     time. Each new soup leaves a record, weights and predictions under its own id.
     """
     study = job.study
     existing = {r.trial_id: r for r in study.records() if not weights_damage(study.weights_file(r.trial_id))}
     groups = {soup_id(group): group for group in _by_kind(candidates)}
-    done = {name for name, record in existing.items() if not record.cut_short or time.time() > until}
+    done = {name for name, record in existing.items() if not record.cut_short or steady_time() > until}
     missing = {name: group for name, group in groups.items() if name not in done}
     task = as_task(_make_soup, job.workers)
-    for record in ray.get([task.remote(job, *item, until) for item in missing.items()]):
+    for record in results_of([task.remote(job, *item, until) for item in missing.items()], "making a soup"):
         if record is not None:
             study.append(record)
             existing[record.trial_id] = record
@@ -56,8 +55,8 @@ def _by_kind(candidates: Sequence[TrialRecord]) -> list[list[TrialRecord]]:
 
 def _make_soup(job: Job, name: str, group: Sequence[TrialRecord], until: float) -> TrialRecord | None:
     """Make and save the soup of one kind, in a worker; None if no soup is better than the best model."""
-    job.workers.take()
-    started = time.time()
+    job.begin()
+    started = steady_time()
     study, splits, workers = job.study, job.splits, job.workers
     ingredients = [
         Ingredient(r.trial_id, r.run, study.weights_file(r.trial_id), study.predictions(r.trial_id, "val"))
@@ -89,7 +88,7 @@ def _make_soup(job: Job, name: str, group: Sequence[TrialRecord], until: float) 
         cut_short=cut_short,
         epochs_run=0,
         value=METRICS[study.metric].score(soup.val.aligned(splits.val.ids).probs, splits.val.labels),
-        seconds=time.time() - started,
+        seconds=steady_time() - started,
         reason=f"the mean of the weights of {len(soup.ingredients)} models of {len(group)}{cut}",
         stage=SOUP,
         ingredients=members,

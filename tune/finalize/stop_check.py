@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -13,6 +12,7 @@ from carmodels.evaluation.intervals import proportion_interval
 from carmodels.evaluation.metrics import METRICS
 from carmodels.files import write_json
 from carmodels.records import Role, State, TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from tune.budget.clock import STOPS_SHARE, Clock
 from tune.budget.costs import rerun_seconds
@@ -127,7 +127,7 @@ def check_stops(
             [r.run for r in remaining.values()],
             metric=study.metric,
             mode=METRICS[study.metric].mode,
-            fits=lambda run: time.time() + rerun_seconds(remaining[run.id], costs) <= end,
+            fits=lambda run: steady_time() + rerun_seconds(remaining[run.id], costs) <= end,
         ),
         roles={r.trial_id: Role(note=f"pruned after epoch {r.epochs_run}") for r in chosen},
         watch=watching(inner),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 from carmodels.catalog import VIEWS
 from carmodels.data.splits import Split
@@ -22,11 +21,12 @@ from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.models.classifier import create_classifier
 from carmodels.models.weights import Weights
 from carmodels.records import FOLDS, TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.training.config import TrialConfig
-from carmodels.training.forward import view_size
+from carmodels.training.forward import shown_view, view_size
 from carmodels.training.run import Run
 from tune.finalize import folds
-from tune.runtime.job import Job, as_task
+from tune.runtime.job import Job, as_task, results_of
 
 _HALF_PRECISION_TOLERANCE = 0.02  # how much probabilities differ between batch layouts on a GPU
 _ROUNDING_TOLERANCE = 1e-5
@@ -50,7 +50,8 @@ class PredictionTimes:
         wanted = {self._key(r.config, v): r.config for r in runs for v in views}
         missing = {key: config for key, config in wanted.items() if key not in self.seconds}
         task = as_task(prediction_seconds, self.job.workers)
-        times = ray.get([task.remote(self.job, config, size) for (_, size), config in missing.items()])
+        tasks = [task.remote(self.job, config, size) for (_, size), config in missing.items()]
+        times = results_of(tasks, "measuring how long a prediction takes")
         self.seconds.update(zip(missing, times, strict=True))
 
     @staticmethod
@@ -60,7 +61,7 @@ class PredictionTimes:
 
 def prediction_seconds(job: Job, config: TrialConfig, size: int) -> float:
     """Seconds per image: the faster of two passes over some val images, after a warm-up pass."""
-    job.workers.take()
+    job.begin()
     config = replace(config, image_size=size, start_image_size=0, eval_image_size=0)
     model = create_classifier(config, classes=len(job.splits.classes), weights=Weights("none"))
     val = job.splits.val
@@ -90,21 +91,26 @@ class EnsembleMembers:
         return blend(means, list(self.weights.values()))
 
     def _tempered(self, record: TrialRecord, split: str, view: str) -> Predictions:
+        view = shown_view(record.config, view)
         predictions = self.job.study.predictions(record.trial_id, split, view)
         return with_temperature(predictions, self.temperatures[record.trial_id])
 
     def predict_missing(self, split: str, views: Sequence[str]) -> list[Path]:
-        """Compute missing or damaged predictions of all members and views, side by side; damaged files."""
+        """Compute missing or damaged predictions of all members and views, side by side; damaged files.
+
+        What a member is shown alike is computed once, under the first such view.
+        """
         study, path = self.job.study, self.job.study.predictions_file
+        shown = {r: dict.fromkeys(shown_view(r.config, view) for view in views) for r in self.weights}
         missing = {
-            r: [v for v in views if not study.has_predictions(r.trial_id, split, v)] for r in self.weights
+            r: [v for v in shown[r] if not study.has_predictions(r.trial_id, split, v)] for r in self.weights
         }
         damaged = [f for r, vs in missing.items() for v in vs if (f := path(r.trial_id, split, v)).is_file()]
         # few tasks, as each may start a process
         parts = math.ceil(self.job.workers.count / max(1, sum(map(bool, missing.values()))))
         tasks = [(r, vs[k::parts]) for r, vs in missing.items() for k in range(parts) if vs[k::parts]]
         task = as_task(_predict_views, self.job.workers)
-        results = ray.get([task.remote(self.job, r, split, vs) for r, vs in tasks])
+        results = results_of([task.remote(self.job, r, split, vs) for r, vs in tasks], f"predicting {split}")
         for (record, vs), by_view in zip(tasks, results, strict=True):
             for view, predictions in zip(vs, by_view, strict=True):
                 predictions.save(path(record.trial_id, split, view))
@@ -118,7 +124,8 @@ class EnsembleMembers:
         record = next(iter(self.weights))
         before = self.job.study.predictions(record.trial_id, "val")
         task = as_task(_predict_views, self.job.workers)
-        again = ray.get(task.remote(self.job, record, "val", ("plain",)))[0].aligned(before.ids)
+        [[shown]] = results_of([task.remote(self.job, record, "val", ("plain",))], "predicting val")
+        again = shown.aligned(before.ids)
         tolerance = _ROUNDING_TOLERANCE if record.stage == FOLDS else 0.0  # batches of folds differ
         if self.job.workers.gpus:
             tolerance = _HALF_PRECISION_TOLERANCE
@@ -129,14 +136,20 @@ class EnsembleMembers:
     ) -> dict[str, float]:
         """Seconds for 1,000 images, all members together, by view.
 
-        On val only one model of a fold set predicts each image.
+        On val only one model of a fold set predicts each image. A view costs nothing for a member that is
+        shown another one alike: on val all views are computed, else the plain one is.
         """
         runs, views = [record.run for record in self.weights], tuple(views)
         times.measure(runs, views)
-        shares = {run: 1 / (run.origin.folds or 1) if on_val else 1.0 for run in runs}
-        return {
-            view: 1000 * sum(shares[r] * times.seconds_per_image(r, view) for r in runs) for view in views
-        }
+
+        def seconds(run: Run, view: str) -> float:
+            shown = shown_view(run.config, view)
+            if shown != view and (on_val or shown == "plain"):
+                return 0.0
+            share = 1 / (run.origin.folds or 1) if on_val else 1.0
+            return share * times.seconds_per_image(run, view)
+
+        return {view: 1000 * sum(seconds(run, view) for run in runs) for view in views}
 
 
 def _predict_views(job: Job, record: TrialRecord, split: str, views: Sequence[str]) -> list[Predictions]:
@@ -187,12 +200,12 @@ def select_tta_views(
     """
     if limit < 2:
         return ViewsVerdict(("plain",), "not asked for")
-    ends = time.time() + seconds
+    ends = steady_time() + seconds
     if not members.reproduce_predictions():
         return ViewsVerdict(("plain",), "left out, the plain view does not give again what the trial left")
     costs = members.costs(times, VIEWS)
     on_val = members.costs(times, VIEWS, on_val=True)
-    max_views, left_out = _plan_views(members.job, costs, on_val, limit, ends - time.time(), max_cost)
+    max_views, left_out = _plan_views(members.job, costs, on_val, limit, ends - steady_time(), max_cost)
     if len(left_out) == len(VIEWS) - 1:
         reason = "no time for it" if max_views < 2 else "every view would cost too much"
         return ViewsVerdict(("plain",), f"left out, {reason}", _left_out_rows(left_out))
@@ -215,7 +228,8 @@ def select_tta_views(
     sets: list[tuple[str, ...]] = [("plain", view) for view in probs if view != "plain"]
     sets += [views[:count] for count in range(3, len(views) + 1)]
     tried = tuple(_score_views(metric, probs, views, truth) for views in sets)
-    check = nested_check(choose, truth, metric=metric, until=ends)
+    groups = members.job.study.groups(ids)
+    check = nested_check(choose, truth, metric=metric, groups=groups, until=ends)
     kept, sentence = _decision(metric, probs, views, truth, check)
     return ViewsVerdict(
         kept, sentence, tried + _left_out_rows(left_out), {**asdict(check), "gain": check.gain}
@@ -239,7 +253,9 @@ def _plan_views(
         if view == "plain":
             continue
         on_val_seconds = len(splits.val) * on_val[view] / 1000 / workers
-        if costs["plain"] + costs[view] > max_cost:
+        if on_val[view] == 0:
+            left_out[view] = "every model is shown another view alike"
+        elif costs["plain"] + costs[view] > max_cost:
             total = costs["plain"] + costs[view]
             left_out[view] = f"with it 1,000 images would take {total:.1f} s, more than {max_cost:g} s"
         elif max_views < 2 or on_val_seconds > remaining:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -14,22 +13,22 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from carmodels.files import read_json
-from carmodels.formatting import interval_text, stops_sentence
+from carmodels.formatting import gain_text, gain_unit, interval_text, stops_sentence
+from carmodels.holdout import later_sentence, quoted_look, quoted_suffix
 from carmodels.records import NOT_ENDED, State, TrialRecord
 from carmodels.study import Study
 from tune.budget.clock import Clock
 from tune.monitor import terminal_view
-from tune.optim import importance
 from tune.optim.standings import Standing, standings_of, standings_sentence, top_standings
 from tune.runtime.callbacks import ProgressCallback, RunState
 
+NARROWEST = 80  # columns of a table; a narrower terminal wraps its lines
 QUIET_SECONDS = 60.0  # between progress lines, if the output is not a terminal
 
 _SCORED_NAMES = {
     "ensemble": "ensemble",
     "single": "best single trial",
     "baseline": "baseline",
-    "gain_over_baseline": "gain over the baseline",
 }
 
 _COLOURS = {
@@ -42,6 +41,19 @@ _CONFIGURATION = ("backbone", "px", "head", "strategy", "lr", "augment")
 _DETAILS = ("trial", "augment", "epochs", "s")  # columns left out on a narrow terminal
 
 
+class _Console(Console):
+    """Says nothing more once nobody reads it, or it cannot be written: the result of a run is its files."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        try:
+            super().print(*objects, **settings)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Screen:
     """Output for users: a live view on a terminal, plain lines elsewhere or on request.
 
@@ -51,7 +63,7 @@ class Screen:
     def __init__(self, *, plain: bool = False) -> None:
         plain = plain or not sys.stdout.isatty()  # even with FORCE_COLOR: a program reads it
         self._terminal = False if plain else None  # None: rich detects the terminal's features
-        self.console = Console(highlight=False, soft_wrap=True, emoji=False, force_terminal=self._terminal)
+        self.console = _Console(highlight=False, soft_wrap=True, emoji=False, force_terminal=self._terminal)
         self._alive = self.console.is_interactive and not self.console.options.ascii_only
         self._live: Live | None = None
         self._last_line_at = time.monotonic()
@@ -157,47 +169,42 @@ class Screen:
             self._wide(table)
         self.say(stops_sentence(results))
 
-    def dimensions(self, study: Study) -> None:
-        """Print the importance of each dimension.
-
-        If the best trials lie at the edge of a range, name the option that extends it.
-        """
-        space = study.space
-        if space is None:
-            self.say(importance.UNKNOWN)
-            return
-        records = study.records()
-        found = importance.importances(records, space, study.metric)
-        self.say(found.sentence)
-        if found.dimensions:
-            self.say(f"  {importance.CAVEAT}")
-        for edge in importance.edges(records, space, study.metric):
-            self.say(f"At the edge: {edge}; another study looks further with {edge.option}", "yellow")
-
     def _wide(self, table: Table) -> None:
+        """Print a table. A narrow terminal wraps its rows: rich would cut columns to letters."""
         self.rest()
-        width = self.console.width if self._alive else max(self.console.width, 150)
-        Console(width=width, highlight=False, markup=False, emoji=False, force_terminal=self._terminal).print(
-            table
-        )
+        width = max(self.console.width, NARROWEST if self._alive else 150)
+        height = self.console.height  # without it a "dumb" terminal has 80 columns, whatever its width
+        _Console(
+            width=width,
+            height=height,
+            quiet=self.console.quiet,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            force_terminal=self._terminal,
+        ).print(table)
 
     def answer(self, results: dict[str, Any], study: Study) -> None:
         """Print the ensemble: members, holdout scores, gain over the baseline, and the submission's path."""
-        holdout, shown = results["holdout"], partial(interval_text, results["metric"])
+        first, metric = quoted_look(study, "ensemble"), results["metric"]
+        holdout = first.scores
         self._members(results)
-        self.say(f"{results['metric']} on holdout ({holdout['images']} images kept aside, 95 % intervals):")
+        images = f"{holdout['images']} images kept aside, 95 % intervals"
+        self.say(f"{metric} on holdout ({images}){quoted_suffix(study, 'ensemble')}:")
         for name, words in _SCORED_NAMES.items():
             if name in holdout:
-                self.say(f"  {words:<24}{shown(holdout[name])}", "bold" if name == "ensemble" else "")
+                shown = interval_text(metric, holdout[name])
+                self.say(f"  {words:<24}{shown}", "bold" if name == "ensemble" else "")
+        if "gain_over_baseline" in holdout:
+            value, ends = gain_text(metric, holdout["gain_over_baseline"])
+            self.say(f"  {'gain over the baseline':<24}{value} {gain_unit(metric)} ({ends})")
         if "baseline" not in holdout:
             self.say("  The baseline did not finish: there is nothing to compare with.", "yellow")
-        if holdout["looks"] > 1:
-            self.say(
-                f"  (holdout was looked at {holdout['looks']} times in this study: quote the first)", "yellow"
-            )
-        if "hidden" in results:
-            hidden = results["hidden"]
-            self.say(f"Expected on the {hidden['images']} hidden images, in 95 of 100: {shown(hidden)}.")
+        if later := later_sentence(study, "ensemble"):
+            self.say(f"  {later}", "yellow")
+        if hidden := first.hidden:
+            shown = interval_text(metric, hidden)
+            self.say(f"Expected on the {hidden['images']} hidden images, in 95 of 100: {shown}.")
         if "submission" in results:
             given = ", ".join(f"{row['name']} {row['rows']}" for row in results["submission"]["classes"])
             self.say(f"Submission: {study.submission_file}, {results['submission']['rows']} rows: {given}.")
@@ -239,8 +246,14 @@ def _cells(record: TrialRecord) -> tuple[str, ...]:
         config.augment,
         str(record.epochs_run),
         f"{record.seconds:.0f}",
-        record.note,
+        _note(record),
     )
+
+
+def _note(record: TrialRecord) -> str:
+    """The record's note, and that memory was short."""
+    short = f"batches in {record.microbatches} parts (memory)" if record.microbatches > 1 else ""
+    return "; ".join(filter(None, (record.note, short)))
 
 
 def _standing_cells(standing: Standing, best: Standing) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,9 @@ from rich.text import Text
 
 from carmodels.evaluation.metrics import METRICS
 from carmodels.formatting import duration
-from carmodels.records import FOLD, State, TrialRecord
+from carmodels.records import State, TrialRecord
+from carmodels.steady_clock import steady_time
+from carmodels.study import best_first
 from carmodels.training.config import EpochMetrics
 from carmodels.training.run import Run
 from tune.budget.clock import Clock
@@ -93,7 +94,7 @@ def take_snapshot(
     ended = list(ended)
     of_stage = tuple(r for r in ended if r.stage == recorder.stage)
     goal = trials if recorder.stage == "search" else None
-    used, left = time.time() - clock.begun, clock.left
+    used, left = steady_time() - clock.begun, clock.left
     if math.isinf(left) and goal and recorder.recorded:
         left = used / len(recorder.recorded) * max(0, goal - len(of_stage))
     return RunSnapshot(
@@ -101,18 +102,11 @@ def take_snapshot(
         metric=metric,
         running=tuple(Running(recorder.runs[i], tuple(c)) for i, c in recorder.running.items()),
         ended=of_stage,
-        best=_best(ended, metric),
+        best=next(iter(best_first(ended, metric)), None),
         trials=goal,
         used=used,
         left=left,
     )
-
-
-def _best(ended: Iterable[TrialRecord], metric: str) -> TrialRecord | None:
-    sign = 1 if METRICS[metric].mode == "max" else -1
-    on_val = (r for r in ended if r.state is State.COMPLETE and r.stage != FOLD)
-    scored = [(sign * r.value, r) for r in on_val if r.value is not None]
-    return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
 def line(now: RunSnapshot) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from carmodels.catalog import BACKBONES, UNFREEZE
+from carmodels.catalog import UNFREEZE
+from carmodels.models.facts import facts_of
 from carmodels.models.parameter_groups import trainable_groups
 from carmodels.presets import SPACES
 from carmodels.space import Choice, Dimension, Range, Space
@@ -30,26 +31,26 @@ class Coordinates:
 
     A coordinate lies in [0, 1], or is the option's index if the options have no order. The derived ones are
     the backbone's size (log of its parameters), the trainable share of the backbone (mean over the schedule)
-    and the backbone's learning rate (log of lr times its mean decay over the layers). Through them, trials
+    and the backbone's learning rate (log of lr times the mean ratio over the layers). Through them, trials
     of one backbone or strategy also inform similar ones.
     """
 
     def __init__(self, space: Space) -> None:
         self._space = space
         dimensions = space.dimensions
-        self._sizes = _Span(*_extremes([math.log(BACKBONES[b].millions) for b in space.backbones]))
-        rates, decays = _bounds(space, "lr"), _bounds(space, "layer_decay")
-        self._rates = _Span(*(math.log(r * _mean_decay(d)) for r, d in zip(rates, decays, strict=True)))
+        self._sizes = _Span(*_extremes([math.log(facts_of(b).millions) for b in space.backbones]))
+        rates, ratios = _bounds(space, "lr"), _bounds(space, "lr_ratio")
+        self._rates = _Span(*(math.log(r * _mean_ratio(d)) for r, d in zip(rates, ratios, strict=True)))
         names = list(dimensions)
         extra = ["size", "trainable", "rate"]
         self.categorical = np.array([not is_ordered(d) for d in dimensions.values()] + [False] * len(extra))
         self.length_shift = np.array([_LENGTH_SHIFT * (name in _MINOR) for name in names + extra])
         self._rising = np.array([n in ("image_size", "size", "trainable") for n in names + extra])
-        ranges = {n for n in ("lr", "layer_decay") if isinstance(dimensions.get(n), Range)}
+        ranges = {n for n in ("lr", "lr_ratio") if isinstance(dimensions.get(n), Range)}
         inside = {"rate"} | (ranges if len(ranges) == 2 else set())  # a single range adds nothing to rate
         self._inside = np.array([n in inside for n in names + extra])
         low, high = _expected_rates(space, *rates)
-        expected = [math.log(r * _mean_decay(d)) for r, d in zip((low, high), decays, strict=True)]
+        expected = [math.log(r * _mean_ratio(d)) for r, d in zip((low, high), ratios, strict=True)]
         lr = dimensions.get("lr")
         centres = {
             "rate": self._rates.to_unit(sum(expected) / 2),
@@ -65,8 +66,8 @@ class Coordinates:
         drawn = self._space.active_dimensions(values)
         x = [to_unit(d, values[n]) if n in drawn else _MIDDLE for n, d in self._space.dimensions.items()]
         trainable = _trainable_share(config.unfreeze, config.epochs)
-        rate = math.log(config.lr * _mean_decay(config.layer_decay))
-        x.append(self._sizes.to_unit(math.log(BACKBONES[config.backbone].millions)))
+        rate = math.log(config.lr * _mean_ratio(config.lr_ratio))
+        x.append(self._sizes.to_unit(math.log(facts_of(config.backbone).millions)))
         x.append(trainable)
         x.append(self._rates.to_unit(rate) if trainable else _MIDDLE)
         return np.array(x)
@@ -75,7 +76,7 @@ class Coordinates:
         """(N, D) coordinates -> (N, T) trends of the prior mean, in standard deviations of the metric.
 
         Larger backbones, larger images and a larger trainable share are better: a line each. The best
-        learning rate and layer decay lie inside their ranges, around the range of the preset for backbones
+        learning rate and ratio lie inside their ranges, around the range of the preset for backbones
         of this size: for each a parabola, and a line whose coefficient has the prior mean 0. Every trend has
         the mean 0 over its coordinate.
         """
@@ -126,7 +127,7 @@ def _expected_rates(space: Space, low: float, high: float) -> tuple[float, float
     """The overlap of [low, high] with the preset of the most similar backbone sizes; all of it if none."""
 
     def size(some: Space) -> float:
-        return math.log(median(BACKBONES[name].millions for name in some.backbones))
+        return math.log(median(facts_of(name).millions for name in some.backbones))
 
     usual = _bounds(min(SPACES.values(), key=lambda preset: abs(size(preset) - size(space))), "lr")
     overlap = max(low, usual[0]), min(high, usual[1])
@@ -146,9 +147,9 @@ def _bounds(space: Space, name: str) -> tuple[float, float]:
     return _extremes(options)
 
 
-def _mean_decay(layer_decay: float) -> float:
+def _mean_ratio(lr_ratio: float) -> float:
     """Mean learning rate over the backbone's layer groups, relative to the head's."""
-    return float(np.mean(layer_decay ** np.arange(1, _GROUPS + 1)))
+    return float(np.mean(lr_ratio ** (np.arange(1, _GROUPS + 1) / _GROUPS)))
 
 
 @cache

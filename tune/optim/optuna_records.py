@@ -15,6 +15,8 @@ from carmodels.records import State, TrialRecord
 from carmodels.space import Choice, Dimension, Space
 from carmodels.training.config import TrialConfig
 
+CAUSE = "cause"  # user attribute of a trial of Optuna's that failed: a `Cause`
+
 
 def transferable_trials(records: Iterable[TrialRecord], space: Space) -> list[optuna.trial.FrozenTrial]:
     """Trials of another study that this space can draw, their epochs rescaled to this space's schedule."""
@@ -31,7 +33,8 @@ def transferable_trials(records: Iterable[TrialRecord], space: Space) -> list[op
 def frozen_trial(record: TrialRecord, space: Space) -> optuna.trial.FrozenTrial | None:
     """The record as a trial for a study; None if the space cannot draw it or it will run again.
 
-    A diverged trial is complete with the worst value, so that the sampler learns to avoid it.
+    A diverged trial is complete with the worst value, so that the sampler learns to avoid it. Any other
+    failure has its `cause` as a user attribute: the sampler avoids those for want of memory.
     """
     params, state = params_of(record.config, space), _trial_state(record)
     if params is None or state is None:
@@ -45,6 +48,7 @@ def frozen_trial(record: TrialRecord, space: Space) -> optuna.trial.FrozenTrial 
         params=params,
         distributions={name: distribution(space.dimensions[name]) for name in params},
         intermediate_values=values,
+        user_attrs={CAUSE: str(record.cause)} if state is TrialState.FAIL else None,
     )
 
 
@@ -85,15 +89,14 @@ def suggest(trial: ParamSuggester, space: Space) -> dict[str, Any]:
             values[name] = trial.suggest_categorical(name, dimension.options)
         else:
             values[name] = trial.suggest_float(name, dimension.low, dimension.high, log=dimension.log)
-    return values
+    return space.fitted(values)
 
 
 def params_of(config: TrialConfig, space: Space) -> dict[str, Any] | None:
     """The dimensions' values in a configuration; None if the space cannot draw it."""
-    values = vars(config)
-    params = {name: values[name] for name in space.active_dimensions(values)}
+    params = space.params(config)
     within = all(_contains(space.dimensions[name], value) for name, value in params.items())
-    return params if within and config == TrialConfig(**{**space.fixed, **params}) else None
+    return params if within and config == space.config({**space.fixed, **params}) else None
 
 
 def _contains(dimension: Dimension, value: Any) -> bool:

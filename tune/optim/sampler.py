@@ -13,11 +13,12 @@ import scipy.stats
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from carmodels.records import Cause
 from carmodels.space import Choice, Range, Space
 from carmodels.training.config import TrialConfig
 from tune.optim.coordinates import Coordinates, from_unit, to_unit
 from tune.optim.gaussian_process import CurvePoints, GaussianProcess, GPPosterior
-from tune.optim.optuna_records import distribution
+from tune.optim.optuna_records import CAUSE, distribution
 
 _RANDOM, _NEAR = 600, 400  # candidates: random ones, and neighbours of the best trials
 _BEST, _ROUNDS, _NEIGHBOURS = 5, 2, 30  # then, in rounds, neighbours of each of the best candidates
@@ -81,7 +82,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
         chosen = self._best_candidate(runs, rng)
         if chosen is None:
             return {}
-        return {name: getattr(chosen, name) for name in self._space.active_dimensions(vars(chosen))}
+        return self._space.params(chosen)
 
     def sample_independent(
         self,
@@ -99,8 +100,10 @@ class CurveSampler(optuna.samplers.BaseSampler):
         """The trials with curves to maximise; ended ones first, in the order they ended."""
         runs = []
         for trial in sorted(trials, key=_order):
+            if _is_not_known(trial):
+                continue
             if set(trial.params) >= set(self._space.active_dimensions({**self._space.fixed, **trial.params})):
-                config = TrialConfig.from_dict({**self._space.fixed, **trial.params})
+                config = self._space.config({**self._space.fixed, **trial.params})
                 ended, failed = trial.state.is_finished(), _failed(trial)
                 curve = {} if failed else _curve(trial.intermediate_values, config.epochs, sign)
                 runs.append(_Run(config, self._coordinates.encode(config), curve, ended, failed, task))
@@ -210,37 +213,37 @@ class CurveSampler(optuna.samplers.BaseSampler):
         return next((config for config in ranked if self._accepts(config)), None)
 
     def _random(self, rng: np.random.Generator) -> TrialConfig:
-        return self._mutate({}, rng, lambda name: True, _STEP)
+        return self._mutate(None, rng, lambda name: True, _STEP)
 
     def _neighbour(
         self, base: TrialConfig, rng: np.random.Generator, changed: float, step: float
     ) -> TrialConfig:
         """A configuration with about a `changed` share of new values: another option, or a step away."""
-        return self._mutate(vars(base), rng, lambda name: rng.random() < changed, step)
+        return self._mutate(base, rng, lambda name: rng.random() < changed, step)
 
     def _mutate(
         self,
-        base: Mapping[str, Any],
+        base: TrialConfig | None,
         rng: np.random.Generator,
         changes: Callable[[str], bool],
         step: float,
     ) -> TrialConfig:
         """`base` with new values for the dimensions that change and for those it has not drawn."""
-        before = set(self._space.active_dimensions(base)) if base else set()
+        before = self._space.params(base) if base else {}
         values = dict(self._space.fixed)
         for name, dimension in self._space.dimensions.items():
             if dimension.when is not None and values.get(dimension.when[0]) not in dimension.when[1]:
                 continue
             if name in before and not changes(name):
-                values[name] = base[name]
+                values[name] = before[name]
             elif isinstance(dimension, Choice):
                 values[name] = dimension.options[rng.integers(len(dimension.options))]
             elif name in before:
-                unit = to_unit(dimension, base[name]) + rng.normal(0, step)
+                unit = to_unit(dimension, before[name]) + rng.normal(0, step)
                 values[name] = _rounded(dimension, float(np.clip(unit, 0, 1)))
             else:
                 values[name] = _rounded(dimension, rng.random())
-        return TrialConfig.from_dict(values)
+        return self._space.config(values)
 
 
 def log_expected_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> np.ndarray:
@@ -282,8 +285,13 @@ def _order(trial: FrozenTrial) -> tuple[bool, float, int]:
     return ended is None, ended.timestamp() if ended else 0.0, trial.number
 
 
+def _is_not_known(trial: FrozenTrial) -> bool:
+    """Whether a trial failed by no fault of its configuration."""
+    return trial.state is TrialState.FAIL and trial.user_attrs.get(CAUSE) != Cause.OUT_OF_MEMORY
+
+
 def _failed(trial: FrozenTrial) -> bool:
-    """Whether a trial ended in an error or with a value that is not finite."""
+    """Whether a trial ran out of memory, or ended with a value that is not finite."""
     values = trial.intermediate_values
     return trial.state is TrialState.FAIL or (bool(values) and not math.isfinite(values[max(values)]))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,7 +11,9 @@ import numpy as np
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from carmodels.catalog import UNFREEZE
-from carmodels.records import State, TrialRecord
+from carmodels.records import Cause, State, TrialRecord
+from carmodels.steady_clock import steady_time
+from tune.optim.failures import cause_of
 
 REDUCTION_FACTOR = 2.0
 
@@ -26,7 +27,7 @@ class StopDecision(NamedTuple):
 
 @dataclass(frozen=True)
 class TimeLimit:
-    """When a stage must end, in seconds of time.time()."""
+    """When a stage must end, in seconds of steady_time()."""
 
     soft: float  # from here on, a trial that would pass the hard limit is stopped
     hard: float
@@ -64,6 +65,9 @@ class AshaScheduler(AsyncHyperBandScheduler):
             stop_last_trials=False,
         )
         self.stops: dict[str, StopDecision] = {}  # by Ray's trial id
+        self.causes: dict[
+            str, Cause
+        ] = {}  # of failures, by Ray's trial id; the searcher is not told the error
         self._time_limit = time_limit
         self._protect = frozenset(protect)
 
@@ -99,9 +103,13 @@ class AshaScheduler(AsyncHyperBandScheduler):
         else:
             super().on_trial_complete(tune_controller, trial, result)
 
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Keeps the cause for the searcher, whom Ray tells next."""
+        self.causes[trial.trial_id] = cause_of(trial.get_pickled_error())
+
     def _out_of_time(self, elapsed: float, epoch: int, epochs: int) -> StopDecision | None:
         """A stop after the soft limit, if at the trial's pace it would not end by the hard one."""
-        now = time.time()
+        now = steady_time()
         remaining = elapsed / epoch * (epochs - epoch)
         if now < self._time_limit.soft or now + remaining <= self._time_limit.hard:
             return None

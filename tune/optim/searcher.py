@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from carmodels.records import Cause, TrialRecord
 from carmodels.space import Space
 from carmodels.training.config import TrialConfig
 from carmodels.training.run import Origin, Run
-from tune.optim.optuna_records import frozen_trial, params_of, suggest, transferable_trials
+from tune.optim.optuna_file import OptunaFile
+from tune.optim.optuna_records import CAUSE, frozen_trial, params_of, suggest, transferable_trials
 from tune.optim.sampler import CurveSampler
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -53,11 +54,12 @@ class OptunaSearcher(OptunaSearch):
     """OptunaSearch that runs a queue first, draws no configuration twice and reports how trials ended.
 
     Ray's class reports a stopped trial as complete. Here it is pruned and keeps its intermediate values. A
-    diverged trial is complete with the worst value; its last intermediate value is NaN.
+    diverged trial is complete with the worst value; its last intermediate value is NaN. Other failures carry
+    their cause, from `causes` by Ray's trial id.
 
     Every trial gets `origin`. `limit` is the most trials, those in `known` included. `known` are this study's
     records, `earlier` those of other studies, on any data. Queued runs whose ids are in `optional` are left
-    out if they do not fit. `storage` receives trials that ended. It is not read, because with hundreds of
+    out if they do not fit. `copy` receives trials that ended. It is not read, because with hundreds of
     trials a database takes seconds for each draw.
     """
 
@@ -77,7 +79,8 @@ class OptunaSearcher(OptunaSearch):
         optional: Collection[str] = (),
         known: Sequence[TrialRecord] = (),
         earlier: Sequence[Sequence[TrialRecord]] = (),
-        storage: optuna.storages.BaseStorage | None = None,
+        causes: Mapping[str, Cause] | None = None,
+        copy: OptunaFile | None = None,
     ) -> None:
         super().__init__(
             partial(suggest, space=space),
@@ -90,9 +93,7 @@ class OptunaSearcher(OptunaSearch):
                 earlier=[transferable_trials(records, space) for records in earlier],
             ),
         )
-        self._stored_study = storage and optuna.create_study(
-            storage=storage, study_name=self._ot_study.study_name, direction=self._ot_study.direction
-        )
+        self._causes, self._copy = causes if causes is not None else {}, copy
         self._search_space = space
         self._last_reported: dict[str, int] = {}  # Ray's trial id -> epoch
         self._origin = origin
@@ -101,8 +102,8 @@ class OptunaSearcher(OptunaSearch):
         self._remaining = None if limit is None else max(0, limit - len(known))
         self._fits = fits
         self._ot_study.add_trials([t for r in known if (t := frozen_trial(r, space)) is not None])
-        if self._stored_study:
-            self._stored_study.add_trials(self._ot_study.trials)
+        if self._copy:
+            self._copy.begin(self._ot_study)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # omits FINISHED
         """The next run as a dictionary; FINISHED at the limit or where no new run ends in time."""
@@ -152,10 +153,10 @@ class OptunaSearcher(OptunaSearch):
         return values
 
     def _tell(self, trial_id: str, value: float | None = None, state: TrialState | None = None) -> None:
-        """Ends an Optuna trial, and copies it to the storage."""
+        """Ends an Optuna trial, and copies it."""
         trial = self._ot_study.tell(self._ot_trials.pop(trial_id), value, state)
-        if self._stored_study:
-            self._stored_study.add_trial(trial)
+        if self._copy:
+            self._copy.add([trial])
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a search resumes from trials.jsonl, and Ray would write all trials again and again."""
@@ -177,6 +178,8 @@ class OptunaSearcher(OptunaSearch):
         if trial_id not in self._ot_trials:
             return
         if error or not result or self.metric not in result:
+            if cause := self._causes.get(trial_id):
+                self._ot_trials[trial_id].set_user_attr(CAUSE, str(cause))
             self._tell(trial_id, state=TrialState.FAIL)
             return
         self.on_trial_result(trial_id, result)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from carmodels.evaluation.intervals import Interval
+from carmodels.evaluation.intervals import Interval, independent_images
 from carmodels.evaluation.metrics import METRICS
 from carmodels.records import State, TrialRecord
 from carmodels.study import Study
@@ -89,13 +89,24 @@ def without_seed(run: Run) -> Run:
     return run.with_origin(seed=0)
 
 
-def noise_sd(values: Sequence[np.ndarray], metric: str, images: int) -> float:
+def independent_val_images(study: Study) -> float:
+    """Number of val images that the noise of the study's metric goes by; 0 without any.
+
+    Near-duplicates count as one image, and macro F1 as its rare classes make it (`effective_images`).
+    """
+    labels = study.labels("val")
+    truth, groups = np.array(list(labels.values()), int), study.groups(labels)
+    counts = np.array([independent_images(groups[truth == k]) for k in range(truth.max(initial=-1) + 1)])
+    return METRICS[study.metric].effective_images(counts)
+
+
+def noise_sd(values: Sequence[np.ndarray], metric: str, images: float) -> float:
     """Standard deviation of a run's value, from repeats, (runs,) each, and a prior.
 
-    The prior, which is also the lower bound, is the sampling error of a score on `images` val images
-    (binomial for accuracy). Seeds alone give less variance on the same images: half of it for a calibrated
-    model (Jordan, 2023), 0.51 of it in the repeats of results/curves. The rest stands for other images, on
-    which the best configuration is to be the best, too.
+    The prior, which is also the lower bound, is the sampling error of a score on `images` independent val
+    images (binomial for accuracy). Seeds alone give less variance on the same images: half of it for a
+    calibrated model (Jordan, 2023), 0.51 of it in the repeats of results/curves. The rest stands for other
+    images, on which the best configuration is to be the best, too.
     """
     floor = _sampling_error(np.array([v.mean() for v in values]), metric, images) ** 2
     squares = sum(float(((v - v.mean()) ** 2).sum()) for v in values)
@@ -103,7 +114,7 @@ def noise_sd(values: Sequence[np.ndarray], metric: str, images: int) -> float:
     return math.sqrt(max(floor, (_PRIOR_RUNS * floor + squares) / (_PRIOR_RUNS + repeats)))
 
 
-def _sampling_error(means: np.ndarray, metric: str, images: int) -> float:
+def _sampling_error(means: np.ndarray, metric: str, images: float) -> float:
     """Standard deviation of a score on so many images, at the level of the best few of (J,) means."""
     order = np.argsort(METRICS[metric].gain(np.zeros(len(means)), means))
     level = float(means[order[:CONTENDERS]].mean())
@@ -141,13 +152,17 @@ def posterior(means: np.ndarray, counts: np.ndarray, sd: float) -> Posterior:
 
 def _mixture(weight: np.ndarray, means: np.ndarray, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, (J,), of a mixture, (T,), of normals, (T, J)."""
-    mean = weight @ means
-    return mean, np.sqrt(weight @ (variances + (means - mean) ** 2))
+    share = weight[:, None]  # sums over rows: BLAS would round equal columns differently and break their ties
+    mean = (share * means).sum(axis=0)
+    return mean, np.sqrt((share * (variances + (means - mean) ** 2)).sum(axis=0))
 
 
 @dataclass(frozen=True)
 class RunStatistics:
-    """Means and numbers of runs of J configurations; larger means are better."""
+    """Means and numbers of runs of J configurations; larger means are better.
+
+    The configurations are in order of log loss, which thereby breaks ties of means.
+    """
 
     records: list[TrialRecord]  # of the search's own run of each
     means: np.ndarray  # (J,)
@@ -156,7 +171,7 @@ class RunStatistics:
     noise: float  # standard deviation of a run's value
 
     @classmethod
-    def of(cls, runs: dict[Run, list[TrialRecord]], metric: str, images: int) -> RunStatistics | None:
+    def of(cls, runs: dict[Run, list[TrialRecord]], metric: str, images: float) -> RunStatistics | None:
         """The statistics of `runs_by_config`; None if there is no run or no val image.
 
         A configuration stands alone if it diverged with a seed, or if it lies further below the median than
@@ -164,6 +179,7 @@ class RunStatistics:
         """
         if not runs or not images:
             return None
+        runs = dict(sorted(runs.items(), key=lambda item: np.mean([r.log_loss for r in item[1]])))
         values = [np.array([float(r.value or 0) for r in found]) for found in runs.values()]
         raw = np.array([v.mean() for v in values])
         means = raw if METRICS[metric].mode == "max" else -raw
@@ -194,8 +210,8 @@ class RunStatistics:
         return replace(self, means=means, counts=self.counts + added)
 
 
-def standings(records: Iterable[TrialRecord], *, metric: str, images: int) -> list[Standing]:
-    """All configurations by posterior mean, best first; `images` is the number of val images."""
+def standings(records: Iterable[TrialRecord], *, metric: str, images: float) -> list[Standing]:
+    """All configurations by posterior mean, best first; `images` as of `independent_val_images`."""
     stats = RunStatistics.of(runs_by_config(records), metric, images)
     if stats is None:
         return []
@@ -223,7 +239,7 @@ def _estimate(mean: float, sd: float, metric: str) -> Interval:
 
 def standings_of(study: Study) -> list[Standing]:
     """The standings of a study."""
-    return standings(study.records(), metric=study.metric, images=len(study.labels("val")))
+    return standings(study.records(), metric=study.metric, images=independent_val_images(study))
 
 
 def top_standings(ranked: Sequence[Standing]) -> list[Standing]:

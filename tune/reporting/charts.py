@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import altair as alt
@@ -15,14 +14,11 @@ from carmodels.evaluation.metrics import METRICS
 from carmodels.records import State, TrialRecord
 from carmodels.space import Choice, Space
 from carmodels.training.config import EpochMetrics
-from tune.optim.importance import Importance
 
 Chart = dict[str, Any]  # a Vega-Lite specification
 MOST_CURVES = 150  # in one chart; complete trials first, then an even sample of the others
 HEIGHT = 300  # pixels
-_AS_SEARCHED, _BY_CHANCE = "as searched", "in random order, mean"
 _LABEL_OFFSET = 0.05  # share of an axis, from its ends to their labels
-_ORDERS = 200  # random orders that `progress` averages over
 
 # Okabe and Ito (2008): safe for colour-blind readers, on light and dark backgrounds
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933"]
@@ -83,44 +79,42 @@ def thinned(records: Sequence[TrialRecord], most: int) -> list[TrialRecord]:
     return complete + others
 
 
-def finished_by(records: Sequence[TrialRecord]) -> tuple[np.ndarray, np.ndarray]:
-    """Complete trials as minutes since the search started, (N,), and values, (N,)."""
-    done = [(r.at / 60, r.value) for r in records if r.state is State.COMPLETE and r.value is not None]
-    found = np.array(done, dtype=float).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
+def best_so_far(records: Sequence[TrialRecord], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """The search's own complete trials: minutes since its start, (N,), and the best value up to each, (N,).
 
-
-def best_so_far(values: np.ndarray, metric: str) -> np.ndarray:
-    """Values in order of time, (..., N) -> best value up to each, (..., N)."""
+    Without the baseline, which the search did not find.
+    """
+    done = [(r.at / 60, r.value) for r in records if _complete(r) and not r.baseline]
+    minutes, values = np.array(done, dtype=float).reshape(-1, 2).T
     best = np.maximum if METRICS[metric].mode == "max" else np.minimum
-    found: np.ndarray = best.accumulate(values, axis=-1)
-    return found
+    return minutes, best.accumulate(values)
+
+
+def _complete(record: TrialRecord) -> bool:
+    return record.state is State.COMPLETE and record.value is not None
 
 
 def progress(records: Sequence[TrialRecord], metric: str) -> Chart:
-    """Best value so far over time, beside the mean over random orders of the same trials."""
-    minutes, values = finished_by(records)
-    rng = np.random.default_rng(0)
-    orders = np.array([rng.permutation(values) for _ in range(_ORDERS)])
-    rows = [
-        {"minutes": m, "value": v, "order": order}
-        for order, best in (
-            (_AS_SEARCHED, best_so_far(values, metric)),
-            (_BY_CHANCE, best_so_far(orders, metric).mean(0)),
+    """Best value so far over time, and a rule at the baseline's value."""
+    minutes, best = best_so_far(records, metric)
+    rows = [{"minutes": m, "value": v} for m, v in zip(minutes.tolist(), best.tolist(), strict=True)]
+    y = alt.Y("value:Q", title=f"best {metric} on val so far", scale=alt.Scale(zero=False))
+    hover = alt.Tooltip("value:Q", format=".4f")
+    layers: list[alt.Chart] = []
+    if rows:
+        layers.append(
+            alt.Chart(pd.DataFrame(rows))
+            .mark_line(interpolate="step-after", point=True, color=COLOURS[0])
+            .encode(
+                x=alt.X("minutes:Q", title="minutes since the start"),
+                y=y,
+                tooltip=[alt.Tooltip("minutes:Q", format=".1f"), hover],
+            )
         )
-        for m, v in zip(minutes.tolist(), best.tolist(), strict=True)
-    ]
-    chart = (
-        alt.Chart(pd.DataFrame(rows))
-        .mark_line(interpolate="step-after", point=True)
-        .encode(
-            x=alt.X("minutes:Q", title="minutes since the start"),
-            y=alt.Y("value:Q", title=f"best {metric} on val so far", scale=alt.Scale(zero=False)),
-            color=_colour("order:N", "", (_AS_SEARCHED, _BY_CHANCE)),
-            tooltip=[alt.Tooltip("minutes:Q", format=".1f"), alt.Tooltip("value:Q", format=".4f")],
-        )
-    )
-    return _spec(chart.properties(width="container", height=HEIGHT))
+    if baseline := [{"value": r.value} for r in records if _complete(r) and r.baseline]:
+        rule = alt.Chart(pd.DataFrame(baseline)).mark_rule(color="gray", strokeDash=[4, 3])
+        layers.append(rule.encode(y=y, tooltip=[hover]))
+    return _spec(alt.layer(*layers).properties(width="container", height=HEIGHT))
 
 
 def cost(records: Sequence[TrialRecord], metric: str) -> Chart:
@@ -243,26 +237,6 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def importance(found: Sequence[Importance]) -> Chart:
-    """A bar per dimension, with a tick at chance level. Bars within chance are faint."""
-    rows = [{"dimension": i.name, **asdict(i), "matters": i.matters} for i in found]
-    base = alt.Chart(pd.DataFrame(rows)).encode(
-        y=alt.Y("dimension:N", sort=[i.name for i in found], title=None),
-        tooltip=[
-            "dimension:N",
-            alt.Tooltip("share:Q", format=".1%"),
-            alt.Tooltip("chance:Q", format=".1%"),
-            alt.Tooltip("drawn:Q", title="trials"),
-        ],
-    )
-    bars = base.mark_bar(color=COLOURS[0]).encode(
-        x=alt.X("share:Q", title="share of what sets the best third apart", axis=alt.Axis(format="%")),
-        opacity=alt.condition("datum.matters", alt.value(1.0), alt.value(0.35)),
-    )
-    ticks = base.mark_tick(color=COLOURS[1], thickness=3, opacity=1).encode(x="chance:Q")
-    return _spec((bars + ticks).properties(width="container", height=26 * len(rows)))
-
-
 def confusion(counts: np.ndarray, names: Sequence[str], shown: Sequence[int]) -> Chart:
     """counts (C, C), rows are true classes -> confusion matrix of the classes in `shown`."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)  # of all answers, shown or not
@@ -312,7 +286,7 @@ def recall(rows: Sequence[Mapping[str, Any]]) -> Chart:
 
 
 def calibration(bins: Sequence[Mapping[str, Any]]) -> Chart:
-    """Reliability diagram: accuracy against confidence, before and after temperature scaling."""
+    """Reliability diagram: accuracy against confidence, as trained and after temperature scaling."""
     base = alt.Chart(pd.DataFrame(bins))
     ideal = (
         alt.Chart(pd.DataFrame({"confidence": [0, 1], "right": [0, 1]}))
@@ -339,8 +313,7 @@ def rivals(studies: Mapping[str, Sequence[TrialRecord]], metric: str) -> Chart:
     """Best value so far over time, a line per study, extended to the end of its search."""
     rows = []
     for name, records in studies.items():
-        minutes, values = finished_by(records)
-        best = best_so_far(values, metric)
+        minutes, best = best_so_far(records, metric)
         points = list(zip(minutes.tolist(), best.tolist(), strict=True))
         if points:
             points.append((max(r.at for r in records) / 60, points[-1][1]))

@@ -11,7 +11,8 @@ from typing import Any
 
 from carmodels.evaluation.intervals import Interval, paired_gain
 from carmodels.files import read_json, write_atomic
-from carmodels.formatting import duration, gain_text, interval_text, range_text, score_text
+from carmodels.formatting import duration, gain_text, gain_unit, interval_text, score_text
+from carmodels.holdout import Look, looks, quoted_look
 from carmodels.records import TrialRecord
 from carmodels.study import Study
 from tune.optim.standings import standings_of
@@ -36,6 +37,11 @@ class Side:
     metadata: Mapping[str, Any]
     records: Sequence[TrialRecord]
     results: Mapping[str, Any] | None  # of its ensemble; None without one
+
+    @property
+    def quoted(self) -> Look | None:
+        """The look at holdout that is quoted of its ensemble. None without one."""
+        return quoted_look(self.study, "ensemble") if self.results else None
 
     @property
     def searched(self) -> list[TrialRecord]:
@@ -81,6 +87,7 @@ def render(studies: Sequence[Study], refresh: int = 0) -> str:
         colours=charts.COLOURS,
         headline=[_headline(side, metric) for side in sides],
         verdicts=[verdict(sides[0], other, metric) for other in sides[1:]],
+        warning=holdout_warning(sides),
         outcomes=_outcomes(sides, metric),
         settings=settings,
         alike=alike,
@@ -127,14 +134,9 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 
 def _headline(side: Side, metric: str) -> tuple[str, str, str]:
-    """A study's score, its interval and a label."""
+    """A study's score on val, its interval and a label."""
     if side.results:
-        found = side.results["holdout"]["ensemble"]
-        return (
-            score_text(metric, found["value"]),
-            range_text(metric, found),
-            f"{side.name}, ensemble on holdout",
-        )
+        return score_text(metric, side.results["val"]["ensemble"]), "", f"{side.name}, ensemble on val"
     value = score_text(metric, side.best.value) if side.best else NOTHING
     return value, "", f"{side.name}, best on val so far"
 
@@ -142,40 +144,58 @@ def _headline(side: Side, metric: str) -> tuple[str, str, str]:
 def _score_rows(sides: Sequence[Side]) -> list[dict[str, Any]]:
     """One row per score on holdout."""
     return [
-        {"study": side.name, "what": words, **side.results["holdout"][name]}
+        {"study": side.name, "what": words, **side.quoted.scores[name]}
         for side in sides
-        if side.results
+        if side.quoted
         for name, words in _SCORED.items()
-        if name in side.results["holdout"]
+        if name in side.quoted.scores
     ]
 
 
+def holdout_warning(sides: Sequence[Side]) -> str:
+    """Why not to choose a study by its score on holdout; "" unless several ensembles share a split."""
+    shared: dict[str, list[Side]] = {}
+    for side in sides:
+        if side.results:
+            shared.setdefault(side.metadata["split_hash"], []).append(side)
+    return " ".join(
+        f"{' and '.join(s.name for s in of)} share a holdout, which was looked at "
+        f"{sum(looks(s.study)[-1].number for s in of)} times. Choosing among them by it makes it a "
+        "validation set, and the score of the chosen one too good to quote: choose by val."
+        for of in shared.values()
+        if len(of) > 1
+    )
+
+
 def verdict(first: Side, other: Side, metric: str) -> str:
-    """Text on which ensemble is better, by a paired interval if the studies share a holdout."""
+    """Text on which ensemble is better on val, by a paired interval if the studies share a split.
+
+    Holdout names no winner: what is chosen by it has no score left to quote.
+    """
     pair = f"{first.name} over {other.name}"
     if not (first.results and other.results):
         return f"{pair}: not both have an ensemble yet."
     if first.metadata["split_hash"] != other.metadata["split_hash"]:
-        return f"{pair}: their images or splits differ, the scores on holdout are not of the same images."
+        return f"{pair}: their images or splits differ, the scores are not of the same images."
     found = _gain(first.study, other.study, metric)
     if found is None:
-        return f"{pair}: the probabilities on holdout are not both there, only the scores can be compared."
+        return f"{pair}: the probabilities on val are not both there, only the scores can be compared."
     value, ends = gain_text(metric, asdict(found))
     clear = found.low > 0 or found.high < 0
     better = first.name if found.value > 0 else other.name
-    words = f"{better} is better" if clear else "neither is clearly better"
-    return (
-        f"{pair}: {value} points ({ends}) on the same {len(first.study.labels('holdout'))} images; {words}."
-    )
+    words = f"{better} is better on val" if clear else "neither is clearly better on val"
+    images = len(first.study.labels("val"))
+    return f"{pair}: {value} {gain_unit(metric)} ({ends}) on the same {images} images of val; {words}."
 
 
 def _gain(first: Study, other: Study, metric: str) -> Interval | None:
-    """Gain of one ensemble over another on their shared holdout. None if predictions are missing."""
-    if not all(study.predictions_file("ensemble", "holdout").is_file() for study in (first, other)):
+    """Gain of one ensemble over another on their shared val. None if predictions are missing."""
+    if not all(study.predictions_file("ensemble", "val").is_file() for study in (first, other)):
         return None
-    mine, truth = first.probs_and_labels("ensemble", "holdout")
-    theirs = other.predictions("ensemble", "holdout").aligned(list(first.labels("holdout"))).probs
-    return paired_gain(metric, mine, theirs, truth)
+    mine, truth = first.probs_and_labels("ensemble", "val")
+    ids = list(first.labels("val"))
+    theirs = other.predictions("ensemble", "val").aligned(ids).probs
+    return paired_gain(metric, mine, theirs, truth, groups=first.groups(ids))
 
 
 def _outcomes(sides: Sequence[Side], metric: str) -> Rows:
@@ -186,17 +206,16 @@ def _outcomes(sides: Sequence[Side], metric: str) -> Rows:
 
 
 def _holdout_rows(side: Side, metric: str) -> dict[str, str]:
-    """Scores on holdout, gain over the baseline, expected score on the hidden images."""
-    results = side.results or {"holdout": {}}
-    holdout = results["holdout"]
+    """Scores at the first look at holdout, gain over the baseline, expected score on the hidden images."""
+    holdout = side.quoted.scores if side.quoted else {}
     found = {
         f"{words} on holdout": interval_text(metric, holdout[name]) if name in holdout else NOTHING
         for name, words in _SCORED.items()
     }
     gain = gain_text(metric, holdout["gain_over_baseline"]) if "gain_over_baseline" in holdout else ()
-    found["gain over the baseline, points"] = f"{gain[0]} ({gain[1]})" if gain else NOTHING
-    hidden = interval_text(metric, results["hidden"]) if "hidden" in results else NOTHING
-    found["expected on the hidden images"] = hidden
+    found[f"gain over the baseline, {gain_unit(metric)}"] = f"{gain[0]} ({gain[1]})" if gain else NOTHING
+    hidden = side.quoted.hidden if side.quoted else None
+    found["expected on the hidden images"] = interval_text(metric, hidden) if hidden else NOTHING
     return found
 
 

@@ -14,23 +14,24 @@ import jinja2
 import numpy as np
 import vl_convert
 
-from carmodels.evaluation.calibration import with_temperature
-from carmodels.evaluation.intervals import proportion_interval
+from carmodels.evaluation.intervals import accuracy_interval
 from carmodels.evaluation.metrics import log_loss
+from carmodels.evaluation.predictions import Predictions, blend
 from carmodels.files import read_json, write_atomic
 from carmodels.formatting import (
     duration,
     gain_text,
+    gain_unit,
     interval_text,
     points_text,
     range_text,
     score_text,
     stops_sentence,
 )
+from carmodels.holdout import ANSWERS, looks, quoted_look, quoted_suffix
 from carmodels.records import FOLD, FOLD_IN, State, TrialRecord
 from carmodels.space import Space
 from carmodels.study import Study
-from tune.optim.importance import CAVEAT, UNKNOWN, edges, importances
 from tune.optim.standings import standings_json, standings_of, standings_sentence
 from tune.reporting import charts
 from tune.reporting.charts import Chart
@@ -69,12 +70,7 @@ def render(study: Study, refresh: int = 0) -> str:
     space, metric = study.space, facts["metric"]
     rows, columns = table(study)
     standings = standings_of(study)
-    has_complete = any(r.stage == "search" and r.state is State.COMPLETE and not r.baseline for r in records)
-    mattered = importances(records, space, metric) if space is not None else None
     chart_sections = sections(study, records, space, results)
-    drawn = {section.name: section.chart for section in chart_sections}
-    if mattered and mattered.dimensions:
-        drawn["importance"] = charts.importance(mattered.dimensions)
     found_stops = read_json(study.stops_file) if study.stops_file.is_file() else None
     return rendered(
         "page.html",
@@ -85,15 +81,16 @@ def render(study: Study, refresh: int = 0) -> str:
         facts=facts,
         results=results,
         headline=headline(study, results, metric),
+        first=quoted_look(study, "ensemble") if results else None,
+        which=quoted_suffix(study, "ensemble") if results else "",
+        looks=[
+            (look.number, look.title, ANSWERS[look.answer], look.scores[look.answer]) for look in looks(study)
+        ],
         counts=counts(records),
         rows=rows,
         columns=columns,
         sections=chart_sections,
-        charts=drawn,
-        importances=mattered,
-        caveat=CAVEAT,
-        unknown=UNKNOWN,
-        edges=edges(records, space, metric) if space is not None and has_complete else None,
+        charts={section.name: section.chart for section in chart_sections},
         standings=standings_json(standings),
         verdict=standings_sentence(standings) if standings else "",
         stops=found_stops,
@@ -106,6 +103,7 @@ def render(study: Study, refresh: int = 0) -> str:
         score=lambda value: score_text(metric, value),
         interval=lambda found: interval_text(metric, found),
         points=lambda value: points_text(metric, value),
+        unit=gain_unit(metric),
     )
 
 
@@ -162,7 +160,8 @@ def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> li
             [(score_text(metric, board[0].value), "", f"{metric} on val, best trial so far")] if board else []
         )
         return [*best, cost]
-    holdout = results["holdout"]
+    first = quoted_look(study, "ensemble")
+    holdout = first.scores
 
     def scored(found: Mapping[str, float], words: str) -> tuple[str, str, str]:
         return score_text(metric, found["value"]), range_text(metric, found), words
@@ -170,10 +169,12 @@ def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> li
     found = [scored(holdout["ensemble"], f"{metric} of the ensemble on holdout")]
     if "gain_over_baseline" in holdout:
         found.append(
-            (*gain_text(metric, holdout["gain_over_baseline"]), "points over the baseline, on holdout")
+            (
+                *gain_text(metric, holdout["gain_over_baseline"]),
+                f"{gain_unit(metric)} better than the baseline, on holdout",
+            )
         )
-    if "hidden" in results:
-        hidden = results["hidden"]
+    if hidden := first.hidden:
         found.append(scored(hidden, f"{metric} expected on the {hidden['images']} hidden images"))
     return [*found, scored(holdout["single"], "best single trial, on holdout"), cost]
 
@@ -181,7 +182,18 @@ def headline(study: Study, results: Mapping[str, Any] | None, metric: str) -> li
 def table(study: Study) -> tuple[list[dict[str, str]], list[str]]:
     """Rows of trials.csv, and the columns to show: the main ones and those whose values differ."""
     rows = [{name: charts.short(v) for name, v in row.items()} for row in study.table()[:MOST_ROWS]]
-    always = ("rank", "trial_id", "stage", "state", "value", "epochs_run", "seconds", "reason", "note")
+    always: tuple[str, ...] = (
+        "rank",
+        "trial_id",
+        "stage",
+        "state",
+        "value",
+        "epochs_run",
+        "seconds",
+        "reason",
+        "note",
+    )
+    always += ("microbatches",) if any(row["microbatches"] != "1" for row in rows) else ()
     columns = [c for c in rows[0] if c in always or len({row[c] for row in rows}) > 1]
     hidden = ("val_accuracy", "parameters_millions", "seed") if study.metric == "accuracy" else ()
     return rows, [c for c in columns if c not in hidden]
@@ -211,8 +223,7 @@ def sections(
             Section(
                 "progress",
                 "Best so far",
-                "How fast the search got there, beside the same finished trials in random order: the gap is "
-                "what choosing the order has gained.",
+                "How fast the search got there. The dashed line is the baseline, which the search was given.",
                 charts.progress(searched, metric),
             ),
             Section(
@@ -243,30 +254,39 @@ def answers(study: Study, results: Mapping[str, Any] | None) -> list[Section]:
     labels = study.labels("holdout")
     holdout = study.predictions("ensemble", "holdout").aligned(list(labels))
     truth = np.array(list(labels.values()))
-    before = with_temperature(holdout, 1 / results["temperature"])
-    bins = [
-        {"when": when, **row}
-        for when, probs in (("before the temperature", before.probs), ("after", holdout.probs))
-        for row in reliability(probs, truth)
-    ]
+    groups = study.groups(labels)
+    by_stage = {"with temperatures": holdout.probs}
+    if (untempered := _as_trained(study, results)) is not None:
+        by_stage = {"as trained": untempered.aligned(list(labels)).probs} | by_stage
+    bins = [{"when": w, **row} for w, probs in by_stage.items() for row in reliability(probs, truth)]
+    losses = ", ".join(f"{log_loss(probs, truth):.3f} {when}" for when, probs in by_stage.items())
     return [
-        *by_class(holdout.probs, truth, names),
+        *by_class(holdout.probs, truth, names, groups),
         Section(
             "calibration",
             "Calibration",
             "Of answers given with so much confidence, the share that is right, on holdout; large dots: many "
-            f"images. Temperature {results['temperature']:.2f}, fitted on val: log loss "
-            f"{log_loss(before.probs, truth):.3f} before, {log_loss(holdout.probs, truth):.3f} after.",
+            "images. Each member has a temperature and the ensemble another one, fitted on val. Log loss: "
+            f"{losses}.",
             charts.calibration(bins),
         ),
     ]
 
 
-def by_class(probs: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> list[Section]:
-    """probs (N, C), truth (N,) -> confusion and recall. Many classes: only the lowest recalls."""
+def _as_trained(study: Study, results: Mapping[str, Any]) -> Predictions | None:
+    """The ensemble on holdout without any temperature. None if a member's predictions are missing."""
+    members, views = results["members"], results["tta"]["views"]
+    if not all(study.has_predictions(m["trial_id"], "holdout", view) for m in members for view in views):
+        return None
+    means = [blend([study.predictions(m["trial_id"], "holdout", view) for view in views]) for m in members]
+    return blend(means, [m["weight"] for m in members])
+
+
+def by_class(probs: np.ndarray, truth: np.ndarray, names: Sequence[str], groups: np.ndarray) -> list[Section]:
+    """probs (N, C), truth (N,), groups (N,) -> confusion and recall, of many classes the lowest recalls."""
     confused = np.zeros((len(names), len(names)), int)
     np.add.at(confused, (truth, probs.argmax(1)), 1)
-    recalls = recall(confused, names)
+    recalls = recall(probs, truth, names, groups)
     worst = " and ".join(f"{row['name']} ({row['recall']:.0%})" for row in recalls[:2])
     shown, some = list(range(len(names))), ""
     if len(names) > MOST_CLASSES:
@@ -290,25 +310,19 @@ def by_class(probs: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> list
     ]
 
 
-def recall(confused: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Confusion (C, C), rows are true classes -> recall per class, with Wilson's 95 % interval.
+def recall(
+    probs: np.ndarray, truth: np.ndarray, names: Sequence[str], groups: np.ndarray
+) -> list[dict[str, Any]]:
+    """probs (N, C), truth (N,), groups (N,) -> recall per class, with Wilson's 95 % interval.
 
     Lowest recall first. Classes without images are left out.
     """
     found = []
-    for k, images in enumerate(confused.sum(axis=1).tolist()):
-        if images:
-            share = proportion_interval(int(confused[k, k]), images)
-            found.append(
-                {
-                    "column": k,
-                    "name": names[k],
-                    "recall": share.value,
-                    "low": share.low,
-                    "high": share.high,
-                    "images": images,
-                }
-            )
+    for k in np.unique(truth).tolist():
+        rows = truth == k
+        share = accuracy_interval(probs[rows], truth[rows], groups=groups[rows])
+        found.append({"column": k, "name": names[k], "recall": share.value, "images": int(rows.sum())})
+        found[-1] |= {"low": share.low, "high": share.high}
     return sorted(found, key=lambda row: (row["recall"], -row["images"]))
 
 

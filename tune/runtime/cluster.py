@@ -7,23 +7,28 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import carmodels
 import tune
+from carmodels.formatting import one_line
 from tune.runtime.environment import WORKER_ENVIRONMENT
 from tune.runtime.findings import Finding, file_handle_findings, folder_findings, shared_memory_findings
+
+_CODE = Path(tune.__file__).parent
 
 
 def start_ray(*, address: str | None, cores: int, gpus: int) -> str:
     """Start Ray on this machine, or join the cluster at `address`. Returns the dashboard's URL, or "".
 
-    A cluster is sent our code. Its machines need only the packages that the code imports.
+    A cluster is sent our code. Its machines need only the packages that the code imports. Workers import it
+    whatever the current folder holds: Ray puts that folder first on their path, so it is ours meanwhile.
     """
     arguments: dict[str, Any] = (
         {
@@ -44,7 +49,11 @@ def start_ray(*, address: str | None, cores: int, gpus: int) -> str:
             "object_store_memory": 256 * 2**20,
         }
     )
-    context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    try:
+        with chdir(_CODE.parent if address is None else _CODE):
+            context = ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    except (AuthenticationError, ConnectionError) as error:
+        raise ValueError(f"--address {address}: {one_line(error)}" if address else one_line(error)) from None
     return f"http://{context.dashboard_url}" if context.dashboard_url else ""
 
 

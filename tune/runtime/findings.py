@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import resource
 import shutil
+import socket
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +17,12 @@ from pathlib import Path
 GB = 1e9
 SHARED_MEMORY = 0.3 * GB  # bytes that Ray wants
 FEWEST_FILES = 1024  # open files per process
+LEAST_ADDRESSES = 8 * GB  # of a process; to import torch takes 5 GB of them
+LONGEST_SOCKET = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
+ANSWER_SECONDS = 10.0  # for a cluster's head
+_SETTINGS = 4  # type of the frame with which a gRPC server, as Ray's, begins (RFC 9113)
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0])
+_SOCKET = "/ray/session_2026-12-31_23-59-59_123456_1234567/sockets/plasma_store"  # in Ray's folder for files
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,77 @@ class Finding:
 
     words: str
     fatal: bool = False
+
+
+def start_findings() -> list[Finding]:
+    """What keeps Ray from starting on this machine."""
+    return [*home_findings(), *temporary_folder_findings()]
+
+
+def address_space_findings() -> list[Finding]:
+    allowed, most = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed == resource.RLIM_INFINITY or allowed >= LEAST_ADDRESSES:
+        return []
+    more = most == resource.RLIM_INFINITY or most >= LEAST_ADDRESSES
+    remedy = f"ulimit -v {'unlimited' if most == resource.RLIM_INFINITY else most // 1024}"
+    return [
+        Finding(
+            f"a process may have {allowed / GB:.1f} GB of addresses, torch and Ray need "
+            f"{LEAST_ADDRESSES / GB:.0f} GB: {remedy if more else 'ask the administrator for more'}",
+            fatal=True,
+        )
+    ]
+
+
+def home_findings() -> list[Finding]:
+    """Ray writes a token to the home folder, unless one is given otherwise."""
+    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if given or os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return []
+    try:
+        folder = Path.home() / ".ray"
+    except RuntimeError:
+        return [Finding("HOME is not set: export HOME=FOLDER, where Ray writes its token", fatal=True)]
+    if (folder / "auth_token").is_file() or not (trouble := _trouble_writing(folder)):
+        return []
+    words = f"HOME {folder.parent}: no writing there ({trouble}), as Ray needs for its token"
+    return [Finding(f"{words}; export HOME=FOLDER of your own", fatal=True)]
+
+
+def temporary_folder_findings() -> list[Finding]:
+    """Ray keeps its sockets and logs in a folder for temporary files."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ or sys.platform != "linux" else "TMPDIR"
+    folder = os.environ.get(name, "/tmp")
+    most = LONGEST_SOCKET - len(_SOCKET)
+    if not os.path.isabs(folder):
+        words = "must be an absolute path"
+    elif len(os.fsencode(folder)) > most:
+        words = f"is longer than the {most} bytes that Ray's sockets leave"
+    else:
+        return folder_findings({name: Path(folder)})
+    return [Finding(f"{name} {folder!r} {words}: export RAY_TMPDIR=/tmp", fatal=True)]
+
+
+def head_findings(address: str) -> list[Finding]:
+    """What keeps this machine from joining the cluster at `address`."""
+    wrong = _wrong_head(address)
+    return [Finding(f"--address {address}{wrong}", fatal=True)] if wrong else []
+
+
+def _wrong_head(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if not re.fullmatch(r"[\w.-]+|\[[\w:.%]+\]", host) or not (port.isdecimal() and 0 < int(port) < 65536):
+        return " must be HOST:PORT of the cluster's head, as `ray start --head` prints it"
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS) as connection:
+            connection.sendall(_GREETING)
+            answer = connection.recv(4)
+    except OSError as error:
+        trouble = error.strerror or error
+        return f": no cluster answers there ({trouble}); give what `ray start --head` printed on its head"
+    if answer[3:] != bytes([_SETTINGS]) and os.environ.get("RAY_USE_TLS", "0") == "0":
+        return ": what answers there is no Ray head; give what `ray start --head` printed on the head"
+    return ""
 
 
 def folder_findings(wanted: Mapping[str, Path]) -> list[Finding]:

@@ -10,10 +10,12 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError, RayTaskError
 
 from carmodels.data.dataset import Splits
 from carmodels.data.splits import Split
 from carmodels.evaluation.predictions import Predictions
+from carmodels.formatting import one_line
 from carmodels.models.classifier import Classifier, load_weights
 from carmodels.models.weights import Weights
 from carmodels.records import TrialRecord
@@ -67,7 +69,12 @@ class Job:
     cache: Path  # folder shared by all studies on this machine
     costs: Costs | None = None  # training costs on this hardware, if measured
     spent: Mapping[str, float] = field(default_factory=dict)  # seconds of earlier commands, by stage
-    until: float = math.inf  # time.time() at which a trial completes early, with its best epoch
+    until: float = math.inf  # steady_time() at which a trial completes early, with its best epoch
+
+    def begin(self) -> None:
+        """Take this process's share of the machine, and learn of the study's backbones."""
+        self.workers.take()
+        self.study.remember_backbones()
 
     def predict(
         self, model: Classifier, config: TrialConfig, images: Split, view: str = "plain"
@@ -85,10 +92,26 @@ class Job:
 
     def predict_again(self, run: TrialRecord, images: Split, views: Sequence[str]) -> list[Predictions]:
         """Predictions recomputed from a run's saved weights, one for each view. Uses a worker's share."""
-        self.workers.take()
+        self.begin()
         weights = self.study.weights_file(run.trial_id)
         model = load_weights(run.config, weights, classes=len(self.splits.classes))
         return [self.predict(model, run.config, images, view) for view in views]
+
+
+def results_of(tasks: Sequence[Any], doing: str) -> list[Any]:
+    """The results of Ray tasks. ValueError, in one line, if one of them failed at `doing`."""
+    try:
+        found: list[Any] = ray.get(tasks)
+    except RayError as error:
+        raise ValueError(f"{doing} failed on a worker: {failure_text(error)}") from error
+    return found
+
+
+def failure_text(error: RayError) -> str:
+    """Why a Ray task failed, in one line: its own exception, or how its worker was lost."""
+    if isinstance(error, RayTaskError) and error.cause is not None:
+        return f"{type(error.cause).__name__}: {one_line(error.cause)}"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def as_task(function: Callable[..., Any], workers: Workers) -> Any:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from ray.exceptions import RayError, RayTaskError
 from ray.tune import (
     FailureConfig,
     PlacementGroupFactory,
@@ -26,11 +27,12 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from carmodels.records import Role
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.run import Run
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job
-from tune.runtime.recorder import HOPELESS, NotPickled, Recorder
+from tune.runtime.recorder import HOPELESS, NotPickled, Recorder, first_line
 from tune.runtime.watchdog import Watchdog
 from tune.runtime.worker import train_trial, trial_name
 
@@ -61,7 +63,7 @@ class Interrupts:
 
 
 class DeadlineStopper(NotPickled, Stopper):
-    """Ends the run at the deadline, on an interrupt, or after too many failures."""
+    """Ends the run at the deadline, on an interrupt, after too many failures, or after a fault."""
 
     def __init__(self, end: float, interrupts: Interrupts, recorder: Recorder) -> None:
         self._end, self._interrupts, self._recorder = end, interrupts, recorder
@@ -70,7 +72,8 @@ class DeadlineStopper(NotPickled, Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self._interrupts.seen or time.time() >= self._end or self._recorder.hopeless
+        ended = self._recorder.hopeless or self._recorder.fault is not None
+        return ended or self._interrupts.seen or steady_time() >= self._end
 
 
 def run_trials(
@@ -88,7 +91,7 @@ def run_trials(
     """Run the searcher's configurations until it has no more or until `end`. False if interrupted.
 
     `packing` gives the resources of each configuration; without it all request the same. Raises ValueError if
-    too many trials fail in a row.
+    too many trials fail in a row, OSError if a file cannot be written or Ray fails.
     """
     interrupts = Interrupts()
     stops = getattr(scheduler, "stops", {})
@@ -126,8 +129,13 @@ def run_trials(
         ),
     )
     with interrupts.caught():
-        results = _fit(tuner, job.study)
-    recorder.close(results._experiment_analysis.trials, interrupts.seen)
+        try:
+            tuner.fit()
+        except Exception as error:  # raised below, when what ran is recorded
+            recorder.fault = recorder.fault or error
+        recorder.close(interrupts.seen)
+    if recorder.fault:
+        raise _in_one_line(recorder.fault, job.study)
     if recorder.hopeless:
         raise ValueError(
             f"{job.study.folder}: {recorder.failures} trials in a row failed, the last by: "
@@ -136,14 +144,15 @@ def run_trials(
     return not interrupts.seen
 
 
-def _fit(tuner: Tuner, study: Study) -> Any:
-    """Result of `Tuner.fit`. Raises the recorder's OSError, which Ray wraps in its own error."""
-    try:
-        return tuner.fit()
-    except (TuneError, OSError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(
-            f"{study.folder}: {cause.strerror or cause}; mend that, then search.py --resume goes on"
-        ) from None
+def _in_one_line(error: Exception, study: Study) -> Exception:
+    """An OSError that names the study, if the machine or Ray failed; else the error itself."""
+    cause: BaseException | None = error
+    while cause and not _of_machine(cause):
+        cause = cause.__cause__ or (cause.__context__ if isinstance(cause, TuneError) else None)
+    if cause is None:
+        return error
+    return OSError(f"{study.folder}: {first_line(cause)}; mend that, then search.py --resume goes on")
+
+
+def _of_machine(error: BaseException) -> bool:
+    return isinstance(error, OSError) or (isinstance(error, RayError) and not isinstance(error, RayTaskError))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
-
-import optuna
 
 from carmodels.evaluation.metrics import METRICS
 from carmodels.presets import baseline
 from carmodels.records import Role, State, TrialRecord
 from carmodels.space import Space
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.run import Origin, Run
 from tune.budget.clock import LATE_SHARE, Clock
 from tune.budget.plan import Plan, make_plan
+from tune.optim.optuna_file import OptunaFile
 from tune.optim.optuna_records import transferable_trials
 from tune.optim.scheduler import AshaScheduler, TimeLimit, grace_period
 from tune.optim.searcher import OptunaSearcher
@@ -53,7 +52,7 @@ def search(
         job.costs,
         job.workers.count,
         space,
-        time.time() if resumed else clock.begun,
+        steady_time() if resumed else clock.begun,
         end,
         shared_gpu_bytes(job) if job.costs else 0.0,
     )
@@ -87,7 +86,7 @@ def search(
     for folder, found in earlier.items() if resumed else ():
         count = len(transferable_trials(found, space))
         say(f"Warm start: {count} of {len(found)} trials of {folder} are of this space.")
-    study.optuna_file.unlink(missing_ok=True)  # rebuilt from trials.jsonl
+    copy = OptunaFile(study.optuna_file, say)
     searcher = OptunaSearcher(
         space,
         origin=origin,
@@ -100,7 +99,8 @@ def search(
         optional={r.trial_id for r in again if r.state is State.OUT_OF_TIME and not r.baseline},
         known=known,
         earlier=list(earlier.values()),
-        storage=optuna.storages.RDBStorage(f"sqlite:///{study.optuna_file}"),
+        causes=scheduler.causes,
+        copy=copy,
     )
     complete = trials is not None and len(known) >= trials and not queue
     packing = Packing(plan.costs, plan.gpu_bytes, job.workers.cpus) if plan.costs and plan.gpu_bytes else None
@@ -115,6 +115,7 @@ def search(
         watch=watch,
         packing=packing,
     )
+    copy.end()
     study.write_table()
     return completed
 

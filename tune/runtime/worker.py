@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import time
+import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,23 +14,27 @@ from ray._raylet import setproctitle  # type: ignore[attr-defined]  # its stubs 
 from ray.tune import get_context, report
 
 from carmodels.models.classifier import save_weights
+from carmodels.models.facts import short_name
 from carmodels.records import Cause, State, TrialRecord
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
-from carmodels.training.config import EpochMetrics
+from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.features import FeatureStore
 from carmodels.training.held_out import splits_for
 from carmodels.training.run import Run
 from carmodels.training.trainer import TrainResult, fit
+from tune.budget.costs import Costs
 from tune.runtime.job import Job, Workers
 
 
 def train_trial(values: dict[str, Any], job: Job) -> None:
-    """Train one configuration in a Ray worker, and free its memory afterwards."""
+    """Train one configuration in a Ray worker, free its memory, and send the last report."""
     _clear(job)  # a pruned trial holds its tensors until its thread ends
     try:
-        _train_trial(values, job)
+        last = _train_trial(values, job)
     finally:
         _clear(job)
+    report({**last, "done": True})  # Ray ends the trial as it reads this: nothing comes in between
 
 
 def _clear(job: Job) -> None:
@@ -47,35 +52,34 @@ def _trim_heap() -> None:
         trim(0)
 
 
-def _train_trial(values: dict[str, Any], job: Job) -> None:
-    """Train, and report every epoch. The last report carries `state`."""
-    job = replace(job, workers=_own(job.workers))
-    job.workers.take()
+def _train_trial(values: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Train, and report every epoch but the last. Returns the last report, which carries `state`."""
+    packed, job = job.workers.packed, replace(job, workers=_own(job.workers))
+    share = job.workers.gpus if packed else 1.0  # of the GPU on which costs were measured
+    job.begin()
     run = Run.from_dict(values)
     title = f"ray::{trial_name(run)}"  # shown in the dashboard, ps and top
     setproctitle(title)
-    started = time.time()
+    started = steady_time()
     if job.workers.gpus:
         torch.cuda.reset_peak_memory_stats()
 
-    def send(metrics: EpochMetrics, **more: Any) -> None:
-        elapsed = time.time() - started
+    def report_of(metrics: EpochMetrics, **more: Any) -> dict[str, Any]:
+        elapsed = steady_time() - started
         gpu_bytes = torch.cuda.max_memory_reserved() if job.workers.gpus else 0
-        report(
-            {
-                run.origin.metric: metrics.value,
-                "run_id": run.id,
-                "elapsed": elapsed,  # seconds since the trial's start; `seconds` counts one epoch
-                "gpu_bytes": gpu_bytes,
-                **asdict(metrics),
-                **more,
-            }
-        )
-        setproctitle(title)  # Ray overwrites the title with each report
+        return {
+            run.origin.metric: metrics.value,
+            "run_id": run.id,
+            "elapsed": elapsed,  # seconds since the trial's start; `seconds` counts one epoch
+            "gpu_bytes": gpu_bytes,
+            **asdict(metrics),
+            **more,
+        }
 
     def on_epoch(metrics: EpochMetrics) -> None:
         if not metrics.ending:  # the last epoch is reported after the trial's files are written
-            send(metrics)
+            report(report_of(metrics))
+            setproctitle(title)  # Ray overwrites the title with each report
 
     trained = fit(
         run,
@@ -87,6 +91,7 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
         features=FeatureStore(job.cache / "features"),
         compiled=job.costs is not None and job.costs.pays_to_compile(run.config),
         until=job.until,
+        epoch_seconds=_epoch_seconds(run.config, job.costs, share),
         start=job.study.weights_file(run.origin.continues) if run.origin.continues else None,
     )
     end = _end_of(trained)
@@ -94,7 +99,12 @@ def _train_trial(values: dict[str, Any], job: Job) -> None:
     if complete and not _falls_short(trained, job.study):
         _leave(trained, job)
     kept = trained.best if complete and trained.best else trained.history[-1]
-    send(trained.history[-1], **end, best_value=kept.value)
+    return report_of(trained.history[-1], **end, best_value=kept.value)
+
+
+def _epoch_seconds(config: TrialConfig, costs: Costs | None, share: float) -> Callable[[int], float] | None:
+    """What each epoch of a configuration should take, on a share of a GPU; None without measured costs."""
+    return None if costs is None else lambda number: costs.epoch(config, number) / share
 
 
 def _own(workers: Workers) -> Workers:
@@ -143,4 +153,5 @@ def _leave(trained: TrainResult, job: Job) -> None:
 def trial_name(run: Run) -> str:
     """A run's name in Ray, in metrics and in file names."""
     config = run.config
-    return f"{config.backbone}-{config.image_size}px-{config.unfreeze}-{run.id}"
+    backbone = re.sub(r"[^\w.-]", "_", short_name(config.backbone))
+    return f"{backbone}-{config.image_size}px-{config.unfreeze}-{run.id}"

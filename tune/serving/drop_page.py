@@ -82,9 +82,7 @@ class _Visitor(local_page.LocalPage):
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
-        if not self.from_here:
-            self.refuse_others()
-        elif self.path == "/":
+        if self.path == "/":
             self.send(HTTPStatus.OK, "text/html", self.page)
         else:
             self.send(HTTPStatus.NOT_FOUND, "text/plain", "there is one page, /")
@@ -95,9 +93,7 @@ class _Visitor(local_page.LocalPage):
             "/parts": self.desk.parts,
         }
         length = self.headers.get("Content-Length", "")
-        if not self.from_here:
-            self._refuse(HTTPStatus.FORBIDDEN, "this page is for its own address")
-        elif self.path not in jobs:
+        if self.path not in jobs:
             self._refuse(HTTPStatus.NOT_FOUND, "images go to /answer or /parts")
         elif not length.isdecimal() or int(length) > MOST_BYTES:
             self._refuse(

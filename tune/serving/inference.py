@@ -64,10 +64,13 @@ class Threshold:
     def sentence(self) -> str:
         """The threshold and what it gives, as text."""
         if math.isinf(self.confidence):
-            return (
-                f"No answer is sure: not even the {MIN_ANSWERED} most confident ones on val are right in "
-                f"{self.wanted:.0%} of cases; a lower --not-sure gives answers."
+            images = self.val.images
+            wrong = (
+                f"not even of the {MIN_ANSWERED} most confident ones on val {self.wanted:.0%} are right"
+                if images > MIN_ANSWERED
+                else f"of the {images} on val fewer than {self.wanted:.0%} are right"
             )
+            return f"No answer is sure: {wrong}; a lower --not-sure gives answers."
         if not self.confidence:
             return f"Every image is answered: on val {self.val.right}; on holdout {self.holdout.right}."
         return (
@@ -89,7 +92,7 @@ def threshold(study: Study, wanted: float, answer: str = "ensemble") -> Threshol
         split: Given(
             len(labels),
             int((probs.max(axis=1) < confidence).sum()),
-            selective_accuracy(probs, labels, confidence),
+            selective_accuracy(probs, labels, confidence, groups=study.groups(study.labels(split))),
         )
         for split, (probs, labels) in predicted.items()
     }

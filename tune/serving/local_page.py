@@ -6,16 +6,38 @@ from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+REFUSAL = "this page answers no other site: type its address, http://127.0.0.1 and the port, into the browser"
+
 
 class LocalPage(BaseHTTPRequestHandler):
     """One request to a page that listens on 127.0.0.1."""
 
     timeout = 60  # seconds to wait for data of a request
 
+    def parse_request(self) -> bool:
+        """Whether to handle the request. Answers one that another site sent with 403, whatever its method."""
+        if not super().parse_request():
+            return False
+        if not self.from_here:
+            self.close_connection = True  # the body is not read
+            self.send(HTTPStatus.FORBIDDEN, "text/plain", REFUSAL)
+            return False
+        return True
+
     @property
     def from_here(self) -> bool:
-        """Whether the Host header is local. Protects against DNS rebinding."""
-        return self.headers.get("Host", "").rsplit(":", 1)[0] in ("127.0.0.1", "localhost")
+        """Whether the browser names this machine as the page's host, and no other site as the sender.
+
+        A foreign Host is DNS rebinding. Browsers set Sec-Fetch-Site; those that do not set Origin on a POST.
+        A link that is clicked elsewhere may open the page: the other site cannot read it.
+        """
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        local = host.rsplit(":", 1)[0] in ("127.0.0.1", "localhost")
+        own = origin is None or origin == f"http://{host}"
+        clicked = self.command == "GET" and self.headers.get("Sec-Fetch-Dest") == "document"
+        return (
+            local and own and (clicked or self.headers.get("Sec-Fetch-Site") in (None, "none", "same-origin"))
+        )
 
     def send(self, status: HTTPStatus, kind: str, text: str) -> None:
         """Send a text with MIME type `kind`."""
@@ -25,10 +47,6 @@ class LocalPage(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
-
-    def refuse_others(self) -> None:
-        """Reject a request for another host."""
-        self.send(HTTPStatus.FORBIDDEN, "text/plain", "this page is for its own address")
 
     def log_message(self, format: str, *words: object) -> None:
         """Requests are not logged to the terminal."""

@@ -7,15 +7,18 @@ from typing import Any
 
 import jinja2
 
+from carmodels.ensembling.export import Onnx
 from carmodels.ensembling.network import EXPORTED, EnsembleSpec
 from carmodels.files import read_json, write_atomic
 from carmodels.formatting import interval_text, score_text
+from carmodels.holdout import later_looks, looks, quoted_look, quoted_suffix
+from carmodels.models.facts import short_name
 from carmodels.study import Study
 from tune.serving.inference import Threshold
 
 
 def write_card(
-    study: Study, answer: str, spec: EnsembleSpec, limit: Threshold, difference: float, folder: Path
+    study: Study, answer: str, spec: EnsembleSpec, limit: Threshold, onnx: Onnx, folder: Path
 ) -> None:
     """Write README.md of an exported ensemble or student: contents, scores and usage."""
     facts, results = study.metadata, read_json(study.results_file(answer))
@@ -25,14 +28,26 @@ def write_card(
         answer=answer,
         facts=facts,
         results=results,
+        first=quoted_look(study, answer),
+        which=quoted_suffix(study, answer),
+        later=later_looks(study, answer),
+        looks=looks(study),
         spec=spec,
         limit=limit,
-        difference=difference,
+        onnx=onnx,
         recalls=recalls(study, answer, spec),
+        backbones=backbones(study, spec),
         score=lambda value: score_text(metric, value),
         interval=lambda found: interval_text(metric, found),
     )
     write_atomic(folder / EXPORTED[-1], text)
+
+
+def backbones(study: Study, spec: EnsembleSpec) -> list[tuple[str, dict[str, Any]]]:
+    """(name, facts in study.json) of the members' backbones, in order."""
+    known = study.metadata.get("backbones", {})
+    names = dict.fromkeys(member.config.backbone for member in spec.members)
+    return [(short_name(name), known[name]) for name in names if name in known]
 
 
 def _template() -> jinja2.Template:
