@@ -62,9 +62,6 @@ BACKBONES: dict[str, Backbone] = {
     "mobilenetv3_small_050": Backbone(0.6),  # Howard et al., 2019
     "mobilenetv3_small_100": Backbone(1.5),
     "mobilenetv3_large_100": Backbone(4.2),
-    "tf_efficientnet_lite0": Backbone(3.4),
-    "tf_efficientnet_lite1": Backbone(4.1),
-    "tf_efficientnet_lite2": Backbone(4.8),
     "lcnet_035": Backbone(0.4),  # Cui et al., 2021
     "lcnet_050": Backbone(0.6),
     "lcnet_100": Backbone(1.7),

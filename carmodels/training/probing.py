@@ -13,7 +13,8 @@ from carmodels.data.loader import Loader
 from carmodels.data.splits import Split, assign_folds
 from carmodels.evaluation.linear_probe import fit_linear_probe
 from carmodels.models.classifier import Classifier
-from carmodels.training.forward import autocast, forward_in_halves
+from carmodels.training.forward import autocast
+from carmodels.training.memory import PartwiseForward
 
 PROBE_FOLDS = 5
 _BATCH = 32  # images of a forward pass
@@ -45,11 +46,11 @@ def extract_features(
     """(N, F) float32 pooled outputs of the model's backbone for the plain images of a split, in order."""
     on, model = torch.device(device), model.to(device).eval()
     loader = Loader(splits.images, split, image_size=image_size, batch_size=_BATCH, processes=processes)
-    precision, found = autocast(on), []
+    precision, forward, found = autocast(on), PartwiseForward(model.backbone), []
     for batch in loader.epoch(0):
         with precision():
             images = model.normalise(batch.images.to(on, non_blocking=True))
-            found.append(forward_in_halves(model.backbone, images).float())
+            found.append(forward(images).float())
     return torch.cat(found).cpu().numpy()
 
 

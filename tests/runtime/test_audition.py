@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from carmodels.data.dataset import Splits
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
+from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.probing import Probed
@@ -44,7 +44,7 @@ def test_each_backbone_is_probed_at_each_size_on_all_images_there_are(
 @pytest.mark.usefixtures("own_ray")
 def test_when_the_time_is_up_no_further_backbone_is_probed(job: Job) -> None:
     found = audition(
-        Job(job.study, job.splits, job.weights, Workers(1, 1, 0.0), job.cache), SPACE, until=time.time() - 1
+        Job(job.study, job.splits, job.weights, Workers(1, 1, 0.0), job.cache), SPACE, until=steady_time() - 1
     )
     assert {s.backbone for s in found} == {SPACE.backbones[0]}
 

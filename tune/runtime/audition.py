@@ -16,6 +16,7 @@ import torch
 from carmodels.data.splits import Split
 from carmodels.models.classifier import Classifier, create_classifier
 from carmodels.space import Space, unfrozen_configs
+from carmodels.steady_clock import steady_time
 from carmodels.training.config import TrialConfig
 from carmodels.training.probing import Probed, extract_features, probe, stratified_order
 from tune.optim.shortlist import SHORTLIST, ProbeScore, best_per_backbone
@@ -46,7 +47,7 @@ def audition(
 ) -> list[ProbeScore]:
     """Linear probes of the space's backbones, on a sample of train that grows while the best third stays.
 
-    That is successive halving (Jamieson and Talwalkar, 2016) over images. `until`: time.time() after which no
+    That is successive halving (Jamieson and Talwalkar, 2016) over images. `until`: steady_time() after which no
     probe starts; a backbone whose turn had not come is not in the result. `seconds_per_image`: the most that
     training may take; each backbone is probed at its two largest sizes within it. Returns the last scores of
     each backbone and size.
@@ -66,7 +67,7 @@ def audition(
             for size, result in found.items():
                 backbone = candidate.configs[0].backbone
                 scores[backbone, size] = ProbeScore(backbone, size, result.right, result.seconds)
-        if images == most or time.time() > until:
+        if images == most or steady_time() > until:
             break
         candidates = _survivors(probed)
         images = min(most, _GROWTH * images)
@@ -111,7 +112,7 @@ def _run_until(
     results: dict[str, tuple[Candidate, dict[int, Probed]]] = {}
 
     def start() -> None:
-        if (results or running) and time.time() > until:
+        if (results or running) and steady_time() > until:
             return
         if (candidate := next(waiting, None)) is not None:
             running[call(candidate)] = candidate
@@ -132,7 +133,7 @@ def _probe(
 ) -> dict[int, Probed]:
     """Probe a backbone at its sizes; sizes that memory does not hold are left out."""
     job, sample = shared
-    job.workers.take()
+    job.begin()
     configs = [c for c in candidate.configs if c.image_size in candidate.known]
     found: dict[int, Probed] = {}
     for config in configs or _affordable(job, candidate.configs, sample, seconds_per_image):
