@@ -82,7 +82,7 @@ VARIANTS = {
     "ridge head, 128 px, tested at 160": Variant(
         {"image_size": 128, "eval_image_size": 160}, ridge=True, against="ridge head"
     ),
-    "ridge head, layer decay 0.8": Variant({"layer_decay": 0.8}, ridge=True, against="ridge head"),
+    "ridge head, stem at a fifth of the rate": Variant({"lr_ratio": 0.2}, ridge=True, against="ridge head"),
     "ridge head, twice the rate": Variant({"lr": 2e-3}, ridge=True, against="ridge head"),
     "ridge head, half the rate": Variant({"lr": 5e-4}, ridge=True, against="ridge head"),
     "ridge head, no moving average": Variant({"ema": 0.0}, ridge=True, against="ridge head"),

@@ -15,8 +15,10 @@ from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.config import TrialConfig
 from carmodels.training.probing import Probed
+from tune.budget.clock import Clock
+from tune.monitor.terminal import Screen
 from tune.runtime import audition as auditions
-from tune.runtime.audition import Candidate, _affordable, _survivors, _take, audition
+from tune.runtime.audition import Candidate, _affordable, _survivors, _take, audition, shortlisted
 from tune.runtime.job import Job, Workers
 
 SPACE = SPACES["demo"].with_override("image_size=32,48")
@@ -69,3 +71,26 @@ def test_the_best_third_goes_on_with_what_is_known_of_it() -> None:
     assert [c.configs[0].backbone for c in kept] == BACKBONES[:-6:-1]
     assert all(c.known[32].features.shape == (20, 2) for c in kept)
     assert len(_survivors([candidate(number) for number in range(3)])) == 3
+
+
+@pytest.mark.usefixtures("own_ray")
+def test_a_search_tries_the_short_list_alone_and_a_resumed_one_the_same(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(auditions, "SHORTLIST", 1)
+    job.study.begin({"metric": "accuracy"}, [])
+    said: list[str] = []
+    clock = Clock(steady_time(), 3600)
+    space, rows = shortlisted(job, SPACE, clock, seed=0, say=said.append)
+    assert next(row["backbone"] for row in rows if row["listed"]) in space.backbones
+    assert len(rows) == 2
+    assert said[0].startswith("Audition: linear probes of 2 backbones")
+    Screen(plain=True).audition(rows)
+    printed = capsys.readouterr().out
+    assert all(f"{row['accuracy']:.3f}" in printed for row in rows)
+    monkeypatch.setattr(auditions, "audition", None)
+    assert shortlisted(job, SPACE, clock, seed=0, say=said.append) == (space, rows)
+
+
+def test_a_space_of_few_backbones_has_no_audition(job: Job) -> None:
+    assert shortlisted(job, SPACE, Clock(0.0, 3600), seed=0, say=print) == (SPACE, [])

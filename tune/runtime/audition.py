@@ -1,4 +1,4 @@
-"""Before the first trial: linear probes of frozen features rank the backbones of a space."""
+"""The audition, before the first trial: linear probes of frozen features rank the backbones of a space."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ import ray
 import torch
 
 from carmodels.data.splits import Split
+from carmodels.files import read_json, write_json
+from carmodels.formatting import duration
 from carmodels.models.classifier import Classifier, create_classifier
+from carmodels.models.facts import facts_of
 from carmodels.space import Space, unfrozen_configs
 from carmodels.steady_clock import steady_time
 from carmodels.training.config import TrialConfig
 from carmodels.training.probing import Probed, extract_features, probe, stratified_order
-from tune.optim.shortlist import SHORTLIST, ProbeScore, best_per_backbone
-from tune.runtime.job import Job, as_task
+from tune.budget.clock import Clock
+from tune.budget.plan import TRIAL_SHARE
+from tune.optim.shortlist import SHORTLIST, ProbeScore, best_per_backbone, shortlist
+from tune.runtime.job import Job, Say, as_task, results_of
 
 AUDITION_SHARE = 0.05  # of the time, for all probes together
 MOST_IMAGES = 2000
@@ -32,6 +37,7 @@ _TIMED = 16  # images by which a backbone's speed is measured
 TRAINING_PASSES = 3.0  # forward passes that a training step costs (forward, and backward twice that)
 
 Key = tuple[str, int]  # backbone and image size
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,15 +48,62 @@ class Candidate:
     known: dict[int, Probed]  # by image size, of earlier rounds
 
 
+def shortlisted(
+    job: Job, space: Space, clock: Clock, *, seed: int, say: Say
+) -> tuple[Space, list[dict[str, Any]]]:
+    """The space with the short-listed backbones alone, and the audition's rows in JSON's types, best first.
+
+    The rows are kept in the study: a resumed search reads them. A space with few backbones stays as it is.
+    """
+    path = job.study.audition_file
+    if len(space.backbones) <= SHORTLIST:
+        return space, []
+    if path.is_file():
+        rows: Rows = read_json(path)["backbones"]
+    else:
+        begun = steady_time()
+        seconds = TRIAL_SHARE * (clock.at(clock.search) - begun)
+        scores = audition(
+            job,
+            space,
+            until=begun + AUDITION_SHARE * clock.seconds,
+            seconds_per_image=seconds / (int(space.fixed["epochs"]) * len(job.splits.train)),
+            seed=seed,
+        )
+        rows = _rows(scores)
+        write_json(path, {"backbones": rows})
+        say(f"Audition: linear probes of {len(rows)} backbones, {duration(steady_time() - begun)}.")
+    return space.with_backbones(tuple(row["backbone"] for row in rows if row["listed"])), rows
+
+
+def _rows(scores: Sequence[ProbeScore]) -> Rows:
+    """Each backbone at its best size, those on the short list first, in the order in which to try them."""
+    known = {s.backbone: facts_of(s.backbone).top1 for s in scores}
+    listed = shortlist(scores, {backbone: top1 for backbone, top1 in known.items() if top1})
+    rest = [s for s in best_per_backbone(scores) if s.backbone not in {one.backbone for one in listed}]
+    return [
+        {
+            "backbone": score.backbone,
+            "image_size": score.image_size,
+            "images": len(score.right),
+            "accuracy": score.accuracy,
+            "seconds_per_image": score.seconds,
+            "imagenet": known[score.backbone] or None,
+            "listed": score in listed,
+        }
+        for score in [*listed, *rest]
+    ]
+
+
 def audition(
     job: Job, space: Space, *, until: float, seconds_per_image: float = math.inf, seed: int = 0
 ) -> list[ProbeScore]:
     """Linear probes of the space's backbones, on a sample of train that grows while the best third stays.
 
-    That is successive halving (Jamieson and Talwalkar, 2016) over images. `until`: steady_time() after which no
-    probe starts; a backbone whose turn had not come is not in the result. `seconds_per_image`: the most that
-    training may take; each backbone is probed at its two largest sizes within it. Returns the last scores of
-    each backbone and size.
+    That is successive halving (Jamieson and Talwalkar, 2016) over images. `until`: steady_time() after which
+    no probe starts; a backbone whose turn had not come is not in the result. `seconds_per_image`: the most
+    that training may take; each backbone is probed at its two largest sizes within it. Returns the last
+    scores of each backbone and size.
     """
     train = job.splits.train
     assert train.labels is not None
@@ -122,7 +175,8 @@ def _run_until(
     while running:
         (done, *_), _ = ray.wait(list(running))
         candidate = running.pop(done)
-        results[candidate.configs[0].backbone] = (candidate, ray.get(done))
+        backbone = candidate.configs[0].backbone
+        results[backbone] = (candidate, results_of([done], f"the audition of {backbone}")[0])
         start()
     order = [candidate.configs[0].backbone for candidate in candidates]
     return sorted(results.values(), key=lambda result: order.index(result[0].configs[0].backbone))
