@@ -22,6 +22,7 @@ class Backbone:
     dynamic: bool = False  # likewise, but takes other sizes, too: `dynamic_img_size` of timm.create_model
     smallest: int = SIZES[0]  # side of an image, pixels
     only_size: int = 0  # the one side that its weights are for, pixels; 0: any
+    top1: float = 0.0  # accuracy on ImageNet, per cent, of timm's default weights; 0: not known
     saved: dict[str, Any] | None = None  # architecture and arguments, where the name is no timm name
 
     def fit(self, size: float) -> int:
@@ -33,38 +34,40 @@ class Backbone:
 
 
 BACKBONES: dict[str, Backbone] = {
-    "xception41": Backbone(24.9),  # the baseline's family (Chollet, 2017)
-    "legacy_xception": Backbone(20.8),  # the baseline, with Keras weights
-    "efficientnet_b0": Backbone(4.0),  # Tan and Le, 2019
-    "efficientnet_b1": Backbone(6.5),
-    "efficientnet_b2": Backbone(7.7),
-    "efficientnet_b3": Backbone(10.7),
-    "efficientnet_b4": Backbone(17.5),
-    "tf_efficientnet_lite0": Backbone(3.4),  # without squeeze-and-excitation, for CPUs and 8-bit integers
-    "tf_efficientnet_lite1": Backbone(4.1),
-    "tf_efficientnet_lite2": Backbone(4.8),
-    "tf_efficientnetv2_s": Backbone(20.2),  # Tan and Le, 2021
-    "convnext_atto": Backbone(3.4),  # Liu et al., 2022
-    "convnext_femto": Backbone(4.8),
-    "convnext_pico": Backbone(8.5),
-    "convnext_nano": Backbone(15.0),
-    "convnext_tiny": Backbone(27.8),
-    "convnext_small": Backbone(49.5),
-    "swin_tiny_patch4_window7_224": Backbone(27.5, multiple=32, fixed_size=True),  # Liu et al., 2021
-    "swin_base_patch4_window7_224": Backbone(86.7, multiple=32, fixed_size=True),
-    "vit_small_patch16_224": Backbone(21.7, multiple=16, fixed_size=True),  # Dosovitskiy et al., 2021
-    "resnet50": Backbone(23.5),  # He et al., 2016
+    "xception41": Backbone(24.9, top1=78.5),  # the baseline's family (Chollet, 2017)
+    "legacy_xception": Backbone(20.8, top1=79.1),  # the baseline, with Keras weights
+    "efficientnet_b0": Backbone(4.0, top1=77.7),  # Tan and Le, 2019
+    "efficientnet_b1": Backbone(6.5, top1=80.4),
+    "efficientnet_b2": Backbone(7.7, top1=79.3),
+    "efficientnet_b3": Backbone(10.7, top1=81.5),
+    "efficientnet_b4": Backbone(17.5, top1=82.7),
+    "tf_efficientnet_lite0": Backbone(3.4, top1=74.8),  # without squeeze-and-excitation
+    "tf_efficientnet_lite1": Backbone(4.1, top1=76.7),
+    "tf_efficientnet_lite2": Backbone(4.8, top1=77.5),
+    "tf_efficientnetv2_s": Backbone(20.2, top1=83.3),  # Tan and Le, 2021
+    "convnext_atto": Backbone(3.4, top1=75.7),  # Liu et al., 2022
+    "convnext_femto": Backbone(4.8, top1=77.5),
+    "convnext_pico": Backbone(8.5, top1=79.5),
+    "convnext_nano": Backbone(15.0, top1=82.3),
+    "convnext_tiny": Backbone(27.8, top1=84.2),
+    "convnext_small": Backbone(49.5, top1=85.2),
+    # Liu et al., 2021
+    "swin_tiny_patch4_window7_224": Backbone(27.5, multiple=32, fixed_size=True, top1=81.4),
+    "swin_base_patch4_window7_224": Backbone(86.7, multiple=32, fixed_size=True, top1=85.3),
+    # Dosovitskiy et al., 2021
+    "vit_small_patch16_224": Backbone(21.7, multiple=16, fixed_size=True, top1=81.4),
+    "resnet50": Backbone(23.5, top1=80.4),  # He et al., 2016
     "test_efficientnet": Backbone(0.1),  # timm's smallest networks, for demo and tests
     "test_resnet": Backbone(0.4),
-    "mobilenetv1_100": Backbone(3.2),  # Howard et al., 2017
+    "mobilenetv1_100": Backbone(3.2, top1=75.4),  # Howard et al., 2017
     "mobilenetv2_035": Backbone(0.4),  # Sandler et al., 2018
-    "mobilenetv2_100": Backbone(2.2),
-    "mobilenetv3_small_050": Backbone(0.6),  # Howard et al., 2019
-    "mobilenetv3_small_100": Backbone(1.5),
-    "mobilenetv3_large_100": Backbone(4.2),
+    "mobilenetv2_100": Backbone(2.2, top1=72.9),
+    "mobilenetv3_small_050": Backbone(0.6, top1=57.9),  # Howard et al., 2019
+    "mobilenetv3_small_100": Backbone(1.5, top1=67.6),
+    "mobilenetv3_large_100": Backbone(4.2, top1=75.8),
     "lcnet_035": Backbone(0.4),  # Cui et al., 2021
-    "lcnet_050": Backbone(0.6),
-    "lcnet_100": Backbone(1.7),
+    "lcnet_050": Backbone(0.6, top1=63.1),
+    "lcnet_100": Backbone(1.7, top1=72.1),
 }
 
 

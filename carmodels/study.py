@@ -44,6 +44,11 @@ class Study:
         return self.folder / "best.json"
 
     @property
+    def audition_file(self) -> Path:
+        """How linear probes ranked the backbones before the first trial, best first."""
+        return self.folder / "audition.json"
+
+    @property
     def ensemble_file(self) -> Path:
         return self.results_file("ensemble")
 

@@ -63,6 +63,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=...",
         help="change a dimension of the space to V, V1,V2,... or LOW:HIGH; may be repeated",
     )
+    add(
+        "--audition",
+        choices=("on", "off"),
+        default="off",
+        help="before the first trial, let linear probes choose the three backbones that are tried (off)",
+    )
     add("--metric", choices=METRIC_NAMES, default="accuracy", help="what the search improves (accuracy)")
     add(
         "--warm-start",

@@ -48,7 +48,7 @@ from tune.cli.study_folder import (
 from tune.finalize import blending, confirmation, folds, repeats, retraining, stop_check
 from tune.monitor.terminal import Screen
 from tune.optim.standings import CONTENDERS
-from tune.runtime import search_stage
+from tune.runtime import audition, search_stage
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job
 from tune.runtime.profiling import costs_of, processor
@@ -148,6 +148,9 @@ def go(
         data=job.splits.fingerprint,
         split=job.splits.split_hash,
     )
+    if options.audition == "on":
+        space, rows = audition.shortlisted(job, space, clock, seed=options.seed, say=screen.say)
+        screen.audition(rows)
     if math.isfinite(clock.seconds) or job.workers.packed:
         job = replace(job, costs=costs_of(job, space, screen.say))
     watch = session.watched(job, clock, trials, screen)

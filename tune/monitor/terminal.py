@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.table import Table
 from carmodels.files import read_json
 from carmodels.formatting import gain_text, gain_unit, interval_text, stops_sentence
 from carmodels.holdout import later_sentence, quoted_look, quoted_suffix
+from carmodels.models.facts import short_name
 from carmodels.records import NOT_ENDED, State, TrialRecord
 from carmodels.study import Study
 from tune.budget.clock import Clock
@@ -119,6 +120,25 @@ class Screen:
         progress = Progress(*columns, console=self.console, transient=True, disable=not self._alive)
         task = progress.add_task("decode", total=None)
         return progress, lambda done, total: progress.update(task, completed=done, total=total)
+
+    def audition(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print how linear probes rank the backbones. Nothing without rows."""
+        if not rows:
+            return
+        table = Table(title="linear probes of frozen backbones, out of fold on train", title_justify="left")
+        for name in ("backbone", "px", "images", "accuracy", "ImageNet", "ms an image", "tried"):
+            table.add_column(name, justify="left" if name in ("backbone", "tried") else "right")
+        for row in rows:
+            table.add_row(
+                short_name(row["backbone"]),
+                str(row["image_size"]),
+                str(row["images"]),
+                f"{row['accuracy']:.3f}",
+                f"{row['imagenet']:.1f}" if row["imagenet"] else "",
+                f"{1000 * row['seconds_per_image']:.0f}",
+                "yes" if row["listed"] else "",
+            )
+        self._wide(table)
 
     def table(self, study: Study, rows: int = 10) -> None:
         """Print the best complete trials, with settings and scores. The baseline is always included."""
