@@ -25,7 +25,7 @@ def facts_of(name: str) -> Backbone:
     if name in BACKBONES:
         return BACKBONES[name]
     if name not in _known:
-        from carmodels.models.probe import ask_timm  # torch and timm take seconds to import
+        from carmodels.models.timm_facts import ask_timm  # torch and timm take seconds to import
 
         _known[name] = ask_timm(name)
     return _known[name]
