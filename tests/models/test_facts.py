@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_the_rows_of_the_catalog_are_what_timm_says(monkeypatch: pytest.MonkeyPa
     for name in ("tf_efficientnet_lite0", "lcnet_035", "test_resnet"):
         row = BACKBONES[name]
         monkeypatch.delitem(BACKBONES, name)
-        assert facts_of(name) == row
+        assert replace(facts_of(name), top1=row.top1) == row  # timm has no accuracies
 
 
 @pytest.mark.parametrize(
