@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
+
+NUMBER = (int, float)  # a kind of `other_kind`
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -16,15 +19,39 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomic(path, json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file. ValueError names a damaged file, MissingKeyError an absent key."""
+def read_json(path: Path, kinds: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in the file. ValueError names a damaged file, MissingKeyError an absent key.
+
+    `kinds`: what the values must be where they are there, as in `other_kind`.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=lambda o: _CheckedDict(path, o))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); bring a copy back, or delete it") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (it holds no object); bring a copy back, or delete it")
+    if wrong := other_kind(content, kinds or {}):
+        raise ValueError(f"{path} is damaged ({wrong}); bring a copy back")
     return content
+
+
+def other_kind(value: object, kind: Any, name: str = "it") -> str:
+    """The first value that is not of its kind, in words; "" if all are.
+
+    A kind is a type, several in a tuple, [kind] for a list, or {key: kind} for an object. Keys that the
+    object lacks, or that the kind does not name, are not looked at.
+    """
+    plain = type(kind) if isinstance(kind, list | dict) else kind
+    if not isinstance(value, plain):
+        return f"{name} is {reprlib.repr(value)}"
+    if isinstance(kind, list):
+        parts = [(item, kind[0], f"{name}[{row}]") for row, item in enumerate(cast("list[Any]", value))]
+    elif isinstance(kind, dict):
+        there = cast("dict[str, Any]", value)
+        parts = [(there[key], wanted, key) for key, wanted in kind.items() if key in there]
+    else:
+        parts = []
+    return next((wrong for part in parts if (wrong := other_kind(*part))), "")
 
 
 class MissingKeyError(ValueError, KeyError):
@@ -104,6 +131,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # of a full disk, it names no file
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from carmodels.files import append_line, json_ready, read_json, write_atomic
+from carmodels.files import append_line, json_ready, write_atomic
 from carmodels.formatting import interval_text
 from carmodels.study import Study
 
@@ -51,7 +51,7 @@ def looks(study: Study) -> list[Look]:
 def quoted_look(study: Study, answer: str) -> Look:
     """The first look at an ensemble, or at a student. The results file of `answer` must exist."""
     kept = next((look for look in looks(study) if look.answer == answer), None)
-    return kept or _look(answer, read_json(study.results_file(answer)), number=1, at="")
+    return kept or _look(answer, study.results(answer), number=1, at="")
 
 
 def later_looks(study: Study, answer: str) -> list[Look]:
@@ -123,7 +123,7 @@ def _older_looks(study: Study) -> list[Look]:
     found: list[Look] = []
     for answer in ANSWERS:
         if study.results_file(answer).is_file():
-            results = read_json(study.results_file(answer))
+            results = study.results(answer)
             before = found[-1].number if found else 0
             number = before + results["holdout"].get("looks", 1)
             found.append(_look(answer, results, number=number, at=""))

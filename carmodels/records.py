@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from carmodels.files import json_ready
+from carmodels.files import NUMBER, json_ready, other_kind
 from carmodels.training.config import EpochMetrics, TrialConfig
 from carmodels.training.run import Origin, Run
 
@@ -116,6 +116,8 @@ class TrialRecord:
         """Raises ValueError for a line that is no record."""
         try:
             values = json.loads(line)
+            if wrong := other_kind(values, _KINDS):
+                raise ValueError(f"no trial record: {wrong}")
             run = Run.from_dict({name: values.pop(name) for name in ("config", "origin")})
             cause = values.pop("cause")
             return cls(
@@ -129,6 +131,18 @@ class TrialRecord:
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"no trial record: {error}") from error
+
+
+_VALUE = (*NUMBER, type(None))  # null: not finite
+_EPOCH = dict.fromkeys(("train_loss", "val_loss", "val_accuracy", "value", "seconds"), _VALUE)
+_KINDS: dict[str, Any] = {  # as in `other_kind`
+    **dict.fromkeys(("trial_id", "reason", "stage", "repeats", "note"), str),
+    **dict.fromkeys(("seconds", "at"), NUMBER),
+    "epochs_run": int,
+    "value": _VALUE,
+    "ingredients": [str],
+    "curve": [{"epoch": int, "microbatches": int, "ending": str, **_EPOCH}],
+}
 
 
 def _epoch_metrics(values: Mapping[str, Any]) -> EpochMetrics:

@@ -16,13 +16,34 @@ import numpy as np
 
 from carmodels.evaluation.metrics import METRICS
 from carmodels.evaluation.predictions import Predictions
-from carmodels.files import append_line, csv_text, read_json, write_atomic, write_json
+from carmodels.files import NUMBER, append_line, csv_text, read_json, write_atomic, write_json
 from carmodels.models.facts import facts_of, remember
 from carmodels.records import FOLD, NOT_ENDED, State, TrialRecord
 from carmodels.space import Space
 
 SplitRow = tuple[str, str, int, int | str]  # split, id, class index or -1, group or ""
 VERSION = "0.3"  # of a study's files; raise it when an older study could be misread
+
+_METADATA: dict[str, Any] = {  # kinds of values in study.json, as in `other_kind`
+    **dict.fromkeys(("data", "weights", "command", "begun", "metric", "fingerprint", "split_hash"), str),
+    **dict.fromkeys(("seed", "max_size"), int),
+    **{key: [str] for key in ("classes", "class_names", "warm_start")},
+    **{key: {} for key in ("images", "backbones", "hardware", "versions")},
+    "excluded": [{}],
+}
+_RESULTS: dict[str, Any] = {  # of ensemble.json and student.json
+    "members": [{"trial_id": str, "weight": NUMBER, "temperature": NUMBER}],
+    "temperature": NUMBER,
+    "tta": {"views": [str]},
+    "val": {"single": {"trial_id": str}},
+    **{key: {} for key in ("holdout", "nested", "cost")},
+}
+_OWN_FOLDERS = ("predictions", "weights", "ray", "tensorboard", "stops")
+_OWN_FILES = (
+    *("study.json", "splits.csv", "trials.jsonl", "trials.csv", "best.json", "ensemble.json", "student.json"),
+    *("holdout.jsonl", "submission.csv", "submission-fold-in.csv", "thumbnails.json", "earlier.json"),
+    *("stops.json", "optuna.db"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,10 @@ class Study:
     def results_file(self, name: str) -> Path:
         """Members and scores of the ensemble, or of its student: ensemble.json or student.json."""
         return self.folder / f"{name}.json"
+
+    def results(self, name: str = "ensemble") -> dict[str, Any]:
+        """What `results_file` holds. Raises ValueError if it is damaged, OSError if it is missing."""
+        return read_json(self.results_file(name), _RESULTS)
 
     @property
     def holdout_file(self) -> Path:
@@ -103,6 +128,16 @@ class Study:
 
     def weights_file(self, trial_id: str) -> Path:
         return self.folder / "weights" / f"{trial_id}.safetensors"
+
+    def refuse_own(self, out: Path) -> None:
+        """Raises ValueError if writing to `out`, a path without links, would replace a file of the study.
+
+        The report may be replaced: it is made anew at any time.
+        """
+        folder = Path(os.path.realpath(self.folder))
+        own = any(out.is_relative_to(folder / name) for name in _OWN_FOLDERS)
+        if own or out in [folder / name for name in _OWN_FILES]:
+            raise ValueError(f"--out {out} is a file of the study {self.folder}: give another name")
 
     @property
     def lock_file(self) -> Path:
@@ -155,7 +190,7 @@ class Study:
         Their hub or folder may be out of reach.
         """
         if self.exists:
-            remember(read_json(self._metadata_file).get("backbones", {}))
+            remember(read_json(self._metadata_file, _METADATA).get("backbones", {}))
 
     def write_splits(self, splits: Iterable[SplitRow]) -> None:
         """Write splits.csv."""
@@ -168,11 +203,16 @@ class Study:
             raise ValueError(
                 f"{self.folder} is no study: it holds no study.json; give a folder under results/"
             )
-        metadata = read_json(self._metadata_file)
+        metadata = read_json(self._metadata_file, _METADATA)
         if metadata.get("version") != VERSION:
             raise ValueError(
                 f"{self.folder} was made by version {metadata.get('version', '0.1')} of this project, this "
                 f"is {VERSION}: use that version, or begin another study"
+            )
+        if (metric := metadata.get("metric")) and metric not in METRICS:
+            raise ValueError(
+                f"{self._metadata_file}: metric is {metric!r}, must be one of {', '.join(METRICS)}; "
+                "bring a copy back"
             )
         return metadata
 
@@ -213,16 +253,20 @@ class Study:
         return np.array([group_of.get(name, unused + n) for n, name in enumerate(ids)], dtype=np.int64)
 
     def _split_rows(self) -> list[dict[str, str]]:
-        """Raises ValueError if splits.csv ends within a line or lacks images that study.json counts."""
-        with self._splits_file.open(newline="", encoding="utf-8") as file:
-            text = file.read()
+        """Raises ValueError if splits.csv is missing or damaged, or lacks images that study.json counts."""
+        file, remedy = self._splits_file, "search.py --resume writes it anew"
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {remedy}")
+        text = file.read_bytes().decode("utf-8-sig", errors="replace")
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        if wrong := [number for number, row in enumerate(rows, start=1) if not _is_split_row(row)]:
+            raise ValueError(f"{file} is damaged: row {wrong[0]} is no split,id,label,group; {remedy}")
         counts = Counter(row["split"] for row in rows)
         expected = Counter(self.metadata.get("images", {}))
         if not text.endswith("\n") or (expected and counts != expected):
             raise ValueError(
-                f"{self._splits_file} is damaged: it names {counts.total()} images instead of "
-                f"{expected.total()}, or ends within a line; search.py --resume writes it anew"
+                f"{file} is damaged: it names {counts.total()} images instead of "
+                f"{expected.total()}, or ends within a line; {remedy}"
             )
         return rows
 
@@ -277,6 +321,15 @@ class Study:
         self.remember_backbones()
         status = self.trials_file.stat()
         return _parse_trials(self.trials_file, status.st_size, status.st_mtime_ns)
+
+    @property
+    def damage(self) -> str:
+        """What trials.jsonl has lost, in words; "" if it is whole."""
+        if damaged := self.damaged_lines():
+            return (
+                f"{self.trials_file}: lines {damaged} are damaged, their trials left out; bring a copy back"
+            )
+        return ""
 
     def missing_trials(self) -> list[str]:
         """Ids in trials.csv that trials.jsonl lacks, because it was truncated at a line end."""
@@ -333,8 +386,9 @@ class Study:
 
     def probs_and_labels(self, trial_id: str, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities (N, C) and class indices (N,) of a labelled split. Raises as `predictions` does."""
-        labels = self.labels(split)
-        return self.predictions(trial_id, split).aligned(list(labels)).probs, np.array(list(labels.values()))
+        labels, file = self.labels(split), self.predictions_file(trial_id, split)
+        found = self.predictions(trial_id, split).aligned(list(labels), ours=str(file), theirs="splits.csv")
+        return found.probs, np.array(list(labels.values()))
 
     def keep_weights(self, count: int, *, also: Iterable[str] = ()) -> None:
         """Delete the weights of search trials, except the best `count`, those in `also` and ensemble members.
@@ -350,7 +404,7 @@ class Study:
 
     def _ensemble_members(self) -> list[str]:
         try:
-            return [member["trial_id"] for member in read_json(self.ensemble_file)["members"]]
+            return [member["trial_id"] for member in self.results()["members"]]
         except (FileNotFoundError, ValueError):
             return []
 
@@ -361,6 +415,14 @@ def best_first(records: Iterable[TrialRecord], metric: str) -> list[TrialRecord]
     complete = (r for r in records if r.state is State.COMPLETE and r.stage != FOLD)
     ranked = [(sign * r.value, r.log_loss, r) for r in complete if r.value is not None]
     return [record for *_, record in sorted(ranked, key=lambda row: row[:2])]
+
+
+def _is_split_row(row: Mapping[str, str]) -> bool:
+    """Whether the columns are there, with numbers where they belong. An older study has no groups."""
+    numbers = (row.get("label"), row.get("group") or "0")
+    return bool(row.get("split") and row.get("id")) and all(
+        number is not None and number.removeprefix("-").isdecimal() for number in numbers
+    )
 
 
 @lru_cache(maxsize=8)  # each trial's end asks several times

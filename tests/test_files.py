@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,20 @@ def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> Non
     write_atomic(tmp_path / "file", "a long first version")
     write_atomic(tmp_path / "file", "second")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "second")]
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
+    """What the system says of a full disk names none. A limit on file sizes does as well."""
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, allowed[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/file'"):
+            write_atomic(tmp_path / "file", b"x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reader_that_opened_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from carmodels.files import write_json
+from carmodels.evaluation.predictions import Predictions
+from carmodels.files import append_line, write_json
 from carmodels.records import Cause, State, TrialRecord
 from carmodels.study import VERSION, Study
 from carmodels.training.config import EpochMetrics, TrialConfig
@@ -51,6 +54,68 @@ def study(tmp_path: Path) -> Study:
         {"metric": "accuracy"}, [("val", "a,b.jpg", 1), ("holdout", "ü.jpg", 0), ("test", "t.jpg", -1)]
     )
     return study
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("value", "high"),
+        ("seconds", "4"),
+        ("epochs_run", None),
+        ("trial_id", 5),
+        ("stage", 5),
+        ("curve", [5]),
+    ],
+)
+def test_a_record_with_a_value_of_another_kind_is_a_damaged_line(
+    key: str, value: object, study: Study
+) -> None:
+    study.append(record(1, 0.5))
+    content = {**json.loads(record(2, 0.5).to_json()), key: value}
+    append_line(study.trials_file, json.dumps(content))
+    assert (len(study.records()), study.damaged_lines()) == (1, [2])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"split,id,label,group", b"split;id;label;group"),
+        (b",1", b",one"),
+        (b"val,", b","),
+        (b"\n", b"\n,,,\n"),
+    ],
+)
+def test_edited_splits_are_named_and_so_is_the_way_out(old: bytes, new: bytes, study: Study) -> None:
+    path = study.folder / "splits.csv"
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(ValueError, match=r"splits\.csv is damaged: .*--resume writes it anew"):
+        study.labels("val")
+
+
+def test_lost_splits_are_named_and_so_is_the_way_out(study: Study) -> None:
+    (study.folder / "splits.csv").unlink()
+    with pytest.raises(ValueError, match=r"splits\.csv is missing; search.py --resume writes it anew"):
+        study.labels("val")
+
+
+def test_splits_that_another_program_saved_are_read(study: Study) -> None:
+    """A spreadsheet adds a byte order mark and other line ends."""
+    path, before = study.folder / "splits.csv", study.labels("val")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert study.labels("val") == before
+
+
+def test_predictions_of_another_split_are_named(study: Study) -> None:
+    other = Predictions(("b.jpg",), ("0", "1"), np.full((1, 2), 0.5))
+    other.save(study.predictions_file("a", "val"))
+    with pytest.raises(ValueError, match=r"missing from .*a\.val\.npz: 'a,b.jpg'; missing from splits.csv"):
+        study.probs_and_labels("a", "val")
+
+
+def test_predictions_that_are_no_npz_are_named_without_advice_of_numpy(study: Study) -> None:
+    study.predictions_file("a", "val").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"a\.val\.npz is damaged \(it is no npz\); delete it"):
+        study.predictions("a", "val")
 
 
 def test_a_record_comes_back_as_it_was(study: Study) -> None:

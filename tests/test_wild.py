@@ -118,6 +118,16 @@ CASES = {
         "a process may have 2.0 GB of addresses, torch and Ray need 8 GB: ask the administrator for more",
         shell='ulimit -v 2000000; exec "$@"',
     ),
+    "too few addresses for a report": Case(
+        "--check",
+        "a process may have 20.5 GB of addresses, the report needs 70 GB: ulimit -v …",
+        shell='ulimit -S -v 20000000; exec "$@"',
+    ),
+    "no docstrings": Case(
+        "--check",
+        "Python drops docstrings here, Ray needs them: unset PYTHONOPTIMIZE, leave -OO out",
+        environment={"PYTHONOPTIMIZE": "2"},
+    ),
     "names that are not read as UTF-8": Case(
         "--data Жигули",
         "file names are read as ascii here, must be as utf-8: export PYTHONUTF8=1",

@@ -69,7 +69,7 @@ def check(options: argparse.Namespace) -> None:
     cost_limit(options)
     out_file(options)
     check_machine_options(options)
-    check_start(options)
+    check_start(options, report=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,15 @@ import argparse
 import sys
 
 from tune.cli.entry import start
-from tune.cli.options import CACHE_LIMIT, Parser, add_cache_options, check_cache_limit, out_file, path
+from tune.cli.options import (
+    CACHE_LIMIT,
+    Parser,
+    add_cache_options,
+    check_address_space,
+    check_cache_limit,
+    out_file,
+    path,
+)
 
 PORT = 8770
 
@@ -60,6 +68,7 @@ def check(options: argparse.Namespace) -> None:
     if not options.thumbnails and (options.cache or options.cache_limit != CACHE_LIMIT):
         raise ValueError("--cache and --cache-limit are for --thumbnails; add that or leave them out")
     check_cache_limit(options)
+    check_address_space(report=True)
     if options.thumbnails and len(options.studies) > 1:
         raise ValueError("--thumbnails is for the report of one study; leave it or the other studies out")
 

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 
-from carmodels.training.config import parse_assignment
+from carmodels.training.config import BOUNDS, parse_assignment, refuse_repeated
 from tune.cli.entry import start
 from tune.cli.options import (
     Parser,
@@ -75,10 +75,12 @@ def check(options: argparse.Namespace) -> None:
     check_folds(options)
     if options.folds and options.seeds:
         raise ValueError(f"--seeds {options.seeds} does not go with --folds: each fold is a run of its own")
-    if options.seeds is not None and options.seeds > MOST_SEEDS:
-        raise ValueError(f"--seeds {options.seeds} must be at most {MOST_SEEDS}")
+    for name, most in (("seeds", MOST_SEEDS), ("epochs", int(BOUNDS["epochs"][1]))):
+        if (getattr(options, name) or 0) > most:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at most {most}")
     if options.onward and (options.folds or options.fold_in):
         raise ValueError("--onward: what folds hold out the trial has learnt from; leave one of them out")
+    refuse_repeated(options.set)
     changes = dict(parse_assignment(text) for text in options.set)
     if "patience" in changes and (options.folds or options.fold_in):
         raise ValueError("--set patience: what is held out must not end training; leave it out")
@@ -86,7 +88,7 @@ def check(options: argparse.Namespace) -> None:
         if name in changes:
             raise ValueError(f"--set {name}: that is another configuration; give --trial ID or --epochs N")
     check_machine_options(options)
-    check_start(options)
+    check_start(options, report=False)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from carmodels.data.decode import decode_slot, read_image, shrink
 from carmodels.data.loader import Loader
 from carmodels.data.splits import Split
 from carmodels.evaluation.metrics import FLOOR
-from carmodels.files import read_json
+from carmodels.files import MissingKeyError, read_json
 from carmodels.models.classifier import Classifier, create_classifier, load_weights
 from carmodels.models.facts import facts_of, remember
 from carmodels.models.weights import Weights
@@ -64,6 +65,17 @@ class EnsembleSpec:
     views: tuple[str, ...]  # rows of VIEWS; every member's probabilities are averaged over them
     temperature: float
     max_size: int  # pixels; the shorter side of an image is first reduced to twice this
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no ensemble has, such as weights that are not above 0."""
+        weights = [member.weight for member in self.members]
+        temperatures = [self.temperature, *(member.temperature for member in self.members)]
+        if not weights or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+            raise ValueError(f"the members' weights are {weights}, must be numbers above 0")
+        if not (min(temperatures) > 0 and max(temperatures) < math.inf):
+            raise ValueError(f"the temperatures are {temperatures}, must be numbers above 0")
+        if not self.views or not set(self.views) <= set(VIEWS):
+            raise ValueError(f"the views are {list(self.views)}, must be of {', '.join(VIEWS)}")
 
     def inputs_of(self, member: Member) -> tuple[InputSpec, ...]:
         """The member's input for each view; equal ones where it is shown two views alike."""
@@ -163,7 +175,7 @@ def load_ensemble(study: Study, name: str = "ensemble") -> Ensemble:
     script = {"ensemble": "ensemble.py", "student": "distil.py"}[name]
     if not file.is_file():
         raise ValueError(f"{study.folder} has no {file.name}; python tune/{script} {study.folder} makes it")
-    results = read_json(file)
+    results = study.results(name)
     configs = {record.trial_id: record.config for record in study.records()}
     if missing := [m["trial_id"] for m in results["members"] if m["trial_id"] not in configs]:
         raise ValueError(
@@ -174,14 +186,22 @@ def load_ensemble(study: Study, name: str = "ensemble") -> Ensemble:
         Member(m["trial_id"], m["weight"], configs[m["trial_id"]], m.get("temperature", 1.0))
         for m in results["members"]
     )
-    spec = EnsembleSpec(
-        classes=tuple(metadata["classes"]),
-        class_names=tuple(metadata["class_names"]),
-        members=members,
-        views=tuple(results["tta"]["views"]),
-        temperature=results["temperature"],
-        max_size=metadata["max_size"],
-    )
+    try:
+        spec = EnsembleSpec(
+            classes=tuple(metadata["classes"]),
+            class_names=tuple(metadata["class_names"]),
+            members=members,
+            views=tuple(results["tta"]["views"]),
+            temperature=results["temperature"],
+            max_size=metadata["max_size"],
+        )
+    except MissingKeyError:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); bring a copy back, or choose anew with python tune/{script} "
+            f"{study.folder}"
+        ) from None
     files = [study.weights_file(member.trial_id) for member in members]
     if missing_files := [path for path in files if not path.is_file()]:
         raise ValueError(

@@ -61,6 +61,8 @@ class Predictions:
         """What `save` wrote, without unpickling anything. ValueError names a damaged file."""
         data = path.read_bytes()
         try:
+            if not zipfile.is_zipfile(io.BytesIO(data)):
+                raise ValueError("it is no npz")  # NumPy would tell of pickle
             with np.load(io.BytesIO(data), allow_pickle=False) as stored:
                 ids, classes, probs = (stored[name] for name in ("ids", "classes", "probs"))
             return cls(tuple(ids.tolist()), tuple(classes.tolist()), probs)

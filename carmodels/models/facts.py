@@ -34,7 +34,8 @@ def facts_of(name: str) -> Backbone:
 def remember(backbones: Mapping[str, Mapping[str, Any]]) -> None:
     """Take facts that a study or an export holds: what they came from may be out of reach."""
     for name, values in json.loads(json.dumps(backbones)).items():  # dicts of its own, of the plain kind
-        _known.setdefault(name, Backbone(**{key: values[key] for key in _FIELDS if key in values}))
+        given = {key: values[key] for key in _FIELDS if key in values}
+        _known.setdefault(name, Backbone(**{"millions": values["millions"], **given}))
 
 
 def absolute_name(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -183,6 +183,13 @@ def parse_value(name: str, text: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"--set {name}: {text!r} must be finite")
     return value
+
+
+def refuse_repeated(assignments: Sequence[str]) -> None:
+    """Raises ValueError for two values of one NAME: the first would be ignored."""
+    names = [text.partition("=")[0] for text in assignments]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--set {twice[0]} is given {names.count(twice[0])} times: leave out all but one")
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -384,6 +384,10 @@ DATA_SETS = {
     "no such path": wrong(
         "--data {folder}/nowhere", "the data '{folder}/nowhere' does not exist: give a folder or a zip"
     ),
+    "no such path, and weights to fetch": wrong(
+        "--data {folder}/nowhere --weights hub",
+        "the data '{folder}/nowhere' does not exist: give a folder or a zip",
+    ),
     "a text file": wrong(
         "--data {data}/train.csv", "the data '{data}/train.csv' is neither a folder nor an intact zip"
     ),
@@ -929,6 +933,40 @@ STUDIES = {
         "--folds 3 --seeds 2",
         "--seeds 2 does not go with --folds: each fold is a run of its own",
     ),
+    "retrain --epochs huge": script(retrain, "--epochs 99999", "--epochs 99999 must be at most 10000"),
+    "retrain --set twice": script(
+        retrain,
+        "--set lr=0.1 --set ema=0.9 --set lr=0.2",
+        "--set lr is given 2 times: leave out all but one",
+    ),
+    "retrain --cache on a file": script(
+        retrain,
+        "--cache {data}/train.csv",
+        "--cache {data}/train.csv: no writing there (Not a directory); give a folder of your own",
+    ),
+    **{
+        f"retrain: study.json with {name} {value!r}": script(
+            retrain,
+            "--cache {folder}/cache",
+            "{study}/study.json is damaged (…); bring a copy back",
+            facts(lambda found, name=name, value=value: found.update({name: value})),
+        )
+        for name, value in [
+            ("data", 5),
+            ("classes", None),
+            ("class_names", [1]),
+            ("backbones", ["test_resnet"]),
+            ("max_size", "96"),
+            ("seed", "x"),
+            ("images", [1]),
+        ]
+    },
+    "retrain: study.json with another metric": script(
+        retrain,
+        "--cache {folder}/cache",
+        "{study}/study.json: metric is 'profit', must be one of …; bring a copy back",
+        facts(lambda found: found.update(metric="profit")),
+    ),
     "retrain --epochs -1": script(retrain, "--epochs -1", "--epochs -1 must be at least 1"),
     "ensemble --top 0": script(
         ensemble, "--top 0", "--top 0 must be from 1 to 12, whose weights a search keeps"
@@ -949,6 +987,33 @@ STUDIES = {
         ensemble, "--out {data}", "--out {data} must name a file in a folder that exists"
     ),
     "report: no trial": script(report, "", "{study} has no trials yet: there is nothing to report"),
+    "report: nothing but damaged lines": script(
+        report,
+        "",
+        "{study}/trials.jsonl: lines [1, 2] are damaged, their trials left out; bring a copy back",
+        in_study("trials.jsonl", b"{}\n[1]\n"),
+    ),
+    **{
+        f"report: ensemble.json with members {members}": script(
+            report,
+            "",
+            "{study}/ensemble.json is damaged (…); bring a copy back",
+            in_study("ensemble.json", b'{"members": ' + members.encode() + b"}"),
+        )
+        for members in ("null", '["a"]', '[{"trial_id": 5}]', '[{"weight": "1"}]')
+    },
+    **{
+        f"report --out onto {name}": script(
+            report,
+            f"--out {{study}}/{name}",
+            f"--out {{study}}/{name} is a file of the study {{study}}: give another name",
+            in_study("best.json", b"{}"),
+        )
+        for name in ("trials.jsonl", "study.json", "submission.csv", "predictions/page.html")
+    },
+    "report --out to a stream": script(
+        report, "--out /dev/stdout", "--out /dev/stdout must name a file in a folder that exists"
+    ),
     "report: ensemble.json damaged": script(
         report,
         "",

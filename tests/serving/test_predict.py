@@ -189,6 +189,70 @@ def test_answers_are_printed_and_written(
         assert row["sure"] == "yes"
 
 
+def test_an_image_is_not_overwritten_by_the_answers(
+    study: Study, holdout: Predictions, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.jpg"
+    shutil.copy(image(drawn, holdout.ids[0]), own)
+    before = own.read_bytes()
+    assert answered([str(study.folder), str(own), "--out", str(own)]) == 2
+    assert capsys.readouterr().err == f"error: --out {own} is one of the images: give another name\n"
+    assert own.read_bytes() == before
+
+
+def test_answers_that_cannot_be_written_are_an_error_and_a_reader_that_left_is_none(
+    study: Study, holdout: Predictions, drawn: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = parser().parse_args([str(study.folder), str(image(drawn, holdout.ids[0]))])
+    monkeypatch.setattr(sys, "stdout", Unwritable(OSError(28, "No space left on device")))
+    with pytest.raises(
+        ValueError, match=r"answers cannot be written \(No space left on device\): give --out"
+    ):
+        run(options)
+    monkeypatch.setattr(sys, "stdout", Unwritable(BrokenPipeError(32, "Broken pipe")))
+    assert run(options) == 0
+
+
+class Unwritable(io.StringIO):
+    """A standard output that fails."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"members": []}, "the members' weights are "),
+        ({"temperature": 0}, "the temperatures are "),
+        ({"tta": {"views": ["sideways"]}}, "the views are .'sideways'., must be of "),
+        ({"tta": {"views": []}}, "the views are "),
+    ],
+)
+def test_an_edited_ensemble_is_named_and_so_is_the_way_out(
+    change: dict[str, object], words: str, study: Study, tmp_path: Path
+) -> None:
+    edited = Study(tmp_path / "edited")
+    shutil.copytree(study.folder, edited.folder)
+    write_json(edited.ensemble_file, {**read_json(edited.ensemble_file), **change})
+    with pytest.raises(ValueError, match=rf"ensemble\.json is damaged \({words}.*tune/ensemble.py"):
+        load_ensemble(edited)
+
+
+def test_an_export_onto_a_file_is_refused_before_anything_is_loaded(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert answered([str(study.folder), "--export", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --export {tmp_path}/file: no writing there (Not a directory); give a folder of your own\n"
+    )
+
+
 def test_a_name_that_is_not_utf8_leaves_the_other_answers_alone(
     study: Study, holdout: Predictions, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

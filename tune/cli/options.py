@@ -22,6 +22,7 @@ from tune.runtime.findings import Finding, address_space_findings, head_findings
 
 CACHE_LIMIT, MOST_CACHE = 100.0, 1e6  # GB
 MOST_FOLDS = 20
+_STREAMS = (Path("/dev"), Path("/dev/fd"))  # folders that hold no files
 LONGEST_NAME = 100  # characters of a study's name; file systems end at 255 bytes
 
 
@@ -61,6 +62,7 @@ def guarded(run: Callable[[argparse.Namespace], int], options: argparse.Namespac
     try:
         _refuse_lost_folder()
         _refuse_other_encoding()
+        _refuse_no_docstrings()
         _refuse_empty(options)
         return run(options)
     except (ValueError, OSError) as error:
@@ -83,6 +85,12 @@ def _refuse_other_encoding() -> None:
     """Raises ValueError if file names are not read as UTF-8, as other programs here read them."""
     if (encoding := sys.getfilesystemencoding()) != "utf-8":
         raise ValueError(f"file names are read as {encoding} here, must be as utf-8: export PYTHONUTF8=1")
+
+
+def _refuse_no_docstrings() -> None:
+    """Raises ValueError if Python drops docstrings, which Ray edits as it is imported."""
+    if sys.flags.optimize > 1:
+        raise ValueError("Python drops docstrings here, Ray needs them: unset PYTHONOPTIMIZE, leave -OO out")
 
 
 def _refuse_empty(options: argparse.Namespace) -> None:
@@ -120,15 +128,18 @@ def check_machine_options(options: argparse.Namespace) -> None:
     check_cache_limit(options)
 
 
-def check_start(options: argparse.Namespace) -> None:
-    """Raises ValueError for what keeps Ray from starting here, or from joining --address."""
+def check_start(options: argparse.Namespace, *, report: bool) -> None:
+    """Raises ValueError for what keeps Ray from starting here, or from joining --address.
+
+    `report`: whether the command writes one, which takes more addresses.
+    """
     found = head_findings(options.address) if options.address else start_findings()
-    _refuse([*address_space_findings(), *found])
+    _refuse([*address_space_findings(), *address_space_findings(report=report), *found])
 
 
-def check_address_space() -> None:
-    """Raises ValueError if this process may not have enough addresses to import torch."""
-    _refuse(address_space_findings())
+def check_address_space(*, report: bool = False) -> None:
+    """Raises ValueError if this process may not have enough addresses for torch, or for a report."""
+    _refuse(address_space_findings(report=report))
 
 
 def _refuse(found: Sequence[Finding]) -> None:
@@ -212,13 +223,18 @@ def cost_limit(options: argparse.Namespace) -> float:
 
 
 def out_file(options: argparse.Namespace) -> Path | None:
-    """Absolute path of --out, or None. Raises ValueError if no file can be written there."""
+    """Absolute path of --out, or None. Raises ValueError if no file can be written there.
+
+    A link is followed: the file is written atomically, which would replace the link.
+    """
     if options.out is None:
         return None
     path = user_path(options.out)
-    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+    target = Path(os.path.realpath(path))
+    stream = path.is_relative_to("/proc") or path.parent in _STREAMS  # such as /dev/stdout
+    if stream or not target.parent.is_dir() or (target.exists() and not target.is_file()):
         raise ValueError(f"--out {options.out} must name a file in a folder that exists")
-    return path
+    return target
 
 
 def cache_folder(options: argparse.Namespace) -> Path:

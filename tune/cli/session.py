@@ -26,7 +26,7 @@ from tune.monitor.tensorboard import written
 from tune.monitor.terminal import Screen
 from tune.runtime.callbacks import ProgressCallback, combine_callbacks
 from tune.runtime.cluster import cluster_findings, start_ray
-from tune.runtime.findings import Finding
+from tune.runtime.findings import Finding, folder_findings
 from tune.runtime.job import Job, Workers
 
 
@@ -74,7 +74,10 @@ def open_data(data: Path, options: argparse.Namespace, max_size: int, seed: int,
 def data_of(study: Study, options: argparse.Namespace, screen: Screen) -> Splits:
     """The data set of an existing study. Raises ValueError if it has changed."""
     facts = study.metadata
+    if study.damage:
+        screen.say(f"{study.damage}.", "yellow")
     data = study.resolved(facts["data"])
+    report(folder_findings({"--cache": cache_folder(options)}), screen)
     splits = open_data(data, options, facts["max_size"], facts["seed"], screen)
     if (splits.fingerprint, splits.split_hash) != (facts["fingerprint"], facts["split_hash"]):
         raise ValueError(

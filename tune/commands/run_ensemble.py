@@ -18,7 +18,8 @@ from tune.reporting.page import write_report
 def run(options: argparse.Namespace, screen: Screen) -> int:
     """Build the ensemble and print its results."""
     study = Study(user_path(options.study))
-    out = out_file(options)
+    if out := out_file(options):
+        study.refuse_own(out)
     with session.open_job(study, options, screen) as job:
         if out and not len(job.splits.test):
             raise ValueError(f"--out {options.out}: there are no test images to answer; leave it out")

@@ -14,6 +14,7 @@ from carmodels.files import user_path
 from carmodels.study import Study
 from tune.cli.options import out_file
 from tune.monitor.terminal import Screen
+from tune.runtime.findings import folder_findings
 from tune.serving.drop_page import serve
 from tune.serving.inference import (
     NOT_SURE,
@@ -36,6 +37,10 @@ def run(options: argparse.Namespace, screen: Screen, port: int) -> int:
         _check_export(options)
     study = Study(user_path(options.study))
     paths = found_images([user_path(p) if str(p).startswith("~") else p for p in options.images])
+    if out := out_file(options):
+        study.refuse_own(out)
+        if out.exists() and any(path.samefile(out) for path in paths):
+            raise ValueError(f"--out {options.out} is one of the images: give another name")
     answer = "student" if options.student else "ensemble"
     ensemble, limit = load_ensemble(study, answer), threshold(study, options.not_sure, answer)
     screen.say(limit.sentence)
@@ -43,7 +48,7 @@ def run(options: argparse.Namespace, screen: Screen, port: int) -> int:
         _export(study, answer, ensemble, limit, user_path(options.export), screen)
     ensemble = ensemble.to("cuda" if torch.cuda.is_available() else "cpu")
     if paths:
-        _answer(ensemble, limit, paths, out_file(options), screen)
+        _answer(ensemble, limit, paths, out, screen)
     if options.serve:
         return serve(study, ensemble, limit, port, screen.say)
     return 0
@@ -51,6 +56,8 @@ def run(options: argparse.Namespace, screen: Screen, port: int) -> int:
 
 def _check_export(options: argparse.Namespace) -> None:
     folder = user_path(options.export)
+    for finding in folder_findings({"--export": folder}):
+        raise ValueError(finding.words)
     if (folder / EXPORTED[-1]).exists() and not (folder / EXPORTED[0]).exists():
         raise ValueError(
             f"--export {options.export} holds a {EXPORTED[-1]} that is no model's; give another folder"
@@ -84,8 +91,12 @@ def _answer(
     )
     found: list[Answer] = []
     for answer in progress:
-        if console.quiet and out is None:  # nobody reads the answers any more
-            return
+        if console.quiet and out is None:  # the answers are the lines alone
+            if console.trouble:
+                raise ValueError(
+                    f"the answers cannot be written ({console.trouble}): give --out CSV elsewhere"
+                )
+            return  # their reader has seen enough
         if isinstance(answer, Unreadable):
             screen.say(f"Left out: {answer.image} ({answer.reason}).", "yellow")
             continue
@@ -98,5 +109,5 @@ def _answer(
     unsure = sum(not answer.sure for answer in found)
     screen.say(f"{len(found)} images, {unsure} of them {NOT_SURE!r}, {len(paths) - len(found)} left out.")
     if out:
-        write_answers(found, ensemble.spec, user_path(out))
+        write_answers(found, ensemble.spec, out)
         screen.say(f"Written to {out}.")

@@ -21,7 +21,9 @@ REFRESH_SECONDS = 20
 def run(options: argparse.Namespace, screen: Screen, port: int) -> int:
     """Write the page and print its path, or serve it."""
     studies = [Study(user_path(folder)) for folder in options.studies]
-    out = out_file(options)
+    if out := out_file(options):
+        for study in studies:
+            study.refuse_own(out)
     if options.thumbnails:
         add_thumbnails(studies[0], options, screen)
     several = len(studies) > 1
@@ -29,6 +31,9 @@ def run(options: argparse.Namespace, screen: Screen, port: int) -> int:
         make = partial(comparison.render, studies) if several else partial(page.render, studies[0])
         return serve(studies, make, port, screen)
     path = comparison.write_comparison(studies, out) if several else page.write_report(studies[0], out)
+    for study in studies:
+        if study.damage:
+            screen.say(f"{study.damage}.", "yellow")
     screen.say(f"{'Comparison' if several else 'Report'}: {path}")
     if warning := comparison.holdout_warning(comparison.opened(studies)) if several else "":
         screen.say(warning, "yellow")

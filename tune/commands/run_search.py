@@ -19,6 +19,7 @@ import joblib
 import torch
 
 from carmodels.data.dataset import Splits
+from carmodels.data.layout import data_roots, list_images
 from carmodels.demo.folder import DEMO_WEIGHTS, draw_demo
 from carmodels.ensembling.network import load_ensemble
 from carmodels.files import user_path
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace, typed: Sequence[str], screen: Screen) -> in
     session.report([*found, *resources.device_findings(preset, options.address)], screen)
     earlier = [] if options.resume else earlier_studies(options.warm_start, study, options.metric)
     data = user_path(options.data) if options.data else demo_data(options, screen)
+    list_images(data_roots(data, cache_folder(options)), data)  # its errors come before weights are fetched
     backbones = described_backbones(weights, space, screen)
     if weights.source == "hub" and not options.address:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for the workers: the weights are on this disk now

@@ -14,7 +14,7 @@ from carmodels.ensembling.student import TEACHER_WEIGHT, predict_train, soft_tar
 from carmodels.evaluation.calibration import fit_temperature, with_temperature
 from carmodels.evaluation.intervals import paired_gain, score_interval
 from carmodels.evaluation.metrics import METRICS
-from carmodels.files import read_json, write_json
+from carmodels.files import write_json
 from carmodels.holdout import add_look
 from carmodels.models.backbones import known_backbones
 from carmodels.models.classifier import save_weights
@@ -163,7 +163,7 @@ def _student_config(study: Study, backbone: str, epochs: int | None) -> Run:
 def _student_record(study: Study, trained: TrainResult, seconds: float) -> TrialRecord:
     """The student's record. Its id is a hash of its run and of the ensemble's members and weights."""
     assert trained.best is not None
-    teacher = " ".join(f"{m['trial_id']} {m['weight']}" for m in read_json(study.ensemble_file)["members"])
+    teacher = " ".join(f"{m['trial_id']} {m['weight']}" for m in study.results()["members"])
     content = f"{STUDENT} {trained.run.id} {teacher}"
     return TrialRecord(
         trial_id=hashlib.sha256(content.encode()).hexdigest()[:12],

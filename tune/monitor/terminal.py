@@ -45,11 +45,13 @@ _DETAILS = ("trial", "augment", "epochs", "s")  # columns left out on a narrow t
 class _Console(Console):
     """Says nothing more once nobody reads it, or it cannot be written: the result of a run is its files."""
 
+    trouble = ""  # why it cannot be written; "" too where its reader is gone
+
     def print(self, *objects: Any, **settings: Any) -> None:
         try:
             super().print(*objects, **settings)
-        except OSError:
-            self.quiet = True
+        except OSError as error:
+            self.quiet, self.trouble = True, str(error.strerror)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

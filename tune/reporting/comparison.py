@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from carmodels.evaluation.intervals import Interval, paired_gain
-from carmodels.files import read_json, write_atomic
+from carmodels.files import write_atomic
 from carmodels.formatting import duration, gain_text, gain_unit, interval_text, score_text
 from carmodels.holdout import Look, looks, quoted_look
 from carmodels.records import TrialRecord
@@ -118,7 +118,7 @@ def opened(studies: Sequence[Study]) -> list[Side]:
             study,
             study.metadata,
             study.records(),
-            read_json(study.ensemble_file) if study.ensemble_file.is_file() else None,
+            study.results() if study.ensemble_file.is_file() else None,
         )
         for name, study in zip(names(folders), studies, strict=True)
     ]

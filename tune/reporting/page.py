@@ -66,7 +66,7 @@ def render(study: Study, refresh: int = 0) -> str:
     """The page as HTML. It reloads every `refresh` seconds; 0: never."""
     facts, records = study.metadata, study.records()
     refuse_empty(study)
-    results = read_json(study.ensemble_file) if study.ensemble_file.is_file() else None
+    results = study.results() if study.ensemble_file.is_file() else None
     space, metric = study.space, facts["metric"]
     rows, columns = table(study)
     standings = standings_of(study)
@@ -110,7 +110,7 @@ def render(study: Study, refresh: int = 0) -> str:
 def refuse_empty(study: Study) -> None:
     """ValueError for a study without trials."""
     if not study.records():
-        raise ValueError(f"{study.folder} has no trials yet: there is nothing to report")
+        raise ValueError(study.damage or f"{study.folder} has no trials yet: there is nothing to report")
 
 
 def rendered(template: str, **values: Any) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from carmodels.data.dataset import Splits
 from carmodels.ensembling.network import Ensemble
 from carmodels.ensembling.occlusion import OCCLUSIONS, occlusion_map
-from carmodels.files import read_json, write_json
+from carmodels.files import write_json
 from carmodels.records import FOLD
 from carmodels.study import Study
 from tune.reporting.mistakes import found_mistakes
@@ -32,7 +32,7 @@ def write_thumbnails(study: Study, ensemble: Ensemble, splits: Splits, *, second
     Maps are made while `seconds` last. An ensemble of folds gets none: all but one of its models trained on
     the image.
     """
-    if any(member["stage"] == FOLD for member in read_json(study.ensemble_file)["members"]):
+    if any(member["stage"] == FOLD for member in study.results()["members"]):
         seconds = 0.0
     found = found_mistakes(study)
     worst = found.worst if found else ()

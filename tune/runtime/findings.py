@@ -18,6 +18,7 @@ GB = 1e9
 SHARED_MEMORY = 0.3 * GB  # bytes that Ray wants
 FEWEST_FILES = 1024  # open files per process
 LEAST_ADDRESSES = 8 * GB  # of a process; to import torch takes 5 GB of them
+REPORT_ADDRESSES = 70 * GB  # V8, which vl-convert starts for a report's charts, dies with less
 LONGEST_SOCKET = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
 ANSWER_SECONDS = 10.0  # for a cluster's head
 _SETTINGS = 4  # type of the frame with which a gRPC server, as Ray's, begins (RFC 9113)
@@ -38,16 +39,18 @@ def start_findings() -> list[Finding]:
     return [*home_findings(), *temporary_folder_findings()]
 
 
-def address_space_findings() -> list[Finding]:
+def address_space_findings(*, report: bool = False) -> list[Finding]:
+    """Too few addresses for what is imported; with `report` also for the charts of a report."""
+    needed, by = (REPORT_ADDRESSES, "the report needs") if report else (LEAST_ADDRESSES, "torch and Ray need")
     allowed, most = resource.getrlimit(resource.RLIMIT_AS)
-    if allowed == resource.RLIM_INFINITY or allowed >= LEAST_ADDRESSES:
+    if allowed == resource.RLIM_INFINITY or allowed >= needed:
         return []
-    more = most == resource.RLIM_INFINITY or most >= LEAST_ADDRESSES
+    more = most == resource.RLIM_INFINITY or most >= needed
     remedy = f"ulimit -v {'unlimited' if most == resource.RLIM_INFINITY else most // 1024}"
     return [
         Finding(
-            f"a process may have {allowed / GB:.1f} GB of addresses, torch and Ray need "
-            f"{LEAST_ADDRESSES / GB:.0f} GB: {remedy if more else 'ask the administrator for more'}",
+            f"a process may have {allowed / GB:.1f} GB of addresses, {by} {needed / GB:.0f} GB: "
+            f"{remedy if more else 'ask the administrator for more'}",
             fatal=True,
         )
     ]

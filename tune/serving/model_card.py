@@ -9,7 +9,7 @@ import jinja2
 
 from carmodels.ensembling.export import Onnx
 from carmodels.ensembling.network import EXPORTED, EnsembleSpec
-from carmodels.files import read_json, write_atomic
+from carmodels.files import write_atomic
 from carmodels.formatting import interval_text, score_text
 from carmodels.holdout import later_looks, looks, quoted_look, quoted_suffix
 from carmodels.models.facts import short_name
@@ -21,7 +21,7 @@ def write_card(
     study: Study, answer: str, spec: EnsembleSpec, limit: Threshold, onnx: Onnx, folder: Path
 ) -> None:
     """Write README.md of an exported ensemble or student: contents, scores and usage."""
-    facts, results = study.metadata, read_json(study.results_file(answer))
+    facts, results = study.metadata, study.results(answer)
     metric = facts["metric"]
     text = _template().render(
         name=study.folder.name,
