@@ -269,7 +269,7 @@ def test_what_is_shown_alike_is_predicted_once(
 ) -> None:
     monkeypatch.setitem(BACKBONES, "test_resnet", Backbone(0.4, multiple=16, fixed_size=False))
     monkeypatch.setattr(views, "as_task", lambda function, workers: SimpleNamespace(remote=function))
-    monkeypatch.setattr(views.ray, "get", list)
+    monkeypatch.setattr(views, "results_of", lambda tasks, doing: list(tasks))
     study = Study(tmp_path / "study")
     study.begin({"metric": "accuracy"}, [])
     run = Run(replace(fitted.run.config, image_size=16))

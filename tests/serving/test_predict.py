@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from carmodels.data.dataset import Splits
-from carmodels.ensembling.export import TOLERANCE, export
+from carmodels.ensembling.export import TOLERANCE, Onnx, export
 from carmodels.ensembling.network import (
     Ensemble,
     EnsembleSpec,
@@ -430,7 +430,7 @@ def test_the_model_card_quotes_the_first_look_at_holdout_and_names_a_later_one(
     shutil.copytree(study.folder, copy.folder)
     folder.mkdir()
     images = read_json(copy.ensemble_file)["holdout"]["images"]
-    write_card(copy, "ensemble", ensemble.spec, threshold(copy, 0.0), 0.0, folder)
+    write_card(copy, "ensemble", ensemble.spec, threshold(copy, 0.0), Onnx(0.0), folder)
     once = (folder / "README.md").read_text()
     assert f"| on holdout, {images} images that chose nothing | 50.0 % (40.0 to 60.0) |" in once
     assert "looked at" not in once
@@ -438,7 +438,7 @@ def test_the_model_card_quotes_the_first_look_at_holdout_and_names_a_later_one(
     results["holdout"]["ensemble"] = {"value": 0.7, "low": 0.6, "high": 0.8}
     later = add_look(copy, "ensemble", results)
     write_json(copy.ensemble_file, results)
-    write_card(copy, "ensemble", ensemble.spec, threshold(copy, 0.0), 0.0, folder)
+    write_card(copy, "ensemble", ensemble.spec, threshold(copy, 0.0), Onnx(0.0), folder)
     twice = (folder / "README.md").read_text()
     assert f"| on holdout, {images} images that chose nothing, first look | 50.0 % (40.0 to 60.0) |" in twice
     assert f"| not to quote: this ensemble on holdout, look 2 ({later.at}) | 70.0 % (60.0 to 80.0) |" in twice
