@@ -420,8 +420,10 @@ def best_first(records: Iterable[TrialRecord], metric: str) -> list[TrialRecord]
 def _is_split_row(row: Mapping[str, str]) -> bool:
     """Whether the columns are there, with numbers where they belong. An older study has no groups."""
     numbers = (row.get("label"), row.get("group") or "0")
-    return bool(row.get("split")) and row.get("id") is not None and all(
-        number is not None and number.removeprefix("-").isdecimal() for number in numbers
+    return (
+        bool(row.get("split"))
+        and row.get("id") is not None
+        and all(number is not None and number.removeprefix("-").isdecimal() for number in numbers)
     )
 
 
