@@ -763,7 +763,9 @@ def test_a_study_and_its_data_may_have_moved(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "others").mkdir()
     facts = {
-        **dict.fromkeys(names, 1),
+        **dict.fromkeys(names, "1"),
+        "seed": 1,
+        "metric": "accuracy",
         "data": "../old",
         "weights": "../../weights",
         "warm_start": ["../a/b"],
