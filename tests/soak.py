@@ -301,25 +301,36 @@ if any(part.endswith("tune/search.py") for part in sys.orig_argv[:2]):
     time.time = lambda: real() + (float(open(jump).read() or 0) if os.path.exists(jump) else 0)
 """
 
-# Each worker has a loader process, as on a GPU. The property is replaced as its module is imported.
-LOADERS = """
+PATCHING = """
 import importlib.abc, importlib.util, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "tune.runtime.job":
+        if name != {module!r}:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), with_loader(module))
+        spec.loader.exec_module = lambda module: (execute(module), patch(module))
         return spec
-
-def with_loader(job):
-    job.Workers.processes = property(lambda workers: 1)
 
 sys.meta_path.insert(0, Finder())
 """
+
+
+def patch_on_import(module: str, code: str) -> str:
+    """A sitecustomize.py that calls `patch(module)`, which `code` defines, as the module is imported."""
+    return PATCHING.format(module=module) + code
+
+
+# Each worker has a loader process, as on a GPU.
+LOADERS = patch_on_import(
+    "tune.runtime.job",
+    """
+def patch(job):
+    job.Workers.processes = property(lambda workers: 1)
+""",
+)
 
 
 def send(*signals: signal.Signals) -> Callable[[Scene], bool]:

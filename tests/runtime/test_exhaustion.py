@@ -41,7 +41,17 @@ from tune.runtime.watchdog import LONGEST_SILENCE, Watchdog
 
 from disk import Disk, mounted
 from hub import Hub, fetch_from
-from soak import PATIENCE, TRIALS, ended, environment, name_of, search_command, trains, wait_for
+from soak import (
+    PATIENCE,
+    TRIALS,
+    ended,
+    environment,
+    name_of,
+    patch_on_import,
+    search_command,
+    trains,
+    wait_for,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,21 +193,11 @@ def test_a_gpu_without_memory_for_one_image_more_ends_in_torchs_own_error(
         trainer.fit(Run(replace(config, batch_size=8)), splits, weights=weights)
 
 
-# Runs in each process of a search as it starts: a GPU on which images of 48 px do not fit.
-SMALL_GPU = """
-import importlib.abc, importlib.util, sys
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "carmodels.training.trainer":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), limit(module))
-        return spec
-
-def limit(trainer):
+# A GPU on which images of 48 px do not fit.
+SMALL_GPU = patch_on_import(
+    "carmodels.training.trainer",
+    """
+def patch(trainer):
     import torch
     accumulated = trainer.Trainer._accumulate
     def within(self, network, inputs, targets):
@@ -205,9 +205,8 @@ def limit(trainer):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return accumulated(self, network, inputs, targets)
     trainer.Trainer._accumulate = within
-
-sys.meta_path.insert(0, Finder())
-"""
+""",
+)
 
 
 @pytest.mark.ray
