@@ -60,7 +60,8 @@ from tune.runtime.job import Job, Workers
 from tune.runtime.worker import trial_name
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--set", "epochs=3", "--set", "image_size=32,48", "--preset", "demo")
+SMALL = ("--set", "image_size=32,48", "--preset", "demo")
+EPOCHS = 3
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ class Place:
     def command(self, script: str, *arguments: str) -> list[str]:
         return [sys.executable, str(ROOT / "tune" / script), *arguments]
 
-    def search(self, *arguments: str) -> list[str]:
+    def search(self, *arguments: str, epochs: int = EPOCHS) -> list[str]:
         options = ("--data", str(self.data), "--weights", self.weights, "--cache", str(self.folder / "cache"))
-        return self.command("search.py", *options, *SMALL, *arguments)
+        return self.command("search.py", *options, *SMALL, "--set", f"epochs={epochs}", *arguments)
 
     def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -568,7 +569,7 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(
     place: Place, on_own_ray: Command
 ) -> None:
     study = Study(place.folder / "results" / "cut")
-    command = place.search("--trials", "5", "--study", "cut", "--until", "search", "--set", "epochs=10")
+    command = place.search("--trials", "5", "--study", "cut", "--until", "search", epochs=10)
     process = subprocess.Popen(
         command,
         cwd=place.folder,
@@ -579,6 +580,8 @@ def test_ctrl_c_ends_in_order_and_resume_runs_again_what_was_cut_off(
     )
     deadline = time.time() + 200
     while time.time() < deadline and not any(r.state is State.COMPLETE for r in study.records()):
+        if process.poll() is not None:
+            break
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=100)
@@ -617,6 +620,7 @@ def test_a_plain_tree_without_test_images_and_a_metric_to_minimise(place: Place,
         "--cache",
         str(place.folder / "cache"),
         *SMALL,
+        *("--set", f"epochs={EPOCHS}"),
     )
     limits = ("--trials", "3", "--hours", "1", "--metric", "log_loss", "--confirm", "1", "--study", "tree")
     result = on_own_ray(place.command("search.py", *options, *limits))

@@ -19,7 +19,7 @@ import sys
 from carmodels.models.weights import Weights
 from carmodels.presets import SPACES
 from carmodels.space import read_override
-from carmodels.training.config import METRIC_NAMES
+from carmodels.training.config import METRIC_NAMES, refuse_repeated
 from tune.budget.stages import CPU_HOURS, GPU_HOURS, RERUNS, STAGES
 from tune.cli.entry import start
 from tune.cli.options import (
@@ -160,6 +160,7 @@ def check(options: argparse.Namespace) -> None:
     cost_limit(options)
     check_until(options)
     check_machine_options(options)
+    refuse_repeated(options.set)
     for text in options.set:
         read_override(text)
     if options.weights is not None:

@@ -688,6 +688,7 @@ OPTIONS = {
         wrong("--trials -5", "--trials -5 must be at least 1"),
         wrong("--trials nan", "argument --trials: invalid int value: 'nan'" + HELP),
         wrong("--trials 1.5", "argument --trials: invalid int value: '1.5'" + HELP),
+        wrong("--set lr=0.1 --set lr=0.2", "--set lr is given 2 times: leave out all but one"),
         wrong("--hours 0", "--hours 0.0 must be above 0 and below a year"),
         wrong("--hours -1", "--hours -1.0 must be above 0 and below a year"),
         wrong("--hours nan", "--hours nan must be above 0 and below a year"),
