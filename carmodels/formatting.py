@@ -11,6 +11,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message: an OSError without its number, the type where there is none."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
 def names_text(names: Iterable[object], limit: int = 5) -> str:
     """The names in quotes. Past `limit` it gives their number instead."""
     quoted = [repr(str(name)) for name in names]

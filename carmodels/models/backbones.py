@@ -17,6 +17,7 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from torch import nn
 
+from carmodels.formatting import first_line
 from carmodels.models.facts import facts_of
 from carmodels.models.weights import Provenance, Weights
 
@@ -89,9 +90,8 @@ def fetch_weights(weights: Weights, backbones: Iterable[str]) -> dict[str, Prove
             found[name] = weights.provenance(name)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             where = f"from {weights.place(name)}"
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise ValueError(
-                f"the weights of {name} could not be loaded {where} ({reason}); "
+                f"the weights of {name} could not be loaded {where} ({first_line(error)}); "
                 "give --weights DIR with <timm name>.safetensors files, or --weights none"
             ) from error
     return found

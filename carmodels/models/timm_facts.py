@@ -15,6 +15,7 @@ from timm.models import get_pretrained_cfg, is_model, load_model_config_from_hf,
 from timm.models._hub import load_model_config_from_path
 
 from carmodels.catalog import Backbone
+from carmodels.formatting import first_line
 from carmodels.models.backbones import TimmNetwork, build
 from carmodels.models.facts import HUB, LOCAL
 
@@ -33,7 +34,7 @@ def ask_timm(name: str) -> Backbone:
     try:
         return _Probe(name, saved).facts()
     except _REFUSALS as error:
-        raise ValueError(f"backbone={name!r}: timm cannot build it ({_first_line(error)})") from error
+        raise ValueError(f"backbone={name!r}: timm cannot build it ({first_line(error)})") from error
 
 
 class _Probe:
@@ -108,7 +109,7 @@ def _saved(name: str) -> dict[str, Any] | None:
         settings, architecture, arguments = read(name.removeprefix(source))
     except (OSError, HTTPError, *_REFUSALS) as error:
         raise ValueError(
-            f"backbone={name!r}: its config.json is missing or not in timm's format ({_first_line(error)})"
+            f"backbone={name!r}: its config.json is missing or not in timm's format ({first_line(error)})"
         ) from error
     if not is_model(architecture):
         raise ValueError(f"backbone={name!r}: its architecture {architecture!r} is not known to timm")
@@ -132,7 +133,3 @@ def _check_name(name: str) -> None:
                 f"backbone={name!r}: timm has no weights {tag!r} of {architecture}; choose from "
                 f"{', '.join(tags) or 'none'}"
             ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

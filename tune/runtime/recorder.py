@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.tune import Callback
 
+from carmodels.formatting import first_line
 from carmodels.records import Cause, Role, State, TrialRecord
 from carmodels.steady_clock import steady_time
 from carmodels.study import Study
@@ -246,12 +247,6 @@ class Recorder(NotPickled, Callback):
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
 
 
 def _error_text(trial: Any) -> str:

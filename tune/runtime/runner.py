@@ -26,13 +26,14 @@ from ray.tune.error import TuneError
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from carmodels.formatting import first_line
 from carmodels.records import Role
 from carmodels.steady_clock import steady_time
 from carmodels.study import Study
 from carmodels.training.run import Run
 from tune.runtime.callbacks import ProgressCallback
 from tune.runtime.job import Job
-from tune.runtime.recorder import HOPELESS, NotPickled, Recorder, first_line
+from tune.runtime.recorder import HOPELESS, NotPickled, Recorder
 from tune.runtime.watchdog import Watchdog
 from tune.runtime.worker import train_trial, trial_name
 
